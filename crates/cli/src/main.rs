@@ -1,0 +1,2 @@
+//! The engraft command line.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Tokenizers, chat templates, data sets and batches.

@@ -1,0 +1,1 @@
+//! The contract between models and methods: sites, patches, passes, weights.

@@ -1,0 +1,1 @@
+//! Bytes on disk: safetensors, adapter directories, checkpoints, the Hub cache.

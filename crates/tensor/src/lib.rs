@@ -1,0 +1,1 @@
+//! Tensors, the tape and the kernels: the only crate that knows devices.
