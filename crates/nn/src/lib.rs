@@ -1,1 +1,44 @@
-//! The contract between models and methods: sites, patches, passes, weights.
+//! The contract between models and methods.
+//!
+//! A model declares [`Site`]s and asks the [`Pass`] at each of them; a method fills an [`Adapter`] with [`Patch`]es at
+//! the sites it chose. Neither knows the other, and neither knows how a frozen [`Weight`] is stored.
+
+mod adapter;
+mod attention;
+mod builder;
+mod embedding;
+mod error;
+mod init;
+mod layout;
+mod linear;
+mod merge;
+mod model;
+mod norm;
+mod pass;
+mod patch;
+mod replace;
+pub mod rotary;
+mod site;
+mod targets;
+pub mod weight;
+
+pub use adapter::{Adapter, NamedParam};
+pub use attention::{Attend, KvCache};
+pub use builder::Builder;
+pub use embedding::Embedding;
+pub use error::{Error, Result};
+pub use init::Init;
+pub use layout::Layout;
+pub use linear::{Linear, Patched};
+pub use merge::{MergedTensor, merged_tensors};
+pub use model::{Inputs, Model, ModelInfo, Output, Task};
+pub use norm::{Norm, NormKind};
+pub use pass::{Mode, Pass, Route};
+pub use patch::{
+    Base, BlockPatch, HeadPatch, KeyValuePatch, KeyValues, Patch, PromptPatch, Sublayer, SublayerPatch, VectorPatch,
+    WeightPatch,
+};
+pub use replace::Replacement;
+pub use site::{Kind, Role, Site, SiteId, Sites, Value};
+pub use targets::{LayerChoice, Matcher, TargetError, Targets};
+pub use weight::Weight;

@@ -1,1 +1,22 @@
 //! Tensors, the tape and the kernels: the only crate that knows devices.
+//!
+//! A [`Tensor`] is a non-generic handle; an operation on tensors runs at once and, only when one of its inputs needs a
+//! gradient, is recorded on the tape ([`tape`]). Frozen weights ([`frozen`]) are not tensors: they are packed once, are
+//! multiplied by, and never get a gradient.
+//!
+//! Everything a device must do is listed in one place, [`device::Kernels`].
+
+pub mod cpu;
+pub mod device;
+mod error;
+pub mod frozen;
+pub mod memory;
+pub mod ops;
+pub mod optim;
+pub mod tape;
+mod tensor;
+pub mod testing;
+
+pub use error::{Error, Result};
+pub use tape::{Gradients, Param, checkpoint, no_grad};
+pub use tensor::{DType, Shape, Tensor, forbid_host_reads};

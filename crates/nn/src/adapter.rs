@@ -1,0 +1,91 @@
+//! An adapter: patches by site and trainable tensors by name. A value, handed to `forward`.
+
+use std::collections::HashMap;
+
+use engraft_tensor::{Param, Tensor};
+
+use crate::{Error, Patch, Result, SiteId};
+
+/// A parameter with the name it is saved under.
+#[derive(Clone)]
+pub struct NamedParam {
+    /// Name in the adapter file, without the file format's own prefix.
+    pub name: String,
+    /// The tensor.
+    pub param: Param,
+    /// Parameter group, for methods that train some of their tensors differently (LoRA+); usually "".
+    pub group: &'static str,
+    /// Whether it belongs in the adapter file.
+    pub saved: bool,
+}
+
+/// Patches by site and parameters by name.
+#[derive(Default)]
+pub struct Adapter {
+    patches: HashMap<SiteId, Vec<Patch>>,
+    params: Vec<NamedParam>,
+}
+
+impl Adapter {
+    /// The patches at a site, in the order they were attached.
+    pub fn at(&self, site: SiteId) -> &[Patch] {
+        self.patches.get(&site).map_or(&[], Vec::as_slice)
+    }
+
+    /// Sites that have patches, in model order.
+    pub fn sites(&self) -> Vec<SiteId> {
+        let mut ids: Vec<SiteId> = self.patches.keys().copied().collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// All parameters, in the order they were made.
+    pub fn params(&self) -> &[NamedParam] {
+        &self.params
+    }
+
+    /// The parameters that training changes.
+    pub fn trainable(&self) -> impl Iterator<Item = &NamedParam> {
+        self.params.iter().filter(|p| p.param.trainable())
+    }
+
+    /// Number of trained numbers.
+    pub fn trained_count(&self) -> usize {
+        self.trainable().map(|p| p.param.value().len()).sum()
+    }
+
+    pub(crate) fn push_patch(&mut self, site: SiteId, patch: Patch) {
+        self.patches.entry(site).or_default().push(patch);
+    }
+
+    pub(crate) fn push_param(&mut self, param: NamedParam) {
+        self.params.push(param);
+    }
+
+    /// Sets the saved parameters from `tensors` (name, values); every missing, extra or mis-shaped one is reported.
+    pub fn load(&self, tensors: Vec<(String, Tensor)>) -> Result<()> {
+        let mut given: HashMap<String, Tensor> = tensors.into_iter().collect();
+        let mut problems = Vec::new();
+        let mut accepted = Vec::new();
+        for p in self.params.iter().filter(|p| p.saved) {
+            let expected = p.param.value().shape().to_vec();
+            match given.remove(&p.name) {
+                None => problems.push(format!("{}: expected {expected:?}, absent", p.name)),
+                Some(t) if t.shape() != expected => {
+                    problems.push(format!("{}: expected {expected:?}, found {:?}", p.name, t.shape()));
+                }
+                Some(t) => accepted.push((p, t)),
+            }
+        }
+        let mut extra: Vec<_> = given.into_iter().map(|(n, t)| format!("{n}: not expected, found {:?}", t.shape())).collect();
+        extra.sort();
+        problems.extend(extra);
+        if !problems.is_empty() {
+            return Err(Error::Mismatch(problems));
+        }
+        for (p, t) in accepted {
+            p.param.set(t)?;
+        }
+        Ok(())
+    }
+}

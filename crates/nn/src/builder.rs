@@ -1,0 +1,146 @@
+//! What a method sees while it attaches: the sites it may use, the frozen values, a place for new tensors.
+
+use std::sync::Arc;
+
+use engraft_tensor::Param;
+
+use crate::adapter::NamedParam;
+use crate::{Adapter, Error, Init, Kind, ModelInfo, Patch, Replacement, Result, Site, SiteId, Sites, Value};
+
+/// Builds an [`Adapter`].
+pub struct Builder<'a> {
+    sites: &'a Arc<Sites>,
+    info: &'a ModelInfo,
+    targets: Vec<SiteId>,
+    seed: u64,
+    prefix: String,
+    adapter: Adapter,
+}
+
+impl<'a> Builder<'a> {
+    /// Starts an empty adapter for a model; new tensors are drawn from `seed` and their names.
+    pub fn new(sites: &'a Arc<Sites>, info: &'a ModelInfo, seed: u64) -> Self {
+        Builder { sites, info, targets: Vec::new(), seed, prefix: String::new(), adapter: Adapter::default() }
+    }
+
+    /// The sites the next method was told to use.
+    pub fn set_targets(&mut self, targets: Vec<SiteId>) {
+        self.targets = targets;
+    }
+
+    /// Puts `prefix` before the names of parameters made from here on (several methods in one adapter).
+    pub fn set_prefix(&mut self, prefix: impl Into<String>) {
+        self.prefix = prefix.into();
+    }
+
+    /// The chosen sites, in model order.
+    pub fn targets(&self) -> Vec<&'a Site> {
+        self.targets.iter().map(|&id| self.sites.get(id)).collect()
+    }
+
+    /// All sites of the model.
+    pub fn sites(&self) -> &'a Arc<Sites> {
+        self.sites
+    }
+
+    /// Sizes of the model.
+    pub fn info(&self) -> &'a ModelInfo {
+        self.info
+    }
+
+    /// A new trained parameter, saved as `name`.
+    pub fn param(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
+        self.param_in_group(name, shape, init, "")
+    }
+
+    /// A new trained parameter of a group (see [`NamedParam::group`]).
+    pub fn param_in_group(&mut self, name: &str, shape: &[usize], init: Init, group: &'static str) -> Result<Param> {
+        let name = format!("{}{name}", self.prefix);
+        let param = Param::new(init.tensor(shape, self.seed, &name)?);
+        self.add(name, param.clone(), group)?;
+        Ok(param)
+    }
+
+    /// A tensor that belongs to the adapter but is not trained (a fixed projection).
+    pub fn fixed(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
+        let name = format!("{}{name}", self.prefix);
+        let param = Param::frozen(init.tensor(shape, self.seed, &name)?);
+        self.add(name, param.clone(), "")?;
+        Ok(param)
+    }
+
+    fn add(&mut self, name: String, param: Param, group: &'static str) -> Result<()> {
+        if self.adapter.params().iter().any(|p| p.name == name) {
+            return Err(Error::Unsupported(format!("two methods make a tensor named `{name}`; let only one of them train it")));
+        }
+        self.adapter.push_param(NamedParam { name, param, group, saved: true });
+        Ok(())
+    }
+
+    /// Attaches a patch; its kind must fit the site's.
+    pub fn patch(&mut self, site: SiteId, patch: Patch) -> Result<()> {
+        let site = self.sites.get(site);
+        if !patch.fits(&site.kind) {
+            let message = format!("this kind of patch does not fit a {:?} site", site.kind);
+            return Err(Error::Site { path: site.path.clone(), message });
+        }
+        self.adapter.push_patch(site.id, patch);
+        Ok(())
+    }
+
+    /// Trains the frozen value at `site` as a whole, saved under the site's own name.
+    pub fn replace(&mut self, site: SiteId) -> Result<()> {
+        let site = self.sites.get(site);
+        let (name, start) = match (&site.kind, &site.value) {
+            (Kind::Linear { .. } | Kind::Embedding { .. }, Value::Weight(w)) => {
+                (format!("{}.weight", site.path), crate::Base::dense(w.as_ref())?)
+            }
+            (Kind::Vector { .. }, Value::Vector(v)) => (site.path.clone(), v.clone()),
+            _ => {
+                let message = format!("a {:?} site holds no tensor to train", site.kind);
+                return Err(Error::Site { path: site.path.clone(), message });
+            }
+        };
+        let shape = start.shape().to_vec();
+        let param = self.param(&name, &shape, Init::Values(start))?;
+        let patch: Patch = match site.kind {
+            Kind::Vector { .. } => Patch::Vector(Box::new(Replacement(param))),
+            _ => Patch::Weight(Box::new(Replacement(param))),
+        };
+        self.patch(site.id, patch)
+    }
+
+    /// Trains every tensor of the modules that `names` match (`peft`'s `modules_to_save`: a name is a whole component
+    /// of the path, or several). Gives the names that matched nothing.
+    pub fn train_modules(&mut self, names: &[String]) -> Result<Vec<String>> {
+        let mut dead = names.to_vec();
+        let sites = self.sites;
+        for site in sites.iter().filter(|s| !matches!(s.value, Value::None)) {
+            let mut hit = false;
+            for name in names {
+                if module_contains(name, &site.path) {
+                    dead.retain(|d| d != name);
+                    hit = true;
+                }
+            }
+            if hit {
+                self.replace(site.id)?;
+            }
+        }
+        Ok(dead)
+    }
+
+    /// The finished adapter.
+    pub fn finish(self) -> Adapter {
+        self.adapter
+    }
+}
+
+/// Whether `path` lies in a module called `name`: `(^|.*\.)name($|\..*)`.
+pub(crate) fn module_contains(name: &str, path: &str) -> bool {
+    path.match_indices(name).any(|(at, _)| {
+        let before = at == 0 || path.as_bytes()[at - 1] == b'.';
+        let end = at + name.len();
+        before && (end == path.len() || path.as_bytes()[end] == b'.')
+    })
+}

@@ -1,0 +1,98 @@
+//! How sequences lie in a packed batch: one after another, without padding.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use engraft_tensor::Tensor;
+
+use crate::Result;
+
+/// Rows and positions of the sequences of a batch; `tokens` rows in all.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    sequences: Arc<[Range<usize>]>,
+    virtual_counts: Arc<[usize]>,
+    positions: Arc<[i32]>,
+    positions_tensor: Tensor,
+}
+
+impl Layout {
+    /// Sequences of the given lengths; `positions` holds each token's position, all sequences joined.
+    pub fn new(lengths: &[usize], positions: Vec<i32>) -> Result<Self> {
+        Self::with_virtual(lengths, vec![0; lengths.len()], positions)
+    }
+
+    /// Sequences whose positions count from 0.
+    pub fn counted(lengths: &[usize]) -> Result<Self> {
+        Self::new(lengths, lengths.iter().flat_map(|&n| 0..n as i32).collect())
+    }
+
+    /// Sequences of which the first `virtual_counts[i]` rows are prompt rows.
+    pub(crate) fn with_virtual(lengths: &[usize], virtual_counts: Vec<usize>, positions: Vec<i32>) -> Result<Self> {
+        let mut at = 0;
+        let sequences: Vec<Range<usize>> = lengths
+            .iter()
+            .map(|&n| {
+                at += n;
+                at - n..at
+            })
+            .collect();
+        let positions_tensor = Tensor::from_i32(positions.clone(), [at])?;
+        Ok(Layout {
+            sequences: sequences.into(),
+            virtual_counts: virtual_counts.into(),
+            positions: positions.into(),
+            positions_tensor,
+        })
+    }
+
+    /// Rows of each sequence.
+    pub fn sequences(&self) -> &[Range<usize>] {
+        &self.sequences
+    }
+
+    /// Number of rows.
+    pub fn tokens(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Position of each row.
+    pub fn positions(&self) -> &[i32] {
+        &self.positions
+    }
+
+    /// Position of each row, `I32` [tokens].
+    pub fn positions_tensor(&self) -> &Tensor {
+        &self.positions_tensor
+    }
+
+    /// Prompt rows at the start of each sequence.
+    pub fn virtual_counts(&self) -> &[usize] {
+        &self.virtual_counts
+    }
+
+    /// Rows of real tokens, or `None` if there are no others.
+    pub fn real_rows(&self) -> Option<Vec<i64>> {
+        if self.virtual_counts.iter().all(|&n| n == 0) {
+            return None;
+        }
+        let real = |(s, &n): (&Range<usize>, &usize)| (s.start + n..s.end).map(|i| i as i64);
+        Some(self.sequences.iter().zip(self.virtual_counts.iter()).flat_map(real).collect())
+    }
+
+    /// The sequences `which` alone, rows counted from 0.
+    pub fn slice(&self, which: Range<usize>) -> Result<Layout> {
+        let rows = self.rows_of(&which);
+        let lengths: Vec<usize> = self.sequences[which.clone()].iter().map(Range::len).collect();
+        Self::with_virtual(&lengths, self.virtual_counts[which].to_vec(), self.positions[rows].to_vec())
+    }
+
+    /// Rows of the sequences `which`.
+    pub fn rows_of(&self, which: &Range<usize>) -> Range<usize> {
+        match self.sequences.get(which.clone()) {
+            Some([first, .., last]) => first.start..last.end,
+            Some([only]) => only.clone(),
+            _ => 0..0,
+        }
+    }
+}

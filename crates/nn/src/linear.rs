@@ -1,0 +1,118 @@
+//! A frozen linear layer; every one is a site, and so is its bias.
+
+use engraft_tensor::Tensor;
+use std::sync::Arc;
+
+use crate::{Base, Kind, Pass, Patch, Result, Role, Site, SiteId, Sites, Value, Weight, WeightPatch};
+
+/// y = x·Wᵀ + b with frozen W [out, in] and b [out].
+#[derive(Clone)]
+pub struct Linear {
+    weight: Arc<Weight>,
+    site: SiteId,
+    bias: Option<(Tensor, SiteId)>,
+}
+
+impl Linear {
+    /// Declares the sites `path` and, with a bias, `path.bias`. `tensor` is the module's name in the model's files.
+    pub fn declare(
+        sites: &mut Sites,
+        (path, tensor): (&str, &str),
+        role: Role,
+        layer: Option<usize>,
+        weight: Arc<Weight>,
+        bias: Option<Tensor>,
+    ) -> Linear {
+        let (out, inn) = weight.shape();
+        let kind = Kind::Linear { out, inn, transposed: weight.transposed() };
+        let value = Value::Weight(weight.clone());
+        let site = sites.add_value(path, role, layer, kind, value, format!("{tensor}.weight"));
+        let bias = bias.map(|b| {
+            let (kind, value) = (Kind::Vector { len: b.len() }, Value::Vector(b.clone()));
+            let id = sites.add_value(format!("{path}.bias"), Role::Bias, layer, kind, value, format!("{tensor}.bias"));
+            (b, id)
+        });
+        Linear { weight, site, bias }
+    }
+
+    /// The site of the weight.
+    pub fn site(&self) -> SiteId {
+        self.site
+    }
+
+    /// x [tokens, in] → [tokens, out].
+    pub fn forward(&self, x: &Tensor, sites: &Sites, cx: &Pass) -> Result<Tensor> {
+        let bias_patched = self.bias.as_ref().is_some_and(|(_, id)| cx.patched(*id));
+        if !cx.patched(self.site) && !bias_patched {
+            return self.weight.multiply(x, self.bias.as_ref().map(|(b, _)| b));
+        }
+        let site = sites.get(self.site);
+        let patched = |x: &Tensor, patches: &[Patch], cx: &Pass| Patched::new(self.weight.as_ref(), patches, site, cx).forward(x);
+        let y = cx.by_route(self.site, x, patched)?;
+        let Some((bias, id)) = &self.bias else { return Ok(y) };
+        cx.by_route(*id, &y, |y, patches, _| Ok(y.add(&patched_vector(bias, patches)?)?))
+    }
+}
+
+/// v after the vector patches.
+pub(crate) fn patched_vector(v: &Tensor, patches: &[Patch]) -> Result<Tensor> {
+    let mut v = v.clone();
+    for patch in patches {
+        if let Patch::Vector(p) = patch {
+            v = p.vector(&v)?;
+        }
+    }
+    Ok(v)
+}
+
+/// A weight under the patches of a site: each patch sees what the ones before it made.
+pub struct Patched<'a> {
+    base: &'a dyn Base,
+    patches: &'a [Patch],
+    site: &'a Site,
+    cx: &'a Pass,
+}
+
+impl<'a> Patched<'a> {
+    /// `base` under `patches`, the last outermost.
+    pub fn new(base: &'a dyn Base, patches: &'a [Patch], site: &'a Site, cx: &'a Pass) -> Self {
+        Patched { base, patches, site, cx }
+    }
+
+    /// The outermost weight patch and what it sees.
+    fn outermost(&self) -> Option<(&dyn WeightPatch, Patched<'a>)> {
+        let (last, before) = self.patches.split_last()?;
+        let inner = Patched { patches: before, ..*self };
+        match last {
+            Patch::Weight(p) => Some((p.as_ref(), inner)),
+            _ => None,
+        }
+    }
+}
+
+impl Base for Patched<'_> {
+    fn shape(&self) -> (usize, usize) {
+        self.base.shape()
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self.outermost() {
+            Some((patch, inner)) => patch.forward(x, &inner, self.site, self.cx),
+            None => self.base.forward(x),
+        }
+    }
+
+    fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
+        match self.outermost() {
+            Some((patch, inner)) => patch.lookup(ids, &inner, self.site, self.cx),
+            None => self.base.lookup(ids),
+        }
+    }
+
+    fn dense(&self) -> Result<Tensor> {
+        match self.outermost() {
+            Some((patch, inner)) => patch.weight(&inner),
+            None => self.base.dense(),
+        }
+    }
+}

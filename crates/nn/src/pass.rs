@@ -1,0 +1,342 @@
+//! One forward: which rows use which adapter, the mode, the caches, what patches pass on to each other.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use engraft_tensor::{Tensor, checkpoint, ops::cat};
+
+use crate::{Adapter, Error, KvCache, Layout, Patch, Result, SiteId, Sites, Sublayer};
+
+/// Whether dropout is drawn.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Mode {
+    /// Evaluation: no dropout.
+    Eval,
+    /// Training: dropout drawn from (seed, step, micro-batch, site, element).
+    Train {
+        /// Seed of the run.
+        seed: u64,
+        /// Optimizer step.
+        step: u64,
+        /// Micro-batch within the step.
+        micro: u64,
+    },
+}
+
+/// Sequences that use the same adapter.
+#[derive(Clone)]
+pub struct Route {
+    /// Which sequences of the batch.
+    pub sequences: Range<usize>,
+    /// Their adapter, or none for the base alone.
+    pub adapter: Option<Arc<Adapter>>,
+}
+
+/// One forward pass. Cheap to clone; a clone shares the cache and the board.
+#[derive(Clone)]
+pub struct Pass {
+    layout: Layout,
+    routes: Arc<[Route]>,
+    mode: Mode,
+    checkpointing: bool,
+    cache: Option<Arc<Mutex<KvCache>>>,
+    /// Number, in the whole batch, of the first sequence of this pass.
+    first_sequence: usize,
+    board: Arc<Mutex<HashMap<String, Tensor>>>,
+}
+
+impl Pass {
+    /// All sequences with one adapter, or none.
+    pub fn new(layout: Layout, adapter: Option<Arc<Adapter>>) -> Self {
+        let route = Route { sequences: 0..layout.sequences().len(), adapter };
+        Pass {
+            layout,
+            routes: Arc::new([route]),
+            mode: Mode::Eval,
+            checkpointing: false,
+            cache: None,
+            first_sequence: 0,
+            board: Arc::default(),
+        }
+    }
+
+    /// Rows with adapters of their own; the routes must cover the sequences in order.
+    pub fn with_routes(layout: Layout, routes: Vec<Route>) -> Result<Self> {
+        let mut next = 0;
+        for route in &routes {
+            if route.sequences.start != next {
+                let message = format!("routes must cover the sequences in order: expected {next}, found {}", route.sequences.start);
+                return Err(Error::Unsupported(message));
+            }
+            next = route.sequences.end;
+        }
+        if next != layout.sequences().len() {
+            return Err(Error::Unsupported(format!("routes cover {next} of {} sequences", layout.sequences().len())));
+        }
+        Ok(Pass { routes: routes.into(), ..Pass::new(layout, None) })
+    }
+
+    /// The same pass in training mode.
+    pub fn training(self, mode: Mode) -> Self {
+        Pass { mode, ..self }
+    }
+
+    /// The same pass keeping only the inputs of blocks, which backward then runs again.
+    pub fn checkpointing(self, on: bool) -> Self {
+        Pass { checkpointing: on, ..self }
+    }
+
+    /// The same pass reading and extending a cache of keys and values.
+    pub fn cached(self, cache: Arc<Mutex<KvCache>>) -> Self {
+        Pass { cache: Some(cache), ..self }
+    }
+
+    /// The rows of the batch.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Which sequences use which adapter.
+    pub fn routes(&self) -> &[Route] {
+        &self.routes
+    }
+
+    /// Evaluation or training.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    pub(crate) fn cache(&self) -> Option<MutexGuard<'_, KvCache>> {
+        self.cache.as_ref().map(|c| c.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    }
+
+    pub(crate) fn first_sequence(&self) -> usize {
+        self.first_sequence
+    }
+
+    /// Leaves a tensor for patches that run later in this pass.
+    pub fn put(&self, key: impl Into<String>, value: Tensor) {
+        self.board.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(key.into(), value);
+    }
+
+    /// A tensor that an earlier patch of this pass (or its method, before the pass) left.
+    pub fn find(&self, key: &str) -> Option<Tensor> {
+        self.board.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get(key).cloned()
+    }
+
+    /// x with dropout while training; `salt` tells apart several dropouts at one site.
+    pub fn dropout(&self, x: &Tensor, p: f32, site: SiteId, salt: u8) -> Result<Tensor> {
+        match self.mode {
+            Mode::Eval => Ok(x.clone()),
+            Mode::Train { .. } if p == 0.0 => Ok(x.clone()),
+            Mode::Train { seed, step, micro } => {
+                let stream = step << 40 ^ micro << 28 ^ (site.0 as u64) << 8 ^ u64::from(salt);
+                Ok(x.dropout(p, seed, stream)?)
+            }
+        }
+    }
+
+    /// The same pass over selected rows, given in ascending order (labelled tokens, first tokens).
+    pub fn select(&self, rows: &[i64]) -> Result<Pass> {
+        let count = |s: &Range<usize>| {
+            let below = |end: usize| rows.partition_point(|&r| (r as usize) < end);
+            below(s.end) - below(s.start)
+        };
+        let lengths: Vec<usize> = self.layout.sequences().iter().map(count).collect();
+        let positions = rows.iter().map(|&r| self.layout.positions()[r as usize]).collect();
+        Ok(Pass { layout: Layout::new(&lengths, positions)?, ..self.clone() })
+    }
+
+    /// Whether any route has a patch at `site`.
+    pub fn patched(&self, site: SiteId) -> bool {
+        self.routes.iter().any(|r| r.adapter.as_ref().is_some_and(|a| !a.at(site).is_empty()))
+    }
+
+    /// Runs `f` on the rows of each route (with its patches at `site` and the pass of those rows) and joins the results.
+    pub(crate) fn by_route(
+        &self,
+        site: SiteId,
+        x: &Tensor,
+        f: impl Fn(&Tensor, &[Patch], &Pass) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        if let [only] = &self.routes[..] {
+            return f(x, only.adapter.as_ref().map_or(&[], |a| a.at(site)), self);
+        }
+        let mut parts = Vec::with_capacity(self.routes.len());
+        for route in self.routes.iter() {
+            let rows = self.layout.rows_of(&route.sequences);
+            if rows.is_empty() {
+                continue;
+            }
+            let part = x.rows_between(rows.start, rows.end)?;
+            let patches = route.adapter.as_ref().map_or(&[][..], |a| a.at(site));
+            parts.push(f(&part, patches, &self.only(route)?)?);
+        }
+        Ok(cat(&parts.iter().collect::<Vec<_>>(), 0)?)
+    }
+
+    /// Puts the prompt rows of each route before its sequences' embedded tokens h [tokens, width].
+    ///
+    /// While a cache already holds the prompts, only positions move. Gives the new rows and the pass that describes them.
+    pub fn with_prompts(&self, site: SiteId, h: &Tensor) -> Result<(Tensor, Pass)> {
+        let prompts: Vec<Option<Tensor>> = self.routes.iter().map(|r| prompt_rows(r, site)).collect::<Result<_>>()?;
+        if prompts.iter().all(Option::is_none) {
+            return Ok((h.clone(), self.clone()));
+        }
+        let insert = self.cache().is_none_or(|c| c.is_empty());
+        let (mut index, mut positions, mut lengths, mut virtual_counts) = (vec![], vec![], vec![], vec![]);
+        let (mut parts, mut at) = (vec![], 0);
+        let total: usize = prompts.iter().flatten().map(|p| p.dim(0)).sum();
+        for (route, prompt) in self.routes.iter().zip(&prompts) {
+            let count = prompt.as_ref().map_or(0, |p| p.dim(0));
+            for s in &self.layout.sequences()[route.sequences.clone()] {
+                if insert {
+                    index.extend((at..at + count).map(|i| i as i64));
+                    positions.extend(0..count as i32);
+                }
+                index.extend(s.clone().map(|i| (total + i) as i64));
+                positions.extend(self.layout.positions()[s.clone()].iter().map(|p| p + count as i32));
+                lengths.push(s.len() + if insert { count } else { 0 });
+                virtual_counts.push(if insert { count } else { 0 });
+            }
+            at += count;
+            parts.extend(prompt.clone());
+        }
+        parts.push(h.clone());
+        let index = Tensor::from_i64(index.clone(), [index.len()])?;
+        let rows = cat(&parts.iter().collect::<Vec<_>>(), 0)?.gather(&index)?;
+        let layout = Layout::with_virtual(&lengths, virtual_counts, positions)?;
+        Ok((rows, Pass { layout, ..self.clone() }))
+    }
+
+    /// The pass with tokens moved by the prefixes of their adapters (see [`crate::KeyValuePatch::gate`]).
+    pub fn with_prefixes(&self, sites: &Sites) -> Result<Pass> {
+        let Some(first) = sites.of_kind(|k| matches!(k, crate::Kind::KeyValue { .. })).next() else {
+            return Ok(self.clone());
+        };
+        let counts = self.prefix_counts(first.id);
+        if counts.iter().all(|&n| n == 0) {
+            return Ok(self.clone());
+        }
+        let moved = self.layout.sequences().iter().zip(counts).flat_map(|(s, n)| {
+            self.layout.positions()[s.clone()].iter().map(move |p| p + n as i32)
+        });
+        let lengths: Vec<usize> = self.layout.sequences().iter().map(Range::len).collect();
+        let layout = Layout::with_virtual(&lengths, self.layout.virtual_counts().to_vec(), moved.collect())?;
+        Ok(Pass { layout, ..self.clone() })
+    }
+
+    /// The patches at `site` of a pass that has one route.
+    pub(crate) fn patches_of_only_route(&self, site: SiteId) -> &[Patch] {
+        match &self.routes[..] {
+            [only] => only.adapter.as_ref().map_or(&[], |a| a.at(site)),
+            _ => &[],
+        }
+    }
+
+    /// The pass of one route's rows.
+    fn only(&self, route: &Route) -> Result<Pass> {
+        let whole = Route { sequences: 0..route.sequences.len(), adapter: route.adapter.clone() };
+        Ok(Pass {
+            layout: self.layout.slice(route.sequences.clone())?,
+            routes: Arc::new([whole]),
+            first_sequence: self.first_sequence + route.sequences.start,
+            ..self.clone()
+        })
+    }
+
+    /// What a sublayer puts on the stream, after the patches of its site.
+    pub fn sublayer(&self, sites: &Sites, id: SiteId, s: Sublayer<'_>) -> Result<Tensor> {
+        if !self.patched(id) {
+            return Ok(s.output.clone());
+        }
+        let site = sites.get(id);
+        let rows = |t: &Tensor, cx: &Pass| -> Result<Tensor> {
+            let start = cx.first_row_in(self);
+            Ok(t.rows_between(start, start + cx.layout.tokens())?)
+        };
+        self.by_route(id, s.output, |output, patches, cx| {
+            let (residual, input) = (rows(s.residual, cx)?, rows(s.input, cx)?);
+            let mut output = output.clone();
+            for patch in patches {
+                if let Patch::Sublayer(p) = patch {
+                    let view = Sublayer { residual: &residual, input: &input, output: &output, norm: s.norm };
+                    output = p.output(&view, site, cx)?;
+                }
+            }
+            Ok(output)
+        })
+    }
+
+    /// Row of `whole` at which this pass, one of its routes, begins.
+    fn first_row_in(&self, whole: &Pass) -> usize {
+        let sequence = self.first_sequence - whole.first_sequence;
+        whole.layout.sequences().get(sequence).map_or(0, |s| s.start)
+    }
+
+    /// Runs a block, checkpointed if asked for, inside the patches of its site.
+    pub fn block(
+        &self,
+        sites: &Arc<Sites>,
+        id: SiteId,
+        h: &Tensor,
+        run: impl Fn(&Tensor, &Pass) -> Result<Tensor> + Clone + Send + 'static,
+    ) -> Result<Tensor> {
+        let run = |h: &Tensor, cx: &Pass| -> Result<Tensor> {
+            if !cx.checkpointing {
+                return run(h, cx);
+            }
+            let (run, cx) = (run.clone(), cx.clone());
+            // The tape speaks tensor errors only; the block's own comes back unchanged through the slot.
+            let slot: Arc<Mutex<Option<Error>>> = Arc::default();
+            let inner = slot.clone();
+            let out = checkpoint(&[h], move |v| {
+                run(&v[0], &cx).map_err(|e| match e {
+                    Error::Tensor(e) => e,
+                    other => {
+                        let message = other.to_string();
+                        *inner.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(other);
+                        engraft_tensor::Error::Backward(message)
+                    }
+                })
+            });
+            let own = slot.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+            match own {
+                Some(error) => Err(error),
+                None => Ok(out?),
+            }
+        };
+        if !self.patched(id) {
+            return run(h, self);
+        }
+        let site = sites.get(id);
+        self.by_route(id, h, |h, patches, cx| wrap(h, patches, &|h| run(h, cx), site, cx))
+    }
+}
+
+/// `run` inside the block patches, the first patch outermost.
+fn wrap(
+    h: &Tensor,
+    patches: &[Patch],
+    run: &dyn Fn(&Tensor) -> Result<Tensor>,
+    site: &crate::Site,
+    cx: &Pass,
+) -> Result<Tensor> {
+    match patches.split_first() {
+        None => run(h),
+        Some((Patch::Block(p), rest)) => p.around(h, &|h| wrap(h, rest, run, site, cx), site, cx),
+        Some((_, rest)) => wrap(h, rest, run, site, cx),
+    }
+}
+
+/// The prompt rows of a route, joined: [count, width].
+fn prompt_rows(route: &Route, site: SiteId) -> Result<Option<Tensor>> {
+    let patches = route.adapter.as_ref().map_or(&[][..], |a| a.at(site));
+    let prompts = patches.iter().filter_map(|p| match p {
+        Patch::Prompt(p) => Some(p.rows()),
+        _ => None,
+    });
+    let rows: Vec<Tensor> = prompts.collect::<Result<_>>()?;
+    if rows.is_empty() { Ok(None) } else { Ok(Some(cat(&rows.iter().collect::<Vec<_>>(), 0)?)) }
+}

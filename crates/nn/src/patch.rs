@@ -1,0 +1,151 @@
+//! What may be attached: one trait a kind of site.
+
+use engraft_tensor::Tensor;
+
+use crate::{Pass, Result, Site};
+
+/// A weight as a patch sees it: the frozen one, or one that earlier patches of the same site already changed.
+pub trait Base {
+    /// (out, in), or (rows, width) of a table.
+    fn shape(&self) -> (usize, usize);
+    /// x [tokens, in] → x·Wᵀ [tokens, out], without bias.
+    fn forward(&self, x: &Tensor) -> Result<Tensor>;
+    /// ids [tokens] → rows of W [tokens, width].
+    fn lookup(&self, ids: &Tensor) -> Result<Tensor>;
+    /// W [out, in].
+    fn dense(&self) -> Result<Tensor>;
+}
+
+/// W → W′. The definition makes it mergeable; `forward` and `lookup` may be faster and are checked against it.
+pub trait WeightPatch: Send + Sync {
+    /// W′ [out, in].
+    fn weight(&self, base: &dyn Base) -> Result<Tensor>;
+
+    /// x [tokens, in] → x·W′ᵀ [tokens, out].
+    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        Ok(x.matmul_t(&self.weight(base)?)?)
+    }
+
+    /// ids [tokens] → rows of W′ [tokens, width].
+    fn lookup(&self, ids: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        Ok(self.weight(base)?.gather(ids)?)
+    }
+
+    /// Whether W′ is all there is: false where the output depends on the input in another way.
+    fn mergeable(&self) -> bool {
+        true
+    }
+}
+
+/// v → v′.
+pub trait VectorPatch: Send + Sync {
+    /// v′, length of v.
+    fn vector(&self, v: &Tensor) -> Result<Tensor>;
+}
+
+/// What a sublayer patch sees; all tensors [tokens, width].
+pub struct Sublayer<'a> {
+    /// The stream that the output will be added to.
+    pub residual: &'a Tensor,
+    /// What the sublayer read (normed in pre-norm models).
+    pub input: &'a Tensor,
+    /// What the sublayer computed.
+    pub output: &'a Tensor,
+    /// In post-norm models, the norm applied to `residual + output`.
+    pub norm: Option<&'a dyn Fn(&Tensor) -> Result<Tensor>>,
+}
+
+/// (residual, input, output) → output′.
+pub trait SublayerPatch: Send + Sync {
+    /// output′ [tokens, width].
+    fn output(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor>;
+}
+
+/// h, run → h′.
+pub trait BlockPatch: Send + Sync {
+    /// h [tokens, width] → h′; `run` is the block itself and may be called never, once or more.
+    fn around(
+        &self,
+        h: &Tensor,
+        run: &dyn Fn(&Tensor) -> Result<Tensor>,
+        site: &Site,
+        cx: &Pass,
+    ) -> Result<Tensor>;
+}
+
+/// Extra keys and values, seen by every token of the sequences of a route.
+pub struct KeyValues {
+    /// [count, kv_heads, dim], not rotated.
+    pub keys: Tensor,
+    /// [count, kv_heads, dim].
+    pub values: Tensor,
+}
+
+/// → extra keys and values, optionally gated.
+pub trait KeyValuePatch: Send + Sync {
+    /// Number of extra rows.
+    fn count(&self) -> usize;
+    /// The rows.
+    fn rows(&self) -> Result<KeyValues>;
+    /// `None`: the rows join the sequence's own in one softmax and tokens move by `count` positions (prefix tuning).
+    /// A gate [heads]: the rows are attended to in a softmax of their own, whose result is scaled by the gate and
+    /// added, and positions stay (LLaMA-Adapter).
+    fn gate(&self) -> Option<Tensor> {
+        None
+    }
+}
+
+/// → rows put before the embedded tokens of every sequence of a route.
+pub trait PromptPatch: Send + Sync {
+    /// Number of rows.
+    fn count(&self) -> usize;
+    /// [count, width].
+    fn rows(&self) -> Result<Tensor>;
+}
+
+/// features → logits.
+pub trait HeadPatch: Send + Sync {
+    /// features [rows, in] → logits [rows, out]; `run` is the model's own head.
+    fn logits(
+        &self,
+        features: &Tensor,
+        run: &dyn Fn(&Tensor) -> Result<Tensor>,
+        site: &Site,
+        cx: &Pass,
+    ) -> Result<Tensor>;
+}
+
+/// What sits at one site.
+pub enum Patch {
+    /// At a linear or embedding site.
+    Weight(Box<dyn WeightPatch>),
+    /// At a vector site.
+    Vector(Box<dyn VectorPatch>),
+    /// At a sublayer site.
+    Sublayer(Box<dyn SublayerPatch>),
+    /// At a block site.
+    Block(Box<dyn BlockPatch>),
+    /// At a key-and-value site.
+    KeyValue(Box<dyn KeyValuePatch>),
+    /// At the prompt site.
+    Prompt(Box<dyn PromptPatch>),
+    /// At the head site.
+    Head(Box<dyn HeadPatch>),
+}
+
+impl Patch {
+    /// Whether it can sit at a site of this kind.
+    pub fn fits(&self, kind: &crate::Kind) -> bool {
+        use crate::Kind;
+        matches!(
+            (self, kind),
+            (Patch::Weight(_), Kind::Linear { .. } | Kind::Embedding { .. })
+                | (Patch::Vector(_), Kind::Vector { .. })
+                | (Patch::Sublayer(_), Kind::Sublayer { .. })
+                | (Patch::Block(_), Kind::Block { .. })
+                | (Patch::KeyValue(_), Kind::KeyValue { .. })
+                | (Patch::Prompt(_), Kind::Prompt { .. })
+                | (Patch::Head(_), Kind::Head { .. })
+        )
+    }
+}

@@ -1,0 +1,20 @@
+//! A tensor trained as a whole: `peft`'s `modules_to_save`, heads, and the dense change of full fine-tuning.
+
+use engraft_tensor::{Param, Tensor};
+
+use crate::{Base, Result, VectorPatch, WeightPatch};
+
+/// W′ = P and v′ = P, with P starting as the frozen value.
+pub struct Replacement(pub Param);
+
+impl WeightPatch for Replacement {
+    fn weight(&self, _base: &dyn Base) -> Result<Tensor> {
+        Ok(self.0.get())
+    }
+}
+
+impl VectorPatch for Replacement {
+    fn vector(&self, _v: &Tensor) -> Result<Tensor> {
+        Ok(self.0.get())
+    }
+}

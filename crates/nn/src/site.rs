@@ -1,0 +1,238 @@
+//! Where a method may attach. Models declare sites; methods choose among them.
+
+use std::sync::Arc;
+
+use engraft_tensor::Tensor;
+
+use crate::weight::Weight;
+
+/// Index of a site in its model's [`Sites`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SiteId(pub usize);
+
+/// What a site does, in words shared by all architectures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum Role {
+    /// Query, key, value and output projections of self-attention.
+    Q,
+    K,
+    V,
+    O,
+    /// Query, key and value in one matrix.
+    Qkv,
+    /// The gate and up projections of a gated MLP; `Up` is also the first matrix of a plain one.
+    Gate,
+    Up,
+    /// The last matrix of an MLP.
+    Down,
+    /// Cross-attention projections.
+    CrossQ,
+    CrossK,
+    CrossV,
+    CrossO,
+    /// Norm gain or bias.
+    Norm,
+    /// Bias of a linear layer.
+    Bias,
+    /// Token, position and type embeddings.
+    Embed,
+    PositionEmbed,
+    TypeEmbed,
+    /// A pooling layer between blocks and head.
+    Pool,
+    /// A matrix of the head.
+    Head,
+    /// The attention sublayer, the MLP sublayer, a whole block, the embedded input.
+    Attention,
+    Mlp,
+    Block,
+    Prompt,
+}
+
+impl Role {
+    /// The name used in recipes.
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(role, _)| *role == self).map_or("", |(_, name)| name)
+    }
+
+    /// The role of a name used in recipes.
+    pub fn parse(name: &str) -> Option<Role> {
+        Self::ALL.iter().find(|(_, n)| *n == name).map(|(role, _)| *role)
+    }
+
+    /// Every role with its name.
+    pub const ALL: &'static [(Role, &'static str)] = &[
+        (Role::Q, "q"),
+        (Role::K, "k"),
+        (Role::V, "v"),
+        (Role::O, "o"),
+        (Role::Qkv, "qkv"),
+        (Role::Gate, "gate"),
+        (Role::Up, "up"),
+        (Role::Down, "down"),
+        (Role::CrossQ, "cross.q"),
+        (Role::CrossK, "cross.k"),
+        (Role::CrossV, "cross.v"),
+        (Role::CrossO, "cross.o"),
+        (Role::Norm, "norm"),
+        (Role::Bias, "bias"),
+        (Role::Embed, "embed"),
+        (Role::PositionEmbed, "embed.position"),
+        (Role::TypeEmbed, "embed.type"),
+        (Role::Pool, "pool"),
+        (Role::Head, "head"),
+        (Role::Attention, "attention"),
+        (Role::Mlp, "mlp"),
+        (Role::Block, "block"),
+        (Role::Prompt, "prompt"),
+    ];
+}
+
+/// What may be attached at a site, with the sizes a patch needs.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Kind {
+    /// A frozen matrix W [out, in] multiplied as x·Wᵀ.
+    Linear {
+        /// Rows of W.
+        out: usize,
+        /// Columns of W.
+        inn: usize,
+        /// Stored as [in, out] (GPT-2's `Conv1D`).
+        transposed: bool,
+    },
+    /// A frozen table [rows, width] that is looked up.
+    Embedding {
+        /// Number of rows.
+        rows: usize,
+        /// Width of a row.
+        width: usize,
+    },
+    /// A frozen vector: a bias, a norm's gain or bias.
+    Vector {
+        /// Number of elements.
+        len: usize,
+    },
+    /// The output of attention or MLP before it joins the residual stream.
+    Sublayer {
+        /// Width of the stream.
+        width: usize,
+    },
+    /// A whole transformer block.
+    Block {
+        /// Width of the stream.
+        width: usize,
+    },
+    /// Keys and values of an attention.
+    KeyValue {
+        /// Key and value heads.
+        heads: usize,
+        /// Width of a head.
+        dim: usize,
+    },
+    /// The embedded input.
+    Prompt {
+        /// Width of the stream.
+        width: usize,
+    },
+    /// Features → logits.
+    Head {
+        /// Width of the features.
+        inn: usize,
+        /// Number of logits.
+        out: usize,
+    },
+}
+
+/// The frozen value at a site, where there is one.
+#[derive(Clone)]
+pub enum Value {
+    /// A matrix or table.
+    Weight(Arc<Weight>),
+    /// A vector.
+    Vector(Tensor),
+    /// The site is a place, not a tensor.
+    None,
+}
+
+/// A named place of a model.
+#[derive(Clone)]
+pub struct Site {
+    /// Index in the model.
+    pub id: SiteId,
+    /// Module path as in `transformers` (a vector: module path and `.weight` or `.bias`), or for sublayers as in
+    /// AdapterHub.
+    pub path: String,
+    /// What it does.
+    pub role: Role,
+    /// Number of the block it belongs to.
+    pub layer: Option<usize>,
+    /// What may be attached.
+    pub kind: Kind,
+    /// The frozen value.
+    pub value: Value,
+    /// Name of the tensor in the model's files; a tied head names the embedding's.
+    pub tensor: Option<String>,
+}
+
+impl Site {
+    /// Whether it is a matrix or a table.
+    pub fn is_weight(&self) -> bool {
+        matches!(self.kind, Kind::Linear { .. } | Kind::Embedding { .. })
+    }
+
+    /// Last component of the path.
+    pub fn module(&self) -> &str {
+        self.path.rsplit('.').next().unwrap_or(&self.path)
+    }
+}
+
+/// The sites of a model.
+#[derive(Clone, Default)]
+pub struct Sites(Vec<Site>);
+
+impl Sites {
+    /// Declares a site and returns its index.
+    pub fn add(&mut self, path: impl Into<String>, role: Role, layer: Option<usize>, kind: Kind) -> SiteId {
+        let id = SiteId(self.0.len());
+        self.0.push(Site { id, path: path.into(), role, layer, kind, value: Value::None, tensor: None });
+        id
+    }
+
+    /// Declares a site with its frozen value and the name of its tensor.
+    pub fn add_value(
+        &mut self,
+        path: impl Into<String>,
+        role: Role,
+        layer: Option<usize>,
+        kind: Kind,
+        value: Value,
+        tensor: impl Into<String>,
+    ) -> SiteId {
+        let id = self.add(path, role, layer, kind);
+        self.0[id.0].value = value;
+        self.0[id.0].tensor = Some(tensor.into());
+        id
+    }
+
+    /// All sites in order of declaration (that is, of the forward pass).
+    pub fn iter(&self) -> impl Iterator<Item = &Site> {
+        self.0.iter()
+    }
+
+    /// The site of an index that this model gave.
+    pub fn get(&self, id: SiteId) -> &Site {
+        &self.0[id.0]
+    }
+
+    /// The vector site `path.bias` of a linear layer, if it has a bias.
+    pub fn bias_of(&self, path: &str) -> Option<&Site> {
+        let vector = |s: &&Site| matches!(s.kind, Kind::Vector { .. });
+        self.iter().filter(vector).find(|s| s.path.strip_suffix(".bias") == Some(path))
+    }
+
+    /// Sites of one kind.
+    pub fn of_kind<'a>(&'a self, is: impl Fn(&Kind) -> bool + 'a) -> impl Iterator<Item = &'a Site> {
+        self.iter().filter(move |s| is(&s.kind))
+    }
+}

@@ -1,0 +1,283 @@
+//! Which sites a method uses: `peft`'s rules for names, roles that hold for every architecture, layers, exclusions.
+
+use regex::Regex;
+
+use crate::builder::module_contains;
+use crate::{Kind, Role, Site, SiteId, Sites};
+
+/// How sites are named.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Matcher {
+    /// Every linear layer but the head.
+    AllLinear,
+    /// A path equal to a name, or ending in `.name`.
+    Names(Vec<String>),
+    /// A pattern that the whole path matches.
+    Regex(String),
+    /// What the sites do.
+    Roles(Vec<Role>),
+}
+
+/// Which layers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerChoice {
+    /// Numbers of the layers.
+    pub layers: Vec<usize>,
+    /// Name of the list of layers in the path; by default whatever precedes the first number.
+    pub pattern: Option<String>,
+}
+
+/// The choice of sites of one method.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Targets {
+    /// How sites are named.
+    pub matcher: Matcher,
+    /// Names or a pattern (`Names` or `Regex`) of what is left out.
+    pub exclude: Option<Matcher>,
+    /// Which layers; all if absent.
+    pub layers: Option<LayerChoice>,
+    /// Modules that are trained as a whole and therefore not targets.
+    pub train_also: Vec<String>,
+}
+
+/// Why targets do not fit a model.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// A pattern is not one.
+    #[error("`{pattern}` is not a valid pattern: {message}")]
+    Pattern {
+        /// What was given.
+        pattern: String,
+        /// What the parser says.
+        message: String,
+    },
+    /// Names or roles match no site.
+    #[error("nothing among {total} {kind}s matches {}; in this model {note}", names.join(", "))]
+    Dead {
+        /// Names that match nothing.
+        names: Vec<String>,
+        /// Whether everything is dead, or only these among live ones.
+        all: bool,
+        /// What was searched: "linear weight".
+        kind: &'static str,
+        /// How many there are.
+        total: usize,
+        /// Which roles the model has and how their modules are called.
+        note: String,
+        /// Module names that the roles asked for (or q and v) have here.
+        suggestion: Vec<String>,
+    },
+}
+
+/// Chosen sites, and names among live ones that matched nothing.
+#[derive(Debug, PartialEq)]
+pub struct Resolution {
+    /// In model order.
+    pub sites: Vec<SiteId>,
+    /// Names or roles that matched nothing.
+    pub dead: Vec<String>,
+}
+
+impl Targets {
+    /// Names of modules, nothing excluded.
+    pub fn names<S: Into<String>>(names: impl IntoIterator<Item = S>) -> Targets {
+        Matcher::Names(names.into_iter().map(Into::into).collect()).into()
+    }
+
+    /// Roles, nothing excluded.
+    pub fn roles(roles: &[Role]) -> Targets {
+        Matcher::Roles(roles.to_vec()).into()
+    }
+
+    /// The weight sites chosen; an error if there is none.
+    pub fn resolve(&self, sites: &Sites) -> Result<Resolution, TargetError> {
+        let mut dead = self.wanted();
+        let pattern = self.regex()?;
+        let excluded = self.excluded()?;
+        let layers = self.layer_filter()?;
+        let mut chosen = Vec::new();
+        for site in sites.iter().filter(|s| s.is_weight()) {
+            let Some(hit) = self.hit(site, pattern.as_ref()) else { continue };
+            dead.retain(|d| d != &hit);
+            let out = excluded(&site.path) || self.train_also.iter().any(|m| module_contains(m, &site.path));
+            if !out && layers(&site.path) {
+                chosen.push(site.id);
+            }
+        }
+        if chosen.is_empty() {
+            let names = if dead.is_empty() { self.wanted() } else { dead };
+            return Err(dead_error(sites, names, true));
+        }
+        Ok(Resolution { sites: chosen, dead })
+    }
+
+    /// Like [`Targets::resolve`], but a dead name among live ones is an error too.
+    pub fn resolve_all(&self, sites: &Sites) -> Result<Vec<SiteId>, TargetError> {
+        let found = self.resolve(sites)?;
+        if found.dead.is_empty() { Ok(found.sites) } else { Err(dead_error(sites, found.dead, false)) }
+    }
+
+    /// What was asked for, to report what matched nothing.
+    fn wanted(&self) -> Vec<String> {
+        match &self.matcher {
+            Matcher::AllLinear => vec!["all-linear".into()],
+            Matcher::Names(names) => names.clone(),
+            Matcher::Regex(pattern) => vec![pattern.clone()],
+            Matcher::Roles(roles) => roles.iter().map(|r| r.name().into()).collect(),
+        }
+    }
+
+    /// The wish that a site fulfils.
+    fn hit(&self, site: &Site, pattern: Option<&Regex>) -> Option<String> {
+        match &self.matcher {
+            Matcher::AllLinear => {
+                let linear = matches!(site.kind, Kind::Linear { .. }) && site.role != Role::Head;
+                linear.then(|| "all-linear".into())
+            }
+            Matcher::Names(names) => names.iter().find(|n| names_path(n, &site.path)).cloned(),
+            Matcher::Regex(text) => pattern.is_some_and(|p| p.is_match(&site.path)).then(|| text.clone()),
+            Matcher::Roles(roles) => roles.contains(&site.role).then(|| site.role.name().into()),
+        }
+    }
+
+    fn regex(&self) -> Result<Option<Regex>, TargetError> {
+        match &self.matcher {
+            Matcher::Regex(pattern) => Ok(Some(whole(pattern)?)),
+            _ => Ok(None),
+        }
+    }
+
+    fn excluded(&self) -> Result<impl Fn(&str) -> bool, TargetError> {
+        let (names, pattern) = match &self.exclude {
+            Some(Matcher::Names(names)) => (names.clone(), None),
+            Some(Matcher::Regex(pattern)) => (vec![], Some(whole(pattern)?)),
+            _ => (vec![], None),
+        };
+        Ok(move |path: &str| {
+            names.iter().any(|n| names_path(n, path)) || pattern.as_ref().is_some_and(|p| p.is_match(path))
+        })
+    }
+
+    fn layer_filter(&self) -> Result<impl Fn(&str) -> bool, TargetError> {
+        let choice = match &self.layers {
+            None => None,
+            Some(choice) => {
+                let number = match &choice.pattern {
+                    Some(name) => format!(r"^.*\.{name}\.(\d+)\."),
+                    None => r"^.*?\.[^.]*\.(\d+)\.".into(),
+                };
+                Some((compile(&number)?, choice.layers.clone()))
+            }
+        };
+        Ok(move |path: &str| match &choice {
+            None => true,
+            Some((number, layers)) => {
+                let found = number.captures(path).and_then(|c| c[1].parse().ok());
+                found.is_some_and(|n: usize| layers.contains(&n))
+            }
+        })
+    }
+}
+
+impl From<Matcher> for Targets {
+    fn from(matcher: Matcher) -> Self {
+        Targets { matcher, exclude: None, layers: None, train_also: Vec::new() }
+    }
+}
+
+fn names_path(name: &str, path: &str) -> bool {
+    path == name || path.strip_suffix(name).is_some_and(|head| head.ends_with('.'))
+}
+
+fn compile(pattern: &str) -> Result<Regex, TargetError> {
+    let error = |e: regex::Error| TargetError::Pattern { pattern: pattern.into(), message: e.to_string() };
+    Regex::new(pattern).map_err(error)
+}
+
+/// Python's `re.fullmatch`.
+fn whole(pattern: &str) -> Result<Regex, TargetError> {
+    compile(&format!("^(?:{pattern})$"))
+}
+
+/// "role q is `query` (12)" for the roles that the model has, and the module names of q and v.
+fn dead_error(sites: &Sites, names: Vec<String>, all: bool) -> TargetError {
+    let linear: Vec<&Site> = sites.of_kind(|k| matches!(k, Kind::Linear { .. })).collect();
+    let (mut notes, mut suggestion) = (Vec::new(), Vec::new());
+    for (role, name) in Role::ALL {
+        let mut modules: Vec<(&str, usize)> = Vec::new();
+        for site in linear.iter().filter(|s| s.role == *role) {
+            match modules.iter_mut().find(|(m, _)| *m == site.module()) {
+                Some((_, count)) => *count += 1,
+                None => modules.push((site.module(), 1)),
+            }
+        }
+        for (module, count) in modules {
+            notes.push(format!("role {name} is `{module}` ({count})"));
+            if matches!(role, Role::Q | Role::V | Role::Qkv) {
+                suggestion.push(module.to_string());
+            }
+        }
+    }
+    TargetError::Dead { names, all, kind: "linear weight", total: linear.len(), note: notes.join(", "), suggestion }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sites() -> Sites {
+        let mut s = Sites::default();
+        for layer in 0..3 {
+            for (name, role) in [("self_attn.q_proj", Role::Q), ("self_attn.v_proj", Role::V), ("mlp.down_proj", Role::Down)] {
+                let kind = Kind::Linear { out: 4, inn: 4, transposed: false };
+                s.add(format!("model.layers.{layer}.{name}"), role, Some(layer), kind);
+            }
+        }
+        s.add("lm_head", Role::Head, None, Kind::Linear { out: 9, inn: 4, transposed: false });
+        s.add("model.embed_tokens", Role::Embed, None, Kind::Embedding { rows: 9, width: 4 });
+        s
+    }
+
+    fn paths(t: &Targets) -> Vec<String> {
+        let s = sites();
+        t.resolve(&s).unwrap().sites.iter().map(|&id| s.get(id).path.clone()).collect()
+    }
+
+    #[test]
+    fn names_patterns_roles() {
+        assert_eq!(paths(&Targets::names(["q_proj"])).len(), 3);
+        assert_eq!(paths(&Targets::names(["self_attn.q_proj", "lm_head"])).len(), 4);
+        assert_eq!(paths(&Matcher::AllLinear.into()).len(), 9);
+        assert_eq!(paths(&Matcher::Regex(r".*\.1\..*_proj".into()).into()).len(), 3);
+        assert_eq!(paths(&Targets::roles(&[Role::Q, Role::Embed])).len(), 4);
+        assert_eq!(paths(&Targets::names(["embed_tokens"])), ["model.embed_tokens"]);
+    }
+
+    #[test]
+    fn layers_and_exclusions() {
+        let mut t = Targets::names(["q_proj", "v_proj"]);
+        t.layers = Some(LayerChoice { layers: vec![0, 2], pattern: None });
+        assert_eq!(paths(&t).len(), 4);
+        t.exclude = Some(Matcher::Names(vec!["v_proj".into()]));
+        assert_eq!(paths(&t), ["model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.q_proj"]);
+        t.exclude = Some(Matcher::Regex(r"model\.layers\.0.*".into()));
+        t.layers.as_mut().unwrap().pattern = Some("layers".into());
+        assert_eq!(paths(&t).len(), 2);
+        t.train_also = vec!["layers.2".into()];
+        assert!(t.resolve(&sites()).is_err());
+    }
+
+    #[test]
+    fn dead_names_are_reported_with_what_there_is() {
+        let error = Targets::names(["query", "value"]).resolve(&sites()).unwrap_err();
+        let TargetError::Dead { names, all, total, note, suggestion, .. } = error else { panic!("{error}") };
+        assert_eq!((names.len(), all, total), (2, true, 10));
+        assert!(note.contains("role q is `q_proj` (3)"), "{note}");
+        assert_eq!(suggestion, ["q_proj", "v_proj"]);
+        assert_eq!(Targets::names(["q_proj", "value"]).resolve(&sites()).unwrap().dead, ["value"]);
+        assert!(Targets::names(["q_proj", "value"]).resolve_all(&sites()).is_err());
+        assert!(Targets::names(["roj"]).resolve(&sites()).is_err(), "part of a name is not a name");
+        let bad = Targets::from(Matcher::Regex("(".into())).resolve(&sites()).unwrap_err();
+        assert!(matches!(bad, TargetError::Pattern { .. }));
+    }
+}

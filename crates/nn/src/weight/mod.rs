@@ -1,0 +1,132 @@
+//! Frozen weights: the storage format behind a matrix, chosen when a model is loaded and seen by nobody else.
+
+mod file;
+mod nf4;
+
+use std::sync::Arc;
+
+use engraft_tensor::frozen::{FrozenMatrix, Precision, RowSource};
+use engraft_tensor::{Tensor, ops};
+
+use crate::{Base, Result};
+
+pub use file::FileRows;
+pub use nf4::Nf4;
+
+/// How the base is kept in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Storage {
+    /// Packed in the compute precision.
+    Dense,
+    /// 4-bit NormalFloat, blocks of `block` elements (Dettmers et al. 2023, arXiv:2305.14314).
+    Nf4 {
+        /// Elements a scale.
+        block: usize,
+        /// Whether the scales are quantized too.
+        double: bool,
+    },
+}
+
+/// A frozen matrix [out, in] or table [rows, width].
+pub struct Weight {
+    form: Form,
+    transposed: bool,
+    bytes: usize,
+}
+
+enum Form {
+    /// Multiplied by.
+    Matrix(Arc<FrozenMatrix>),
+    /// Looked up, and, when tied to a head, multiplied by.
+    Table(Arc<dyn RowSource + Send>, Option<Arc<FrozenMatrix>>),
+}
+
+impl Weight {
+    /// A matrix read from `rows`, kept as `storage` says and multiplied in `precision`.
+    pub fn matrix(rows: &dyn RowSource, storage: Storage, precision: Precision) -> Result<Weight> {
+        let (form, bytes) = match storage {
+            Storage::Dense => {
+                let matrix = FrozenMatrix::pack(rows, precision);
+                let bytes = matrix.bytes();
+                (matrix, bytes)
+            }
+            Storage::Nf4 { block, double } => {
+                let quantized = Nf4::quantize(rows, block, double)?;
+                let bytes = quantized.bytes();
+                (FrozenMatrix::stream(Arc::new(quantized), precision), bytes)
+            }
+        };
+        Ok(Weight { form: Form::Matrix(Arc::new(form)), transposed: false, bytes })
+    }
+
+    /// A table that is looked up in `rows` as they are; `head` also packs it to multiply by (tied embeddings).
+    pub fn table(rows: Arc<dyn RowSource + Send>, head: Option<Precision>) -> Weight {
+        let matrix = head.map(|precision| Arc::new(FrozenMatrix::pack(rows.as_ref(), precision)));
+        let bytes = matrix.as_ref().map_or(0, |m| m.bytes());
+        Weight { form: Form::Table(rows, matrix), transposed: false, bytes }
+    }
+
+    /// Marks the file's copy as stored [in, out].
+    pub fn stored_transposed(self) -> Weight {
+        Weight { transposed: true, ..self }
+    }
+
+    /// Whether the model's file stores it as [in, out].
+    pub fn transposed(&self) -> bool {
+        self.transposed
+    }
+
+    /// Bytes this weight takes in memory beside the mapped file.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// x [tokens, in] → x·Wᵀ + bias.
+    pub fn multiply(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        match &self.form {
+            Form::Matrix(m) | Form::Table(_, Some(m)) => Ok(ops::frozen_linear(x, m, bias)?),
+            Form::Table(..) => {
+                let y = x.matmul_t(&self.dense()?)?;
+                Ok(match bias {
+                    Some(b) => y.add(b)?,
+                    None => y,
+                })
+            }
+        }
+    }
+}
+
+impl Base for Weight {
+    fn shape(&self) -> (usize, usize) {
+        match &self.form {
+            Form::Matrix(m) => m.shape(),
+            Form::Table(rows, _) => rows.shape(),
+        }
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.multiply(x, None)
+    }
+
+    fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
+        match &self.form {
+            Form::Table(rows, _) => {
+                let rows: Arc<dyn RowSource> = rows.clone();
+                Ok(ops::embed(&rows, ids)?)
+            }
+            Form::Matrix(_) => Ok(self.dense()?.gather(ids)?),
+        }
+    }
+
+    fn dense(&self) -> Result<Tensor> {
+        match &self.form {
+            Form::Matrix(m) => Ok(m.dense()?),
+            Form::Table(rows, _) => {
+                let (n, width) = rows.shape();
+                let mut values = vec![0.0; n * width];
+                rows.rows(0..n, &mut values);
+                Ok(Tensor::from_vec(values, [n, width])?)
+            }
+        }
+    }
+}

@@ -1,0 +1,350 @@
+//! Kernels of the primitive operations: plain loops that the compiler vectorises, with a fixed partition.
+
+use rayon::prelude::*;
+
+use super::math;
+use crate::ops::{Binary, Product, Unary};
+
+/// Elements a task handles; fixed, so that results do not depend on the number of threads.
+const CHUNK: usize = 1 << 15;
+
+/// y += x.
+pub fn accumulate(x: &[f32], y: &mut [f32]) {
+    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += x;
+        }
+    });
+}
+
+/// Runs `f` on matching pieces of x and y.
+fn map(x: &[f32], y: &mut [f32], f: impl Fn(&[f32], &mut [f32]) + Sync) {
+    if y.len() <= CHUNK {
+        return f(x, y);
+    }
+    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| f(x, y));
+}
+
+fn each(x: &[f32], y: &mut [f32], f: impl Fn(f32) -> f32) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y = f(x);
+    }
+}
+
+/// The functions that have vectorised kernels of their own.
+fn activation(f: Unary) -> Option<math::Unary> {
+    Some(match f {
+        Unary::Relu => math::Unary::Relu,
+        Unary::Silu => math::Unary::Silu,
+        Unary::Gelu => math::Unary::Gelu,
+        Unary::GeluTanh => math::Unary::GeluTanh,
+        Unary::QuickGelu => math::Unary::QuickGelu,
+        Unary::Sigmoid => math::Unary::Sigmoid,
+        Unary::Tanh => math::Unary::Tanh,
+        _ => return None,
+    })
+}
+
+/// y = f(x).
+pub fn unary(f: Unary, x: &[f32], y: &mut [f32]) {
+    if let Some(kind) = activation(f) {
+        return math::forward(kind, x, y);
+    }
+    map(x, y, |x, y| match f {
+        Unary::Scale(c) => each(x, y, |v| v * c),
+        Unary::Shift(c) => each(x, y, |v| v + c),
+        Unary::Exp => each(x, y, f32::exp),
+        Unary::Log => each(x, y, f32::ln),
+        Unary::Sqrt => each(x, y, f32::sqrt),
+        Unary::Recip => each(x, y, |v| 1.0 / v),
+        Unary::Square => each(x, y, |v| v * v),
+        Unary::Abs => each(x, y, f32::abs),
+        _ => unreachable!("{f:?} has a kernel of its own"),
+    });
+}
+
+/// dx = dy·f′(x).
+pub fn unary_backward(f: Unary, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+    if let Some(kind) = activation(f) {
+        return math::backward(kind, x, dy, dx);
+    }
+    map(x, dx, |x, dx| match f {
+        Unary::Scale(c) => each(x, dx, |_| c),
+        Unary::Shift(_) => each(x, dx, |_| 1.0),
+        Unary::Exp => each(x, dx, f32::exp),
+        Unary::Log => each(x, dx, |v| 1.0 / v),
+        Unary::Sqrt => each(x, dx, |v| 0.5 / v.sqrt()),
+        Unary::Recip => each(x, dx, |v| -1.0 / (v * v)),
+        Unary::Square => each(x, dx, |v| 2.0 * v),
+        Unary::Abs => each(x, dx, |v| if v == 0.0 { 0.0 } else { v.signum() }),
+        _ => unreachable!("{f:?} has a kernel of its own"),
+    });
+    map(dy, dx, |dy, dx| {
+        for (dx, dy) in dx.iter_mut().zip(dy) {
+            *dx *= dy;
+        }
+    });
+}
+
+fn apply(f: Binary, a: f32, b: f32) -> f32 {
+    match f {
+        Binary::Add => a + b,
+        Binary::Sub => a - b,
+        Binary::Mul => a * b,
+    }
+}
+
+/// Steps of a broadcast operand: 0 where it has size 1.
+fn broadcast_strides(of: &[usize], to: &[usize]) -> Vec<usize> {
+    let mut strides = vec![0; to.len()];
+    let mut step = 1;
+    for (d, &size) in of.iter().enumerate().rev() {
+        if size != 1 {
+            strides[d + to.len() - of.len()] = step;
+        }
+        step *= size;
+    }
+    strides
+}
+
+/// y = f(a, b), operands as (elements, shape), broadcast to `shape`.
+pub fn binary(f: Binary, a: (&[f32], &[usize]), b: (&[f32], &[usize]), shape: &[usize], y: &mut [f32]) {
+    if a.1 == shape && b.1 == shape {
+        y.par_chunks_mut(CHUNK).zip(a.0.par_chunks(CHUNK).zip(b.0.par_chunks(CHUNK))).for_each(|(y, (a, b))| {
+            for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                *y = apply(f, a, b);
+            }
+        });
+        return;
+    }
+    let Some(&inner) = shape.last() else { return y[0] = apply(f, a.0[0], b.0[0]) };
+    if y.is_empty() {
+        return;
+    }
+    let (sa, sb) = (broadcast_strides(a.1, shape), broadcast_strides(b.1, shape));
+    let last = shape.len() - 1;
+    y.par_chunks_mut(inner).enumerate().with_min_len(CHUNK / inner + 1).for_each(|(row, y)| {
+        let (mut at_a, mut at_b, mut rest) = (0, 0, row);
+        for d in (0..last).rev() {
+            at_a += rest % shape[d] * sa[d];
+            at_b += rest % shape[d] * sb[d];
+            rest /= shape[d];
+        }
+        match (sa[last], sb[last]) {
+            (1, 1) => {
+                for ((y, &a), &b) in y.iter_mut().zip(&a.0[at_a..]).zip(&b.0[at_b..]) {
+                    *y = apply(f, a, b);
+                }
+            }
+            (step_a, step_b) => {
+                for (i, y) in y.iter_mut().enumerate() {
+                    *y = apply(f, a.0[at_a + i * step_a], b.0[at_b + i * step_b]);
+                }
+            }
+        }
+    });
+}
+
+/// y = x [from] summed to the shape `to` of the same rank, where sizes are equal or 1.
+pub fn sum_to(x: &[f32], from: &[usize], to: &[usize], y: &mut [f32]) {
+    y.fill(0.0);
+    // Leading dimensions that vanish and a trailing block that stays: column sums.
+    let split = to.iter().zip(from).take_while(|(t, f)| **t == 1 && **f != 1).count();
+    if to[split..] == from[split..] {
+        let width: usize = from[split..].iter().product();
+        return column_sums(x, width, y);
+    }
+    let strides = broadcast_strides(to, from);
+    let inner = from[from.len() - 1];
+    for (row, x) in x.chunks_exact(inner.max(1)).enumerate() {
+        let (mut at, mut rest) = (0, row);
+        for d in (0..from.len() - 1).rev() {
+            at += rest % from[d] * strides[d];
+            rest /= from[d];
+        }
+        if strides[from.len() - 1] == 0 {
+            y[at] += pairwise_sum(x);
+        } else {
+            for (y, x) in y[at..at + inner].iter_mut().zip(x) {
+                *y += x;
+            }
+        }
+    }
+}
+
+/// Rows summed in blocks whose partial sums are then added in order: the same for any number of threads.
+fn column_sums(x: &[f32], width: usize, y: &mut [f32]) {
+    if width == 0 {
+        return;
+    }
+    if width == 1 {
+        y[0] = pairwise_sum(x);
+        return;
+    }
+    let rows_per_block = (CHUNK / width).max(16);
+    let partial: Vec<Vec<f32>> = x
+        .par_chunks(rows_per_block * width)
+        .map(|block| {
+            let mut sum = vec![0.0f32; width];
+            for row in block.chunks_exact(width) {
+                for (s, v) in sum.iter_mut().zip(row) {
+                    *s += v;
+                }
+            }
+            sum
+        })
+        .collect();
+    for sum in partial {
+        for (y, s) in y.iter_mut().zip(sum) {
+            *y += s;
+        }
+    }
+}
+
+/// Σ x with an error that grows with the logarithm of the length.
+fn pairwise_sum(x: &[f32]) -> f32 {
+    if x.len() <= 128 {
+        return x.iter().sum();
+    }
+    let (a, b) = x.split_at(x.len().next_power_of_two() / 2);
+    pairwise_sum(a) + pairwise_sum(b)
+}
+
+/// Σ x².
+pub fn sum_of_squares(x: &[f32]) -> f32 {
+    let squares = |block: &[f32]| block.iter().map(|&v| v as f64 * v as f64).sum::<f64>();
+    let partial: Vec<f64> = x.par_chunks(CHUNK).map(squares).collect();
+    partial.iter().sum::<f64>() as f32
+}
+
+/// Dimensions of x in the order `order`.
+pub fn permute(x: &[f32], shape: &[usize], order: &[usize], y: &mut [f32]) {
+    if y.is_empty() {
+        return;
+    }
+    let mut strides = vec![1; shape.len()];
+    for d in (0..shape.len().saturating_sub(1)).rev() {
+        strides[d] = strides[d + 1] * shape[d + 1];
+    }
+    let sizes: Vec<usize> = order.iter().map(|&d| shape[d]).collect();
+    let steps: Vec<usize> = order.iter().map(|&d| strides[d]).collect();
+    let Some((&inner, outer)) = sizes.split_last() else { return y.copy_from_slice(x) };
+    let step = steps[outer.len()];
+    y.par_chunks_mut(inner).enumerate().with_min_len(CHUNK / inner + 1).for_each(|(row, y)| {
+        let (mut at, mut rest) = (0, row);
+        for d in (0..outer.len()).rev() {
+            at += rest % sizes[d] * steps[d];
+            rest /= sizes[d];
+        }
+        for (i, y) in y.iter_mut().enumerate() {
+            *y = x[at + i * step];
+        }
+    });
+}
+
+/// y[i] = x[index[i]] by rows.
+pub fn gather_rows(x: &[f32], index: &[i64], y: &mut [f32]) {
+    if y.is_empty() {
+        return;
+    }
+    let width = y.len() / index.len();
+    y.par_chunks_mut(width).zip(index).with_min_len(CHUNK / width + 1).for_each(|(y, &i)| {
+        y.copy_from_slice(&x[i as usize * width..(i as usize + 1) * width]);
+    });
+}
+
+/// y[index[i]] += x[i] by rows, in order of i.
+pub fn scatter_add_rows(x: &[f32], index: &[i64], y: &mut [f32]) {
+    if x.is_empty() {
+        return;
+    }
+    let width = x.len() / index.len();
+    for (x, &i) in x.chunks_exact(width).zip(index) {
+        for (y, x) in y[i as usize * width..(i as usize + 1) * width].iter_mut().zip(x) {
+            *y += x;
+        }
+    }
+}
+
+/// Rows of the result per task of a large product.
+const ROWS_PER_TASK: usize = 256;
+
+/// Batched product; large ones are cut by rows of the result, in the same places for any number of threads.
+pub fn matmul(p: Product, a: &[f32], b: &[f32], y: &mut [f32]) {
+    let Product { m, k, n, transpose_a, transpose_b, .. } = p;
+    if m * n == 0 {
+        return;
+    }
+    if k == 0 {
+        return y.fill(0.0);
+    }
+    let (a_row, a_col) = if transpose_a { (1, m) } else { (k, 1) };
+    let (b_row, b_col) = if transpose_b { (1, k) } else { (n, 1) };
+    let tasks = m.div_ceil(ROWS_PER_TASK);
+    y.par_chunks_mut(m * n).enumerate().for_each(|(batch, y)| {
+        let (a, b) = (&a[batch * m * k..(batch + 1) * m * k], &b[batch * k * n..(batch + 1) * k * n]);
+        let block = |(task, y): (usize, &mut [f32])| {
+            let rows = y.len() / n;
+            // SAFETY: the strides stay inside the slices: rows task·ROWS.. of a [m, k], all of b [k, n], and y [rows, n].
+            unsafe {
+                gemm::gemm(
+                    rows,
+                    n,
+                    k,
+                    y.as_mut_ptr(),
+                    1,
+                    n as isize,
+                    false,
+                    a.as_ptr().add(task * ROWS_PER_TASK * a_row),
+                    a_col as isize,
+                    a_row as isize,
+                    b.as_ptr(),
+                    b_col as isize,
+                    b_row as isize,
+                    0.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    gemm::Parallelism::None,
+                );
+            }
+        };
+        if tasks == 1 {
+            block((0, y));
+        } else {
+            y.par_chunks_mut(ROWS_PER_TASK * n).enumerate().for_each(block);
+        }
+    });
+}
+
+/// Softmax of rows of `width`.
+pub fn softmax(x: &[f32], width: usize, y: &mut [f32]) {
+    if width == 0 {
+        return;
+    }
+    y.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(CHUNK / width + 1).for_each(|(y, x)| {
+        let largest = x.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
+        let mut sum = 0.0;
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = (x - largest).exp();
+            sum += *y;
+        }
+        let inverse = 1.0 / sum;
+        y.iter_mut().for_each(|v| *v *= inverse);
+    });
+}
+
+/// dx = y·(dy − Σ y·dy) by rows of `width`.
+pub fn softmax_backward(y: &[f32], dy: &[f32], width: usize, dx: &mut [f32]) {
+    if width == 0 {
+        return;
+    }
+    let rows = dx.par_chunks_mut(width).zip(y.par_chunks(width).zip(dy.par_chunks(width)));
+    rows.with_min_len(CHUNK / width + 1).for_each(|(dx, (y, dy))| {
+        let dot: f32 = y.iter().zip(dy).map(|(a, b)| a * b).sum();
+        for ((dx, y), dy) in dx.iter_mut().zip(y).zip(dy) {
+            *dx = y * (dy - dot);
+        }
+    });
+}

@@ -1,0 +1,106 @@
+//! What a device must do: hold buffers and run the kernels listed in [`Kernels`].
+//!
+//! The list is the whole surface that another device implements. Calls are in order but need not have finished when
+//! they return: no kernel returns a number to the host, scalars such as the clipping factor stay on the device, and
+//! only `Tensor::to_vec` waits. Shapes are checked by the operations before a kernel is called.
+
+mod buffer;
+mod host;
+
+pub(crate) use buffer::Buffer;
+pub(crate) use host::cpu;
+
+use crate::frozen::{FrozenMatrix, RowSource};
+use crate::ops::{Attention, Binary, Norm, Product, Unary};
+use crate::optim::AdamW;
+use crate::tensor::Tensor;
+
+/// The kernels of a device. `y`, `dx`, … are outputs, overwritten unless said otherwise.
+pub(crate) trait Kernels {
+    /// y = value.
+    fn fill(&self, value: f32, y: &mut Buffer);
+    /// y[at..at + len(x)] = x.
+    fn copy_block(&self, x: &Tensor, y: &mut Buffer, at: usize);
+    /// y += x.
+    fn accumulate(&self, x: &Tensor, y: &mut Buffer);
+    /// y = f(x).
+    fn unary(&self, f: Unary, x: &Tensor, y: &mut Buffer);
+    /// dx = dy · f′(x).
+    fn unary_backward(&self, f: Unary, x: &Tensor, dy: &Tensor, dx: &mut Buffer);
+    /// y = f(a, b), both broadcast to `shape`.
+    fn binary(&self, f: Binary, a: &Tensor, b: &Tensor, shape: &[usize], y: &mut Buffer);
+    /// y = x summed over the dimensions that `shape` (same rank) has as 1.
+    fn sum_to(&self, x: &Tensor, shape: &[usize], y: &mut Buffer);
+    /// Dimensions of x in the order `order`.
+    fn permute(&self, x: &Tensor, order: &[usize], y: &mut Buffer);
+    /// Copies x, seen as [outer, width], to columns `at..at + width` of y, seen as [outer, total].
+    fn put_columns(&self, x: &Tensor, width: usize, y: &mut Buffer, total: usize, at: usize);
+    /// Copies columns `at..at + width` of x, seen as [outer, total], to y [outer, width].
+    fn take_columns(&self, x: &Tensor, total: usize, at: usize, width: usize, y: &mut Buffer);
+    /// y[i] = x[index[i]], rows of the first dimension.
+    fn gather_rows(&self, x: &Tensor, index: &Tensor, y: &mut Buffer);
+    /// y[index[i]] += x[i], in order of i; y is not cleared.
+    fn scatter_add_rows(&self, x: &Tensor, index: &Tensor, y: &mut Buffer);
+    /// y[i] = table row ids[i].
+    fn gather_frozen(&self, table: &dyn RowSource, ids: &Tensor, y: &mut Buffer);
+    /// Batched product, see [`Product`].
+    fn matmul(&self, p: Product, a: &Tensor, b: &Tensor, y: &mut Buffer);
+    /// y = x·Wᵀ + bias.
+    fn frozen_forward(&self, w: &FrozenMatrix, x: &Tensor, bias: Option<&Tensor>, y: &mut Buffer);
+    /// dx = dy·W.
+    fn frozen_backward(&self, w: &FrozenMatrix, dy: &Tensor, dx: &mut Buffer);
+    /// Softmax over rows of `width`.
+    fn softmax(&self, x: &Tensor, y: &mut Buffer);
+    /// dx = y·(dy − Σ y·dy).
+    fn softmax_backward(&self, y: &Tensor, dy: &Tensor, dx: &mut Buffer);
+    /// Norm of rows; `stats` receives what backward needs.
+    fn norm(&self, n: Norm, x: &Tensor, gain: &Tensor, bias: Option<&Tensor>, y: &mut Buffer, stats: &mut Buffer);
+    /// Gradients of a norm; gains and biases only where wanted.
+    fn norm_backward(&self, n: Norm, g: NormBackward<'_>);
+    /// Rotary embedding of x [tokens, heads, dim]; `inverse` rotates back.
+    fn rope(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, positions: &Tensor, inverse: bool, y: &mut Buffer);
+    /// Attention over packed sequences; `lse` [queries, heads] is kept for backward.
+    fn attention(&self, a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor, y: &mut Buffer, lse: &mut Buffer);
+    /// Gradients of attention.
+    fn attention_backward(&self, a: &Attention, g: AttentionBackward<'_>);
+    /// y = silu(gate) · up.
+    fn silu_mul(&self, gate: &Tensor, up: &Tensor, y: &mut Buffer);
+    /// Gradients of `silu_mul`.
+    fn silu_mul_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, dgate: &mut Buffer, dup: &mut Buffer);
+    /// loss[i] = −log softmax(logits[i])[labels[i]], 0 where the label is −100.
+    fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, loss: &mut Buffer);
+    /// dlogits[i] = dloss[i] · (softmax(logits[i]) − onehot).
+    fn cross_entropy_backward(&self, logits: &Tensor, labels: &Tensor, dloss: &Tensor, dlogits: &mut Buffer);
+    /// y = x · keep / (1 − p), keep drawn from (seed, stream, element).
+    fn dropout(&self, p: f32, seed: u64, stream: u64, x: &Tensor, y: &mut Buffer);
+    /// y[0] += Σ x².
+    fn add_sum_of_squares(&self, x: &Tensor, y: &mut Buffer);
+    /// norm = √squares; scale = min(1, max_norm/(norm + 1e-6)), or 1 where `max_norm` is 0; not finite where norm is not.
+    fn clip_scale(&self, squares: &Tensor, max_norm: f32, norm: &mut Buffer, scale: &mut Buffer);
+    /// One AdamW update; does nothing when `scale` (one element) is not finite.
+    fn adamw(&self, rule: &AdamW, scale: &Tensor, grad: &Tensor, value: &mut Buffer, m: &mut Buffer, v: &mut Buffer);
+}
+
+/// Arguments of [`Kernels::norm_backward`].
+pub(crate) struct NormBackward<'a> {
+    pub x: &'a Tensor,
+    pub gain: &'a Tensor,
+    pub stats: &'a Tensor,
+    pub dy: &'a Tensor,
+    pub dx: &'a mut Buffer,
+    pub dgain: Option<&'a mut Buffer>,
+    pub dbias: Option<&'a mut Buffer>,
+}
+
+/// Arguments of [`Kernels::attention_backward`].
+pub(crate) struct AttentionBackward<'a> {
+    pub q: &'a Tensor,
+    pub k: &'a Tensor,
+    pub v: &'a Tensor,
+    pub y: &'a Tensor,
+    pub lse: &'a Tensor,
+    pub dy: &'a Tensor,
+    pub dq: &'a mut Buffer,
+    pub dk: &'a mut Buffer,
+    pub dv: &'a mut Buffer,
+}

@@ -1,0 +1,30 @@
+//! Operations on tensors, one idea a file: shape check, kernel, gradient, test.
+//!
+//! `elementwise`, `reduce`, `shape`, `gather`, `matmul` and `softmax` are the primitives from which any method can be
+//! composed; `linear`, `norm`, `rope`, `attention`, `gated`, `loss` and `dropout` are fused and are tested against
+//! their composition.
+
+mod attention;
+mod dropout;
+mod elementwise;
+mod gated;
+mod gather;
+mod linear;
+mod loss;
+mod matmul;
+mod norm;
+mod reduce;
+mod rope;
+mod shape;
+mod softmax;
+
+pub use attention::{Attention, Spans, attention};
+pub use elementwise::{Binary, Unary};
+pub use gated::silu_mul;
+pub use gather::{embed, embed_shape};
+pub use linear::frozen_linear;
+pub use loss::cross_entropy;
+pub use matmul::Product;
+pub use norm::{Norm, layer_norm, rms_norm};
+pub use rope::rope;
+pub use shape::cat;

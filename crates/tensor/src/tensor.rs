@@ -1,0 +1,241 @@
+//! [`Tensor`]: shape, element type, shared storage and, where a gradient is wanted, a place on the tape.
+
+use std::cell::Cell;
+use std::sync::Arc;
+
+use crate::device::{Buffer, Kernels, cpu};
+use crate::error::{Error, Result, shape_error};
+use crate::tape::{Edge, Node};
+
+/// Sizes of the dimensions, slowest first.
+pub type Shape = Vec<usize>;
+
+/// Element types. Activations and trainable tensors are `F32`; integers are ids, labels and positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DType {
+    /// 32-bit float.
+    F32,
+    /// 64-bit signed integer: token ids, labels, row indices.
+    I64,
+    /// 32-bit signed integer: positions.
+    I32,
+}
+
+/// A contiguous array on a device. Cloning shares the storage; contents never change once computed.
+#[derive(Clone)]
+pub struct Tensor {
+    shape: Shape,
+    buffer: Arc<Buffer>,
+    offset: usize,
+    node: Option<Arc<Node>>,
+}
+
+impl std::fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor({:?} {:?}{})", self.dtype(), self.shape, if self.node.is_some() { ", on tape" } else { "" })
+    }
+}
+
+thread_local! {
+    static HOST_READS_FORBIDDEN: Cell<usize> = const { Cell::new(0) };
+}
+
+/// While the returned guard lives, reading tensor contents on this thread is [`Error::HostRead`].
+///
+/// A device runs behind the host; one read in the middle of a step would make the host wait. The trainer holds this
+/// guard from a step's start to its logged loss, so such a read cannot slip in.
+#[must_use]
+pub fn forbid_host_reads() -> HostReadGuard {
+    HOST_READS_FORBIDDEN.with(|n| n.set(n.get() + 1));
+    HostReadGuard(std::marker::PhantomData)
+}
+
+/// See [`forbid_host_reads`].
+pub struct HostReadGuard(std::marker::PhantomData<*const ()>);
+
+impl Drop for HostReadGuard {
+    fn drop(&mut self) {
+        HOST_READS_FORBIDDEN.with(|n| n.set(n.get() - 1));
+    }
+}
+
+impl Tensor {
+    /// A tensor of `shape` around a finished buffer.
+    pub(crate) fn new(shape: impl Into<Shape>, buffer: Buffer) -> Self {
+        let shape = shape.into();
+        debug_assert_eq!(shape.iter().product::<usize>(), buffer.len());
+        Tensor { shape, buffer: Arc::new(buffer), offset: 0, node: None }
+    }
+
+    /// `data` as a tensor of `shape`.
+    pub fn from_vec(data: Vec<f32>, shape: impl Into<Shape>) -> Result<Self> {
+        Self::from_buffer(Buffer::F32(data.into()), shape.into())
+    }
+
+    /// Token ids, labels or row indices as a tensor of `shape`.
+    pub fn from_i64(data: Vec<i64>, shape: impl Into<Shape>) -> Result<Self> {
+        Self::from_buffer(Buffer::I64(data), shape.into())
+    }
+
+    /// Positions as a tensor of `shape`.
+    pub fn from_i32(data: Vec<i32>, shape: impl Into<Shape>) -> Result<Self> {
+        Self::from_buffer(Buffer::I32(data), shape.into())
+    }
+
+    fn from_buffer(buffer: Buffer, shape: Shape) -> Result<Self> {
+        if shape.iter().product::<usize>() != buffer.len() {
+            return shape_error("tensor", format!("{shape:?}"), format!("{} elements", buffer.len()));
+        }
+        Ok(Self::new(shape, buffer))
+    }
+
+    /// All elements `value`.
+    pub fn full(value: f32, shape: impl Into<Shape>) -> Self {
+        let shape = shape.into();
+        let mut buffer = Buffer::f32(shape.iter().product());
+        cpu().fill(value, &mut buffer);
+        Self::new(shape, buffer)
+    }
+
+    /// All elements zero.
+    pub fn zeros(shape: impl Into<Shape>) -> Self {
+        Self::full(0.0, shape)
+    }
+
+    /// One element, shape `[]`.
+    pub fn scalar(value: f32) -> Self {
+        Self::full(value, [])
+    }
+
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.buffer.dtype()
+    }
+
+    /// Size of dimension `dim`; dimensions beyond the rank are 1.
+    pub fn dim(&self, dim: usize) -> usize {
+        self.shape.get(dim).copied().unwrap_or(1)
+    }
+
+    /// Size of the last dimension (1 for a scalar).
+    pub fn width(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// Product of all dimensions but the last.
+    pub fn rows(&self) -> usize {
+        self.shape.split_last().map_or(1, |(_, outer)| outer.iter().product())
+    }
+
+    /// Whether backward reaches this tensor.
+    pub fn needs_grad(&self) -> bool {
+        self.node.is_some()
+    }
+
+    /// The same values, off the tape.
+    pub fn detach(&self) -> Tensor {
+        Tensor { node: None, ..self.clone() }
+    }
+
+    /// Copies the contents to the host. [`Error::HostRead`] inside a step.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        if HOST_READS_FORBIDDEN.with(Cell::get) > 0 {
+            return Err(Error::HostRead);
+        }
+        if self.dtype() != DType::F32 {
+            return Err(Error::DType { op: "to_vec", expected: "F32", found: self.dtype() });
+        }
+        Ok(self.f32().to_vec())
+    }
+
+    /// The only element of a scalar, read on the host. [`Error::HostRead`] inside a step.
+    pub fn item(&self) -> Result<f32> {
+        if self.len() != 1 {
+            return shape_error("item", "one element", format!("{:?}", self.shape));
+        }
+        Ok(self.to_vec()?[0])
+    }
+
+    /// The same elements under another shape; shares the storage.
+    pub fn reshape(&self, shape: impl Into<Shape>) -> Result<Tensor> {
+        let shape = shape.into();
+        if shape.iter().product::<usize>() != self.len() {
+            return shape_error("reshape", format!("{} elements", self.len()), format!("{shape:?}"));
+        }
+        let out = Tensor { shape, buffer: self.buffer.clone(), offset: self.offset, node: None };
+        let (edge, before) = (self.edge(), self.shape.clone());
+        Ok(out.on_tape("reshape", &[self], move |dy, sink| sink.add(&edge, dy.reshape(before)?)))
+    }
+
+    /// Rows `start..end` of the first dimension; shares the storage.
+    pub fn rows_between(&self, start: usize, end: usize) -> Result<Tensor> {
+        let total = self.dim(0);
+        if self.shape.is_empty() || start > end || end > total {
+            return shape_error("rows_between", format!("0..{total}"), format!("{start}..{end}"));
+        }
+        let row: usize = self.shape[1..].iter().product();
+        let mut shape = self.shape.clone();
+        shape[0] = end - start;
+        let out = Tensor { shape, buffer: self.buffer.clone(), offset: self.offset + start * row, node: None };
+        let (edge, whole) = (self.edge(), self.shape.clone());
+        Ok(out.on_tape("rows_between", &[self], move |dy, sink| {
+            let mut buffer = Buffer::f32(whole.iter().product());
+            cpu().fill(0.0, &mut buffer);
+            cpu().copy_block(&dy, &mut buffer, start * row);
+            sink.add(&edge, Tensor::new(whole, buffer))
+        }))
+    }
+
+    pub(crate) fn edge(&self) -> Edge {
+        Edge(self.node.clone())
+    }
+
+    pub(crate) fn with_node(mut self, node: Option<Arc<Node>>) -> Self {
+        self.node = node;
+        self
+    }
+
+    /// The elements, for kernels.
+    pub(crate) fn f32(&self) -> &[f32] {
+        &self.buffer.as_f32()[self.offset..self.offset + self.len()]
+    }
+
+    /// The elements, for kernels.
+    pub(crate) fn i64(&self) -> &[i64] {
+        &self.buffer.as_i64()[self.offset..self.offset + self.len()]
+    }
+
+    /// The elements, for kernels.
+    pub(crate) fn i32(&self) -> &[i32] {
+        &self.buffer.as_i32()[self.offset..self.offset + self.len()]
+    }
+
+    /// The buffer, if nobody else holds it and it is whole: an accumulator may then be added to in place.
+    pub(crate) fn sole_buffer(&mut self) -> Option<&mut Buffer> {
+        let whole = self.offset == 0 && self.len() == self.buffer.len();
+        if whole { Arc::get_mut(&mut self.buffer) } else { None }
+    }
+
+    /// An error unless the element type is `F32`.
+    pub(crate) fn expect_f32(&self, op: &'static str) -> Result<()> {
+        match self.dtype() {
+            DType::F32 => Ok(()),
+            found => Err(Error::DType { op, expected: "F32", found }),
+        }
+    }
+}
