@@ -1,0 +1,12 @@
+//! CPU kernels over plain slices: contiguous, row-major, shapes named in each function.
+//!
+//! Each kernel splits its work into parts that depend on shapes alone, so its bits do not depend on the thread count.
+
+pub mod adamw;
+pub mod cross_entropy;
+pub mod dropout;
+pub mod math;
+pub mod norm;
+pub mod random;
+pub mod rope;
+pub mod simd;
