@@ -1,1 +1,28 @@
 //! Bytes on disk: safetensors, adapter directories, checkpoints, the Hub cache.
+//!
+//! This crate knows names, types, shapes and bytes, and nothing of tensors that compute. Whatever it
+//! reads may be damaged or hostile: sizes are bounded by [`Limits`] before parsing, and every fault
+//! is an [`Error`] that says what was expected, found, where, and what to do. Whatever it writes is
+//! written aside, synced and renamed, through the trait [`disk::Disk`].
+
+pub mod adapter;
+pub mod atomic;
+pub mod disk;
+mod error;
+mod header;
+pub mod json;
+mod limits;
+mod paths;
+#[cfg(test)]
+mod testing;
+mod weights;
+mod write;
+
+pub use adapter::{AdapterFiles, AdapterForm, read_adapter, read_adapter_config, write_adapter};
+pub use atomic::write_atomic;
+pub use error::{Error, Result};
+pub use header::Dtype;
+pub use json::{python_json, read_config, read_json};
+pub use limits::Limits;
+pub use weights::{RawTensor, Weights};
+pub use write::{Body, Entry, write_model, write_safetensors};

@@ -1,0 +1,124 @@
+//! One file replaced so that a reader, a crash or a full disk sees the old bytes or the new, never a
+//! mixture: written beside under a random name, synced, renamed, and the directory synced.
+//!
+//! A failed sync is never tried again: the kernel may have dropped the pages and would say yes.
+
+use crate::disk::{Disk, DiskFile, RealDisk};
+use crate::error::{Error, Result};
+use crate::write::Body;
+use std::hash::{BuildHasher, RandomState};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// Bytes handed to the system in one call.
+pub(crate) const PIECE: usize = 4 << 20;
+
+/// Replaces the file `path` by `bytes`, atomically and durably.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomic_on(&RealDisk, path, &Body::bytes(bytes))
+}
+
+/// Replaces the file `path` by `body` on a given disk.
+pub fn write_atomic_on(disk: &dyn Disk, path: &Path, body: &Body) -> Result<()> {
+    let aside = write_aside(disk, path, body)?;
+    if let Err(e) = disk.rename(&aside, path) {
+        discard(disk, &aside);
+        return Err(Error::io("replace", path, e));
+    }
+    let dir = parent(path);
+    disk.sync_dir(dir).map_err(|e| Error::io("sync", dir, e))
+}
+
+/// Writes and syncs `body` beside `path`; on any error the new file is removed.
+pub(crate) fn write_aside(disk: &dyn Disk, path: &Path, body: &Body) -> Result<PathBuf> {
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("file");
+    let aside = parent(path).join(format!(".tmp-{name}-{}", random_name()));
+    let file = disk.create(&aside).map_err(|e| Error::io("write", path, e))?;
+    let written = write_body(file, path, body, |_| {});
+    if written.is_err() {
+        discard(disk, &aside);
+    }
+    written.map(|()| aside)
+}
+
+/// Writes `body` in pieces that `seen` is shown, then syncs. Errors name `path`.
+pub(crate) fn write_body(
+    mut file: Box<dyn DiskFile>,
+    path: &Path,
+    body: &Body,
+    seen: impl FnMut(&[u8]),
+) -> Result<()> {
+    let mut pieces = Pieces { file: &mut *file, buffer: Vec::new(), seen, written: 0 };
+    body.write_to(&mut pieces).map_err(|e| Error::io("write", path, e))?;
+    pieces.empty().map_err(|e| Error::io("write", path, e))?;
+    if pieces.written != body.size() {
+        let text = format!("announced {} bytes and wrote {}", body.size(), pieces.written);
+        return Err(Error::malformed(path, text));
+    }
+    file.sync().map_err(|e| Error::io("sync", path, e))
+}
+
+/// Gathers small writes into pieces of [`PIECE`] bytes.
+struct Pieces<'a, S> {
+    file: &'a mut dyn DiskFile,
+    buffer: Vec<u8>,
+    seen: S,
+    written: u64,
+}
+
+impl<S: FnMut(&[u8])> Pieces<'_, S> {
+    fn empty(&mut self) -> io::Result<()> {
+        // write_all goes on after short writes and interruptions.
+        self.file.write_all(&self.buffer)?;
+        (self.seen)(&self.buffer);
+        self.written += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
+}
+
+impl<S: FnMut(&[u8])> Write for Pieces<'_, S> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = bytes.len().min(PIECE - self.buffer.len());
+        self.buffer.extend_from_slice(&bytes[..taken]);
+        if self.buffer.len() == PIECE {
+            self.empty()?;
+        }
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Removes a file of ours; what stays behind is cleaned at the next start.
+pub(crate) fn discard(disk: &dyn Disk, path: &Path) {
+    let _ = disk.remove_file(path);
+}
+
+pub(crate) fn parent(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new(""))
+}
+
+/// Sixteen hexadecimal digits that differ from call to call and between processes.
+pub(crate) fn random_name() -> String {
+    format!("{:016x}", RandomState::new().hash_one(std::process::id()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replaces_and_leaves_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        write_atomic(&path, b"one").unwrap();
+        write_atomic(&path, b"two").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(RealDisk.list(dir.path()).unwrap(), ["a"]);
+        let e = write_atomic(&dir.path().join("none/a"), b"x").unwrap_err().to_string();
+        assert!(e.starts_with("cannot write") && e.contains("none/a"), "{e}");
+    }
+}
