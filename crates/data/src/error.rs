@@ -1,0 +1,105 @@
+//! What can go wrong between a file and a batch, each with where and what to do next.
+
+use std::path::PathBuf;
+
+/// The result of everything in this crate that reads or encodes.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error about text, tokenizers, templates or rows.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Something is larger than the limit for its kind.
+    #[error("{what} is {found} bytes, more than the limit of {limit}; {help}")]
+    TooLarge {
+        /// What was measured, with its place.
+        what: String,
+        /// Its size in bytes (or the limit plus one when reading stopped there).
+        found: u64,
+        /// The limit in bytes.
+        limit: u64,
+        /// What to do next.
+        help: &'static str,
+    },
+    /// `tokenizer.json` or a file beside it cannot be used, or text cannot be encoded by it.
+    #[error("tokenizer {}: {message}", path.display())]
+    Tokenizer {
+        /// The tokenizer's file.
+        path: PathBuf,
+        /// What was expected and found.
+        message: String,
+    },
+    /// A chat template cannot be compiled or rendered, or does not allow what was asked of it.
+    #[error("chat template: {message}")]
+    Template {
+        /// What was expected and found, and what to do next.
+        message: String,
+    },
+    /// A row of a data file is not what its format says.
+    #[error("{}:{line}: {message}", path.display())]
+    Row {
+        /// The data file.
+        path: PathBuf,
+        /// The line (from 1), or for a JSON list the item (from 1).
+        line: usize,
+        /// What was expected and found.
+        message: String,
+    },
+    /// A data file, option or array as a whole cannot be used.
+    #[error("{place}: {message}")]
+    Data {
+        /// The file or the option.
+        place: String,
+        /// What was expected and found, and what to do next.
+        message: String,
+    },
+}
+
+/// The nearest of `known` to `asked`, if within edit distance two.
+pub(crate) fn nearest<'a>(asked: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .into_iter()
+        .map(|name| (strsim::damerau_levenshtein(&asked.to_lowercase(), &name.to_lowercase()), name))
+        .filter(|(distance, _)| *distance <= 2)
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, name)| name)
+}
+
+/// Says that `asked` is not among `known`: the nearest, then those that exist (ten at most, then a count).
+pub(crate) fn not_among(kind: &str, asked: &str, known: &[&str]) -> String {
+    let mut message = format!("there is no {kind} `{asked}`");
+    if let Some(name) = nearest(asked, known.iter().copied()) {
+        message.push_str(&format!("; did you mean `{name}`?"));
+    }
+    let shown: Vec<String> = known.iter().take(10).map(|name| format!("`{name}`")).collect();
+    let rest = known.len().saturating_sub(10);
+    message
+        .push_str(&format!(" (there: {}", if shown.is_empty() { "none".into() } else { shown.join(", ") }));
+    if rest > 0 {
+        message.push_str(&format!(" and {rest} more"));
+    }
+    message.push(')');
+    message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_name_is_within_two_edits() {
+        assert_eq!(nearest("catgory", ["text", "category"]), Some("category"));
+        assert_eq!(nearest("colour", ["text", "category"]), None);
+        let many: Vec<String> = (0..12).map(|i| format!("column{i}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        let message = not_among("column", "colum3", &many);
+        assert!(message.contains("did you mean `column3`?") && message.ends_with("and 2 more)"), "{message}");
+    }
+}
