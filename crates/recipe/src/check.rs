@@ -1,0 +1,428 @@
+//! The tree read against the tables of keys: unknown keys, wrong kinds, values out of range, missing keys. What
+//! passes becomes [`Section`]s of plain values with their origin, and those the typed [`Recipe`].
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use crate::keys::{EXCLUSIVE, TableSpec, table, tables};
+use crate::plan::PLAN_FORMAT;
+use crate::problem::{Place, Problem, Problems, Source, quoted};
+use crate::recipe::{MethodTable, Recipe, Spanned, Targets, Template};
+use crate::rules;
+use crate::spec::{FieldSpec, MethodSpec, Origin};
+use crate::suggest;
+use crate::tree::{Document, Node, Pair, Tree};
+
+/// The values of one table, in the order of its keys, defaults included.
+#[derive(Clone, Debug)]
+pub(crate) struct Section {
+    /// Where it stands: `""`, `train`, `method[1]`.
+    pub path: String,
+    pub entries: Vec<Entry>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub field: FieldSpec,
+    pub value: Value,
+    pub origin: Origin,
+}
+
+impl Section {
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.entries.iter().find(|entry| entry.field.name == key).map(|entry| &entry.value)
+    }
+
+    /// Whether the key holds something else than its default.
+    pub fn differs(&self, key: &str) -> bool {
+        self.entries
+            .iter()
+            .any(|entry| entry.field.name == key && entry.field.default.as_ref() != Some(&entry.value))
+    }
+
+    /// The values as one JSON object.
+    pub fn map(&self) -> Map<String, Value> {
+        self.entries.iter().map(|entry| (entry.field.name.to_owned(), entry.value.clone())).collect()
+    }
+
+    fn texts(&self, key: &str) -> Vec<String> {
+        match self.get(key) {
+            Some(Value::String(text)) => vec![text.clone()],
+            Some(Value::Array(items)) => items.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn targets(&self, key: &str) -> Option<Targets> {
+        Some(match self.get(key)? {
+            Value::String(text) if text == "all-linear" => Targets::AllLinear,
+            Value::String(text) => Targets::Pattern(text.clone()),
+            _ => Targets::Names(self.texts(key)),
+        })
+    }
+}
+
+/// Checks a document and builds the recipe from it.
+pub(crate) fn recipe(
+    document: Document,
+    file_name: &str,
+    methods: &[MethodSpec],
+) -> Result<Recipe, Problems> {
+    let Document { tree, sources, problems } = document;
+    let dir = Path::new(file_name).parent().unwrap_or(Path::new("")).to_path_buf();
+    let mut checker = Checker { sources: sources.clone(), dir, methods, problems, sections: Vec::new() };
+    checker.format();
+    checker.tables(&tree);
+    rules::check(&tree, &checker.sections, &mut checker.problems);
+    let Checker { sections, problems, dir, .. } = checker;
+    if !problems.is_empty() {
+        return Err(Problems::new(sources, problems));
+    }
+    build(tree, sources.clone(), sections, methods, &dir)
+        .map_err(|problem| Problems::new(sources, vec![problem]))
+}
+
+pub(crate) struct Checker<'a> {
+    sources: Arc<[Source]>,
+    /// The directory of the recipe.
+    pub(crate) dir: PathBuf,
+    methods: &'a [MethodSpec],
+    pub(crate) problems: Vec<Problem>,
+    sections: Vec<Section>,
+}
+
+impl Checker<'_> {
+    /// A plan names its format in the first line; a newer one is not guessed at.
+    fn format(&mut self) {
+        let line = self.sources[0].text.lines().next().unwrap_or("");
+        let Some(format) = line.strip_prefix("# engraft plan, format ") else { return };
+        if format.trim() != PLAN_FORMAT.to_string() {
+            let title =
+                format!("plan format {} is unknown; this program reads {PLAN_FORMAT}", quoted(format.trim()));
+            self.problems.push(Problem::new(title).label(Place::new(0, 0..line.len()), ""));
+        }
+    }
+
+    fn tables(&mut self, tree: &Node) {
+        for spec in tables() {
+            match spec.path {
+                "" => self.section("", spec, Some(tree), &fields_of(spec)),
+                "method" => self.methods(tree.find("method")),
+                path => {
+                    let node = tree.find(path);
+                    let known = matches!(node, None | Some(Node { value: Tree::Table(_), .. }));
+                    match node.filter(|_| !known) {
+                        Some(node) => self.not_a_table(path, node),
+                        None => self.section(path, spec, node, &fields_of(spec)),
+                    }
+                }
+            }
+        }
+    }
+
+    fn not_a_table(&mut self, path: &str, node: &Node) {
+        let title = format!("`{path}` must be a table, found {}", found(&node.value));
+        let label = format!("write `[{path}]` on a line of its own");
+        self.problems.push(Problem::new(title).label(node.place.clone(), label));
+    }
+
+    fn methods(&mut self, node: Option<&Node>) {
+        let example = self.methods.first().map_or("lora", |method| method.name);
+        let help = format!("add\n[method]\nname = \"{example}\"");
+        match node {
+            None => self.problems.push(Problem::new("`[method]` is missing").help(help)),
+            Some(node) => match &node.value {
+                Tree::Table(_) => self.method("method", node),
+                Tree::List(items) if items.is_empty() => {
+                    let problem = Problem::new("`method` is empty").label(node.place.clone(), "").help(help);
+                    self.problems.push(problem);
+                }
+                Tree::List(items) => {
+                    for (index, item) in items.iter().enumerate() {
+                        let path = format!("method[{index}]");
+                        match item.value {
+                            Tree::Table(_) => self.method(&path, item),
+                            _ => self.not_a_table(&path, item),
+                        }
+                    }
+                }
+                _ => self.not_a_table("method", node),
+            },
+        }
+    }
+
+    /// One method: the shared keys, and the settings of the method that `name` says.
+    fn method(&mut self, path: &str, node: &Node) {
+        let Some(shared) = table("method") else { return };
+        let name = node.find("name");
+        let text =
+            name.and_then(|name| if let Tree::Text(text) = &name.value { Some(text.as_str()) } else { None });
+        let spec = text.and_then(|text| self.methods.iter().find(|method| method.name == text));
+        match (text, name) {
+            (Some(text), Some(place)) if spec.is_none() => self.unknown_method(text, place.place.clone()),
+            (None, None) if node.find("from").is_none() => {
+                let example = self.methods.first().map_or("lora", |method| method.name);
+                let problem = Problem::new(format!("`{path}.name` is missing"))
+                    .label(node.place.clone(), "this table")
+                    .help(format!("add `name = \"{example}\"`; `engraft methods` lists them"));
+                self.problems.push(problem);
+            }
+            _ => {}
+        }
+        let own = spec.map_or(&[][..], |spec| &spec.fields);
+        let mut fields: Vec<FieldSpec> = own.to_vec();
+        let others = shared.fields.iter().filter(|field| own.iter().all(|mine| mine.name != field.name));
+        let at = others.clone().count();
+        fields.extend(others.cloned());
+        fields.rotate_right(at);
+        if node.find("from").is_some() {
+            // The saved adapter's config decides; a default written beside it would contradict it.
+            fields.iter_mut().for_each(|field| field.default = None);
+        }
+        self.section(path, shared, Some(node), &fields);
+    }
+
+    fn unknown_method(&mut self, text: &str, place: Place) {
+        let names = self.methods.iter().map(|method| method.name);
+        let problem = Problem::new(format!("unknown method `{}`", quoted(text)));
+        self.problems.push(match suggest::nearest(text, names.clone()) {
+            Some(near) => problem.label(place, format!("did you mean `{near}`?")),
+            None => problem.label(place, "").help(format!(
+                "methods: {}; `engraft methods` describes them",
+                names.collect::<Vec<_>>().join(", ")
+            )),
+        });
+    }
+
+    /// Checks one table and keeps its values.
+    fn section(&mut self, path: &str, spec: &TableSpec, node: Option<&Node>, fields: &[FieldSpec]) {
+        let pairs = node.map_or(&[][..], Node::pairs);
+        for pair in pairs {
+            let table =
+                tables().iter().any(|t| t.path == pair.name || t.path == format!("{path}.{}", pair.name));
+            let known = fields.iter().any(|field| field.name == pair.name)
+                || (path.is_empty() || path == "data") && table;
+            // Without a known method nothing can be said about its settings.
+            let unsure =
+                spec.path == "method" && fields.len() == spec.fields.len() && self.guess(node).is_none();
+            if !known && !unsure {
+                self.unknown(path, pair, fields, node);
+            }
+        }
+        self.missing(path, spec, node);
+        let mut entries = Vec::new();
+        for field in fields {
+            let written = pairs.iter().find(|pair| pair.name == field.name);
+            let entry = match written {
+                Some(pair) => {
+                    let at = join(path, field.name);
+                    self.read(&at, field, &pair.node).map(|value| (value, pair.node.place.origin()))
+                }
+                None => default(spec.path, field, pairs).map(|value| (value, Origin::Default)),
+            };
+            entries.extend(entry.map(|(value, origin)| Entry { field: field.clone(), value, origin }));
+        }
+        self.sections.push(Section { path: path.to_owned(), entries });
+    }
+
+    /// The method of a `[method]` table, where its name is known.
+    fn guess(&self, node: Option<&Node>) -> Option<&MethodSpec> {
+        match &node?.find("name")?.value {
+            Tree::Text(text) => self.methods.iter().find(|method| method.name == text),
+            _ => None,
+        }
+    }
+
+    fn missing(&mut self, path: &str, spec: &TableSpec, node: Option<&Node>) {
+        let missing: Vec<&str> = spec
+            .required
+            .iter()
+            .copied()
+            .filter(|key| node.is_none_or(|node| node.find(key).is_none()))
+            .collect();
+        if missing.is_empty() {
+            return;
+        }
+        let example = |key: &str| match key {
+            "model" => "model = \"DIR-or-Hub-id\"".to_owned(),
+            "format" => "format = \"csv\"".to_owned(),
+            key => format!("{key} = \"train.csv\""),
+        };
+        let Some(node) = node.filter(|_| !path.is_empty()) else {
+            let lines: Vec<String> = missing.iter().map(|key| example(key)).collect();
+            self.problems.push(match path {
+                "" => Problem::new("`model` is missing")
+                    .help(format!("add `{}` as the first line", lines.join(", "))),
+                path => Problem::new(format!("`[{path}]` is missing"))
+                    .help(format!("add\n[{path}]\n{}", lines.join("\n"))),
+            });
+            return;
+        };
+        for key in missing {
+            let problem = Problem::new(format!("`{path}.{key}` is missing"))
+                .label(node.place.clone(), "this table")
+                .help(format!("add `{}`", example(key)));
+            self.problems.push(problem);
+        }
+    }
+
+    fn unknown(&mut self, path: &str, pair: &Pair, fields: &[FieldSpec], node: Option<&Node>) {
+        let names = || {
+            let tables =
+                tables().iter().map(|table| table.path).filter(|table| path.is_empty() && !table.is_empty());
+            fields.iter().map(|field| field.name).chain(tables)
+        };
+        let name = pair.name.as_str();
+        let is_table = path.is_empty() && matches!(pair.node.value, Tree::Table(_));
+        let what = if is_table {
+            format!("unknown table `[{}]`", quoted(name))
+        } else {
+            format!("unknown key `{}`", quoted(&join(path, name)))
+        };
+        let elsewhere =
+            tables().iter().filter(|table| !path.starts_with(table.path) || table.path.is_empty());
+        let elsewhere =
+            elsewhere.filter(|_| !is_table).find(|table| table.fields.iter().any(|field| field.name == name));
+        let mut helps = Vec::new();
+        let label = if let Some(near) = suggest::nearest(name, names()) {
+            format!("did you mean `{near}`?")
+        } else if let Some(table) = elsewhere.filter(|table| !(table.path.is_empty() && path.is_empty())) {
+            match table.path {
+                "" => {
+                    helps.push("move the line above the first `[table]`".to_owned());
+                    "belongs at the top of the file".to_owned()
+                }
+                other => {
+                    helps.push(format!("move the line below `[{other}]`"));
+                    format!("belongs in `[{other}]`")
+                }
+            }
+        } else if let Some(ours) = suggest::ours(name, names()) {
+            format!("called `{ours}` here")
+        } else {
+            helps.push(format!("keys here: {}", names().collect::<Vec<_>>().join(", ")));
+            match self.guess(node).filter(|_| path.starts_with("method")) {
+                Some(method) => format!("not a setting of `{}`", method.name),
+                None => String::new(),
+            }
+        };
+        let problem = Problem::new(what).label(pair.place.clone(), label);
+        self.problems.push(helps.into_iter().fold(problem, Problem::help));
+    }
+
+    /// The text of a place, for an argument's bare value where text is wanted (`--set model=7`).
+    pub(crate) fn raw(&self, place: &Place) -> Option<&str> {
+        self.sources.get(place.source)?.text.get(place.start..place.end)
+    }
+}
+
+fn fields_of(spec: &TableSpec) -> Vec<FieldSpec> {
+    spec.fields.clone()
+}
+
+fn join(path: &str, key: &str) -> String {
+    if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+}
+
+/// The default of a key that is not written, unless the key that excludes it is.
+fn default(table: &str, field: &FieldSpec, pairs: &[Pair]) -> Option<Value> {
+    let written = |name: &str| pairs.iter().any(|pair| pair.name == name);
+    let given_way = EXCLUSIVE.iter().filter(|row| row.0 == table).any(|&(_, first, second, _)| {
+        (field.name == first && written(second)) || (field.name == second && written(first))
+    });
+    field.default.clone().filter(|_| !given_way)
+}
+
+/// The typed recipe. A failure here means that table and structs disagree, which a test rules out; it is still
+/// reported rather than a panic.
+fn build(
+    tree: Node,
+    sources: Arc<[Source]>,
+    sections: Vec<Section>,
+    specs: &[MethodSpec],
+    dir: &Path,
+) -> Result<Recipe, Problem> {
+    let section = |path: &str| sections.iter().find(|section| section.path == path);
+    let model = section("").and_then(|top| top.get("model")).and_then(Value::as_str).unwrap_or_default();
+    let place = tree.nearest("model").unwrap_or(Place::new(0, 0..0));
+    let model_path = if place.origin() == Origin::Set { PathBuf::from(model) } else { dir.join(model) };
+    let mut data: crate::recipe::Data = typed(section("data"))?;
+    data.columns = typed(section("data.columns"))?;
+    data.template =
+        section("data").and_then(|data| data.get("template")).and_then(Value::as_str).map(|text| {
+            let set = tree.find("data.template").is_some_and(|node| node.place.origin() == Origin::Set);
+            template(text, if set { Path::new("") } else { dir })
+        });
+    let methods = sections.iter().filter(|section| section.path.starts_with("method"));
+    let task = section("").and_then(|top| top.get("task")).cloned().unwrap_or_default();
+    Ok(Recipe {
+        model: Spanned { value: model.to_owned(), place },
+        model_path,
+        task: serde_json::from_value(task).map_err(disagreement)?,
+        base: typed(section("base"))?,
+        methods: methods.map(|section| method_table(section, &tree)).collect(),
+        data,
+        train: typed(section("train"))?,
+        specs: specs.to_vec(),
+        tree,
+        sources,
+        sections,
+    })
+}
+
+fn typed<T: serde::de::DeserializeOwned>(section: Option<&Section>) -> Result<T, Problem> {
+    let map = section.map(Section::map).unwrap_or_default();
+    serde_json::from_value(Value::Object(map)).map_err(disagreement)
+}
+
+fn disagreement(error: serde_json::Error) -> Problem {
+    Problem::new(format!("internal: the table of keys and its types disagree: {error}"))
+        .help("please report this")
+}
+
+/// Jinja's braces or a line end make a text; anything else is a path.
+fn template(text: &str, dir: &Path) -> Template {
+    match text.contains(['{', '\n']) {
+        true => Template::Text(text.to_owned()),
+        false => Template::Path(dir.join(text)),
+    }
+}
+
+fn method_table(section: &Section, tree: &Node) -> MethodTable {
+    let text = |key: &str| section.get(key).and_then(Value::as_str);
+    let place = |key: &str| tree.nearest(&join(&section.path, key)).unwrap_or(Place::new(0, 0..0));
+    let shared =
+        |name: &str| table("method").is_some_and(|spec| spec.fields.iter().any(|field| field.name == name));
+    let own =
+        section.entries.iter().filter(|entry| !shared(entry.field.name) && entry.origin != Origin::Default);
+    MethodTable {
+        at: section.path.clone(),
+        name: text("name").map(|name| Spanned { value: name.to_owned(), place: place("name") }),
+        from: text("from").map(|from| Spanned { value: PathBuf::from(from), place: place("from") }),
+        targets: section.targets("targets"),
+        roles: section.texts("roles"),
+        exclude: section.targets("exclude"),
+        layers: section
+            .get("layers")
+            .and_then(Value::as_array)
+            .map(|layers| layers.iter().filter_map(Value::as_u64).map(|layer| layer as usize).collect()),
+        layers_pattern: section.texts("layers_pattern"),
+        train_also: section.texts("train_also"),
+        settings: own.map(|entry| (entry.field.name.to_owned(), entry.value.clone())).collect(),
+    }
+}
+
+/// What stands there, in words.
+pub(crate) fn found(value: &Tree) -> &'static str {
+    match value {
+        Tree::Bool(_) => "a boolean",
+        Tree::Int(_) => "a whole number",
+        Tree::Float(_) => "a decimal number",
+        Tree::Text(_) => "a string",
+        Tree::Date => "a date",
+        Tree::List(_) => "a list",
+        Tree::Table(_) => "a table",
+    }
+}

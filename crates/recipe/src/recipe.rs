@@ -1,0 +1,344 @@
+//! The typed recipe: what the text said, defaults filled in from the table of keys, and the place of every value
+//! kept, so that a later mistake (a target that matches nothing, a label nobody has) is shown where it was written.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::check::Section;
+use crate::problem::{Place, Problem, Problems, Source};
+use crate::spec::{MethodSpec, Origin};
+use crate::tree::{self, Node};
+
+/// A value and the place it was written at.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spanned<T> {
+    /// The value.
+    pub value: T,
+    /// Where it stands.
+    pub place: Place,
+}
+
+/// A recipe without mistakes, as far as its text alone can tell.
+#[derive(Clone, Debug)]
+pub struct Recipe {
+    /// The model as written: a directory or a Hub id.
+    pub model: Spanned<String>,
+    /// The directory that `model` means if it is one: relative to the recipe, or to the working directory in `--set`.
+    pub model_path: PathBuf,
+    /// What is trained.
+    pub task: Task,
+    /// How the frozen model is held.
+    pub base: Base,
+    /// What is trained, in the order written; at least one.
+    pub methods: Vec<MethodTable>,
+    /// What it is trained on.
+    pub data: Data,
+    /// How it is trained.
+    pub train: Train,
+    pub(crate) sections: Vec<Section>,
+    pub(crate) specs: Vec<MethodSpec>,
+    pub(crate) tree: Node,
+    pub(crate) sources: Arc<[Source]>,
+}
+
+/// What a model is trained to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Task {
+    /// As the model and the data say.
+    Auto,
+    /// The next token.
+    CausalLm,
+    /// One class a row.
+    SequenceClassification,
+    /// One tag a word.
+    TokenClassification,
+    /// The hidden tokens.
+    MaskedLm,
+    /// A vector a row.
+    Embedding,
+}
+
+/// Storage of the frozen linear weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantize {
+    /// As the files hold them.
+    None,
+    /// Four-bit normal floats.
+    Nf4,
+}
+
+/// `[base]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// Storage of the frozen linear weights.
+    pub quantize: Quantize,
+    /// Whether the scales are quantized too.
+    pub double_quant: bool,
+    /// Weights that share a scale.
+    pub block_size: usize,
+}
+
+/// Which weights, by `peft`'s rules.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Targets {
+    /// Every linear weight but the head.
+    AllLinear,
+    /// One regular expression over the whole path (a plain name is one too).
+    Pattern(String),
+    /// Names: a path or its last parts.
+    Names(Vec<String>),
+}
+
+/// One `[method]` table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MethodTable {
+    /// The path of the table, `method` or `method[1]`, for [`Recipe::place`].
+    pub at: String,
+    /// The method; absent only where `from` says it.
+    pub name: Option<Spanned<String>>,
+    /// A saved adapter to start from, resolved.
+    pub from: Option<Spanned<PathBuf>>,
+    /// Which weights; absent where roles say it or the method has its own choice.
+    pub targets: Option<Targets>,
+    /// Which weights by role.
+    pub roles: Vec<String>,
+    /// What is left out.
+    pub exclude: Option<Targets>,
+    /// The layers adapted; all when absent.
+    pub layers: Option<Vec<usize>>,
+    /// Names of the list of layers.
+    pub layers_pattern: Vec<String>,
+    /// Modules trained whole.
+    pub train_also: Vec<String>,
+    /// The method's own settings as written, checked against its [`MethodSpec`]; defaults are not filled in.
+    pub settings: Map<String, Value>,
+}
+
+/// The form of a data file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum Format {
+    Csv,
+    Tsv,
+    Jsonl,
+    Text,
+    Chat,
+    Alpaca,
+    Sharegpt,
+    Tensors,
+}
+
+/// `[data.columns]`: which column is what.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Columns {
+    pub text: Option<String>,
+    pub text_pair: Option<String>,
+    pub label: Option<String>,
+    pub prompt: Option<String>,
+    pub completion: Option<String>,
+    pub messages: Option<String>,
+    pub tokens: Option<String>,
+    pub tags: Option<String>,
+}
+
+/// A chat template.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Template {
+    /// The text itself.
+    Text(String),
+    /// A file, resolved.
+    Path(PathBuf),
+}
+
+/// `[data]`. Paths are resolved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Data {
+    /// The form of the files.
+    pub format: Format,
+    /// The training file.
+    pub path: PathBuf,
+    /// The evaluation file.
+    pub eval_path: Option<PathBuf>,
+    /// Share of the training rows held out for evaluation, above 0 and below 1.
+    pub eval_fraction: Option<f64>,
+    /// New order of the rows in each epoch.
+    pub shuffle: bool,
+    /// Tokens a row; absent: the model's limit, at most 1024. A [`Plan`](crate::Plan) has it.
+    pub max_length: Option<usize>,
+    /// The labels in the order of their numbers.
+    pub labels: Option<Vec<String>>,
+    /// The first line of csv and tsv names the columns.
+    pub header: bool,
+    /// The chat template.
+    #[serde(skip)]
+    pub template: Option<Template>,
+    /// Rows of like length share a batch.
+    pub group_by_length: bool,
+    /// Several rows share one row of the batch.
+    pub packing: bool,
+    /// Skips rows without anything to learn.
+    pub allow_empty: bool,
+    /// Which column is what.
+    #[serde(skip)]
+    pub columns: Columns,
+}
+
+/// How long a run is.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Length {
+    /// Passes over the data, above 0.
+    Epochs(f64),
+    /// Optimizer steps, at least 1.
+    Steps(u64),
+}
+
+/// How long the learning rate rises.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Warmup {
+    /// Share of the steps, 0 to 1.
+    #[serde(rename = "warmup_ratio")]
+    Ratio(f64),
+    /// Steps.
+    #[serde(rename = "warmup_steps")]
+    Steps(u64),
+}
+
+/// The learning rate after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Schedule {
+    /// Stays.
+    Constant,
+    /// Falls to zero in a line.
+    Linear,
+    /// Falls to zero in half a cosine.
+    Cosine,
+}
+
+/// The type of the computation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum Dtype {
+    F32,
+    Bf16,
+}
+
+/// What the best checkpoint is best at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum Metric {
+    Loss,
+    Accuracy,
+    F1,
+    Perplexity,
+}
+
+impl Metric {
+    /// Whether a greater value is better.
+    pub fn greater_is_better(self) -> bool {
+        matches!(self, Metric::Accuracy | Metric::F1)
+    }
+}
+
+/// `[train]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Train {
+    /// `epochs` or `steps`.
+    #[serde(flatten)]
+    pub length: Length,
+    /// Rows a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches an optimizer step.
+    pub gradient_accumulation: usize,
+    /// Highest learning rate.
+    pub learning_rate: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// The rate after the warm-up.
+    pub schedule: Schedule,
+    /// `warmup_ratio` or `warmup_steps`.
+    #[serde(flatten)]
+    pub warmup: Warmup,
+    /// Gradients are scaled down to this norm; 0 is off.
+    pub max_grad_norm: f64,
+    /// Decay of the first moment.
+    pub adam_beta1: f64,
+    /// Decay of the second moment.
+    pub adam_beta2: f64,
+    /// Added to the root of the second moment.
+    pub adam_epsilon: f64,
+    /// Type of the computation.
+    pub dtype: Dtype,
+    /// Start of all random numbers.
+    pub seed: u64,
+    /// Threads; 0 takes every core.
+    pub threads: usize,
+    /// Computes each block twice to hold less memory.
+    pub gradient_checkpointing: bool,
+    /// Steps between lines of the log.
+    pub log_every: u64,
+    /// Steps between checkpoints; 0 writes one at the end.
+    pub checkpoint_every: u64,
+    /// Checkpoints at multiples of this are never deleted; 0 is off.
+    pub keep_every: u64,
+    /// Steps between evaluations; 0 evaluates before and after. A [`Plan`](crate::Plan) always has it.
+    pub eval_every: Option<u64>,
+    /// Evaluations without a better metric before the run stops; 0 is off.
+    pub early_stopping_patience: u64,
+    /// What the best checkpoint is best at.
+    pub best_metric: Metric,
+}
+
+impl Recipe {
+    /// Reads a recipe. `file_name` is its path as the user gave it: it names the file in messages, and the paths
+    /// written in the recipe are relative to its directory. `sets` are the arguments of `--set`, `a.b=value` each.
+    ///
+    /// # Errors
+    /// All mistakes of the text, together.
+    pub fn parse(
+        source: &str,
+        file_name: &str,
+        sets: &[String],
+        methods: &[MethodSpec],
+    ) -> Result<Recipe, Problems> {
+        tree::read(source, file_name, sets)
+            .and_then(|document| crate::check::recipe(document, file_name, methods))
+    }
+
+    /// The place of the value at `path` (`train.epochs`, `method[1].rank`, `method.targets[0]`), or of the table
+    /// around it where that key is not written. `None` where neither is.
+    pub fn place(&self, path: &str) -> Option<Place> {
+        self.tree.nearest(path)
+    }
+
+    /// Where the value of `path` comes from.
+    pub fn origin(&self, path: &str) -> Origin {
+        match self.tree.find(path) {
+            Some(node) => node.place.origin(),
+            None => Origin::Default,
+        }
+    }
+
+    /// A mistake at the value of `path`: `title` above, the value underlined. Labels, notes and helps can be added.
+    pub fn problem_at(&self, path: &str, title: impl Into<String>) -> Problem {
+        match self.place(path) {
+            Some(place) => Problem::new(title).label(place, ""),
+            None => Problem::new(title),
+        }
+    }
+
+    /// Mistakes found later, ready to be shown with the lines of this recipe.
+    pub fn problems(&self, list: Vec<Problem>) -> Problems {
+        Problems::new(self.sources.clone(), list)
+    }
+}

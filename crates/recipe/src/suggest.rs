@@ -1,0 +1,93 @@
+//! "Did you mean": the nearest name within two edits, names that other programs use for the same thing, and keys
+//! that stand in the wrong table.
+
+/// What other programs call a key of ours: foreign name, ours. Offered only where ours is a key of the table.
+const FOREIGN: &[(&str, &str)] = &[
+    ("base_model", "model"),
+    ("model_name", "model"),
+    ("model_name_or_path", "model"),
+    ("pretrained_model_name_or_path", "model"),
+    ("task_type", "task"),
+    ("peft_type", "name"),
+    ("type", "name"),
+    ("r", "rank"),
+    ("lora_r", "rank"),
+    ("lora_alpha", "alpha"),
+    ("lora_dropout", "dropout"),
+    ("target_modules", "targets"),
+    ("exclude_modules", "exclude"),
+    ("modules_to_save", "train_also"),
+    ("layers_to_transform", "layers"),
+    ("lr", "learning_rate"),
+    ("num_epochs", "epochs"),
+    ("num_train_epochs", "epochs"),
+    ("max_steps", "steps"),
+    ("micro_batch_size", "batch_size"),
+    ("per_device_train_batch_size", "batch_size"),
+    ("gradient_accumulation_steps", "gradient_accumulation"),
+    ("lr_scheduler", "schedule"),
+    ("lr_scheduler_type", "schedule"),
+    ("scheduler", "schedule"),
+    ("save_steps", "checkpoint_every"),
+    ("eval_steps", "eval_every"),
+    ("logging_steps", "log_every"),
+    ("metric_for_best_model", "best_metric"),
+    ("adam_eps", "adam_epsilon"),
+    ("precision", "dtype"),
+    ("train_file", "path"),
+    ("train_path", "path"),
+    ("file", "path"),
+    ("validation_file", "eval_path"),
+    ("test_path", "eval_path"),
+    ("val_set_size", "eval_fraction"),
+    ("max_seq_length", "max_length"),
+    ("sequence_len", "max_length"),
+    ("cutoff_len", "max_length"),
+    ("chat_template", "template"),
+    ("sample_packing", "packing"),
+    ("load_in_4bit", "quantize"),
+];
+
+/// The nearest of `names` within two edits, case aside; never one that would change every letter.
+pub(crate) fn nearest<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    if word.len() > 256 {
+        return None;
+    }
+    let lower = word.to_lowercase();
+    names
+        .into_iter()
+        .map(|name| (strsim::damerau_levenshtein(&lower, &name.to_lowercase()), name))
+        .filter(|(distance, name)| {
+            *distance <= 2 && *distance < name.chars().count().min(lower.chars().count())
+        })
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, name)| name)
+}
+
+/// Our name for what another program calls `word`, where it is one of `names`.
+pub(crate) fn ours<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let lower = word.to_lowercase().replace('-', "_");
+    let same: Vec<&str> =
+        FOREIGN.iter().filter(|(foreign, _)| *foreign == lower).map(|(_, ours)| *ours).collect();
+    names.into_iter().find(|name| same.contains(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_edits_and_no_more() {
+        assert_eq!(nearest("rnak", ["rank", "alpha"]), Some("rank"));
+        assert_eq!(nearest("RANK", ["rank", "alpha"]), Some("rank"));
+        assert_eq!(nearest("ranking", ["rank", "alpha"]), None);
+        assert_eq!(nearest("ab", ["cd"]), None, "no letter is kept");
+        assert_eq!(nearest("lr", ["learning_rate"]), None);
+    }
+
+    #[test]
+    fn foreign_names_only_where_ours_is_a_key() {
+        assert_eq!(ours("lora_alpha", ["rank", "alpha"]), Some("alpha"));
+        assert_eq!(ours("lora_alpha", ["rank"]), None);
+    }
+}
