@@ -1,0 +1,564 @@
+//! Charts of series over one x-axis.
+//!
+//! From top to bottom: title, legend (in rows of its own, so that it never lies on data), plot, x-axis. A value that is
+//! not finite leaves a gap in its line and a cross at the top edge; a value beyond a trimmed axis leaves a triangle
+//! there. Both are counted in the legend.
+
+use crate::axis::{Axis, Range, Scale};
+use crate::human;
+use crate::series::thin;
+use crate::svg::{Anchor, COLORS, Svg, fit, num, text_width};
+
+/// How a series is drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    Line,
+    Raw,
+    Dashed,
+    Dots,
+    Band,
+}
+
+/// Named points in order of x.
+#[derive(Debug, Clone)]
+pub struct Series {
+    label: String,
+    shape: Shape,
+    points: Vec<(f64, f64)>,
+    /// Upper edge of a band, one value for each point; empty for other shapes.
+    upper: Vec<f64>,
+    color: Option<usize>,
+}
+
+impl Series {
+    /// A line.
+    pub fn line(label: &str, points: Vec<(f64, f64)>) -> Series {
+        Series { label: label.to_string(), shape: Shape::Line, points, upper: Vec::new(), color: None }
+    }
+
+    /// A thin faint line, for raw values behind smoothed ones.
+    pub fn raw(label: &str, points: Vec<(f64, f64)>) -> Series {
+        Series { shape: Shape::Raw, ..Series::line(label, points) }
+    }
+
+    /// A dashed line.
+    pub fn dashed(label: &str, points: Vec<(f64, f64)>) -> Series {
+        Series { shape: Shape::Dashed, ..Series::line(label, points) }
+    }
+
+    /// Points joined by a thin line, for measurements that are far apart.
+    pub fn dots(label: &str, points: Vec<(f64, f64)>) -> Series {
+        Series { shape: Shape::Dots, ..Series::line(label, points) }
+    }
+
+    /// The area between two values: x, lower, upper.
+    pub fn band(label: &str, points: Vec<(f64, f64, f64)>) -> Series {
+        let upper = points.iter().map(|point| point.2).collect();
+        let lower = points.into_iter().map(|point| (point.0, point.1)).collect();
+        Series { shape: Shape::Band, upper, ..Series::line(label, lower) }
+    }
+
+    /// Draws in the given colour instead of the next one.
+    pub fn color(mut self, color: usize) -> Series {
+        self.color = Some(color % COLORS);
+        self
+    }
+}
+
+/// A point with a ring and a note.
+#[derive(Debug, Clone)]
+struct Mark {
+    at: (f64, f64),
+    text: String,
+    color: usize,
+}
+
+/// Series over one x-axis.
+#[derive(Debug, Clone)]
+pub struct Chart {
+    title: String,
+    x: Axis,
+    y: Axis,
+    series: Vec<Series>,
+    marks: Vec<Mark>,
+    rules: Vec<(f64, String)>,
+    trimmed: bool,
+}
+
+/// A rectangle in pixels: left, top, width, height.
+pub(crate) type Area = (f64, f64, f64, f64);
+
+impl Chart {
+    /// An empty chart.
+    pub fn new(title: &str, x: Axis, y: Axis) -> Chart {
+        Chart {
+            title: title.to_string(),
+            x,
+            y,
+            series: Vec::new(),
+            marks: Vec::new(),
+            rules: Vec::new(),
+            trimmed: false,
+        }
+    }
+
+    /// Adds a series; later ones are drawn on top.
+    pub fn add(mut self, series: Series) -> Chart {
+        self.series.push(series);
+        self
+    }
+
+    /// Puts a ring and a note at a point.
+    pub fn mark(mut self, at: (f64, f64), text: &str, color: usize) -> Chart {
+        self.marks.push(Mark { at, text: text.to_string(), color: color % COLORS });
+        self
+    }
+
+    /// Draws a vertical dotted line at `x`, with a note.
+    pub fn rule(mut self, x: f64, text: &str) -> Chart {
+        self.rules.push((x, text.to_string()));
+        self
+    }
+
+    /// Lets rare raw values (beyond the 99th percentile) leave the y-axis instead of flattening all others.
+    pub fn trim_outliers(mut self) -> Chart {
+        self.trimmed = true;
+        self
+    }
+
+    /// The chart as an SVG file of this size in pixels.
+    pub fn svg(&self, width: f64, height: f64) -> String {
+        self.card(width, height).file(&self.title)
+    }
+
+    pub(crate) fn card(&self, width: f64, height: f64) -> Svg {
+        let mut svg = Svg::new(width, height);
+        self.draw(&mut svg, (16.0, 12.0, width - 32.0, height - 24.0));
+        svg
+    }
+
+    /// Draws the chart into a part of a picture.
+    pub(crate) fn draw(&self, svg: &mut Svg, area: Area) {
+        let (left, top, width, height) = area;
+        if !self.title.is_empty() {
+            svg.text("ink h2", (left, top + 12.0), Anchor::Start, &fit(&self.title, width));
+        }
+        let (x, y) = self.ranges(height);
+        let y_ticks = y.ticks(wanted_ticks(height - 90.0, 40.0));
+        let labels = y_ticks.iter().map(|tick| text_width(&tick.label)).fold(0.0, f64::max);
+        let gutter = labels + 26.0;
+        let found = Trouble::of(self, &x, &y);
+        let legend_top = top + if self.title.is_empty() { 0.0 } else { 20.0 };
+        let plot_width = (width - gutter - 6.0).max(20.0);
+        let legend = self.draw_legend(svg, &found, (left + gutter, legend_top, plot_width));
+        let plot_top = legend_top + legend + 8.0;
+        let plot = (left + gutter, plot_top, plot_width, (top + height - 36.0 - plot_top).max(20.0));
+        let frame = Frame { plot, x, y };
+        self.draw_axes(svg, &frame, &y_ticks, left);
+        for (index, series) in self.series.iter().enumerate() {
+            frame.draw_series(svg, series, self.color_of(index), &self.y.label);
+        }
+        frame.draw_trouble(svg, &found);
+        for mark in &self.marks {
+            frame.draw_mark(svg, mark);
+        }
+    }
+
+    /// Series without a colour of their own take the palette in turn.
+    fn color_of(&self, index: usize) -> usize {
+        self.series[index].color.unwrap_or(index % COLORS)
+    }
+
+    fn ranges(&self, height: f64) -> (Range, Range) {
+        let points = || self.series.iter().flat_map(|series| &series.points);
+        let x = match self.x.limits {
+            Some((lo, hi)) => Range::between(lo, hi, self.x.scale),
+            None => Range::of(points().map(|point| point.0), self.x.scale),
+        };
+        let y = match self.y.limits {
+            Some((lo, hi)) => Range::between(lo, hi, self.y.scale),
+            None => {
+                let marks = self.marks.iter().map(|mark| mark.at.1);
+                let values = self.series.iter().flat_map(|series| self.counted(series));
+                Range::of(values.chain(marks), self.y.scale)
+                    .with_zero()
+                    .rounded(wanted_ticks(height - 90.0, 40.0))
+            }
+        };
+        (x, y)
+    }
+
+    /// The values of a series that the y-axis must hold.
+    fn counted(&self, series: &Series) -> Vec<f64> {
+        let mut values: Vec<f64> =
+            series.points.iter().map(|point| point.1).chain(series.upper.clone()).collect();
+        if self.trimmed && series.shape == Shape::Raw {
+            values.retain(|value| value.is_finite());
+            values.sort_by(f64::total_cmp);
+            let most = values.len() - values.len() / 100;
+            // Only what lies far out leaves; ordinary noise stays.
+            let limit = values.get(most.saturating_sub(1)).map_or(f64::INFINITY, |value| value.abs() * 1.5);
+            values.retain(|value| *value <= limit);
+        }
+        values
+    }
+
+    /// Draws the legend and returns its height.
+    fn draw_legend(&self, svg: &mut Svg, found: &Trouble, area: (f64, f64, f64)) -> f64 {
+        let (left, top, width) = area;
+        let mut items: Vec<(Option<usize>, String)> =
+            (0..self.series.len()).map(|index| (Some(index), self.series[index].label.clone())).collect();
+        items.extend(found.notes().into_iter().map(|note| (None, note)));
+        items.retain(|(_, label)| !label.is_empty());
+        let (mut x, mut y) = (left, top + 11.0);
+        for (series, label) in &items {
+            let label = fit(label, width - 30.0);
+            let needed = if series.is_some() { 24.0 } else { 0.0 } + text_width(&label);
+            if x > left && x + needed > left + width {
+                (x, y) = (left, y + 17.0);
+            }
+            let text_x = match series {
+                Some(index) => self.draw_swatch(svg, *index, (x, y - 4.0)),
+                None => x,
+            };
+            svg.text(if series.is_some() { "soft" } else { "badf" }, (text_x, y), Anchor::Start, &label);
+            x += needed + 14.0;
+        }
+        if items.is_empty() { 0.0 } else { y - top + 5.0 }
+    }
+
+    fn draw_swatch(&self, svg: &mut Svg, index: usize, at: (f64, f64)) -> f64 {
+        let (color, end) = (self.color_of(index), (at.0 + 17.0, at.1));
+        match self.series[index].shape {
+            Shape::Band => svg.cell(&format!("f{color}"), (at.0, at.1 - 5.0), (17.0, 10.0), 0.2, ""),
+            Shape::Dots => {
+                svg.line(&format!("thin c{color}"), at, end);
+                svg.dot(&format!("dot f{color}"), (at.0 + 8.5, at.1), 3.6, "");
+            }
+            shape => svg.line(&format!("{} c{color}", line_class(shape)), at, end),
+        }
+        at.0 + 23.0
+    }
+
+    fn draw_axes(&self, svg: &mut Svg, frame: &Frame, y_ticks: &[crate::axis::Tick], left: f64) {
+        let (plot_left, plot_top, width, height) = frame.plot;
+        let (right, bottom) = (plot_left + width, plot_top + height);
+        for tick in y_ticks {
+            let Some(y) = frame.y_of(tick.value) else { continue };
+            if y < plot_top - 0.5 || y > bottom + 0.5 {
+                continue;
+            }
+            svg.line("grid", (plot_left, y), (right, y));
+            svg.text("soft", (plot_left - 8.0, y + 4.0), Anchor::End, &tick.label);
+        }
+        for tick in frame.x.ticks(wanted_ticks(width, 80.0)) {
+            let Some(x) = frame.x_of(tick.value) else { continue };
+            svg.line("base", (x, bottom), (x, bottom + 4.0));
+            svg.text("soft", (x, bottom + 17.0), Anchor::Middle, &tick.label);
+        }
+        svg.line("base", (plot_left, bottom), (right, bottom));
+        for (x, text) in &self.rules {
+            if let Some(x) = frame.x_of(*x).filter(|x| (plot_left..=right).contains(x)) {
+                svg.line("base rule", (x, plot_top), (x, bottom));
+                svg.text("soft s halo", (x + 4.0, bottom - 6.0), Anchor::Start, &fit(text, right - x));
+            }
+        }
+        let scale = |axis: &Axis| if axis.scale == Scale::Log { ", log scale" } else { "" };
+        let x_text = format!("{}{}", self.x.text(), scale(&self.x));
+        svg.text("soft", (plot_left + width / 2.0, bottom + 33.0), Anchor::Middle, &fit(&x_text, width));
+        let y_text = format!("{}{}", self.y.text(), scale(&self.y));
+        svg.upright_text("soft", (left + 9.0, plot_top + height / 2.0), &fit(&y_text, height + 30.0));
+    }
+}
+
+/// What of a chart has no place in its plot.
+struct Trouble {
+    /// x of values that are not finite, or not above zero on a logarithmic axis.
+    not_shown: Vec<f64>,
+    /// x of values above the axis.
+    above: Vec<f64>,
+}
+
+impl Trouble {
+    fn of(chart: &Chart, x: &Range, y: &Range) -> Trouble {
+        let mut found = Trouble { not_shown: Vec::new(), above: Vec::new() };
+        for series in &chart.series {
+            let upper = series.points.iter().zip(&series.upper).map(|(point, upper)| (point.0, *upper));
+            for (at, value) in series.points.iter().copied().chain(upper) {
+                match y.place(value) {
+                    None => found.not_shown.push(at),
+                    Some(place) if place > 1.0 + 1e-9 && x.place(at).is_some() => found.above.push(at),
+                    Some(_) => {}
+                }
+            }
+        }
+        // A raw series and its smoothed twin lack the same steps.
+        for list in [&mut found.not_shown, &mut found.above] {
+            list.sort_by(f64::total_cmp);
+            list.dedup();
+        }
+        found
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let note = |list: &[f64], text: &str| (!list.is_empty()).then(|| format!("{text} ({})", list.len()));
+        [note(&self.not_shown, "✕ not finite"), note(&self.above, "▲ beyond the axis")]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+}
+
+/// A plot area with the ranges laid over it.
+struct Frame {
+    plot: Area,
+    x: Range,
+    y: Range,
+}
+
+impl Frame {
+    fn x_of(&self, value: f64) -> Option<f64> {
+        self.x.place(value).map(|place| self.plot.0 + place.clamp(-0.01, 1.01) * self.plot.2)
+    }
+
+    fn y_of(&self, value: f64) -> Option<f64> {
+        self.y.place(value).map(|place| self.plot.1 + (1.0 - place.clamp(0.0, 1.0)) * self.plot.3)
+    }
+
+    fn pixel(&self, point: (f64, f64)) -> Option<(f64, f64)> {
+        Some((self.x_of(point.0)?, self.y_of(point.1)?))
+    }
+
+    fn draw_series(&self, svg: &mut Svg, series: &Series, color: usize, y_name: &str) {
+        if series.shape == Shape::Band {
+            svg.path(&format!("band f{color}"), &self.band_path(series));
+            return;
+        }
+        let points = thin(&series.points, self.plot.2.max(1.0) as usize);
+        svg.path(&format!("{} c{color}", line_class(series.shape)), &self.line_path(&points));
+        // A point without neighbours has no line: it is drawn as a dot. Hundreds of dots would only be a thick line.
+        let all = series.shape == Shape::Dots && points.len() <= 80;
+        for (index, point) in points.iter().enumerate() {
+            let finite = |index: Option<usize>| {
+                index.and_then(|index| points.get(index)).is_some_and(|point| self.pixel(*point).is_some())
+            };
+            let alone = !finite(index.checked_sub(1)) && !finite(Some(index + 1));
+            if let (Some(at), true) = (self.pixel(*point), all || alone) {
+                let tip = format!(
+                    "{} {}: {y_name} {}",
+                    series.label,
+                    human::number(point.0, 7),
+                    human::number(point.1, 5)
+                );
+                svg.dot(&format!("dot f{color}"), at, if all { 3.8 } else { 3.0 }, &tip);
+            }
+        }
+    }
+
+    /// Path data through the points, begun anew after each gap.
+    fn line_path(&self, points: &[(f64, f64)]) -> String {
+        let mut data = String::new();
+        let mut joined = false;
+        for point in points {
+            let Some((x, y)) = self.pixel(*point) else {
+                joined = false;
+                continue;
+            };
+            data.push_str(if joined { "L" } else { "M" });
+            data.push_str(&format!("{} {}", num(x), num(y)));
+            joined = true;
+        }
+        data
+    }
+
+    /// Closed path around each stretch of a band between gaps.
+    fn band_path(&self, series: &Series) -> String {
+        let edges: Vec<(f64, f64, f64)> = {
+            let stride = series.points.len().div_ceil(4 * self.plot.2.max(1.0) as usize).max(1);
+            let all =
+                series.points.iter().zip(&series.upper).map(|(point, upper)| (point.0, point.1, *upper));
+            all.step_by(stride).collect()
+        };
+        let mut data = String::new();
+        for part in edges.split(|edge| self.pixel((edge.0, edge.1)).is_none() || self.y_of(edge.2).is_none())
+        {
+            let lower = part.iter().map(|edge| (edge.0, edge.1));
+            let around: Vec<(f64, f64)> =
+                lower.chain(part.iter().rev().map(|edge| (edge.0, edge.2))).collect();
+            if !around.is_empty() {
+                data.push_str(&self.line_path(&around));
+                data.push('Z');
+            }
+        }
+        data
+    }
+
+    /// Crosses and triangles at the top edge, at most one every few pixels.
+    fn draw_trouble(&self, svg: &mut Svg, found: &Trouble) {
+        let apart = |values: &[f64]| {
+            let mut places: Vec<f64> = Vec::new();
+            for x in values.iter().filter_map(|value| self.x_of(*value)) {
+                if places.last().is_none_or(|last| (x - last).abs() >= 7.0) {
+                    places.push(x);
+                }
+            }
+            places
+        };
+        let top = num(self.plot.1);
+        for x in apart(&found.not_shown) {
+            let left = num(x - 3.0);
+            svg.path("bad", &format!("M{left} {top}m0 -3l6 6m0 -6l-6 6"));
+        }
+        for x in apart(&found.above) {
+            svg.path("badf", &format!("M{} {top}m-3.5 3l3.5 -6l3.5 6Z", num(x)));
+        }
+    }
+
+    fn draw_mark(&self, svg: &mut Svg, mark: &Mark) {
+        let Some((x, y)) = self.pixel(mark.at) else { return };
+        let (left, top, width, height) = self.plot;
+        svg.dot(&format!("ring f{}", mark.color), (x, y), 5.5, &mark.text);
+        // The note goes where there is room: above, or below near the top; never past the sides.
+        let below = y - top < 24.0 && height > 60.0;
+        let half = text_width(&mark.text) / 2.0;
+        let (anchor, text_x) = if x + half > left + width {
+            (Anchor::End, x + 6.0)
+        } else if x - half < left {
+            (Anchor::Start, x - 6.0)
+        } else {
+            (Anchor::Middle, x)
+        };
+        let text_y = if below { y + 21.0 } else { y - 12.0 };
+        svg.text("ink b halo", (text_x, text_y), anchor, &fit(&mark.text, width));
+    }
+}
+
+fn line_class(shape: Shape) -> &'static str {
+    match shape {
+        Shape::Raw => "raw",
+        Shape::Dashed => "dash",
+        Shape::Dots => "thin",
+        Shape::Line | Shape::Band => "ln",
+    }
+}
+
+fn wanted_ticks(length: f64, spacing: f64) -> usize {
+    (length / spacing).clamp(2.0, 10.0) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chart() -> Chart {
+        Chart::new("Loss", Axis::new("step"), Axis::new("loss").unit("nats"))
+    }
+
+    fn parsed(text: &str) -> roxmltree::Document<'_> {
+        let document = roxmltree::Document::parse(text).unwrap();
+        assert!(!text.contains("NaN ") && !text.contains("inf "), "a coordinate is not a number");
+        document
+    }
+
+    fn with_class<'a>(document: &'a roxmltree::Document<'_>, class: &str) -> Vec<roxmltree::Node<'a, 'a>> {
+        let has = |node: &roxmltree::Node| {
+            node.attribute("class").is_some_and(|classes| classes.split(' ').any(|found| found == class))
+        };
+        document.descendants().filter(|node| has(node)).collect()
+    }
+
+    #[test]
+    fn empty_and_single_points_are_drawn() {
+        parsed(&chart().svg(400.0, 240.0));
+        for series in [Series::line, Series::raw, Series::dashed, Series::dots] {
+            let text = chart().add(series("a", vec![(1.0, 2.0)])).svg(400.0, 240.0);
+            // One dot for the point; markers in the legend aside.
+            let document = parsed(&text);
+            assert!(
+                with_class(&document, "dot")
+                    .iter()
+                    .any(|node| node.children().any(|c| c.has_tag_name("title")))
+            );
+        }
+        parsed(&chart().add(Series::band("b", vec![(1.0, 2.0, 3.0)])).svg(10.0, 10.0));
+    }
+
+    #[test]
+    fn a_gap_is_left_and_marked_for_values_that_are_not_finite() {
+        let points =
+            vec![(1.0, 1.0), (2.0, 2.0), (3.0, f64::NAN), (4.0, f64::INFINITY), (5.0, 1.0), (6.0, 1.5)];
+        let text = chart().add(Series::line("a", points)).svg(600.0, 300.0);
+        let document = parsed(&text);
+        let line = with_class(&document, "ln")
+            .into_iter()
+            .max_by_key(|node| node.attribute("d").map(str::len))
+            .unwrap();
+        assert_eq!(line.attribute("d").unwrap().matches('M').count(), 2);
+        assert_eq!(with_class(&document, "bad").len(), 2);
+        assert!(text.contains("not finite (2)"));
+    }
+
+    #[test]
+    fn a_logarithmic_axis_marks_what_it_cannot_show() {
+        let points = vec![(1.0, 1.0), (2.0, 0.0), (3.0, 0.01)];
+        let log = Chart::new("l", Axis::new("x"), Axis::new("y").log()).add(Series::line("a", points));
+        let text = log.svg(600.0, 300.0);
+        parsed(&text);
+        assert!(text.contains("log scale") && text.contains("not finite (1)"));
+    }
+
+    #[test]
+    fn rare_spikes_leave_a_trimmed_axis_with_a_mark() {
+        let mut points: Vec<(f64, f64)> = (0..500).map(|i| (i as f64, 1.0)).collect();
+        points[250].1 = 1e6;
+        let text = chart().add(Series::raw("a", points)).trim_outliers().svg(600.0, 300.0);
+        assert!(text.contains("beyond the axis (1)"), "{text}");
+    }
+
+    #[test]
+    fn a_hundred_thousand_points_stay_small() {
+        let points: Vec<(f64, f64)> = (0..100_000).map(|i| (i as f64, (i as f64).sin())).collect();
+        let text = chart()
+            .add(Series::raw("raw", points.clone()))
+            .add(Series::line("line", points))
+            .svg(800.0, 300.0);
+        parsed(&text);
+        assert!(text.len() < 150_000, "{} bytes", text.len());
+    }
+
+    #[test]
+    fn legend_items_do_not_overlap() {
+        let mut chart = chart();
+        for index in 0..9 {
+            chart = chart
+                .add(Series::line(&format!("a series with quite a long name {index}"), vec![(0.0, 1.0)]));
+        }
+        let text = chart.svg(500.0, 400.0);
+        let document = parsed(&text);
+        let spot = |node: roxmltree::Node| {
+            let number = |name| node.attribute(name).unwrap().parse::<f64>().unwrap();
+            (number("x"), number("y"), text_width(node.text().unwrap()))
+        };
+        let items: Vec<_> = with_class(&document, "soft")
+            .into_iter()
+            .filter(|node| node.text().is_some_and(|text| text.starts_with("a series")))
+            .map(spot)
+            .collect();
+        assert_eq!(items.len(), 9);
+        for pair in items.windows(2) {
+            let apart = pair[1].1 > pair[0].1 || pair[1].0 >= pair[0].0 + pair[0].2;
+            assert!(apart && pair[1].0 + pair[1].2 <= 500.0, "{pair:?}");
+        }
+    }
+
+    #[test]
+    fn hostile_labels_are_escaped_everywhere() {
+        let bad = "</svg><script>x</script>\"'&";
+        let chart = Chart::new(bad, Axis::new(bad).unit(bad), Axis::new(bad))
+            .add(Series::dots(bad, vec![(1.0, 1.0), (2.0, 2.0)]))
+            .mark((1.0, 1.0), bad, 7)
+            .rule(1.5, bad);
+        let text = chart.svg(900.0, 300.0);
+        assert!(parsed(&text).descendants().all(|node| !node.has_tag_name("script")));
+    }
+}
