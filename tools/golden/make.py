@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Makes the fixtures under tests/golden: `python tools/golden/make.py [--only GROUP]`; README.md beside this says how."""
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# group -> (module, environment); models come first, the others load them
+GROUPS = {
+    "models": ("zoo", "peft"),
+    "cases": ("cases", "peft"),
+    "bitfit": ("selective", "peft"),
+    "trajectories": ("trajectories", "peft"),
+    "generation": ("generation", "peft"),
+    "nf4": ("nf4", "peft"),
+    "schedules": ("schedules", "peft"),
+    "bottleneck": ("bottleneck", "adapters"),
+}
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__)
+    ap.add_argument("--only", choices=GROUPS, help="one group")
+    ap.add_argument("--adapters-python", default=os.environ.get("ADAPTERS_PYTHON", ""),
+                    help="interpreter of the environment of requirements-adapters.txt; needed by the group `bottleneck`")
+    a = ap.parse_args()
+    for group in [a.only] if a.only else GROUPS:
+        module, environment = GROUPS[group]
+        print(f"== {group}", flush=True)
+        if environment == "adapters":
+            if not a.adapters_python:
+                sys.exit(f"group {group} needs --adapters-python (see tools/golden/README.md)")
+            code = f"import {module}; {module}.make()"
+            subprocess.run([a.adapters_python, "-c", code], check=True, cwd=Path(__file__).resolve().parent)
+        else:
+            importlib.import_module(module).make()
+
+
+if __name__ == "__main__":
+    main()
