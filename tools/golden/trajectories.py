@@ -1,0 +1,100 @@
+"""Eight optimizer steps from a given adapter on given batches: losses, and the adapter at the end."""
+
+import copy
+import warnings
+
+import peft
+import torch
+import transformers
+
+import cases
+import selective
+import zoo
+from adapters_io import save_adapter
+from common import TRAJECTORIES, fresh, rng, write_json, write_tensors
+from training import DEFAULTS, trajectory
+
+# name -> (model, kind of batches, options of training, method and its settings)
+LORA = dict(r=4, lora_alpha=8)
+TABLE = {
+    "llama__lora": ("llama", "full", {}, "lora", LORA),
+    "llama__lora_all_linear": ("llama", "padded", {}, "lora", dict(LORA, target_modules="all-linear")),
+    "llama__lora_rslora_patterns": ("llama", "full", {}, "lora", dict(
+        LORA, use_rslora=True, target_modules=cases.LINEARS, rank_pattern={"q_proj": 7, "layers.1.mlp.up_proj": 2},
+        alpha_pattern={"v_proj": 3})),
+    "llama__ia3": ("llama", "full", dict(learning_rate=5e-3), "ia3", {}),
+    "llama__prompt": ("llama", "full", dict(learning_rate=1e-2), "prompt", dict(num_virtual_tokens=5)),
+    "llama__prefix": ("llama", "full", dict(learning_rate=1e-2), "prefix", dict(num_virtual_tokens=4)),
+    "llama_bias__lora_bias_all": ("llama_bias", "padded", {}, "lora", dict(LORA, bias="all", target_modules=["q_proj", "up_proj"])),
+    "qwen2__lora": ("qwen2", "padded", {}, "lora", dict(LORA, target_modules=cases.LINEARS)),
+    "mistral__lora": ("mistral", "full", {}, "lora", LORA),
+    "bert__lora": ("bert", "padded", {}, "lora", LORA),
+    "bert__prompt": ("bert", "padded", dict(learning_rate=1e-2), "prompt", dict(num_virtual_tokens=4)),
+    "bert__bitfit": ("bert", "padded", {}, "bitfit", {}),
+    "bert_mlm__lora": ("bert_mlm", "uneven", {}, "lora", dict(LORA, target_modules=["query", "value"])),
+    "roberta__lora": ("roberta", "padded", {}, "lora", LORA),
+    "roberta_token__lora": ("roberta_token", "uneven", {}, "lora", LORA),
+    "llama__lora_accumulation": ("llama", "uneven", dict(gradient_accumulation=2), "lora", LORA),
+    "llama__lora_linear_decay_clip": ("llama", "full", dict(
+        weight_decay=0.1, schedule="linear", warmup_ratio=0.25, max_grad_norm=0.5, learning_rate=5e-3), "lora", LORA),
+    "llama__lora_cosine": ("llama", "full", dict(schedule="cosine", warmup_ratio=0.25, learning_rate=5e-3), "lora", LORA),
+    "bert__lora_linear": ("bert", "full", dict(schedule="linear", learning_rate=5e-3, weight_decay=0.01, max_grad_norm=1.0), "lora", LORA),
+}
+
+
+def batches(name, model, kind, rows):
+    """Rows of tokens: `full`; `padded` on the right; `uneven`, where also a varying share of the labels is -100."""
+    s = zoo.MODELS_TABLE[model]
+    settings, cls, length = s["settings"], s["cls"], 12
+    g = rng("batches", name)
+    ids = torch.from_numpy(g.integers(3, settings["vocab_size"], (rows, length)))
+    mask = torch.ones_like(ids)
+    if kind != "full":
+        for i, n in enumerate(g.integers(4, length + 1, rows)):
+            mask[i, n:] = 0
+    ids = ids.masked_fill(mask == 0, settings["pad_token_id"])
+    out = {"input_ids": ids} if kind == "full" else {"input_ids": ids, "attention_mask": mask}
+    if "Sequence" in cls:
+        out["labels"] = torch.from_numpy(g.integers(0, settings["num_labels"], rows))
+        return out
+    if "Causal" in cls:
+        labels = ids.clone()
+    else:
+        labels = torch.from_numpy(g.integers(0, settings.get("num_labels", settings["vocab_size"]), (rows, length)))
+    if kind == "uneven":
+        share = torch.from_numpy(g.uniform(0.1, 0.9, (rows, 1)))
+        drop = torch.from_numpy(g.random((rows, length))) < share
+        drop[:, 3] = False  # a label in every row
+        labels = labels.masked_fill(drop, -100)
+    out["labels"] = labels.masked_fill(mask == 0, -100)
+    return out
+
+
+def prepared(name, model, method, settings):
+    """The model with its start adapter, and the way to save it."""
+    if method == "bitfit":
+        m = selective.attach(zoo.load(model), None, ["classifier"], "trajectory/" + name)
+        return m, lambda m, path: selective.save(m, path, model, "bitfit", cases.task_of(model), None, ["classifier"])
+    c = cases.case(model, method, "trajectory_" + name, "", **settings)
+    m = cases.attach(c, zoo.load(model))
+    if method == "prompt" and "Causal" in zoo.MODELS_TABLE[model]["cls"]:
+        m.predicts_first = True
+    return m, lambda m, path: save_adapter(m, path, model)
+
+
+def make():
+    for name, (model, kind, options, method, settings) in TABLE.items():
+        out = fresh(TRAJECTORIES / name)
+        o = {**DEFAULTS, **options}
+        data = batches(name, model, kind, o["steps"] * o["batch_size"] * o["gradient_accumulation"])
+        m, save = prepared(name, model, method, settings)
+        save(copy.deepcopy(m), out / "init_adapter")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = trajectory(m, data, "Causal" in zoo.MODELS_TABLE[model]["cls"], **options)
+        save(m, out / "final_adapter")
+        write_tensors(out / "batches.safetensors", data)
+        write_json(out / "expected.json", {"name": name, "model": model, "method": method, "notes": None,
+                                           "peft": peft.__version__, "transformers": transformers.__version__, **expected})
+        print(f"{name}: {expected['losses'][0]:.3f} to {expected['losses'][-1]:.3f}, {expected['self_check']}, "
+              f"unmoved {expected['unmoved_tensors']}, rounding only {expected['rounding_only_tensors']}", flush=True)
