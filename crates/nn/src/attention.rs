@@ -31,7 +31,7 @@ impl Attend {
             }
             None => self.gathered(k, v, cx)?,
         };
-        let y = attention(&Attention { spans, spec: self.spec.clone() }, q, &keys, &values)?;
+        let y = attention(&Attention { spans, spec: self.spec }, q, &keys, &values)?;
         self.gated(q, y, cx)
     }
 
@@ -82,7 +82,7 @@ impl Attend {
         if !cx.patched(self.site) {
             return Ok(y);
         }
-        let spec = AttentionSpec { causal: false, window: None, ..self.spec.clone() };
+        let spec = AttentionSpec { causal: false, window: None, ..self.spec };
         // Queries and attention outputs are cut together, so join them side by side first.
         let both = cat(&[q, &y], 2)?;
         cx.by_route(self.site, &both, |both, patches, cx| {
@@ -91,13 +91,18 @@ impl Attend {
             for (patch, gate) in key_value_patches(patches).filter_map(|p| p.gate().map(|g| (p, g))) {
                 let rows = patch.rows()?;
                 let count = rows.keys.dim(0);
-                let spans = cx.layout().sequences().iter().map(|s| Span { q: s.clone(), kv: 0..count }).collect();
+                // Every sequence gets rows of its own, so that their gradients are summed by the gather.
+                let sequences = cx.layout().sequences();
+                let copies = sequences.len() * count;
+                let index = Tensor::from_i64((0..copies).map(|i| (i % count) as i64).collect(), [copies])?;
+                let own = |(i, s): (usize, &std::ops::Range<usize>)| Span { q: s.clone(), kv: i * count..(i + 1) * count };
                 let spans = Spans {
-                    spans,
+                    spans: sequences.iter().enumerate().map(own).collect(),
                     query_positions: cx.layout().positions_tensor().clone(),
-                    key_positions: Tensor::from_i32(vec![0; count], [count])?,
+                    key_positions: Tensor::from_i32(vec![0; copies], [copies])?,
                 };
-                let extra = attention(&Attention { spans, spec: spec.clone() }, &q, &rows.keys, &rows.values)?;
+                let (keys, values) = (rows.keys.gather(&index)?, rows.values.gather(&index)?);
+                let extra = attention(&Attention { spans, spec }, &q, &keys, &values)?;
                 y = y.add(&extra.mul(&gate.reshape([1, spec.heads, 1])?)?)?;
             }
             Ok(y)

@@ -43,7 +43,7 @@ impl FrozenMatrix {
     /// (out, in).
     pub fn shape(&self) -> (usize, usize) {
         match &self.0 {
-            Form::Packed(p) => p.shape(),
+            Form::Packed(p) => (p.out_features(), p.in_features()),
             Form::Streamed(s, _) => s.shape(),
         }
     }

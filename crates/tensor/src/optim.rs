@@ -1,26 +1,10 @@
 //! What an optimizer does on the device: AdamW's update and clipping by the global norm, without reading anything.
 
-use crate::device::{Buffer, Kernels, cpu};
+pub use crate::cpu::adamw::AdamW;
+use crate::device::{AdamWState, Buffer, Kernels, cpu};
 use crate::error::Result;
 use crate::tape::{Gradients, Param};
 use crate::tensor::Tensor;
-
-/// AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with PyTorch's order of operations.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamW {
-    /// Learning rate of this update.
-    pub learning_rate: f32,
-    /// Decay of the first moment.
-    pub beta1: f32,
-    /// Decay of the second moment.
-    pub beta2: f32,
-    /// Added to √v̂.
-    pub eps: f32,
-    /// Decoupled weight decay.
-    pub weight_decay: f32,
-    /// Number of this update, from 1.
-    pub step: u64,
-}
 
 /// First and second moments of one parameter, f32.
 #[derive(Clone, Debug)]
@@ -40,14 +24,15 @@ impl Moments {
 }
 
 impl AdamW {
-    /// Updates `param` with `grad·scale`. Where `scale` (one element, on the device) is not finite nothing changes.
-    pub fn update(&self, param: &Param, grad: &Tensor, scale: &Tensor, moments: &mut Moments) -> Result<()> {
+    /// The `step`-th update (from 1) of `param` with `grad·scale`. Where `scale` (one element, on the device) is not
+    /// finite nothing changes.
+    pub fn update(&self, param: &Param, grad: &Tensor, scale: &Tensor, step: u64, moments: &mut Moments) -> Result<()> {
         grad.expect_shape("adamw", param.value().shape())?;
         moments.m.expect_shape("adamw", grad.shape())?;
         moments.v.expect_shape("adamw", grad.shape())?;
         let m = moments.m.own();
         let v = moments.v.own();
-        param.update(|value| cpu().adamw(self, scale, grad, value, m, v));
+        param.update(|value| cpu().adamw(self, step, scale, grad, AdamWState { value, m, v }));
         Ok(())
     }
 }
@@ -78,16 +63,14 @@ mod tests {
     use super::*;
     use crate::testing::sample;
 
-    fn rule(step: u64) -> AdamW {
-        AdamW { learning_rate: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step }
-    }
+    const RULE: AdamW = AdamW { learning_rate: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
 
     #[test]
     fn first_update_moves_by_the_learning_rate() {
         let p = Param::new(sample(&[3, 4], 1));
         let before = p.value().to_vec().unwrap();
         let grad = sample(&[3, 4], 2);
-        rule(1).update(&p, &grad, &Tensor::scalar(1.0), &mut Moments::zeros(&p)).unwrap();
+        RULE.update(&p, &grad, &Tensor::scalar(1.0), 1, &mut Moments::zeros(&p)).unwrap();
         for ((a, b), g) in p.value().to_vec().unwrap().iter().zip(before).zip(grad.to_vec().unwrap()) {
             assert!((a - (b * (1.0 - 0.001) - 0.01 * g.signum())).abs() < 1e-5);
         }
@@ -103,7 +86,7 @@ mod tests {
         for max_norm in [0.0, 1.0] {
             let (norm, scale) = clip(&[p.clone()], &gradients, max_norm);
             assert!(!norm.item().unwrap().is_finite());
-            rule(1).update(&p, gradients.get(&p).unwrap(), &scale, &mut moments).unwrap();
+            RULE.update(&p, gradients.get(&p).unwrap(), &scale, 1, &mut moments).unwrap();
         }
         assert_eq!(p.value().to_vec().unwrap(), before);
         assert_eq!(moments.m.to_vec().unwrap(), [0.0; 4]);

@@ -1,7 +1,8 @@
 //! The CPU as a device: one line from each entry of the list to its kernel on slices.
 
-use super::{AttentionBackward, Buffer, Kernels, NormBackward};
-use crate::cpu::{adamw, attention, cross_entropy, dropout, math, norm, primitives, rope};
+use super::{AdamWState, AttentionBackward, Buffer, Kernels, NormBackward};
+use crate::cpu::random::Key;
+use crate::cpu::{attention, cross_entropy, dropout, math, norm, primitives, rope};
 use crate::frozen::{FrozenMatrix, RowSource};
 use crate::ops::{Attention, Binary, Norm, Product, Unary};
 use crate::optim::AdamW;
@@ -80,34 +81,44 @@ impl Kernels for Cpu {
         primitives::softmax_backward(y.f32(), dy.f32(), y.width(), dx.as_f32_mut());
     }
     fn norm(&self, n: Norm, x: &Tensor, gain: &Tensor, bias: Option<&Tensor>, y: &mut Buffer, stats: &mut Buffer) {
-        let (x, gain, y, stats) = (x.f32(), gain.f32(), y.as_f32_mut(), stats.as_f32_mut());
+        let (rows, x, gain, y) = (x.rows(), x.f32(), Some(gain.f32()), y.as_f32_mut());
+        let (mean, rstd) = stats.as_f32_mut().split_at_mut(if matches!(n, Norm::Layer { .. }) { rows } else { 0 });
         match n {
-            Norm::Layer { eps } => norm::layer_norm(x, gain, bias.map_or(&[], Tensor::f32), eps, y, stats),
-            Norm::Rms { eps } => norm::rms_norm(x, gain, eps, y, stats),
+            Norm::Layer { eps } => norm::layer_norm(x, gain, bias.map(Tensor::f32), eps, y, mean, rstd),
+            Norm::Rms { eps } => norm::rms_norm(x, gain, eps, y, rstd),
         }
     }
     fn norm_backward(&self, n: Norm, g: NormBackward<'_>) {
-        let (x, gain, stats, dy) = (g.x.f32(), g.gain.f32(), g.stats.f32(), g.dy.f32());
-        let (dx, dgain) = (g.dx.as_f32_mut(), g.dgain.map(Buffer::as_f32_mut));
+        let (x, gain, dy) = (g.x.f32(), Some(g.gain.f32()), g.dy.f32());
+        let wanted = norm::Gradients {
+            dx: Some(g.dx.as_f32_mut()),
+            dgain: g.dgain.map(Buffer::as_f32_mut),
+            dbias: g.dbias.map(Buffer::as_f32_mut),
+        };
         match n {
             Norm::Layer { .. } => {
-                norm::layer_norm_backward(x, gain, stats, dy, dx, dgain, g.dbias.map(Buffer::as_f32_mut))
+                let (mean, rstd) = g.stats.f32().split_at(g.x.rows());
+                norm::layer_norm_backward(x, dy, gain, mean, rstd, wanted);
             }
-            Norm::Rms { .. } => norm::rms_norm_backward(x, gain, stats, dy, dx, dgain),
+            Norm::Rms { .. } => norm::rms_norm_backward(x, dy, gain, g.stats.f32(), wanted),
         }
     }
     fn rope(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, positions: &Tensor, inverse: bool, y: &mut Buffer) {
-        let (heads, dim) = (x.dim(1), x.dim(2));
-        rope::rope(x.f32(), heads, dim, cos.f32(), sin.f32(), cos.width(), positions.i32(), inverse, y.as_f32_mut());
+        let tables = rope::Tables { cos: cos.f32(), sin: sin.f32(), half: cos.width() };
+        let turn = if inverse { rope::Turn::Inverse } else { rope::Turn::Forward };
+        rope::rotate(x.f32(), x.dim(1), positions.i32(), tables, turn, y.as_f32_mut());
     }
     fn attention(&self, a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor, y: &mut Buffer, lse: &mut Buffer) {
-        let s = &a.spans;
-        let (qp, kp) = (s.query_positions.i32(), s.key_positions.i32());
-        let (y, lse) = (y.as_f32_mut(), lse.as_f32_mut());
-        attention::forward(&a.spec, &s.spans, q.f32(), k.f32(), v.f32(), qp, kp, y, lse);
+        attention::forward(&attention_inputs(a, q, k, v), y.as_f32_mut(), lse.as_f32_mut());
     }
     fn attention_backward(&self, a: &Attention, g: AttentionBackward<'_>) {
-        attention::backward(a, g);
+        let inputs = attention_inputs(a, g.q, g.k, g.v);
+        let wanted = attention::Gradients {
+            dq: g.dq.as_f32_mut(),
+            dk: Some(g.dk.as_f32_mut()),
+            dv: Some(g.dv.as_f32_mut()),
+        };
+        attention::backward(&inputs, g.y.f32(), g.lse.f32(), g.dy.f32(), wanted);
     }
     fn silu_mul(&self, gate: &Tensor, up: &Tensor, y: &mut Buffer) {
         math::silu_mul(gate.f32(), up.f32(), y.as_f32_mut());
@@ -115,14 +126,16 @@ impl Kernels for Cpu {
     fn silu_mul_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, dgate: &mut Buffer, dup: &mut Buffer) {
         math::silu_mul_backward(gate.f32(), up.f32(), dy.f32(), dgate.as_f32_mut(), dup.as_f32_mut());
     }
-    fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, loss: &mut Buffer) {
-        cross_entropy::forward(logits.f32(), labels.i64(), loss.as_f32_mut());
+    fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, loss: &mut Buffer, lse: &mut Buffer) {
+        let (loss, lse) = (loss.as_f32_mut(), lse.as_f32_mut());
+        cross_entropy::forward(logits.f32(), labels.i64(), logits.width(), loss, lse).expect(CHECKED);
     }
-    fn cross_entropy_backward(&self, logits: &Tensor, labels: &Tensor, dloss: &Tensor, dlogits: &mut Buffer) {
-        cross_entropy::backward(logits.f32(), labels.i64(), dloss.f32(), dlogits.as_f32_mut());
+    fn cross_entropy_backward(&self, logits: &Tensor, labels: &Tensor, lse: &Tensor, dloss: &Tensor, dx: &mut Buffer) {
+        let (lse, scale, dx) = (lse.f32(), dloss.f32(), dx.as_f32_mut());
+        cross_entropy::backward(logits.f32(), labels.i64(), logits.width(), lse, scale, dx).expect(CHECKED);
     }
     fn dropout(&self, p: f32, seed: u64, stream: u64, x: &Tensor, y: &mut Buffer) {
-        dropout::dropout(x.f32(), p, seed, stream, y.as_f32_mut());
+        dropout::apply(x.f32(), p, Key { seed, stream }, y.as_f32_mut());
     }
     fn add_sum_of_squares(&self, x: &Tensor, y: &mut Buffer) {
         y.as_f32_mut()[0] += primitives::sum_of_squares(x.f32());
@@ -134,10 +147,26 @@ impl Kernels for Cpu {
         // `min` drops a NaN and an infinite norm would clip to zero: both must stop the update instead.
         scale.as_f32_mut()[0] = if n.is_finite() { factor } else { f32::NAN };
     }
-    fn adamw(&self, rule: &AdamW, scale: &Tensor, grad: &Tensor, value: &mut Buffer, m: &mut Buffer, v: &mut Buffer) {
+    fn adamw(&self, rule: &AdamW, step: u64, scale: &Tensor, grad: &Tensor, state: AdamWState<'_>) {
         let scale = scale.f32()[0];
         if scale.is_finite() {
-            adamw::step(rule, scale, grad.f32(), value.as_f32_mut(), m.as_f32_mut(), v.as_f32_mut());
+            let (m, v) = (state.m.as_f32_mut(), state.v.as_f32_mut());
+            rule.step(state.value.as_f32_mut(), grad.f32(), m, v, step, scale);
         }
+    }
+}
+
+/// What a kernel reports only if the operation did not check the labels.
+const CHECKED: &str = "labels were checked by the operation";
+
+fn attention_inputs<'a>(a: &'a Attention, q: &'a Tensor, k: &'a Tensor, v: &'a Tensor) -> attention::Inputs<'a> {
+    attention::Inputs {
+        q: q.f32(),
+        k: k.f32(),
+        v: v.f32(),
+        spans: &a.spans.spans,
+        q_pos: a.spans.query_positions.i32(),
+        kv_pos: a.spans.key_positions.i32(),
+        spec: a.spec,
     }
 }

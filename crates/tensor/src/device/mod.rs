@@ -67,10 +67,10 @@ pub(crate) trait Kernels {
     fn silu_mul(&self, gate: &Tensor, up: &Tensor, y: &mut Buffer);
     /// Gradients of `silu_mul`.
     fn silu_mul_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, dgate: &mut Buffer, dup: &mut Buffer);
-    /// loss[i] = −log softmax(logits[i])[labels[i]], 0 where the label is −100.
-    fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, loss: &mut Buffer);
+    /// loss[i] = −log softmax(logits[i])[labels[i]], 0 where the label is −100; `lse` [rows] is kept for backward.
+    fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, loss: &mut Buffer, lse: &mut Buffer);
     /// dlogits[i] = dloss[i] · (softmax(logits[i]) − onehot).
-    fn cross_entropy_backward(&self, logits: &Tensor, labels: &Tensor, dloss: &Tensor, dlogits: &mut Buffer);
+    fn cross_entropy_backward(&self, logits: &Tensor, labels: &Tensor, lse: &Tensor, dloss: &Tensor, dx: &mut Buffer);
     /// y = x · keep / (1 − p), keep drawn from (seed, stream, element).
     fn dropout(&self, p: f32, seed: u64, stream: u64, x: &Tensor, y: &mut Buffer);
     /// y[0] += Σ x².
@@ -78,7 +78,7 @@ pub(crate) trait Kernels {
     /// norm = √squares; scale = min(1, max_norm/(norm + 1e-6)), or 1 where `max_norm` is 0; not finite where norm is not.
     fn clip_scale(&self, squares: &Tensor, max_norm: f32, norm: &mut Buffer, scale: &mut Buffer);
     /// One AdamW update; does nothing when `scale` (one element) is not finite.
-    fn adamw(&self, rule: &AdamW, scale: &Tensor, grad: &Tensor, value: &mut Buffer, m: &mut Buffer, v: &mut Buffer);
+    fn adamw(&self, rule: &AdamW, step: u64, scale: &Tensor, grad: &Tensor, state: AdamWState<'_>);
 }
 
 /// Arguments of [`Kernels::norm_backward`].
@@ -103,4 +103,11 @@ pub(crate) struct AttentionBackward<'a> {
     pub dq: &'a mut Buffer,
     pub dk: &'a mut Buffer,
     pub dv: &'a mut Buffer,
+}
+
+/// What [`Kernels::adamw`] changes.
+pub(crate) struct AdamWState<'a> {
+    pub value: &'a mut Buffer,
+    pub m: &'a mut Buffer,
+    pub v: &'a mut Buffer,
 }

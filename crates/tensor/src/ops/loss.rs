@@ -24,11 +24,13 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
         return Err(Error::Value { op: "cross_entropy", message });
     }
     let mut loss = Buffer::f32(labels.len());
-    cpu().cross_entropy(logits, labels, &mut loss);
+    let mut lse = Buffer::f32(labels.len());
+    cpu().cross_entropy(logits, labels, &mut loss, &mut lse);
+    let lse = Tensor::new([labels.len()], lse);
     let (edge, kept, labels) = (logits.edge(), logits.detach(), labels.clone());
     Ok(Tensor::new([labels.len()], loss).on_tape("cross_entropy", &[logits], move |dy, sink| {
         let mut dx = Buffer::f32(kept.len());
-        cpu().cross_entropy_backward(&kept, &labels, &dy, &mut dx);
+        cpu().cross_entropy_backward(&kept, &labels, &lse, &dy, &mut dx);
         sink.add(&edge, Tensor::new(kept.shape(), dx))
     }))
 }
