@@ -286,5 +286,4 @@ pub fn silu_mul_backward(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32]
 }
 
 #[cfg(test)]
-#[path = "math_tests.rs"]
 mod tests;

@@ -3,6 +3,7 @@
 //! Each kernel splits its work into parts that depend on shapes alone, so its bits do not depend on the thread count.
 
 pub mod adamw;
+pub mod attention;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod math;
@@ -10,3 +11,4 @@ pub mod norm;
 pub mod random;
 pub mod rope;
 pub mod simd;
+mod tile;
