@@ -114,9 +114,9 @@ impl Kernels for Cpu {
     fn attention_backward(&self, a: &Attention, g: AttentionBackward<'_>) {
         let inputs = attention_inputs(a, g.q, g.k, g.v);
         let wanted = attention::Gradients {
-            dq: g.dq.as_f32_mut(),
-            dk: Some(g.dk.as_f32_mut()),
-            dv: Some(g.dv.as_f32_mut()),
+            dq: g.dq.map(Buffer::as_f32_mut),
+            dk: g.dk.map(Buffer::as_f32_mut),
+            dv: g.dv.map(Buffer::as_f32_mut),
         };
         attention::backward(&inputs, g.y.f32(), g.lse.f32(), g.dy.f32(), wanted);
     }

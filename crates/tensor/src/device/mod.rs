@@ -100,9 +100,9 @@ pub(crate) struct AttentionBackward<'a> {
     pub y: &'a Tensor,
     pub lse: &'a Tensor,
     pub dy: &'a Tensor,
-    pub dq: &'a mut Buffer,
-    pub dk: &'a mut Buffer,
-    pub dv: &'a mut Buffer,
+    pub dq: Option<&'a mut Buffer>,
+    pub dk: Option<&'a mut Buffer>,
+    pub dv: Option<&'a mut Buffer>,
 }
 
 /// What [`Kernels::adamw`] changes.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::device::{AttentionBackward, Buffer, Kernels, cpu};
 use crate::error::{Error, Result, shape_error};
 pub use crate::cpu::attention::{AttentionSpec, Span};
+use crate::tape::Edge;
 use crate::tensor::{DType, Tensor};
 
 /// Which rows attend to which: the sequences of a packed batch.
@@ -50,11 +51,14 @@ pub fn attention(a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Te
     let (a, kept) = (a.clone(), [q.detach(), k.detach(), v.detach(), y.clone()]);
     Ok(y.on_tape("attention", &[q, k, v], move |dy, sink| {
         let [q, k, v, y] = &kept;
-        let (mut dq, mut dk, mut dv) = (Buffer::f32(q.len()), Buffer::f32(k.len()), Buffer::f32(v.len()));
-        let (dq_, dk_, dv_) = (&mut dq, &mut dk, &mut dv);
-        cpu().attention_backward(&a, AttentionBackward { q, k, v, y, lse: &lse, dy: &dy, dq: dq_, dk: dk_, dv: dv_ });
-        for ((edge, d), shape) in edges.iter().zip([dq, dk, dv]).zip([q.shape(), k.shape(), v.shape()]) {
-            sink.add(edge, Tensor::new(shape, d))?;
+        let buffer = |edge: &Edge, of: &Tensor| edge.wanted().then(|| Buffer::f32(of.len()));
+        let mut d = [buffer(&edges[0], q), buffer(&edges[1], k), buffer(&edges[2], v)];
+        let [dq, dk, dv] = d.each_mut().map(Option::as_mut);
+        cpu().attention_backward(&a, AttentionBackward { q, k, v, y, lse: &lse, dy: &dy, dq, dk, dv });
+        for ((edge, d), shape) in edges.iter().zip(d).zip([q.shape(), k.shape(), v.shape()]) {
+            if let Some(d) = d {
+                sink.add(edge, Tensor::new(shape, d))?;
+            }
         }
         Ok(())
     }))
@@ -84,4 +88,75 @@ fn check(a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         return shape_error("attention", format!("{queries} queries, {keys} keys"), format!("{}, {}", q.dim(0), k.dim(0)));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::{Unary, cat};
+    use crate::testing::{check_gradients, close, sample};
+
+    /// Two sequences of queries 0..3 and 3..5 over keys 0..4 and 4..6; 4 heads share 2 key heads.
+    fn example(causal: bool, window: Option<usize>) -> Attention {
+        let spans = [Span { q: 0..3, kv: 0..4 }, Span { q: 3..5, kv: 4..6 }];
+        Attention {
+            spans: Spans {
+                spans: spans.into(),
+                query_positions: Tensor::from_i32(vec![1, 2, 3, 0, 1], [5]).unwrap(),
+                key_positions: Tensor::from_i32(vec![0, 1, 2, 3, 0, 1], [6]).unwrap(),
+            },
+            spec: AttentionSpec { heads: 4, kv_heads: 2, dim: 3, scale: 0.6, causal, window },
+        }
+    }
+
+    /// The same from primitives: scores of every pair, hidden ones at −∞, one sequence and head after another.
+    fn composed(a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        let s = &a.spec;
+        let head = |t: &Tensor, h: usize, r: &Range<usize>| {
+            t.narrow(1, h, 1).unwrap().narrow(0, r.start, r.len()).unwrap().reshape([r.len(), s.dim]).unwrap()
+        };
+        let one = |span: &Span, h: usize| {
+            let (q, kv) = (head(q, h, &span.q), h / (s.heads / s.kv_heads));
+            let (k, v) = (head(k, kv, &span.kv), head(v, kv, &span.kv));
+            let hidden: Vec<f32> = span
+                .q
+                .clone()
+                .flat_map(|i| span.kv.clone().map(move |j| (i, j)))
+                .map(|(i, j)| {
+                    let (qp, kp) = (a.spans.query_positions.i32()[i], a.spans.key_positions.i32()[j]);
+                    let seen = !s.causal || (kp <= qp && s.window.is_none_or(|w| qp - kp < w as i32));
+                    if seen { 0.0 } else { -1e9 }
+                })
+                .collect();
+            let hidden = Tensor::from_vec(hidden, [span.q.len(), span.kv.len()]).unwrap();
+            let scores = q.matmul_t(&k).unwrap().scale(s.scale).unwrap().add(&hidden).unwrap();
+            scores.softmax().unwrap().matmul(&v).unwrap().reshape([span.q.len(), 1, s.dim]).unwrap()
+        };
+        let sequence = |span: &Span| {
+            let heads: Vec<Tensor> = (0..s.heads).map(|h| one(span, h)).collect();
+            cat(&heads.iter().collect::<Vec<_>>(), 1).unwrap()
+        };
+        let rows: Vec<Tensor> = a.spans.spans.iter().map(sequence).collect();
+        cat(&rows.iter().collect::<Vec<_>>(), 0).unwrap()
+    }
+
+    #[test]
+    fn equals_its_composition() {
+        let inputs = [sample(&[5, 4, 3], 1), sample(&[6, 2, 3], 2), sample(&[6, 2, 3], 3)];
+        for (causal, window) in [(false, None), (true, None), (true, Some(2))] {
+            let a = example(causal, window);
+            let [q, k, v] = &inputs;
+            close(&attention(&a, q, k, v).unwrap(), &composed(&a, q, k, v), 1e-5);
+            check_gradients(&inputs, |t| attention(&a, &t[0], &t[1], &t[2])).unwrap();
+        }
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_errors() {
+        let a = example(true, None);
+        let (q, k) = (sample(&[5, 4, 3], 1), sample(&[6, 2, 3], 2));
+        assert!(attention(&a, &k, &k, &k).is_err());
+        assert!(attention(&a, &q, &k.rows_between(0, 5).unwrap(), &k.rows_between(0, 5).unwrap()).is_err());
+        assert!(attention(&a, &q.unary(Unary::Exp).unwrap(), &q, &q).is_err());
+    }
 }

@@ -1,0 +1,205 @@
+//! The tile: up to `MR` rows × one panel of columns of the product, accumulated in registers over a run of k.
+//!
+//! `c[i][j] = init[i][j] + Σ_k a[i][k] · b[k][j]`, the sum taken in the order of k by one accumulator an element. So an
+//! element's bits depend neither on the tile's height nor on how k is cut into runs.
+//!
+//! Shapes: `a` is `[MR, LEFT_STRIDE]` words, `b` is `[steps, NV · WIDTH]` words; a step is one k in f32, two in bf16.
+
+use std::marker::PhantomData;
+
+use super::lanes::{DotLanes, Lanes};
+
+/// Words of one packed row of the left side: the longest run of k.
+pub(super) const RUN_WORDS: usize = 256;
+
+/// Words from one packed row of the left side to the next. A constant, so that the rows of a tile are displacements of
+/// one address; not a power of two, so that they do not fall into the same cache sets.
+pub(super) const LEFT_STRIDE: usize = RUN_WORDS + 16;
+
+/// Rows of the highest tile: 6 × 2 vectors of AVX2 (16 registers), 6 × 4 of AVX-512 (32 registers).
+pub(super) const MR: usize = 6;
+
+/// How one step of k is multiplied, for one precision on one kind of lanes.
+pub(super) trait Kernel {
+    /// The lanes.
+    type L: Lanes;
+    /// How many k a step takes: two when the weights are bf16 pairs.
+    const STEP_K: usize;
+    /// Words of the left side a step takes: one for each k, or one for a bf16 pair.
+    const LEFT_WORDS: usize;
+
+    /// Adds step `b` (`NV · WIDTH` words) times the left words at `a` (rows [`LEFT_STRIDE`] words apart) to `acc`.
+    ///
+    /// # Safety
+    /// The processor has the lanes' instructions; `a` and `b` are good for one step.
+    unsafe fn step<const M: usize, const NV: usize>(
+        acc: &mut [[<Self::L as Lanes>::V; NV]; M],
+        a: *const u32,
+        b: *const u32,
+    );
+}
+
+/// f32 weights.
+pub(super) struct Plain<L>(PhantomData<L>);
+
+impl<L: Lanes> Kernel for Plain<L> {
+    type L = L;
+    const STEP_K: usize = 1;
+    const LEFT_WORDS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn step<const M: usize, const NV: usize>(acc: &mut [[L::V; NV]; M], a: *const u32, b: *const u32) {
+        // SAFETY: the caller's promise: one step of `b` is NV registers, one of `a` a word in each of M rows.
+        unsafe {
+            let mut weights = [L::zero(); NV];
+            for (j, w) in weights.iter_mut().enumerate() {
+                *w = L::load(b.add(j * L::WIDTH));
+            }
+            add_outer::<L, M, NV>(acc, a, weights);
+        }
+    }
+}
+
+/// bf16 weights, widened to f32 in registers; the left side is f32 that was rounded to bf16.
+pub(super) struct Widened<L>(PhantomData<L>);
+
+impl<L: Lanes> Kernel for Widened<L> {
+    type L = L;
+    const STEP_K: usize = 2;
+    const LEFT_WORDS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn step<const M: usize, const NV: usize>(acc: &mut [[L::V; NV]; M], a: *const u32, b: *const u32) {
+        // SAFETY: the caller's promise: one step of `b` is NV registers, one of `a` two words in each of M rows.
+        unsafe {
+            let mut weights = [L::zero(); NV];
+            for (j, w) in weights.iter_mut().enumerate() {
+                *w = L::widen_even(b.add(j * L::WIDTH));
+            }
+            add_outer::<L, M, NV>(acc, a, weights);
+            for (j, w) in weights.iter_mut().enumerate() {
+                *w = L::widen_odd(b.add(j * L::WIDTH));
+            }
+            add_outer::<L, M, NV>(acc, a.add(1), weights);
+        }
+    }
+}
+
+/// bf16 weights and bf16 left side, multiplied in pairs by one instruction.
+pub(super) struct Dot<L>(PhantomData<L>);
+
+impl<L: DotLanes> Kernel for Dot<L> {
+    type L = L;
+    const STEP_K: usize = 2;
+    const LEFT_WORDS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn step<const M: usize, const NV: usize>(acc: &mut [[L::V; NV]; M], a: *const u32, b: *const u32) {
+        // SAFETY: the caller's promise: one step of `b` is NV registers, one of `a` a word in each of M rows.
+        unsafe {
+            let mut weights = [L::zero(); NV];
+            for (j, w) in weights.iter_mut().enumerate() {
+                *w = L::load(b.add(j * L::WIDTH));
+            }
+            for (i, row) in acc.iter_mut().enumerate() {
+                let left = L::splat(a.add(i * LEFT_STRIDE));
+                for (sum, w) in row.iter_mut().zip(weights) {
+                    *sum = L::dot(*sum, left, w);
+                }
+            }
+        }
+    }
+}
+
+/// `acc[i][j] += a[i] · weights[j]`.
+///
+/// # Safety
+/// The processor has the lanes' instructions; `a` is good for a word in each of `M` rows.
+#[inline(always)]
+unsafe fn add_outer<L: Lanes, const M: usize, const NV: usize>(
+    acc: &mut [[L::V; NV]; M],
+    a: *const u32,
+    weights: [L::V; NV],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for (i, row) in acc.iter_mut().enumerate() {
+            let left = L::splat(a.add(i * LEFT_STRIDE));
+            for (sum, w) in row.iter_mut().zip(weights) {
+                *sum = L::fma(*sum, left, w);
+            }
+        }
+    }
+}
+
+/// Where a tile starts from: nothing, or words `row_stride` apart (a bias has stride 0).
+#[derive(Clone, Copy)]
+pub(super) struct Init {
+    /// Null for zero.
+    pub at: *const u32,
+    /// Words from one row to the next.
+    pub row_stride: usize,
+}
+
+/// One run of k for one tile.
+pub(super) struct Run {
+    /// Left side, `[rows, LEFT_STRIDE]`.
+    pub a: *const u32,
+    /// Weights, `[steps, panel width]`.
+    pub b: *const u32,
+    /// Steps of the run.
+    pub steps: usize,
+    /// What the sum starts from.
+    pub init: Init,
+    /// The result.
+    pub c: *mut u32,
+    /// Words from one row of the result to the next.
+    pub c_stride: usize,
+}
+
+/// Computes a tile of `rows` (1 to [`MR`]) rows.
+///
+/// # Safety
+/// The processor has the lanes' instructions; the pointers of `run` are good for the shapes it names, `c` and `init`
+/// for a whole panel's width.
+#[inline(always)]
+pub(super) unsafe fn tile<K: Kernel, const NV: usize>(rows: usize, run: &Run) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match rows {
+            1 => tile_of::<K, 1, NV>(run),
+            2 => tile_of::<K, 2, NV>(run),
+            3 => tile_of::<K, 3, NV>(run),
+            4 => tile_of::<K, 4, NV>(run),
+            5 => tile_of::<K, 5, NV>(run),
+            _ => tile_of::<K, 6, NV>(run),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn tile_of<K: Kernel, const M: usize, const NV: usize>(run: &Run) {
+    let width = K::L::WIDTH;
+    // SAFETY: the caller's promise; a step moves `a` by its words and `b` by one panel row.
+    unsafe {
+        let mut acc = [[K::L::zero(); NV]; M];
+        if !run.init.at.is_null() {
+            for (i, row) in acc.iter_mut().enumerate() {
+                for (j, v) in row.iter_mut().enumerate() {
+                    *v = K::L::load(run.init.at.add(i * run.init.row_stride + j * width));
+                }
+            }
+        }
+        let (mut a, mut b) = (run.a, run.b);
+        for _ in 0..run.steps {
+            K::step::<M, NV>(&mut acc, a, b);
+            a = a.add(K::LEFT_WORDS);
+            b = b.add(NV * width);
+        }
+        for (i, row) in acc.iter().enumerate() {
+            for (j, v) in row.iter().enumerate() {
+                K::L::store(run.c.add(i * run.c_stride + j * width), *v);
+            }
+        }
+    }
+}
