@@ -188,7 +188,7 @@ impl Ord for ByNumber {
 }
 
 /// Gradients by trainable tensor.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Gradients {
     by_leaf: HashMap<u64, Tensor>,
 }

@@ -131,6 +131,7 @@ impl Tensor {
         }))
     }
 
+    /// a/b.
     pub fn div(&self, other: &Tensor) -> Result<Tensor> {
         self.mul(&other.unary(Unary::Recip)?)
     }

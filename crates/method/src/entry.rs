@@ -1,0 +1,115 @@
+//! The registry: what a method is called, its settings with their documentation, how it is read from a file.
+
+use engraft_nn::{Error, Result, Role, Targets};
+use serde_json::{Map, Value};
+
+use crate::{METHODS, Method};
+
+/// What a method is. Help, tables and the recipe's schema follow from it.
+#[derive(Debug)]
+pub struct Info {
+    /// Name in recipes: "lora".
+    pub name: &'static str,
+    /// Name in prose: "LoRA".
+    pub title: &'static str,
+    /// Class of the surveys: "additive", "prompt", "selective", "reparameterized", "hybrid".
+    pub class: &'static str,
+    /// Kinds of site it uses: "weight", "keys and values", …
+    pub sites: &'static str,
+    /// arXiv number or venue.
+    pub paper: &'static str,
+    /// One line: the formula or the idea.
+    pub summary: &'static str,
+    /// Whether it can be folded into the base.
+    pub mergeable: bool,
+    /// Whether a new adapter changes nothing.
+    pub identity_at_init: bool,
+    /// Whether `targets` choose its sites; the roles used when the recipe names none.
+    pub default_roles: Option<&'static [Role]>,
+    /// `peft_type` in `adapter_config.json`.
+    pub peft_type: &'static str,
+    /// Settings.
+    pub fields: &'static [Field],
+}
+
+/// One setting of a method.
+#[derive(Debug)]
+pub struct Field {
+    /// Key in the recipe.
+    pub name: &'static str,
+    /// What it may be.
+    pub kind: FieldKind,
+    /// Default, as JSON text; `None` where the setting must be given.
+    pub default: Option<&'static str>,
+    /// One line.
+    pub doc: &'static str,
+}
+
+/// What a setting may be.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub enum FieldKind {
+    Bool,
+    Int { min: i64, max: i64 },
+    Float { min: f64, max: f64 },
+    Text,
+    OneOf(&'static [&'static str]),
+    TextList,
+    IntMap,
+    FloatMap,
+}
+
+/// A method in the registry.
+pub struct Entry {
+    /// What it is.
+    pub info: &'static Info,
+    /// From a recipe's settings (kinds and names already checked; absent ones take their default).
+    pub from_settings: fn(&Map<String, Value>) -> Result<Box<dyn Method>>,
+    /// From the `adapter_config.json` of a saved adapter, if it is one of this method.
+    pub from_file: fn(&Value) -> Result<Option<Loaded>>,
+    /// A small configuration that makes every part of the method work, for the conformance tests.
+    pub example: fn() -> Box<dyn Method>,
+}
+
+/// A method read from a file with what the file says about its sites.
+pub struct Loaded {
+    /// The method.
+    pub method: Box<dyn Method>,
+    /// Its targets, for methods that have them.
+    pub targets: Option<Targets>,
+    /// Modules trained as a whole.
+    pub train_also: Vec<String>,
+}
+
+/// What `adapter_config.json` says beside the method's own keys.
+#[derive(Clone, Debug, Default)]
+pub struct PeftContext {
+    /// The base, as the user named it.
+    pub base_model: String,
+    /// `peft`'s task type: "CAUSAL_LM", "SEQ_CLS", …
+    pub task_type: Option<String>,
+    /// Targets as in the recipe or file.
+    pub target_modules: Value,
+    /// Modules trained as a whole.
+    pub modules_to_save: Option<Vec<String>>,
+}
+
+/// The method called `name`.
+pub fn find(name: &str) -> Option<&'static Entry> {
+    METHODS.iter().find(|e| e.info.name == name).copied()
+}
+
+/// The method of a saved adapter.
+pub fn from_file(config: &Value) -> Result<Loaded> {
+    for entry in METHODS {
+        if let Some(loaded) = (entry.from_file)(config)? {
+            return Ok(loaded);
+        }
+    }
+    let found = config.get("peft_type").and_then(Value::as_str).unwrap_or("none");
+    let known: Vec<&str> = METHODS.iter().map(|e| e.info.peft_type).collect();
+    Err(Error::Unsupported(format!(
+        "adapter_config.json has peft_type {found}, which is not there yet; readable are {}",
+        known.join(", ")
+    )))
+}
