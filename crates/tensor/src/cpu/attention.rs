@@ -9,13 +9,14 @@
 //! `[Tq, heads]` is the logarithm of the softmax's denominator, −∞ where no key is visible (then y is 0).
 
 mod backward;
+mod decode;
 #[cfg(test)]
 mod tests;
 
 pub use backward::{Gradients, backward};
 
 use crate::cpu::math::exp;
-use crate::cpu::simd::{dispatch, fma, sum16};
+use crate::cpu::simd::{dispatch, sum16};
 use crate::cpu::tile::{self, Left, Out, Right};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -23,7 +24,7 @@ use std::ops::Range;
 /// Keys in one tile.
 const TILE: usize = 64;
 
-/// Fewer query rows than this read the keys by dot products; packing a tile would cost more than it saves.
+/// Fewer query rows than this stream through the keys; packing a tile would cost more than it saves.
 const FEW: usize = 4;
 
 /// One sequence: its rows of q and its rows of k and v.
@@ -162,15 +163,17 @@ pub fn forward(inputs: &Inputs, y: &mut [f32], lse: &mut [f32]) {
     assert_eq!(lse.len(), inputs.q_pos.len() * inputs.spec.heads, "attention: lse is not [Tq, heads]");
     y.fill(0.0);
     lse.fill(f32::NEG_INFINITY);
+    let (y, lse) = (Shared(y.as_mut_ptr()), Shared(lse.as_mut_ptr()));
+    let (short, long): (Vec<&Span>, Vec<&Span>) = inputs.spans.iter().partition(|span| span.q.len() < FEW);
+    decode::forward(inputs, &short, y, lse);
     let block = (128 / inputs.group()).clamp(16, 128);
     let mut units = Vec::new();
-    for span in inputs.spans {
+    for span in long {
         for start in span.q.clone().step_by(block) {
             let rows = start..span.q.end.min(start + block);
             units.extend((0..inputs.spec.kv_heads).map(|head| (span, head, rows.clone())));
         }
     }
-    let (y, lse) = (Shared(y.as_mut_ptr()), Shared(lse.as_mut_ptr()));
     units.into_par_iter().for_each(|(span, head, rows)| forward_unit(inputs, span, head, rows, y, lse));
 }
 
@@ -188,78 +191,59 @@ fn forward_body<const L: usize>(
     let visible = x.visible(span, rows.clone());
     let (first, end) = (visible[0].0, visible[count - 1].1);
     let width = (end - first).min(TILE).next_multiple_of(16);
-    let few = count < FEW;
-    let mut keys = vec![0.0; if few { 0 } else { dim * width }];
+    let (mut keys, mut values) = (vec![0.0; dim * width], vec![0.0; width * dim]);
     let mut scores = vec![0.0; count * width];
-    let mut state = vec![Running { top: f32::NEG_INFINITY, sum: 0.0 }; group * count];
+    // Query heads of the group one behind another, `[group, count, dim]`, and likewise their sums of values.
+    let (mut q, mut sums) = (vec![0.0; group * count * dim], vec![0.0; group * count * dim]);
+    let mut state = vec![Running::START; group * count];
+    for (g, q) in q.chunks_exact_mut(count * dim).enumerate() {
+        // SAFETY: `check` found the span's rows inside q.
+        unsafe {
+            tile::gather(x.q[x.q_at(rows.start, head * group + g)..].as_ptr(), x.q_stride(), count, dim, q)
+        };
+    }
     for from in (first..end).step_by(TILE) {
         let to = end.min(from + TILE);
-        let live = seeing(&visible, from, to);
-        let (key, value) = (x.kv_at(span.kv.start + from, head), x.kv_at(span.kv.start + from, head));
-        if !few {
-            // SAFETY: rows from..to of the span, which `check` found inside k.
-            unsafe {
-                tile::transpose(x.k.as_ptr().add(key), x.kv_stride(), to - from, dim, width, &mut keys);
-            }
+        let at = x.kv_at(span.kv.start + from, head);
+        // SAFETY: rows from..to of the span, which `check` found inside k and v.
+        unsafe {
+            tile::transpose(x.k[at..].as_ptr(), x.kv_stride(), to - from, dim, width, &mut keys);
+            tile::gather(x.v[at..].as_ptr(), x.kv_stride(), to - from, dim, &mut values);
         }
+        let live = seeing(&visible, from, to);
         for g in 0..group {
-            let at = x.q_at(rows.start + live.start, head * group + g);
+            let at = (g * count + live.start) * dim;
+            let (q, sums) = (&q[at..][..live.len() * dim], &mut sums[at..][..live.len() * dim]);
             let scores = &mut scores[..live.len() * width];
-            if few {
-                dots::<L>(
-                    &x.q[at..],
-                    x.q_stride(),
-                    &x.k[key..],
-                    x.kv_stride(),
-                    dim,
-                    to - from,
-                    width,
-                    scores,
-                );
-            } else {
-                // SAFETY: live rows of q by the packed keys into scores, each as long as its shape says.
-                unsafe {
-                    let q = Left { data: x.q.as_ptr().add(at), row: x.q_stride(), col: 1 };
-                    let keys = Right { data: keys.as_ptr(), stride: width };
-                    let scores = Out { data: scores.as_mut_ptr(), stride: width, add: false };
-                    tile::product::<L>(live.len(), width, dim, q, keys, scores);
-                }
+            // SAFETY: live rows of q by the packed keys into scores, each as long as its shape says.
+            unsafe {
+                let q = Left { data: q.as_ptr(), row: dim, col: 1 };
+                let keys = Right { data: keys.as_ptr(), stride: width };
+                let scores = Out { data: scores.as_mut_ptr(), stride: width, add: false };
+                tile::product::<L>(live.len(), width, dim, q, keys, scores);
             }
-            for (i, scores) in live.clone().zip(scores.chunks_exact_mut(width)) {
+            let each = scores.chunks_exact_mut(width).zip(sums.chunks_exact_mut(dim));
+            for (i, (scores, sums)) in live.clone().zip(each) {
                 let (a, b) = visible[i];
                 mask(scores, a.max(from) - from, b.min(to).saturating_sub(from), f32::NEG_INFINITY);
                 let shrink = state[g * count + i].take_in::<L>(scores, x.spec.scale);
                 if shrink != 1.0 {
-                    let at = x.q_at(rows.start + i, head * group + g);
-                    // SAFETY: this unit alone holds these rows and heads of y.
-                    let y = unsafe { std::slice::from_raw_parts_mut(y.0.add(at), dim) };
-                    y.iter_mut().for_each(|y| *y *= shrink);
+                    sums.iter_mut().for_each(|sum| *sum *= shrink);
                 }
             }
-            let value = &x.v[value..];
-            // SAFETY: as above; the tile's keys lie inside v.
+            // SAFETY: live rows of shares by the packed values into the rows' sums.
             unsafe {
-                let y = Out { data: y.0.add(at), stride: x.q_stride(), add: true };
-                if few {
-                    add_values::<L>(scores, width, value, x.kv_stride(), dim, to - from, y);
-                } else {
-                    let share = Left { data: scores.as_ptr(), row: width, col: 1 };
-                    let value = Right { data: value.as_ptr(), stride: x.kv_stride() };
-                    tile::product::<L>(live.len(), dim, to - from, share, value, y);
-                }
+                let shares = Left { data: scores.as_ptr(), row: width, col: 1 };
+                let values = Right { data: values.as_ptr(), stride: dim };
+                let sums = Out { data: sums.as_mut_ptr(), stride: dim, add: true };
+                tile::product::<L>(live.len(), dim, to - from, shares, values, sums);
             }
         }
     }
-    for (at, state) in
-        state.iter().enumerate().filter(|(_, state)| state.top > f32::NEG_INFINITY || state.sum != 0.0)
-    {
+    for (at, (state, sums)) in state.iter().zip(sums.chunks_exact(dim)).enumerate() {
         let (row, head) = (rows.start + at % count, head * group + at / count);
         // SAFETY: this unit alone holds these rows and heads of y and lse.
-        let y = unsafe { std::slice::from_raw_parts_mut(y.0.add(x.q_at(row, head)), dim) };
-        let share = 1.0 / state.sum;
-        y.iter_mut().for_each(|y| *y *= share);
-        // SAFETY: as above.
-        unsafe { *lse.0.add(row * x.spec.heads + head) = state.top + state.sum.ln() };
+        unsafe { state.finish(x, row, head, sums, y, lse) };
     }
 }
 
@@ -283,6 +267,26 @@ struct Running {
 }
 
 impl Running {
+    /// No key seen.
+    const START: Running = Running { top: f32::NEG_INFINITY, sum: 0.0 };
+
+    /// Writes one row and head of y and lse from its weighted sum of values; leaves them where no key was seen.
+    ///
+    /// # Safety
+    /// Nobody else holds that row and head of y and lse.
+    #[inline(always)]
+    unsafe fn finish(&self, x: &Inputs, row: usize, head: usize, sums: &[f32], y: Shared, lse: Shared) {
+        if self.top == f32::NEG_INFINITY && self.sum == 0.0 {
+            return;
+        }
+        // SAFETY: the caller's; `check` found the row inside y and lse.
+        let y = unsafe { std::slice::from_raw_parts_mut(y.0.add(x.q_at(row, head)), x.spec.dim) };
+        let share = 1.0 / self.sum;
+        y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum * share);
+        // SAFETY: as above.
+        unsafe { *lse.0.add(row * x.spec.heads + head) = self.top + self.sum.ln() };
+    }
+
     /// Turns a tile's raw scores (−∞ where hidden, a multiple of 16 of them) into `exp(scale·score − top)`, and returns
     /// the factor by which everything before shrinks.
     #[inline(always)]
@@ -308,60 +312,5 @@ impl Running {
         let shrink = if self.top == top { 1.0 } else { exp::<L>(self.top - base) };
         (self.top, self.sum) = (top, self.sum * shrink + sum16(sums));
         shrink
-    }
-}
-
-/// Scores of a few rows: `scores[r, j] = q_r·k_j`, each key read once.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn dots<const L: usize>(
-    q: &[f32],
-    q_stride: usize,
-    k: &[f32],
-    k_stride: usize,
-    dim: usize,
-    keys: usize,
-    width: usize,
-    scores: &mut [f32],
-) {
-    for j in 0..keys {
-        let key = &k[j * k_stride..][..dim];
-        for (r, scores) in scores.chunks_exact_mut(width).enumerate() {
-            let (query, mut lanes) = (&q[r * q_stride..][..dim], [0.0; 16]);
-            let ((q, q_tail), (k, k_tail)) = (query.as_chunks::<16>(), key.as_chunks::<16>());
-            for (q, k) in q.iter().zip(k) {
-                for i in 0..16 {
-                    lanes[i] = fma::<L>(q[i], k[i], lanes[i]);
-                }
-            }
-            let tail: f32 = q_tail.iter().zip(k_tail).map(|(q, k)| q * k).sum();
-            scores[j] = sum16(lanes) + tail;
-        }
-    }
-}
-
-/// `y_r += Σ_j shares[r, j]·v_j` for a few rows, each value read once.
-///
-/// # Safety
-/// `y` holds the rows of `shares`, `dim` each, and overlaps nothing.
-#[inline(always)]
-unsafe fn add_values<const L: usize>(
-    shares: &[f32],
-    width: usize,
-    v: &[f32],
-    stride: usize,
-    dim: usize,
-    keys: usize,
-    y: Out,
-) {
-    for j in 0..keys {
-        let value = &v[j * stride..][..dim];
-        for (r, shares) in shares.chunks_exact(width).enumerate() {
-            // SAFETY: the caller's.
-            let y = unsafe { std::slice::from_raw_parts_mut(y.data.add(r * y.stride), dim) };
-            for (y, &value) in y.iter_mut().zip(value) {
-                *y = fma::<L>(shares[j], value, *y);
-            }
-        }
     }
 }

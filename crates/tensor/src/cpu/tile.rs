@@ -123,6 +123,19 @@ unsafe fn block<const LANES: usize, const ROWS: usize, const COLS: usize>(
     }
 }
 
+/// Copies `count` rows of `dim` numbers, `stride` apart, behind one another: heads lie far apart in memory, often a power
+/// of two, where a tile read in place would push itself out of the cache.
+///
+/// # Safety
+/// `rows` holds `count` rows of `dim` at that stride.
+#[inline(always)]
+pub(crate) unsafe fn gather(rows: *const f32, stride: usize, count: usize, dim: usize, out: &mut [f32]) {
+    for (i, out) in out.chunks_exact_mut(dim).take(count).enumerate() {
+        // SAFETY: the caller's, i < count.
+        out.copy_from_slice(unsafe { std::slice::from_raw_parts(rows.add(i * stride), dim) });
+    }
+}
+
 /// Writes `rows` `[count, dim]` (row stride `stride`) transposed: `out` `[dim, width]`, zeros from column `count` on.
 ///
 /// # Safety

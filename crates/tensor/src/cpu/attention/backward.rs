@@ -100,16 +100,33 @@ fn units<'a>(x: &Inputs<'a>, dq: Option<Shared>, dk: Option<Shared>, dv: Option<
     units
 }
 
-/// Buffers of one unit.
+/// Buffers of one unit: tiles lie dense, whatever their strides in the inputs.
 struct Scratch {
-    /// `[dim, width]`, the tile's keys transposed.
+    width: usize,
+    /// The tile's keys and values, `[width, dim]`, and both transposed, `[dim, width]`.
     keys: Vec<f32>,
-    /// `[dim, width]`, the tile's values transposed.
-    values: Vec<f32>,
-    /// `[ROWS, width]`, p.
+    keys_turned: Vec<f32>,
+    values_turned: Vec<f32>,
+    /// The rows' q and dy, `[ROWS, dim]`.
+    q: Vec<f32>,
+    dy: Vec<f32>,
+    /// `[ROWS, width]`: p; dy·vᵀ and then ds.
     shares: Vec<f32>,
-    /// `[ROWS, width]`, dy·vᵀ and then ds.
     slopes: Vec<f32>,
+    /// `[width, dim]`: the tile's gradients.
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+impl Scratch {
+    fn new(rows: usize, width: usize, dim: usize) -> Self {
+        let tile = || vec![0.0; width * dim];
+        let cells = || vec![0.0; rows * width];
+        let block = || vec![0.0; rows * dim];
+        let (keys, keys_turned, values_turned) = (tile(), tile(), tile());
+        let (q, dy, shares, slopes) = (block(), block(), cells(), cells());
+        Scratch { width, keys, keys_turned, values_turned, q, dy, shares, slopes, dk: tile(), dv: tile() }
+    }
 }
 
 #[inline(always)]
@@ -121,67 +138,73 @@ fn unit_body<const L: usize>(x: &Inputs, kept: Kept, unit: Unit) {
         return;
     }
     let (dim, width) = (x.spec.dim, (end - first).min(TILE).next_multiple_of(16));
-    let cells = visible.len().min(ROWS) * width;
-    let mut scratch = Scratch {
-        keys: vec![0.0; dim * width],
-        values: vec![0.0; dim * width],
-        shares: vec![0.0; cells],
-        slopes: vec![0.0; cells],
-    };
+    let mut scratch = Scratch::new(visible.len().min(ROWS), width, dim);
     for from in (first..end).step_by(TILE) {
         let tile = from..end.min(from + TILE);
-        let at = x.kv_at(unit.span.kv.start + from, unit.head);
+        let (at, stride) = (x.kv_at(unit.span.kv.start + from, unit.head), x.kv_stride());
         // SAFETY: the tile's rows lie inside the span, which `check` found inside k and v.
         unsafe {
-            let (k, v, stride) = (x.k.as_ptr().add(at), x.v.as_ptr().add(at), x.kv_stride());
-            tile::transpose(k, stride, tile.len(), dim, width, &mut scratch.keys);
-            tile::transpose(v, stride, tile.len(), dim, width, &mut scratch.values);
+            let (k, v) = (x.k[at..].as_ptr(), x.v[at..].as_ptr());
+            tile::gather(k, stride, tile.len(), dim, &mut scratch.keys);
+            tile::transpose(scratch.keys.as_ptr(), dim, tile.len(), dim, width, &mut scratch.keys_turned);
+            tile::transpose(v, stride, tile.len(), dim, width, &mut scratch.values_turned);
         }
+        scratch.dk.fill(0.0);
+        scratch.dv.fill(0.0);
         let live = seeing(&visible, tile.start, tile.end);
         for g in 0..x.group() {
             for start in live.clone().step_by(ROWS) {
-                let rows = start..live.end.min(start + ROWS);
-                tile_gradients::<L>(
-                    x,
-                    kept,
-                    &unit,
-                    unit.head * x.group() + g,
-                    &visible,
-                    rows,
-                    tile.clone(),
-                    &mut scratch,
-                );
+                let block = Block {
+                    head: unit.head * x.group() + g,
+                    rows: start..live.end.min(start + ROWS),
+                    keys: tile.clone(),
+                };
+                block_gradients::<L>(x, kept, &unit, &visible, block, &mut scratch);
+            }
+        }
+        for (gradient, sums) in [(unit.dk, &scratch.dk), (unit.dv, &scratch.dv)] {
+            let Some(gradient) = gradient else { continue };
+            for (j, sums) in sums.chunks_exact(dim).take(tile.len()).enumerate() {
+                // SAFETY: this unit alone writes these keys at its head.
+                let row = unsafe { std::slice::from_raw_parts_mut(gradient.0.add(at + j * stride), dim) };
+                row.copy_from_slice(sums);
             }
         }
     }
 }
 
-/// One tile's share in the gradients: `rows` (counted from the unit's first) of query head `head` against `keys`.
+/// Some rows (counted from the unit's first) of a query head against a tile of keys (from the span's first).
+struct Block {
+    head: usize,
+    rows: Range<usize>,
+    keys: Range<usize>,
+}
+
+/// Adds one block's share: to dk and dv in the scratch, to dq in place.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn tile_gradients<const L: usize>(
+fn block_gradients<const L: usize>(
     x: &Inputs,
     kept: Kept,
     unit: &Unit,
-    head: usize,
     visible: &[(usize, usize)],
-    rows: Range<usize>,
-    keys: Range<usize>,
+    block: Block,
     scratch: &mut Scratch,
 ) {
-    let (m, n, dim) = (rows.len(), keys.len(), x.spec.dim);
-    let width = scratch.keys.len() / dim;
+    let Block { head, rows, keys } = block;
+    let (m, n, dim, width) = (rows.len(), keys.len(), x.spec.dim, scratch.width);
     let row = unit.rows.start + rows.start;
-    let (q_at, kv_at) = (x.q_at(row, head), x.kv_at(unit.span.kv.start + keys.start, unit.head));
-    let (q, dy) = (&x.q[q_at..], &kept.dy[q_at..]);
-    let by_rows = |data: &[f32]| Left { data: data.as_ptr(), row: x.q_stride(), col: 1 };
-    let tile = |data: &[f32]| Right { data: data.as_ptr(), stride: width };
-    let (shares, slopes) = (&mut scratch.shares[..m * width], &mut scratch.slopes[..m * width]);
-    // SAFETY: m rows of q and dy by the packed tiles into buffers of m·width.
+    let at = x.q_at(row, head);
+    let Scratch { q, dy, shares, slopes, .. } = scratch;
+    let (shares, slopes) = (&mut shares[..m * width], &mut slopes[..m * width]);
+    // SAFETY: m rows of q and dy, which `check` found inside both, by the packed tiles into buffers of m·width.
     unsafe {
+        tile::gather(x.q[at..].as_ptr(), x.q_stride(), m, dim, q);
+        tile::gather(kept.dy[at..].as_ptr(), x.q_stride(), m, dim, dy);
+        let rows = |data: &[f32]| Left { data: data.as_ptr(), row: dim, col: 1 };
+        let tile = |data: &[f32]| Right { data: data.as_ptr(), stride: width };
         let out = |data: &mut [f32]| Out { data: data.as_mut_ptr(), stride: width, add: false };
-        tile::product::<L>(m, width, dim, by_rows(q), tile(&scratch.keys), out(shares));
-        tile::product::<L>(m, width, dim, by_rows(dy), tile(&scratch.values), out(slopes));
+        tile::product::<L>(m, width, dim, rows(q), tile(&scratch.keys_turned), out(shares));
+        tile::product::<L>(m, width, dim, rows(dy), tile(&scratch.values_turned), out(slopes));
     }
     for (i, (shares, slopes)) in
         shares.chunks_exact_mut(width).zip(slopes.chunks_exact_mut(width)).enumerate()
@@ -200,22 +223,21 @@ fn tile_gradients<const L: usize>(
         mask(slopes, start, stop, 0.0);
     }
     let turned = |data: &[f32]| Left { data: data.as_ptr(), row: 1, col: width };
-    let q_rows = |data: &[f32]| Right { data: data.as_ptr(), stride: x.q_stride() };
-    // SAFETY: this unit alone writes these rows of dq, or these keys of dk and dv, at its head.
+    let dense = |data: &[f32]| Right { data: data.as_ptr(), stride: dim };
+    // SAFETY: the products' shapes are those of the buffers; this unit alone writes these rows of dq at this head.
     unsafe {
-        if let Some(dv) = unit.dv {
-            let out = Out { data: dv.0.add(kv_at), stride: x.kv_stride(), add: true };
-            tile::product::<L>(n, dim, m, turned(shares), q_rows(dy), out);
+        if unit.dv.is_some() {
+            let out = Out { data: scratch.dv.as_mut_ptr(), stride: dim, add: true };
+            tile::product::<L>(n, dim, m, turned(shares), dense(dy), out);
         }
-        if let Some(dk) = unit.dk {
-            let out = Out { data: dk.0.add(kv_at), stride: x.kv_stride(), add: true };
-            tile::product::<L>(n, dim, m, turned(slopes), q_rows(q), out);
+        if unit.dk.is_some() {
+            let out = Out { data: scratch.dk.as_mut_ptr(), stride: dim, add: true };
+            tile::product::<L>(n, dim, m, turned(slopes), dense(q), out);
         }
         if let Some(dq) = unit.dq {
             let slopes = Left { data: slopes.as_ptr(), row: width, col: 1 };
-            let keys = Right { data: x.k[kv_at..].as_ptr(), stride: x.kv_stride() };
-            let out = Out { data: dq.0.add(q_at), stride: x.q_stride(), add: true };
-            tile::product::<L>(m, dim, n, slopes, keys, out);
+            let out = Out { data: dq.0.add(at), stride: x.q_stride(), add: true };
+            tile::product::<L>(m, dim, n, slopes, dense(&scratch.keys), out);
         }
     }
 }
