@@ -76,8 +76,12 @@ fn part_body<const L: usize>(x: &Inputs, span: &Span, keys: Range<usize>) -> Par
         let to = keys.end.min(last).min(from + TILE);
         for j in from..to {
             let key = &x.k[x.kv_at(j, 0)..][..x.kv_stride()];
-            for (cell, q) in q.chunks_exact(dim).enumerate() {
-                scores[cell * TILE + j - from] = dot::<L>(q, &key[cell % heads / group * dim..][..dim]);
+            // Heads of one group lie side by side, and the groups in the order of the key heads.
+            for (at, q) in q.chunks_exact(group * dim).enumerate() {
+                let key = &key[at % x.spec.kv_heads * dim..][..dim];
+                for (g, q) in q.chunks_exact(dim).enumerate() {
+                    scores[(at * group + g) * TILE + j - from] = dot::<L>(q, key);
+                }
             }
         }
         let start = from - span.kv.start;
@@ -90,19 +94,36 @@ fn part_body<const L: usize>(x: &Inputs, span: &Span, keys: Range<usize>) -> Par
                 found.sums[cell * dim..][..dim].iter_mut().for_each(|sum| *sum *= shrink);
             }
         }
-        for j in from..to {
-            let value = &x.v[x.kv_at(j, 0)..][..x.kv_stride()];
-            for (cell, sums) in found.sums.chunks_exact_mut(dim).enumerate() {
-                let share = scores[cell * TILE + j - from];
-                // Hidden, or too small to count: nothing to read.
-                if share != 0.0 {
-                    let value = &value[cell % heads / group * dim..][..dim];
-                    sums.iter_mut().zip(value).for_each(|(sum, &v)| *sum = fma::<L>(share, v, *sum));
+        for j in (from..to).step_by(4) {
+            let values = &x.v[x.kv_at(j, 0)..x.kv_at(to.min(j + 4), 0)];
+            for (at, sums) in found.sums.chunks_exact_mut(group * dim).enumerate() {
+                let values = &values[at % x.spec.kv_heads * dim..];
+                for (g, sums) in sums.chunks_exact_mut(dim).enumerate() {
+                    let shares = &scores[(at * group + g) * TILE + j - from..][..to.min(j + 4) - j];
+                    add_values::<L>(shares, values, x.kv_stride(), sums);
                 }
             }
         }
     }
     found
+}
+
+/// `sums += Σ_j shares[j]·values[j]` for up to four keys, whose values lie `stride` apart.
+#[inline(always)]
+fn add_values<const L: usize>(shares: &[f32], values: &[f32], stride: usize, sums: &mut [f32]) {
+    let dim = sums.len();
+    if let &[a, b, c, d] = shares {
+        let value = |j: usize| &values[j * stride..][..dim];
+        let (va, vb, vc, vd) = (value(0), value(1), value(2), value(3));
+        for i in 0..dim {
+            let early = fma::<L>(b, vb[i], fma::<L>(a, va[i], sums[i]));
+            sums[i] = fma::<L>(d, vd[i], fma::<L>(c, vc[i], early));
+        }
+    } else {
+        for (&share, value) in shares.iter().zip(values.chunks(stride)) {
+            sums.iter_mut().zip(value).for_each(|(sum, &v)| *sum = fma::<L>(share, v, *sum));
+        }
+    }
 }
 
 #[inline(always)]
