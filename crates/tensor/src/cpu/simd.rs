@@ -2,7 +2,7 @@
 //!
 //! A kernel is written as `#[inline(always)] fn body<const LANES: usize>(…)` in ordinary loops, and
 //! `dispatch! { fn kernel(…) = body; }` makes the function that runs the copy compiled for the widest instructions of
-//! this machine. `LANES` is the number of f32 in a vector of the level; [`fma`] rounds once where the level can.
+//! this machine. `LANES` is the number of f32 in a vector of the level; `fma` rounds once where the level can.
 
 use std::sync::OnceLock;
 
