@@ -15,6 +15,11 @@ use crate::spec::{FieldSpec, MethodSpec, Origin};
 use crate::suggest;
 use crate::tree::{Document, Node, Pair, Tree};
 
+/// Problems kept.
+const MOST: usize = 1000;
+/// Methods in one recipe.
+const METHODS: usize = 64;
+
 /// The values of one table, in the order of its keys, defaults included.
 #[derive(Clone, Debug)]
 pub(crate) struct Section {
@@ -101,14 +106,17 @@ impl Checker<'_> {
         if format.trim() != PLAN_FORMAT.to_string() {
             let title =
                 format!("plan format {} is unknown; this program reads {PLAN_FORMAT}", quoted(format.trim()));
-            self.problems.push(Problem::new(title).label(Place::new(0, 0..line.len()), ""));
+            self.push(Problem::new(title).label(Place::new(0, 0..line.len()), ""));
         }
     }
 
     fn tables(&mut self, tree: &Node) {
+        let top = table("");
         for spec in tables() {
             match spec.path {
                 "" => self.section("", spec, Some(tree), &fields_of(spec)),
+                path if tree.find(path).is_none()
+                    && top.is_some_and(|top| there(Some(tree), "", &top.fields, path)) => {}
                 "method" => self.methods(tree.find("method")),
                 path => {
                     let node = tree.find(path);
@@ -125,19 +133,23 @@ impl Checker<'_> {
     fn not_a_table(&mut self, path: &str, node: &Node) {
         let title = format!("`{path}` must be a table, found {}", found(&node.value));
         let label = format!("write `[{path}]` on a line of its own");
-        self.problems.push(Problem::new(title).label(node.place.clone(), label));
+        self.push(Problem::new(title).label(node.place.clone(), label));
     }
 
     fn methods(&mut self, node: Option<&Node>) {
         let example = self.methods.first().map_or("lora", |method| method.name);
         let help = format!("add\n[method]\nname = \"{example}\"");
         match node {
-            None => self.problems.push(Problem::new("`[method]` is missing").help(help)),
+            None => self.push(Problem::new("`[method]` is missing").help(help)),
             Some(node) => match &node.value {
                 Tree::Table(_) => self.method("method", node),
                 Tree::List(items) if items.is_empty() => {
                     let problem = Problem::new("`method` is empty").label(node.place.clone(), "").help(help);
-                    self.problems.push(problem);
+                    self.push(problem);
+                }
+                Tree::List(items) if items.len() > METHODS => {
+                    let title = format!("{} methods; a recipe has at most {METHODS}", items.len());
+                    self.push(Problem::new(title).label(items[METHODS].place.clone(), "one too many"));
                 }
                 Tree::List(items) => {
                     for (index, item) in items.iter().enumerate() {
@@ -167,7 +179,7 @@ impl Checker<'_> {
                 let problem = Problem::new(format!("`{path}.name` is missing"))
                     .label(node.place.clone(), "this table")
                     .help(format!("add `name = \"{example}\"`; `engraft methods` lists them"));
-                self.problems.push(problem);
+                self.push(problem);
             }
             _ => {}
         }
@@ -187,7 +199,7 @@ impl Checker<'_> {
     fn unknown_method(&mut self, text: &str, place: Place) {
         let names = self.methods.iter().map(|method| method.name);
         let problem = Problem::new(format!("unknown method `{}`", quoted(text)));
-        self.problems.push(match suggest::nearest(text, names.clone()) {
+        self.push(match suggest::nearest(text, names.clone()) {
             Some(near) => problem.label(place, format!("did you mean `{near}`?")),
             None => problem.label(place, "").help(format!(
                 "methods: {}; `engraft methods` describes them",
@@ -199,17 +211,12 @@ impl Checker<'_> {
     /// Checks one table and keeps its values.
     fn section(&mut self, path: &str, spec: &TableSpec, node: Option<&Node>, fields: &[FieldSpec]) {
         let pairs = node.map_or(&[][..], Node::pairs);
-        for pair in pairs {
-            let table =
-                tables().iter().any(|t| t.path == pair.name || t.path == format!("{path}.{}", pair.name));
-            let known = fields.iter().any(|field| field.name == pair.name)
-                || (path.is_empty() || path == "data") && table;
-            // Without a known method nothing can be said about its settings.
-            let unsure =
-                spec.path == "method" && fields.len() == spec.fields.len() && self.guess(node).is_none();
-            if !known && !unsure {
-                self.unknown(path, pair, fields, node);
-            }
+        let names = names_in(path, fields);
+        // Nothing can be said about the settings of an unknown method; beside a saved one none may stand (a rule).
+        let saved = node.is_some_and(|node| node.find("from").is_some());
+        let unsure = spec.path == "method" && (self.guess(node).is_none() || saved);
+        for pair in pairs.iter().filter(|pair| !unsure && !names.contains(&pair.name.as_str())).take(MOST) {
+            self.unknown(path, pair, fields, node);
         }
         self.missing(path, spec, node);
         let mut entries = Vec::new();
@@ -236,13 +243,13 @@ impl Checker<'_> {
     }
 
     fn missing(&mut self, path: &str, spec: &TableSpec, node: Option<&Node>) {
-        let missing: Vec<&str> = spec
-            .required
-            .iter()
-            .copied()
-            .filter(|key| node.is_none_or(|node| node.find(key).is_none()))
-            .collect();
-        if missing.is_empty() {
+        let missing: Vec<&str> =
+            spec.required.iter().copied().filter(|key| !there(node, path, &spec.fields, key)).collect();
+        // A model below some table is reported there.
+        let mut tables = ["base", "data", "train"].iter();
+        let strayed = path.is_empty()
+            && tables.any(|table| node.is_some_and(|tree| tree.find(&join(table, "model")).is_some()));
+        if missing.is_empty() || strayed {
             return;
         }
         let example = |key: &str| match key {
@@ -252,7 +259,7 @@ impl Checker<'_> {
         };
         let Some(node) = node.filter(|_| !path.is_empty()) else {
             let lines: Vec<String> = missing.iter().map(|key| example(key)).collect();
-            self.problems.push(match path {
+            self.push(match path {
                 "" => Problem::new("`model` is missing")
                     .help(format!("add `{}` as the first line", lines.join(", "))),
                 path => Problem::new(format!("`[{path}]` is missing"))
@@ -264,52 +271,56 @@ impl Checker<'_> {
             let problem = Problem::new(format!("`{path}.{key}` is missing"))
                 .label(node.place.clone(), "this table")
                 .help(format!("add `{}`", example(key)));
-            self.problems.push(problem);
+            self.push(problem);
         }
     }
 
     fn unknown(&mut self, path: &str, pair: &Pair, fields: &[FieldSpec], node: Option<&Node>) {
-        let names = || {
-            let tables =
-                tables().iter().map(|table| table.path).filter(|table| path.is_empty() && !table.is_empty());
-            fields.iter().map(|field| field.name).chain(tables)
-        };
         let name = pair.name.as_str();
         let is_table = path.is_empty() && matches!(pair.node.value, Tree::Table(_));
-        let what = if is_table {
-            format!("unknown table `[{}]`", quoted(name))
-        } else {
-            format!("unknown key `{}`", quoted(&join(path, name)))
+        let title = match is_table {
+            true => format!("unknown table `[{}]`", quoted(name)),
+            false => format!("unknown key `{}`", quoted(&join(path, name))),
         };
-        let elsewhere =
-            tables().iter().filter(|table| !path.starts_with(table.path) || table.path.is_empty());
-        let elsewhere =
-            elsewhere.filter(|_| !is_table).find(|table| table.fields.iter().any(|field| field.name == name));
-        let mut helps = Vec::new();
-        let label = if let Some(near) = suggest::nearest(name, names()) {
-            format!("did you mean `{near}`?")
-        } else if let Some(table) = elsewhere.filter(|table| !(table.path.is_empty() && path.is_empty())) {
-            match table.path {
-                "" => {
-                    helps.push("move the line above the first `[table]`".to_owned());
-                    "belongs at the top of the file".to_owned()
-                }
-                other => {
-                    helps.push(format!("move the line below `[{other}]`"));
-                    format!("belongs in `[{other}]`")
-                }
+        let problem = Problem::new(title);
+        let place = pair.place.clone();
+        let names = names_in(path, fields);
+        self.push(match suggest::nearest(name, names.iter().copied()) {
+            Some(near) => problem.label(place, format!("did you mean `{near}`?")),
+            None => match suggest::ours(name, names.iter().copied()) {
+                Some(ours) => problem.label(place, format!("called `{ours}` here")),
+                None => self.stranger(path, pair, &names, node, problem),
+            },
+        });
+    }
+
+    /// A key that no name of its table resembles: another table's, or nobody's.
+    fn stranger(
+        &self,
+        path: &str,
+        pair: &Pair,
+        names: &[&str],
+        node: Option<&Node>,
+        problem: Problem,
+    ) -> Problem {
+        let place = pair.place.clone();
+        let is_table = matches!(pair.node.value, Tree::Table(_));
+        match elsewhere(path, &pair.name).filter(|_| !is_table) {
+            Some((label, help)) => problem.label(place, label).help(help),
+            None => {
+                let method = self.guess(node).filter(|_| path.starts_with("method"));
+                let label =
+                    method.map_or(String::new(), |method| format!("not a setting of `{}`", method.name));
+                problem.label(place, label).help(format!("keys here: {}", names.join(", ")))
             }
-        } else if let Some(ours) = suggest::ours(name, names()) {
-            format!("called `{ours}` here")
-        } else {
-            helps.push(format!("keys here: {}", names().collect::<Vec<_>>().join(", ")));
-            match self.guess(node).filter(|_| path.starts_with("method")) {
-                Some(method) => format!("not a setting of `{}`", method.name),
-                None => String::new(),
-            }
-        };
-        let problem = Problem::new(what).label(pair.place.clone(), label);
-        self.problems.push(helps.into_iter().fold(problem, Problem::help));
+        }
+    }
+
+    /// Keeps a problem; after [`MOST`] of them no more are kept, so that a hostile file costs little.
+    pub(crate) fn push(&mut self, problem: Problem) {
+        if self.problems.len() < MOST {
+            self.problems.push(problem);
+        }
     }
 
     /// The text of a place, for an argument's bare value where text is wanted (`--set model=7`).
@@ -324,6 +335,46 @@ fn fields_of(spec: &TableSpec) -> Vec<FieldSpec> {
 
 fn join(path: &str, key: &str) -> String {
     if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+}
+
+/// Whether a key is written, be it under a name that resembles it: that is one mistake, not two.
+fn there(node: Option<&Node>, path: &str, fields: &[FieldSpec], key: &str) -> bool {
+    let names = names_in(path, fields);
+    let means = |name: &str| {
+        suggest::nearest(name, names.iter().copied()).or_else(|| suggest::ours(name, names.iter().copied()))
+            == Some(key)
+    };
+    let pairs = node.map_or(&[][..], Node::pairs);
+    let mut strangers = pairs.iter().filter(|pair| !names.contains(&pair.name.as_str())).take(MOST);
+    pairs.iter().any(|pair| pair.name == key) || strangers.any(|pair| means(&pair.name))
+}
+
+/// The names that may stand in a table: its keys, and the tables inside it.
+fn names_in(path: &str, fields: &[FieldSpec]) -> Vec<&'static str> {
+    let inside = tables().iter().filter_map(|table| match table.path.rsplit_once('.') {
+        Some((outer, inner)) => (outer == path).then_some(inner),
+        None => (path.is_empty() && !table.path.is_empty()).then_some(table.path),
+    });
+    fields.iter().map(|field| field.name).chain(inside).collect()
+}
+
+/// Another table that has this key, or a key for what other programs call so: the words beside it and the remedy.
+fn elsewhere(path: &str, name: &str) -> Option<(String, String)> {
+    let here = path.split('[').next().unwrap_or(path);
+    for table in tables().iter().filter(|table| table.path != here) {
+        let names = || table.fields.iter().map(|field| field.name);
+        let (where_to, help) = match table.path {
+            "" => ("at the top of the file".to_owned(), "move the line above the first `[table]`".to_owned()),
+            path => (format!("in `[{path}]`"), format!("move the line below `[{path}]`")),
+        };
+        if names().any(|key| key == name) {
+            return Some((format!("belongs {where_to}"), help));
+        }
+        if let Some(ours) = suggest::ours(name, names()) {
+            return Some((format!("called `{ours}` and belongs {where_to}"), help));
+        }
+    }
+    None
 }
 
 /// The default of a key that is not written, unless the key that excludes it is.

@@ -4,13 +4,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use annotate_snippets::renderer::{DEFAULT_EMPHASIS_STYLE, DEFAULT_ERROR_STYLE, DEFAULT_TERM_WIDTH};
+use annotate_snippets::renderer::{DEFAULT_EMPHASIS_STYLE, DEFAULT_ERROR_STYLE};
 use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
 
 use crate::spec::Origin;
 
 /// Problems shown in full; the rest are counted.
 const SHOWN: usize = 40;
+/// Bytes of a line that is still shown.
+const LONGEST: usize = 4096;
 /// Characters of a name or a value that a message repeats.
 const QUOTED: usize = 60;
 
@@ -69,7 +71,7 @@ pub struct Problem {
     /// Where.
     pub labels: Vec<Label>,
     /// Rows of names, expected and found.
-    pub grid: Option<Grid>,
+    pub grid: Option<Box<Grid>>,
     /// Facts that were checked.
     pub notes: Vec<String>,
     /// Edits or commands to paste.
@@ -104,7 +106,7 @@ impl Problem {
 
     /// Adds rows of name, expected and found.
     pub fn grid(mut self, head: [&str; 3], rows: Vec<[String; 3]>) -> Self {
-        self.grid = Some(Grid { head: head.map(str::to_owned), rows });
+        self.grid = Some(Box::new(Grid { head: head.map(str::to_owned), rows }));
         self
     }
 
@@ -180,7 +182,6 @@ impl Problems {
 }
 
 fn renderer(width: usize, color: bool) -> Renderer {
-    debug_assert!(DEFAULT_TERM_WIDTH >= 120);
     let renderer = if color { Renderer::styled() } else { Renderer::plain() };
     renderer.term_width(width.clamp(60, 120))
 }
@@ -189,7 +190,10 @@ fn renderer(width: usize, color: bool) -> Renderer {
 fn show(problem: &Problem, sources: &[Source], renderer: &Renderer, color: bool) -> String {
     let labels: Vec<&Label> = problem.labels.iter().filter(|l| l.place.source < sources.len()).collect();
     if labels.is_empty() {
-        return plain(problem, color);
+        return plain(problem, None, color);
+    }
+    if labels.iter().any(|label| line_of(&sources[label.place.source].text, &label.place).len() > LONGEST) {
+        return plain(problem, Some(&whereabouts(labels[0], sources)), color);
     }
     let mut group = Group::with_title(Level::ERROR.primary_title(problem.title.as_str()));
     let mut done: Vec<usize> = Vec::new();
@@ -247,6 +251,22 @@ fn clip(text: &str, place: &Place) -> Range<usize> {
     start..end
 }
 
+/// The line on which a place begins.
+fn line_of<'a>(text: &'a str, place: &Place) -> &'a str {
+    let at = floor(text, place.start);
+    &text[text[..at].rfind('\n').map_or(0, |end| end + 1)..line_end(text, at)]
+}
+
+/// ` --> recipe.toml:2:11 words`, for a line too long to show.
+fn whereabouts(label: &Label, sources: &[Source]) -> String {
+    let source = &sources[label.place.source];
+    let before = &source.text[..floor(&source.text, label.place.start)];
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().unwrap_or("").chars().count() + 1;
+    let name = if source.name.is_empty() { "--set" } else { source.name.as_str() };
+    format!(" --> {name}:{line}:{column} {}", label.text).trim_end().to_owned() + "\n"
+}
+
 /// The end of the line of `at`, without its line end.
 fn line_end(text: &str, at: usize) -> usize {
     let end = text[at..].find('\n').map_or(text.len(), |found| at + found);
@@ -258,13 +278,14 @@ fn floor(text: &str, at: usize) -> usize {
 }
 
 /// A problem without lines to show: title, rows, notes, helps.
-fn plain(problem: &Problem, color: bool) -> String {
+fn plain(problem: &Problem, place: Option<&str>, color: bool) -> String {
     let mut text = if color {
         let (red, bold) = (DEFAULT_ERROR_STYLE, DEFAULT_EMPHASIS_STYLE);
         format!("{red}error{red:#}{bold}: {}{bold:#}\n", problem.title)
     } else {
         format!("error: {}\n", problem.title)
     };
+    text.push_str(place.unwrap_or(""));
     if let Some(grid) = &problem.grid {
         text.push_str(&rows(grid));
     }

@@ -10,6 +10,10 @@ use crate::tree::{Node, Tree};
 
 /// The highest number of a layer.
 const LAST_LAYER: u64 = 9_999;
+/// Wrong items of one list that are reported.
+const WRONG: usize = 10;
+/// Bytes of a text of ranges of layers.
+const LONGEST: usize = 256;
 
 impl Checker<'_> {
     /// The value of the key at `path` in plain form, paths resolved; `None` after reporting what is wrong.
@@ -21,14 +25,14 @@ impl Checker<'_> {
             },
             FieldKind::Int { min, max } => match node.value {
                 Tree::Int(number) if (*min..=*max).contains(&number) => Some(number.into()),
-                Tree::Int(number) => self.out_of_range(path, field, node, &number.to_string()),
+                Tree::Int(number) => self.out_of_range(path, field, node, number as f64, &number.to_string()),
                 _ => self.wrong(path, &field.kind, node),
             },
             FieldKind::Float { min, max } => match as_float(&node.value) {
                 Some(number) if (*min..=*max).contains(&number) => {
                     Number::from_f64(number).map(Value::Number)
                 }
-                Some(number) => self.out_of_range(path, field, node, &number.to_string()),
+                Some(number) => self.out_of_range(path, field, node, number, &number.to_string()),
                 None => self.wrong(path, &field.kind, node),
             },
             FieldKind::Text | FieldKind::Path | FieldKind::OneOf(_) => self.text(path, field, node),
@@ -88,12 +92,20 @@ impl Checker<'_> {
             return self.wrong(path, &field.kind, node);
         };
         let item = FieldSpec { kind: item_kind(&field.kind), default: None, ..field.clone() };
-        let values: Vec<Option<Value>> = items
-            .iter()
-            .enumerate()
-            .map(|(index, node)| self.read(&format!("{path}[{index}]"), &item, node))
-            .collect();
-        let mut values = values.into_iter().collect::<Option<Vec<Value>>>()?;
+        let mut values = Vec::with_capacity(items.len());
+        let mut wrong = 0;
+        for (index, node) in items.iter().enumerate() {
+            match self.read(&format!("{path}[{index}]"), &item, node) {
+                Some(value) => values.push(value),
+                None => wrong += 1,
+            }
+            if wrong == WRONG {
+                break;
+            }
+        }
+        if wrong > 0 {
+            return None;
+        }
         if field.kind == FieldKind::Layers {
             values.sort_by_key(Value::as_u64);
             values.dedup();
@@ -119,6 +131,8 @@ impl Checker<'_> {
 
     /// `0-5,11` → the numbers.
     fn layers(&mut self, path: &str, text: &str, node: &Node) -> Option<Value> {
+        // A long text of ranges is no list anyone writes, and would be expanded at length.
+        let text = if text.len() <= LONGEST { text } else { "" };
         let number = |text: &str| text.trim().parse::<u64>().ok().filter(|layer| *layer <= LAST_LAYER);
         let range = |part: &str| match part.split_once('-') {
             Some((first, last)) => Some(number(first)?..=number(last)?).filter(|range| !range.is_empty()),
@@ -140,15 +154,28 @@ impl Checker<'_> {
         self.report(Problem::new(title).label(node.place.clone(), label))
     }
 
-    fn out_of_range(&mut self, path: &str, field: &FieldSpec, node: &Node, number: &str) -> Option<Value> {
-        let title = format!("`{path}` must be {}, found {number}", range(&field.kind));
+    fn out_of_range(
+        &mut self,
+        path: &str,
+        field: &FieldSpec,
+        node: &Node,
+        number: f64,
+        shown: &str,
+    ) -> Option<Value> {
+        let (low, high) = bounds(&field.kind);
+        let bound = match number {
+            number if number.is_nan() || number.is_infinite() => "finite".to_owned(),
+            number if number < lowest(&field.kind) => low.unwrap_or_default(),
+            _ => high.unwrap_or_default(),
+        };
+        let title = format!("`{path}` must be {bound}, found {shown}");
         let default =
             field.default.as_ref().map(|value| format!("the default is {}", crate::value::toml(value)));
         self.report(Problem::new(title).label(node.place.clone(), default.unwrap_or_default()))
     }
 
     fn report(&mut self, problem: Problem) -> Option<Value> {
-        self.problems.push(problem);
+        self.push(problem);
         None
     }
 }
@@ -224,31 +251,33 @@ fn hint(kind: &FieldKind, value: &Tree) -> Option<String> {
     })
 }
 
-/// The range of a number in words.
-pub(crate) fn range(kind: &FieldKind) -> String {
-    let (low, high) = match *kind {
+fn lowest(kind: &FieldKind) -> f64 {
+    match *kind {
+        FieldKind::Int { min, .. } => min as f64,
+        FieldKind::Float { min, .. } => min,
+        _ => f64::MIN,
+    }
+}
+
+/// The lowest and the highest value of a number in words; none where there is no bound.
+fn bounds(kind: &FieldKind) -> (Option<String>, Option<String>) {
+    match *kind {
         FieldKind::Int { min, max } => (
             (min > i64::MIN).then(|| format!("at least {min}")),
-            (max < 1 << 40).then(|| format!("at most {max}")),
+            (max < i64::MAX).then(|| format!("at most {max}")),
         ),
         FieldKind::Float { min, max } => {
-            let low = if min == ABOVE_ZERO {
-                Some("greater than 0".into())
-            } else {
-                (min > -f64::MAX).then(|| format!("at least {min}"))
+            let low = match min {
+                ABOVE_ZERO => Some("greater than 0".into()),
+                min => (min > -f64::MAX).then(|| format!("at least {min}")),
             };
-            let high = if max == BELOW_ONE {
-                Some("less than 1".into())
-            } else {
-                (max < f64::MAX).then(|| format!("at most {max}"))
+            let high = match max {
+                BELOW_ONE => Some("less than 1".into()),
+                max => (max < f64::MAX).then(|| format!("at most {max}")),
             };
             (low, high)
         }
         _ => (None, None),
-    };
-    match (low, high) {
-        (None, None) => "finite".into(),
-        (low, high) => low.into_iter().chain(high).collect::<Vec<_>>().join(" and "),
     }
 }
 
@@ -258,7 +287,11 @@ pub(crate) fn takes(kind: &FieldKind) -> String {
         FieldKind::OneOf(names) => {
             names.iter().map(|name| format!("`\"{name}\"`")).collect::<Vec<_>>().join(", ")
         }
-        FieldKind::Int { .. } | FieldKind::Float { .. } => format!("{} {}", noun(kind), range(kind)),
+        FieldKind::Int { .. } | FieldKind::Float { .. } => {
+            let (low, high) = bounds(kind);
+            let words = std::iter::once(noun(kind).to_owned()).chain(low).chain(high);
+            words.collect::<Vec<_>>().join(", ")
+        }
         FieldKind::Path => "a path".into(),
         kind => noun(kind).into(),
     }

@@ -315,6 +315,28 @@ impl Recipe {
             .and_then(|document| crate::check::recipe(document, file_name, methods))
     }
 
+    /// [`Recipe::parse`] of bytes as they come from a file.
+    ///
+    /// # Errors
+    /// A first byte that is no UTF-8, by its line; otherwise as `parse`.
+    pub fn parse_bytes(
+        source: &[u8],
+        file_name: &str,
+        sets: &[String],
+        methods: &[MethodSpec],
+    ) -> Result<Recipe, Problems> {
+        match std::str::from_utf8(source) {
+            Ok(text) => Recipe::parse(text, file_name, sets, methods),
+            Err(error) => {
+                let line = source[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count() + 1;
+                let problem = Problem::new(format!("line {line} of {file_name} is not UTF-8"))
+                    .help("save the file as UTF-8");
+                let source = Source { name: file_name.to_owned(), text: String::new() };
+                Err(Problems::new([source].into(), vec![problem]))
+            }
+        }
+    }
+
     /// The place of the value at `path` (`train.epochs`, `method[1].rank`, `method.targets[0]`), or of the table
     /// around it where that key is not written. `None` where neither is.
     pub fn place(&self, path: &str) -> Option<Place> {
@@ -340,5 +362,58 @@ impl Recipe {
     /// Mistakes found later, ready to be shown with the lines of this recipe.
     pub fn problems(&self, list: Vec<Problem>) -> Problems {
         Problems::new(self.sources.clone(), list)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::table;
+
+    const SMALL: &str = "model = \"m\"\n[method]\nfrom = \"a\"\n[data]\nformat = \"csv\"\npath = \"t.csv\"\n";
+
+    /// The keys of a struct as serde writes them.
+    fn keys(value: impl Serialize) -> Vec<String> {
+        let mut keys: Vec<String> =
+            serde_json::to_value(value).unwrap().as_object().unwrap().keys().cloned().collect();
+        keys.sort();
+        keys
+    }
+
+    fn listed(path: &str, without: &[&str]) -> Vec<String> {
+        let fields = table(path).unwrap().fields.iter().map(|field| field.name.to_owned());
+        let mut keys: Vec<String> = fields.filter(|name| !without.contains(&name.as_str())).collect();
+        keys.sort();
+        keys
+    }
+
+    #[test]
+    fn structs_and_tables_have_the_same_keys() {
+        let recipe = Recipe::parse(SMALL, "r.toml", &[], &[]).unwrap();
+        assert_eq!(keys(&recipe.base), listed("base", &[]));
+        assert_eq!(keys(&recipe.data), listed("data", &["template"]));
+        assert_eq!(keys(&recipe.data.columns), listed("data.columns", &[]));
+        assert_eq!(keys(&recipe.train), listed("train", &["steps", "warmup_steps"]));
+    }
+
+    #[test]
+    fn every_name_of_a_choice_has_its_variant() {
+        let accepted = |key: &str, line: &str| {
+            let table = if key == "format" { SMALL.replace("\"csv\"", line) } else { String::new() };
+            let text = match key {
+                "format" => table,
+                "task" => format!("task = {line}\n{SMALL}"),
+                "quantize" => format!("{SMALL}[base]\n{key} = {line}\n"),
+                _ => format!("{SMALL}eval_fraction = 0.5\n[train]\n{key} = {line}\n"),
+            };
+            Recipe::parse(&text, "r.toml", &[], &[]).unwrap_or_else(|problems| panic!("{problems}"))
+        };
+        for table in crate::keys::tables() {
+            for field in &table.fields {
+                if let crate::spec::FieldKind::OneOf(names) = field.kind {
+                    names.iter().for_each(|name| drop(accepted(field.name, &format!("\"{name}\""))));
+                }
+            }
+        }
     }
 }

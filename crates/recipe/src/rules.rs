@@ -1,13 +1,14 @@
 //! Combinations that cannot be: each rule looks at the written values and reports all places it concerns.
 
+use std::collections::HashMap;
+
 use serde_json::Value;
 
 use crate::check::Section;
 use crate::keys::EXCLUSIVE;
-use crate::problem::{Place, Problem};
+use crate::problem::{Place, Problem, quoted};
 use crate::recipe::{Recipe, Task};
-use crate::spec::Origin;
-use crate::tree::{Node, Pair};
+use crate::tree::{Node, Pair, Tree};
 
 /// What the rules look at.
 struct Rules<'a> {
@@ -24,6 +25,7 @@ pub(crate) fn check(tree: &Node, sections: &[Section], problems: &mut Vec<Proble
     rules.base();
     rules.format();
     rules.steps();
+    rules.labels();
     for section in sections.iter().filter(|section| section.path.starts_with("method")) {
         rules.method(section);
     }
@@ -199,19 +201,43 @@ impl Rules<'_> {
         }
     }
 
+    /// A label counts once.
+    fn labels(&mut self) {
+        let Some(Tree::List(items)) = self.tree.find("data.labels").map(|node| &node.value) else { return };
+        let mut seen: HashMap<&str, &Place> = HashMap::new();
+        for item in items {
+            let Tree::Text(label) = &item.value else { continue };
+            if let Some(first) = seen.insert(label, &item.place) {
+                let problem = Problem::new(format!("`data.labels` has \"{}\" twice", quoted(label)))
+                    .context(first.clone(), "first")
+                    .label(item.place.clone(), "second");
+                self.problems.push(problem);
+                return;
+            }
+        }
+    }
+
     /// Contradictions inside one `[method]`.
     fn method(&mut self, section: &Section) {
         let at = &section.path;
         if let Some(from) = self.pair(at, "from") {
             let from = from.place.clone();
-            let written = section.entries.iter().filter(|entry| entry.origin != Origin::Default);
-            for entry in written.filter(|entry| !matches!(entry.field.name, "name" | "from")) {
-                let key = entry.field.name;
-                let Some(pair) = self.pair(at, key) else { continue };
+            let pairs = self.tree.find(at).map_or(&[][..], Node::pairs);
+            for pair in pairs.iter().filter(|pair| !matches!(pair.name.as_str(), "name" | "from")) {
+                let key = quoted(&pair.name);
                 let problem = Problem::new(format!("`{at}.from` and `{at}.{key}` cannot both be set"))
                     .label(pair.place.clone(), "the saved adapter has its own")
                     .context(from.clone(), "the saved adapter")
                     .help(format!("delete `{key}`"));
+                self.problems.push(problem);
+            }
+        }
+        for key in ["targets", "roles"] {
+            let Some(pair) = self.pair(at, key) else { continue };
+            if matches!(&pair.node.value, Tree::List(items) if items.is_empty()) {
+                let problem = Problem::new(format!("`{at}.{key}` is an empty list"))
+                    .label(pair.node.place.clone(), "nothing would be trained")
+                    .help(format!("delete `{key}` for the method's own choice"));
                 self.problems.push(problem);
             }
         }

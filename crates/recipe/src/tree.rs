@@ -61,7 +61,7 @@ pub(crate) fn read(source: &str, file_name: &str, sets: &[String]) -> Result<Doc
         let title = format!("{file_name} has {} bytes; a recipe has at most {LARGEST}", text.len());
         return Err(fail(Problem::new(title)));
     }
-    let table = DeTable::parse(text).map_err(|error| fail(syntax(&error, 0, 0)))?;
+    let table = DeTable::parse(text).map_err(|error| fail(syntax(&error, text, 0, 0)))?;
     let mut problems = Vec::new();
     let mut reader = Reader { source: 0, offset: 0, problems: &mut problems };
     let mut tree = reader.table(table.get_ref(), 0..0, 0);
@@ -74,11 +74,24 @@ pub(crate) fn read(source: &str, file_name: &str, sets: &[String]) -> Result<Doc
     Ok(Document { tree, sources, problems })
 }
 
-fn syntax(error: &toml::de::Error, source: usize, offset: usize) -> Problem {
+/// The parser's first complaint. What a newcomer meets most, a bare word or nothing after `=`, is said plainly.
+fn syntax(error: &toml::de::Error, text: &str, source: usize, offset: usize) -> Problem {
     let span = error.span().unwrap_or(0..0);
     let message = error.message().lines().collect::<Vec<_>>().join(", ");
-    Problem::new(format!("not valid TOML: {message}"))
-        .label(Place::new(source, span.start + offset..span.end + offset), "")
+    let word = text.get(span.clone()).unwrap_or("").trim();
+    let place = Place::new(source, span.start + offset..span.end + offset);
+    if message.starts_with("invalid basic string, expected `\"`") {
+        return Problem::new("not valid TOML: a string without its closing quote")
+            .label(place, "expected `\"`");
+    }
+    match message.starts_with("string values must be quoted") {
+        true if word.is_empty() => {
+            Problem::new("not valid TOML: a value is missing").label(place, "nothing after `=`")
+        }
+        true => Problem::new("not valid TOML: a string needs quotes")
+            .label(place, format!("write `\"{}\"`", quoted(word))),
+        false => Problem::new(format!("not valid TOML: {message}")).label(place, ""),
+    }
 }
 
 /// Turns what the parser gives into nodes of one source.
@@ -199,7 +212,7 @@ fn argument_value(
     }
     match DeValue::parse(text) {
         Ok(value) => Ok(Reader { source, offset: start, problems }.node(&value, 1)),
-        Err(error) if bare.starts_with(['[', '{', '"', '\'']) => Err(syntax(&error, source, start)),
+        Err(error) if bare.starts_with(['[', '{', '"', '\'']) => Err(syntax(&error, text, source, start)),
         Err(_) => Ok(Node { value: Tree::Text(bare.to_owned()), place }),
     }
 }
@@ -210,8 +223,8 @@ fn descend(node: &mut Node, steps: &[Step], value: Node) -> Result<(), Problem> 
         return Ok(());
     };
     let Tree::Table(pairs) = &mut node.value else {
-        return Err(Problem::new(format!("`{}` is inside a value that is no table", quoted(&step.name)))
-            .label(step.place.clone(), "")
+        return Err(Problem::new(format!("`{}` cannot be set inside a value", quoted(&step.name)))
+            .label(step.place.clone(), "what holds it is not a table")
             .context(node.place.clone(), "the value"));
     };
     let at = match pairs.iter().position(|pair| pair.name == step.name) {
