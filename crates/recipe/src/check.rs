@@ -62,7 +62,7 @@ impl Section {
 
     fn targets(&self, key: &str) -> Option<Targets> {
         Some(match self.get(key)? {
-            Value::String(text) if text == "all-linear" => Targets::AllLinear,
+            Value::String(text) if key == "targets" && text == "all-linear" => Targets::AllLinear,
             Value::String(text) => Targets::Pattern(text.clone()),
             _ => Targets::Names(self.texts(key)),
         })

@@ -39,8 +39,8 @@ pub(crate) fn table(path: &str) -> Option<&'static TableSpec> {
     tables().iter().find(|table| table.path == path)
 }
 
-const COUNT: FieldKind = FieldKind::Int { min: 1, max: 1_000_000_000_000 };
-const COUNT_OR_ZERO: FieldKind = FieldKind::Int { min: 0, max: 1_000_000_000_000 };
+const COUNT: FieldKind = FieldKind::Int { min: 1, max: 1_000_000_000 };
+const COUNT_OR_ZERO: FieldKind = FieldKind::Int { min: 0, max: 1_000_000_000 };
 const SHARE: FieldKind = FieldKind::Float { min: 0.0, max: 1.0 };
 const NOT_NEGATIVE: FieldKind = FieldKind::Float { min: 0.0, max: f64::MAX };
 

@@ -140,12 +140,19 @@ pub struct Problems {
     /// In the order of the text.
     pub list: Vec<Problem>,
     sources: Arc<[Source]>,
+    untouched: &'static str,
 }
 
 impl Problems {
     pub(crate) fn new(sources: Arc<[Source]>, mut list: Vec<Problem>) -> Self {
         list.sort_by_cached_key(Problem::order);
-        Self { list, sources }
+        Self { list, sources, untouched: "nothing was loaded or written" }
+    }
+
+    /// Says in the closing line what was left untouched, where it is not "nothing was loaded or written".
+    pub fn leaving(mut self, untouched: &'static str) -> Self {
+        self.untouched = untouched;
+        self
     }
 
     /// All of them as text, with the closing line. `width` in characters, held between 60 and 120.
@@ -177,7 +184,7 @@ impl Problems {
         };
         let count = self.list.len();
         let errors = if count == 1 { "error" } else { "errors" };
-        format!("{count} {errors} in {place}; nothing was loaded or written")
+        format!("{count} {errors} in {place}; {}", self.untouched)
     }
 }
 

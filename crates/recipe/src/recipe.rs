@@ -122,29 +122,43 @@ pub struct MethodTable {
 /// The form of a data file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum Format {
+    /// Cells between commas.
     Csv,
+    /// Cells between tabs.
     Tsv,
+    /// One JSON object a line.
     Jsonl,
+    /// Plain text, cut into blocks.
     Text,
+    /// One list of messages a line.
     Chat,
+    /// Instruction, input, output.
     Alpaca,
+    /// One list of conversations a line.
     Sharegpt,
+    /// Token ids in a safetensors file.
     Tensors,
 }
 
 /// `[data.columns]`: which column is what.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
 pub struct Columns {
+    /// The input text.
     pub text: Option<String>,
+    /// The second text of a pair.
     pub text_pair: Option<String>,
+    /// The class.
     pub label: Option<String>,
+    /// The instruction or question.
     pub prompt: Option<String>,
+    /// The answer that is learned.
     pub completion: Option<String>,
+    /// The list of chat messages.
     pub messages: Option<String>,
+    /// The list of words.
     pub tokens: Option<String>,
+    /// The list of tags, one a word.
     pub tags: Option<String>,
 }
 
@@ -226,20 +240,24 @@ pub enum Schedule {
 /// The type of the computation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum Dtype {
+    /// 32 bits.
     F32,
+    /// bfloat16, the upper half of f32.
     Bf16,
 }
 
 /// What the best checkpoint is best at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)]
 pub enum Metric {
+    /// Mean loss; less is better.
     Loss,
+    /// Share of right answers; more is better.
     Accuracy,
+    /// Mean F1 over the classes; more is better.
     F1,
+    /// Exponential of the loss; less is better.
     Perplexity,
 }
 

@@ -69,9 +69,10 @@ fn later_mistakes_point_into_the_recipe() {
   = note: in this model role q is `query` (12), role v is `value` (12)
   = help: write `targets = ["query", "value"]`, or `roles = ["q", "v"]` for any model
 
-1 error in recipe.toml; nothing was loaded or written
+1 error in recipe.toml; nothing was trained or written
 "#;
-    assert_eq!(recipe.problems(vec![problem]).render(80, false), expected);
+    let problems = recipe.problems(vec![problem]).leaving("nothing was trained or written");
+    assert_eq!(problems.render(80, false), expected);
 }
 
 #[test]
