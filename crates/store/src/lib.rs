@@ -7,12 +7,15 @@
 
 pub mod adapter;
 pub mod atomic;
+pub mod checkpoint;
 pub mod disk;
 mod error;
 mod header;
 pub mod json;
 mod limits;
 mod paths;
+pub mod run;
+pub mod sim;
 #[cfg(test)]
 mod testing;
 mod weights;
