@@ -247,8 +247,11 @@ mod tests {
         }
     }
 
+    /// Name, shape, bytes.
+    type Plain = (String, Vec<usize>, Vec<u8>);
+
     /// The verdict of the `safetensors` crate on the same bytes.
-    fn peer(bytes: &[u8]) -> Option<Vec<(String, Vec<usize>, Vec<u8>)>> {
+    fn peer(bytes: &[u8]) -> Option<Vec<Plain>> {
         let tensors = SafeTensors::deserialize(bytes).ok()?;
         let mut all: Vec<_> = tensors
             .tensors()

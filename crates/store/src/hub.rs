@@ -6,6 +6,7 @@
 use crate::download;
 use crate::error::{Error, Result};
 use crate::paths::is_plain;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 /// Files of a model or adapter that are of use here; weights are matched by [`wanted`].
@@ -101,7 +102,11 @@ impl Hub {
                 path.display()
             )));
         }
-        download::download(self, model, revision, &repository, progress)
+        // hf-hub asserts some of what a server answers; a strange answer must not end the process.
+        let work = || download::download(self, model, revision, &repository, progress);
+        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+            Err(Error::Hub(format!("{} gave an answer that makes no sense for `{model}`", self.endpoint)))
+        })
     }
 
     fn repository(&self, id: &str) -> PathBuf {

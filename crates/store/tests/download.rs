@@ -17,6 +17,8 @@ enum Mode {
     Cut(usize),
     /// One bit is wrong.
     Flipped,
+    /// A redirection to nowhere.
+    Lost,
 }
 
 struct Server {
@@ -75,13 +77,20 @@ fn answer(mut stream: TcpStream, shared: &Mutex<Server>) {
     let from: usize = from.parse().unwrap();
     let to = to.parse::<usize>().map_or(body.len(), |to| to + 1).min(body.len());
     let mut part = body[from.min(to)..to].to_vec();
+    if server.mode == Mode::Lost {
+        let _ = write!(
+            stream,
+            "HTTP/1.1 302 Found\r\nContent-Length: 0\r\nETag: \"{etag}\"\r\nx-repo-commit: {COMMIT}\r\nConnection: close\r\n\r\n"
+        );
+        return;
+    }
     let announced = part.len();
     if is_weights && announced > 1 {
         server.ranges.push(range.clone());
         match server.mode {
             Mode::Cut(n) => part.truncate(n),
             Mode::Flipped => part[0] ^= 1,
-            Mode::Good => {}
+            Mode::Good | Mode::Lost => {}
         }
     }
     let _ = write!(
@@ -157,4 +166,13 @@ fn an_unknown_model_says_what_to_check() {
     let hub = Hub { endpoint, ..Hub::new(cache.path().to_owned()) };
     let e = hub.resolve("org/nmae", None, &mut |_| {}).unwrap_err().to_string();
     assert!(e.contains("org/nmae") && e.contains("spelling"), "{e}");
+}
+
+#[test]
+fn a_senseless_answer_is_an_error() {
+    let cache = tempfile::tempdir().unwrap();
+    let (endpoint, _) = start(Mode::Lost);
+    let e = resolve(cache.path(), &endpoint).unwrap_err();
+    assert!(e.contains("org/name"), "{e}");
+    assert!(!cache.path().join("models--org--name/refs/main").exists());
 }
