@@ -1,18 +1,30 @@
 //! Tokenizers, chat templates, data sets and batches: text in, token ids and labels out.
 //!
-//! Nothing here knows tensors, models or the environment, and nothing prints.
+//! Nothing here knows tensors, models or the environment, and nothing prints. The way of a row: [`read()`] gives
+//! [`Rows`] of text, [`encode`] makes a [`Dataset`] of them for a [`Task`], [`Batches`] says which examples go together.
 
 mod batches;
+mod chat;
+mod clock;
 mod decode;
 mod error;
 mod example;
 mod read;
 pub mod rng;
+mod task;
 mod template;
+mod tensors;
+#[cfg(test)]
+mod testing;
 mod tokenizer;
 
 pub use batches::{Batches, Epoch, Order, WINDOW};
+pub use chat::{Conversation, encode_conversation, encode_prompt};
 pub use decode::DecodeStream;
 pub use error::{Error, Result};
 pub use example::{Dataset, Example, IGNORED, Labels, Report};
-pub use tokenizer::{Encoding, FILE_LIMIT, NamedTemplate, Tokenizer};
+pub use read::{Columns, Content, Format, Message, Need, ReadOptions, Row, Rows, Sniff, read, sniff};
+pub use task::{EncodeOptions, Task, encode, mask};
+pub use template::ChatTemplate;
+pub use tensors::Tensors;
+pub use tokenizer::{Encoding, NamedTemplate, Tokenizer};
