@@ -2,6 +2,7 @@
 //!
 //! Masked places are dropped, and each token that is left keeps its column as its position, so that rows padded on the
 //! left and on the right give what the padded model gives at those places. A row without gaps has positions `None`.
+
 use crate::error::{Error, Result};
 use crate::example::{Dataset, Example, IGNORED, Labels, Report};
 

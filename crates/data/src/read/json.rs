@@ -10,14 +10,9 @@ use crate::error::{Error, Result};
 /// The records of the file. Empty lines are no records.
 pub(super) fn records(source: &mut Source) -> Result<Vec<Record>> {
     let io = |path, source| Error::Io { path, source };
-    let start = {
-        let buffer = source.reader.fill_buf().map_err(|error| io(source.path.clone(), error))?;
-        match buffer.iter().position(|byte| !byte.is_ascii_whitespace()) {
-            Some(at) => Some(buffer[at]),
-            // A file without anything, or with more blanks at its start than any list has.
-            None => None,
-        }
-    };
+    // Nothing found: an empty file, or more blanks at its start than any list has.
+    let buffer = source.reader.fill_buf().map_err(|error| io(source.path.clone(), error))?;
+    let start = buffer.iter().find(|byte| !byte.is_ascii_whitespace()).copied();
     if start == Some(b'[') { list(source) } else { lines(source) }
 }
 
