@@ -13,6 +13,7 @@
 mod isa;
 mod lanes;
 mod pack;
+mod peak;
 mod product;
 mod stream;
 #[cfg(test)]
@@ -27,6 +28,7 @@ use rayon::prelude::*;
 
 pub use isa::{Isa, choose_isa, isa};
 pub use pack::Precision;
+pub use peak::peak_flops;
 pub use stream::{RowSource, streamed_backward, streamed_forward};
 
 use isa::dispatch;
