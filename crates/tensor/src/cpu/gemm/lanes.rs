@@ -33,6 +33,9 @@ pub(super) trait Lanes: 'static {
     unsafe fn widen_odd(from: *const u32) -> Self::V;
     /// `a0 b0 a1 b1 …` as two registers.
     unsafe fn zip(a: Self::V, b: Self::V) -> (Self::V, Self::V);
+    /// Asks for the cache line at `at`, which need not exist, to be brought into the second-level cache.
+    #[inline(always)]
+    unsafe fn prefetch(_at: *const u32) {}
 }
 
 /// Lanes with a product of bf16 pairs.
@@ -96,13 +99,14 @@ impl<const W: usize> Lanes for Portable<W> {
 #[cfg(test)]
 pub(super) struct Emulated512;
 
+// SAFETY (every block): the caller's promise is passed on.
 #[cfg(test)]
 #[rustfmt::skip]
+#[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Emulated512 {
     type V = [f32; 16];
     type Bf16 = super::tile::Dot<Self>;
     const WIDTH: usize = 16;
-    // SAFETY (all): the caller's promise is passed on.
     unsafe fn zero() -> Self::V { unsafe { Portable::<16>::zero() } }
     unsafe fn load(from: *const u32) -> Self::V { unsafe { Portable::<16>::load(from) } }
     unsafe fn store(to: *mut u32, v: Self::V) { unsafe { Portable::<16>::store(to, v) } }

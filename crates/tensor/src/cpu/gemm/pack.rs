@@ -141,7 +141,7 @@ impl Task for PackPanel<'_> {
     unsafe fn run<L: Lanes, const NV: usize>(self) {
         let Layout { inn, precision, .. } = self.layout;
         let (width, steps) = (L::WIDTH * NV, self.layout.steps());
-        let rows = if inn == 0 { 0 } else { self.rows.len() / inn };
+        let rows = self.rows.len().checked_div(inn).unwrap_or(0);
         assert!(
             rows <= width && self.panel.len() == width * steps,
             "one panel takes at most its width of rows"

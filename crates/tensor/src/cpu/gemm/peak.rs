@@ -34,8 +34,8 @@ impl Task for Measure<'_> {
         // SAFETY: the caller's promise about the processor.
         let rate = unsafe {
             match self.precision {
-                Precision::F32 => measure::<Plain<L>, NV>(self.words),
-                Precision::Bf16 => measure::<L::Bf16, NV>(self.words),
+                Precision::Bf16 if !L::Bf16::WIDENS => measure::<L::Bf16, NV>(self.words),
+                _ => measure::<Plain<L>, NV>(self.words),
             }
         };
         *self.best = self.best.max(rate);

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::isa::{Task, dispatch};
 use super::lanes::Lanes;
 use super::pack::{Layout, Precision, Words, round_row, transposed_panel};
-use super::tile::{Init, Kernel, LEFT_STRIDE, MR, Plain, RUN_WORDS, Run, tile};
+use super::tile::{Init, Kernel, LEFT_STRIDE, MR, Plain, RUN_WORDS, Run, tile, widen};
 
 /// Rows of a forward chunk: 240 packed rows of 1 KiB take half of a second-level cache of 512 KiB.
 const FORWARD_ROWS: usize = 240;
@@ -26,6 +26,9 @@ const SERIAL_MACS: usize = 1 << 17;
 
 /// Chunks made for each thread, so that a thread which is held up does not hold up the others.
 const CHUNKS_A_THREAD: usize = 4;
+
+/// More rows than this share a widening of bf16 weights.
+const WIDEN_ROWS: usize = 2 * MR;
 
 /// Columns of a chunk at least, so that packing the left side stays a small part of the work.
 const CHUNK_COLUMNS: usize = 128;
@@ -161,6 +164,8 @@ struct Scratch {
     left: Words,
     /// A transposed panel for one run of k, `[steps, NR]`.
     panel: Words,
+    /// A panel for one run of k, widened from bf16 to f32, `[k, NR]`.
+    wide: Words,
 }
 
 thread_local! {
@@ -206,13 +211,24 @@ impl Chunk<'_> {
         if product.direction == Direction::Backward {
             scratch.panel.reserve(run_k / K::STEP_K * width);
         }
+        let widens = K::WIDENS && self.rows.len() > WIDEN_ROWS;
+        if widens {
+            scratch.wide.reserve(run_k * width);
+        }
         let (left, transposed) = (scratch.left.as_mut_slice(), scratch.panel.as_mut_slice());
+        let wide = scratch.wide.as_mut_slice().as_mut_ptr();
         for k0 in (0..product.k()).step_by(run_k) {
             let k = run_k.min(product.k() - k0);
+            let steps = k.div_ceil(K::STEP_K);
             self.pack_left::<K>(k0, k, left);
             for panel in self.panels.clone() {
+                let mut ahead: &[u32] = &[];
                 let weights = if product.direction == Direction::Forward {
-                    product.words[panel * layout.panel_words() + k0 / K::STEP_K * width..].as_ptr()
+                    let at = |panel| panel * layout.panel_words() + k0 / K::STEP_K * width;
+                    if panel + 1 < self.panels.end {
+                        ahead = &product.words[at(panel + 1)..][..steps * width];
+                    }
+                    product.words[at(panel)..].as_ptr()
                 } else {
                     // SAFETY: `run_k` is a multiple of every panel width, and `transposed` holds a whole run.
                     unsafe {
@@ -221,8 +237,15 @@ impl Chunk<'_> {
                     }
                     transposed.as_ptr()
                 };
-                // SAFETY: the caller's promise; `left` and `weights` hold this run.
-                unsafe { self.panel::<K, NV>(panel, k0, k.div_ceil(K::STEP_K), left, weights) }
+                // SAFETY: the caller's promise; `left` and `weights` hold this run, and `wide` has room for it.
+                unsafe {
+                    if widens {
+                        widen::<K::L, NV>(weights, steps, wide);
+                        self.panel::<Plain<K::L>, NV>(panel, k0, steps * K::STEP_K, left, wide, ahead);
+                    } else {
+                        self.panel::<K, NV>(panel, k0, steps, left, weights, ahead);
+                    }
+                }
             }
         }
     }
@@ -246,7 +269,8 @@ impl Chunk<'_> {
         }
     }
 
-    /// All rows of this chunk times one panel.
+    /// All rows of this chunk times one panel. Each tile also asks for the next tile's place in the result, and for its share
+    /// of `ahead`, the weights that come next and lie far away.
     ///
     /// # Safety
     /// The processor has the kernel's instructions; `weights` is good for `[steps, NR]`, `left` for all rows.
@@ -258,12 +282,14 @@ impl Chunk<'_> {
         steps: usize,
         left: &[u32],
         weights: *const u32,
+        ahead: &[u32],
     ) {
         let product = self.product;
         let width = K::L::WIDTH * NV;
         let column = panel * width;
         let columns = width.min(product.n() - column);
         let mut edge = [0u32; MR * 64];
+        let share = ahead.len().div_ceil(16 * self.rows.len().div_ceil(MR)) * 16;
         for i in (0..self.rows.len()).step_by(MR) {
             let rows = MR.min(self.rows.len() - i);
             // SAFETY: the chunk's rows and this panel's columns lie inside `c` and belong to this thread alone; a panel
@@ -276,6 +302,14 @@ impl Chunk<'_> {
                     Start::Bias(bias) => Init { at: bias.as_ptr().add(column).cast(), row_stride: 0 },
                     Start::Result => Init { at: c, row_stride: product.c_stride },
                 };
+                for word in (i / MR * share..((i / MR + 1) * share).min(ahead.len())).step_by(16) {
+                    K::L::prefetch(&ahead[word]);
+                }
+                for row in MR..2 * MR {
+                    let next = c.wrapping_add(row * product.c_stride);
+                    K::L::prefetch(next);
+                    K::L::prefetch(next.wrapping_add(width - 1));
+                }
                 let a = left[i * LEFT_STRIDE..].as_ptr();
                 let run = Run { a, b: weights, steps, init, c, c_stride: product.c_stride };
                 if columns == width {

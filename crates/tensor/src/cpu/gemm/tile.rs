@@ -27,6 +27,9 @@ pub(super) trait Kernel {
     const STEP_K: usize;
     /// Words of the left side a step takes: one for each k, or one for a bf16 pair.
     const LEFT_WORDS: usize;
+    /// Each step widens its weights. Where many rows share them, widening once and using [`Plain`] is faster, with the same
+    /// bits.
+    const WIDENS: bool = Self::LEFT_WORDS > 1;
 
     /// Adds step `b` (`NV · WIDTH` words) times the left words at `a` (rows [`LEFT_STRIDE`] words apart) to `acc`.
     ///
@@ -199,6 +202,26 @@ unsafe fn tile_of<K: Kernel, const M: usize, const NV: usize>(run: &Run) {
         for (i, row) in acc.iter().enumerate() {
             for (j, v) in row.iter().enumerate() {
                 K::L::store(run.c.add(i * run.c_stride + j * width), *v);
+            }
+        }
+    }
+}
+
+/// Widens `steps` steps of bf16 weights `[steps, NR]` to f32 weights `[2 · steps, NR]` for [`Plain`].
+///
+/// # Safety
+/// The processor has the lanes' instructions; the pointers are good for these shapes.
+#[inline(always)]
+pub(super) unsafe fn widen<L: Lanes, const NV: usize>(weights: *const u32, steps: usize, into: *mut u32) {
+    let width = L::WIDTH * NV;
+    for step in 0..steps {
+        for j in 0..NV {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let from = weights.add(step * width + j * L::WIDTH);
+                let to = into.add(2 * step * width + j * L::WIDTH);
+                L::store(to, L::widen_even(from));
+                L::store(to.add(width), L::widen_odd(from));
             }
         }
     }

@@ -55,6 +55,10 @@ impl Lanes for Avx2 {
             (_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high))
         }
     }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
 }
 
 /// Sixteen lanes: AVX-512 without the bf16 dot product.
@@ -105,6 +109,10 @@ impl Lanes for Avx512 {
             (_mm512_permutex2var_ps(a, low, b), _mm512_permutex2var_ps(a, high, b))
         }
     }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
 }
 
 /// Sixteen lanes: AVX-512 with the bf16 dot product; for f32 the same as [`Avx512`].
@@ -132,6 +140,8 @@ impl Lanes for Avx512Bf16 {
     unsafe fn widen_odd(from: *const u32) -> __m512 { unsafe { Avx512::widen_odd(from) } }
     #[inline(always)]
     unsafe fn zip(a: __m512, b: __m512) -> (__m512, __m512) { unsafe { Avx512::zip(a, b) } }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u32) { unsafe { Avx512::prefetch(at) } }
 }
 
 // SAFETY: the processor has AVX512-BF16; a register of 16 words and one of 32 bf16 have the same 64 bytes.
@@ -139,7 +149,8 @@ impl DotLanes for Avx512Bf16 {
     #[inline(always)]
     unsafe fn dot(acc: __m512, a: __m512, b: __m512) -> __m512 {
         unsafe {
-            let (a, b): (__m512bh, __m512bh) = (std::mem::transmute(a), std::mem::transmute(b));
+            let a = std::mem::transmute::<__m512, __m512bh>(a);
+            let b = std::mem::transmute::<__m512, __m512bh>(b);
             _mm512_dpbf16_ps(acc, a, b)
         }
     }
