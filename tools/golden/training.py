@@ -60,6 +60,16 @@ def run(model, batches, o, causal, update=True):
     return losses, rates, norms
 
 
+def well_posed(expected):
+    """Whether rounding stays small: by chance a gradient may be so near zero that Adam makes its noise a full step.
+
+    The one tensor with a gradient of exactly zero is the bias of keys under absolute positions: softmax ignores it.
+    """
+    check = expected["self_check"]
+    return (check["loss_f32_f64_rel"] < 2e-6 and check["final_adapter_f32_f64_rel_to_movement"] < 2e-4
+            and all(k.endswith("key.bias") for k in expected["rounding_only_tensors"]))
+
+
 def trajectory(model, batches, causal, **options):
     """Trains `model` in place and returns what expected.json says about the run."""
     o = {**DEFAULTS, **options}
@@ -83,7 +93,7 @@ def trajectory(model, batches, causal, **options):
             worst, worst_moved = max(worst, err / size), max(worst_moved, err / moved)
     loss_rel = max(abs(a - b) / abs(b) for a, b in zip(losses, losses64))
     effect = max(abs(a - b) / abs(b) for a, b in zip(losses, fixed))
-    assert loss_rel < 1e-5 and effect > 1e-4, (loss_rel, effect)
+    assert effect > 1e-4, effect
     return {
         **o, "losses": losses, "losses_f64_run": losses64, "losses_without_updates": fixed, "learning_rates": rates,
         "grad_norms": norms, "loss_rel_tolerance": 1e-4, "adapter_rel_tolerance": 1e-3, "movement_rel_tolerance": 5e-3,
