@@ -4,14 +4,14 @@ import copy
 import warnings
 
 import peft
-import torch
 import transformers
 
 import cases
 import selective
 import zoo
 from adapters_io import save_adapter
-from common import TRAJECTORIES, fresh, rng, write_json, write_tensors
+from batches import batches
+from common import TRAJECTORIES, fresh, write_json, write_tensors
 from training import DEFAULTS, trajectory, well_posed
 
 # name -> (model, kind of batches, options of training, method and its settings)
@@ -40,34 +40,6 @@ TABLE = {
     "llama__lora_cosine": ("llama", "full", dict(schedule="cosine", warmup_ratio=0.25, learning_rate=5e-3), "lora", LORA),
     "bert__lora_linear": ("bert", "full", dict(schedule="linear", learning_rate=5e-3, weight_decay=0.01, max_grad_norm=1.0), "lora", LORA),
 }
-
-
-def batches(name, model, kind, rows):
-    """Rows of tokens: `full`; `padded` on the right; `uneven`, where also a varying share of the labels is -100."""
-    s = zoo.MODELS_TABLE[model]
-    settings, cls, length = s["settings"], s["cls"], 12
-    g = rng("batches", name)
-    ids = torch.from_numpy(g.integers(3, settings["vocab_size"], (rows, length)))
-    mask = torch.ones_like(ids)
-    if kind != "full":
-        for i, n in enumerate(g.integers(4, length + 1, rows)):
-            mask[i, n:] = 0
-    ids = ids.masked_fill(mask == 0, settings["pad_token_id"])
-    out = {"input_ids": ids} if kind == "full" else {"input_ids": ids, "attention_mask": mask}
-    if "Sequence" in cls:
-        out["labels"] = torch.from_numpy(g.integers(0, settings["num_labels"], rows))
-        return out
-    if "Causal" in cls:
-        labels = ids.clone()
-    else:
-        labels = torch.from_numpy(g.integers(0, settings.get("num_labels", settings["vocab_size"]), (rows, length)))
-    if kind == "uneven":
-        share = torch.from_numpy(g.uniform(0.1, 0.9, (rows, 1)))
-        drop = torch.from_numpy(g.random((rows, length))) < share
-        drop[:, 3] = False  # a label in every row
-        labels = labels.masked_fill(drop, -100)
-    out["labels"] = labels.masked_fill(mask == 0, -100)
-    return out
 
 
 def prepared(name, model, method, settings):
