@@ -198,7 +198,7 @@ fn tick_label(value: f64, step: f64, largest: f64) -> String {
     if (10_000.0..1e18).contains(&largest) && step >= 10.0 {
         return human::count(value);
     }
-    if largest < 0.01 || largest >= 10_000.0 {
+    if !(0.01..10_000.0).contains(&largest) {
         let digits = (largest.log10().floor() - step.log10().floor()).clamp(0.0, 6.0) as usize + 1;
         return human::number(value, digits);
     }

@@ -5,13 +5,12 @@
 //! there. Both are counted in the legend.
 
 use crate::axis::{Axis, Range, Scale};
-use crate::human;
-use crate::series::thin;
-use crate::svg::{Anchor, COLORS, Svg, fit, num, text_width};
+use crate::frame::{Frame, Trouble, line_class};
+use crate::svg::{Anchor, COLORS, Svg, fit, text_width};
 
 /// How a series is drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Shape {
+pub(crate) enum Shape {
     Line,
     Raw,
     Dashed,
@@ -22,11 +21,11 @@ enum Shape {
 /// Named points in order of x.
 #[derive(Debug, Clone)]
 pub struct Series {
-    label: String,
-    shape: Shape,
-    points: Vec<(f64, f64)>,
+    pub(crate) label: String,
+    pub(crate) shape: Shape,
+    pub(crate) points: Vec<(f64, f64)>,
     /// Upper edge of a band, one value for each point; empty for other shapes.
-    upper: Vec<f64>,
+    pub(crate) upper: Vec<f64>,
     color: Option<usize>,
 }
 
@@ -67,10 +66,10 @@ impl Series {
 
 /// A point with a ring and a note.
 #[derive(Debug, Clone)]
-struct Mark {
-    at: (f64, f64),
-    text: String,
-    color: usize,
+pub(crate) struct Mark {
+    pub at: (f64, f64),
+    pub text: String,
+    pub color: usize,
 }
 
 /// Series over one x-axis.
@@ -79,7 +78,7 @@ pub struct Chart {
     title: String,
     x: Axis,
     y: Axis,
-    series: Vec<Series>,
+    pub(crate) series: Vec<Series>,
     marks: Vec<Mark>,
     rules: Vec<(f64, String)>,
     trimmed: bool,
@@ -103,7 +102,7 @@ impl Chart {
     }
 
     /// Adds a series; later ones are drawn on top.
-    pub fn add(mut self, series: Series) -> Chart {
+    pub fn with(mut self, series: Series) -> Chart {
         self.series.push(series);
         self
     }
@@ -271,177 +270,6 @@ impl Chart {
     }
 }
 
-/// What of a chart has no place in its plot.
-struct Trouble {
-    /// x of values that are not finite, or not above zero on a logarithmic axis.
-    not_shown: Vec<f64>,
-    /// x of values above the axis.
-    above: Vec<f64>,
-}
-
-impl Trouble {
-    fn of(chart: &Chart, x: &Range, y: &Range) -> Trouble {
-        let mut found = Trouble { not_shown: Vec::new(), above: Vec::new() };
-        for series in &chart.series {
-            let upper = series.points.iter().zip(&series.upper).map(|(point, upper)| (point.0, *upper));
-            for (at, value) in series.points.iter().copied().chain(upper) {
-                match y.place(value) {
-                    None => found.not_shown.push(at),
-                    Some(place) if place > 1.0 + 1e-9 && x.place(at).is_some() => found.above.push(at),
-                    Some(_) => {}
-                }
-            }
-        }
-        // A raw series and its smoothed twin lack the same steps.
-        for list in [&mut found.not_shown, &mut found.above] {
-            list.sort_by(f64::total_cmp);
-            list.dedup();
-        }
-        found
-    }
-
-    fn notes(&self) -> Vec<String> {
-        let note = |list: &[f64], text: &str| (!list.is_empty()).then(|| format!("{text} ({})", list.len()));
-        [note(&self.not_shown, "✕ not finite"), note(&self.above, "▲ beyond the axis")]
-            .into_iter()
-            .flatten()
-            .collect()
-    }
-}
-
-/// A plot area with the ranges laid over it.
-struct Frame {
-    plot: Area,
-    x: Range,
-    y: Range,
-}
-
-impl Frame {
-    fn x_of(&self, value: f64) -> Option<f64> {
-        self.x.place(value).map(|place| self.plot.0 + place.clamp(-0.01, 1.01) * self.plot.2)
-    }
-
-    fn y_of(&self, value: f64) -> Option<f64> {
-        self.y.place(value).map(|place| self.plot.1 + (1.0 - place.clamp(0.0, 1.0)) * self.plot.3)
-    }
-
-    fn pixel(&self, point: (f64, f64)) -> Option<(f64, f64)> {
-        Some((self.x_of(point.0)?, self.y_of(point.1)?))
-    }
-
-    fn draw_series(&self, svg: &mut Svg, series: &Series, color: usize, y_name: &str) {
-        if series.shape == Shape::Band {
-            svg.path(&format!("band f{color}"), &self.band_path(series));
-            return;
-        }
-        let points = thin(&series.points, self.plot.2.max(1.0) as usize);
-        svg.path(&format!("{} c{color}", line_class(series.shape)), &self.line_path(&points));
-        // A point without neighbours has no line: it is drawn as a dot. Hundreds of dots would only be a thick line.
-        let all = series.shape == Shape::Dots && points.len() <= 80;
-        for (index, point) in points.iter().enumerate() {
-            let finite = |index: Option<usize>| {
-                index.and_then(|index| points.get(index)).is_some_and(|point| self.pixel(*point).is_some())
-            };
-            let alone = !finite(index.checked_sub(1)) && !finite(Some(index + 1));
-            if let (Some(at), true) = (self.pixel(*point), all || alone) {
-                let tip = format!(
-                    "{} {}: {y_name} {}",
-                    series.label,
-                    human::number(point.0, 7),
-                    human::number(point.1, 5)
-                );
-                svg.dot(&format!("dot f{color}"), at, if all { 3.8 } else { 3.0 }, &tip);
-            }
-        }
-    }
-
-    /// Path data through the points, begun anew after each gap.
-    fn line_path(&self, points: &[(f64, f64)]) -> String {
-        let mut data = String::new();
-        let mut joined = false;
-        for point in points {
-            let Some((x, y)) = self.pixel(*point) else {
-                joined = false;
-                continue;
-            };
-            data.push_str(if joined { "L" } else { "M" });
-            data.push_str(&format!("{} {}", num(x), num(y)));
-            joined = true;
-        }
-        data
-    }
-
-    /// Closed path around each stretch of a band between gaps.
-    fn band_path(&self, series: &Series) -> String {
-        let edges: Vec<(f64, f64, f64)> = {
-            let stride = series.points.len().div_ceil(4 * self.plot.2.max(1.0) as usize).max(1);
-            let all =
-                series.points.iter().zip(&series.upper).map(|(point, upper)| (point.0, point.1, *upper));
-            all.step_by(stride).collect()
-        };
-        let mut data = String::new();
-        for part in edges.split(|edge| self.pixel((edge.0, edge.1)).is_none() || self.y_of(edge.2).is_none())
-        {
-            let lower = part.iter().map(|edge| (edge.0, edge.1));
-            let around: Vec<(f64, f64)> =
-                lower.chain(part.iter().rev().map(|edge| (edge.0, edge.2))).collect();
-            if !around.is_empty() {
-                data.push_str(&self.line_path(&around));
-                data.push('Z');
-            }
-        }
-        data
-    }
-
-    /// Crosses and triangles at the top edge, at most one every few pixels.
-    fn draw_trouble(&self, svg: &mut Svg, found: &Trouble) {
-        let apart = |values: &[f64]| {
-            let mut places: Vec<f64> = Vec::new();
-            for x in values.iter().filter_map(|value| self.x_of(*value)) {
-                if places.last().is_none_or(|last| (x - last).abs() >= 7.0) {
-                    places.push(x);
-                }
-            }
-            places
-        };
-        let top = num(self.plot.1);
-        for x in apart(&found.not_shown) {
-            let left = num(x - 3.0);
-            svg.path("bad", &format!("M{left} {top}m0 -3l6 6m0 -6l-6 6"));
-        }
-        for x in apart(&found.above) {
-            svg.path("badf", &format!("M{} {top}m-3.5 3l3.5 -6l3.5 6Z", num(x)));
-        }
-    }
-
-    fn draw_mark(&self, svg: &mut Svg, mark: &Mark) {
-        let Some((x, y)) = self.pixel(mark.at) else { return };
-        let (left, top, width, height) = self.plot;
-        svg.dot(&format!("ring f{}", mark.color), (x, y), 5.5, &mark.text);
-        // The note goes where there is room: above, or below near the top; never past the sides.
-        let below = y - top < 24.0 && height > 60.0;
-        let half = text_width(&mark.text) / 2.0;
-        let (anchor, text_x) = if x + half > left + width {
-            (Anchor::End, x + 6.0)
-        } else if x - half < left {
-            (Anchor::Start, x - 6.0)
-        } else {
-            (Anchor::Middle, x)
-        };
-        let text_y = if below { y + 21.0 } else { y - 12.0 };
-        svg.text("ink b halo", (text_x, text_y), anchor, &fit(&mark.text, width));
-    }
-}
-
-fn line_class(shape: Shape) -> &'static str {
-    match shape {
-        Shape::Raw => "raw",
-        Shape::Dashed => "dash",
-        Shape::Dots => "thin",
-        Shape::Line | Shape::Band => "ln",
-    }
-}
-
 fn wanted_ticks(length: f64, spacing: f64) -> usize {
     (length / spacing).clamp(2.0, 10.0) as usize
 }
@@ -471,7 +299,7 @@ mod tests {
     fn empty_and_single_points_are_drawn() {
         parsed(&chart().svg(400.0, 240.0));
         for series in [Series::line, Series::raw, Series::dashed, Series::dots] {
-            let text = chart().add(series("a", vec![(1.0, 2.0)])).svg(400.0, 240.0);
+            let text = chart().with(series("a", vec![(1.0, 2.0)])).svg(400.0, 240.0);
             // One dot for the point; markers in the legend aside.
             let document = parsed(&text);
             assert!(
@@ -480,14 +308,14 @@ mod tests {
                     .any(|node| node.children().any(|c| c.has_tag_name("title")))
             );
         }
-        parsed(&chart().add(Series::band("b", vec![(1.0, 2.0, 3.0)])).svg(10.0, 10.0));
+        parsed(&chart().with(Series::band("b", vec![(1.0, 2.0, 3.0)])).svg(10.0, 10.0));
     }
 
     #[test]
     fn a_gap_is_left_and_marked_for_values_that_are_not_finite() {
         let points =
             vec![(1.0, 1.0), (2.0, 2.0), (3.0, f64::NAN), (4.0, f64::INFINITY), (5.0, 1.0), (6.0, 1.5)];
-        let text = chart().add(Series::line("a", points)).svg(600.0, 300.0);
+        let text = chart().with(Series::line("a", points)).svg(600.0, 300.0);
         let document = parsed(&text);
         let line = with_class(&document, "ln")
             .into_iter()
@@ -501,7 +329,7 @@ mod tests {
     #[test]
     fn a_logarithmic_axis_marks_what_it_cannot_show() {
         let points = vec![(1.0, 1.0), (2.0, 0.0), (3.0, 0.01)];
-        let log = Chart::new("l", Axis::new("x"), Axis::new("y").log()).add(Series::line("a", points));
+        let log = Chart::new("l", Axis::new("x"), Axis::new("y").log()).with(Series::line("a", points));
         let text = log.svg(600.0, 300.0);
         parsed(&text);
         assert!(text.contains("log scale") && text.contains("not finite (1)"));
@@ -511,7 +339,7 @@ mod tests {
     fn rare_spikes_leave_a_trimmed_axis_with_a_mark() {
         let mut points: Vec<(f64, f64)> = (0..500).map(|i| (i as f64, 1.0)).collect();
         points[250].1 = 1e6;
-        let text = chart().add(Series::raw("a", points)).trim_outliers().svg(600.0, 300.0);
+        let text = chart().with(Series::raw("a", points)).trim_outliers().svg(600.0, 300.0);
         assert!(text.contains("beyond the axis (1)"), "{text}");
     }
 
@@ -519,8 +347,8 @@ mod tests {
     fn a_hundred_thousand_points_stay_small() {
         let points: Vec<(f64, f64)> = (0..100_000).map(|i| (i as f64, (i as f64).sin())).collect();
         let text = chart()
-            .add(Series::raw("raw", points.clone()))
-            .add(Series::line("line", points))
+            .with(Series::raw("raw", points.clone()))
+            .with(Series::line("line", points))
             .svg(800.0, 300.0);
         parsed(&text);
         assert!(text.len() < 150_000, "{} bytes", text.len());
@@ -531,7 +359,7 @@ mod tests {
         let mut chart = chart();
         for index in 0..9 {
             chart = chart
-                .add(Series::line(&format!("a series with quite a long name {index}"), vec![(0.0, 1.0)]));
+                .with(Series::line(&format!("a series with quite a long name {index}"), vec![(0.0, 1.0)]));
         }
         let text = chart.svg(500.0, 400.0);
         let document = parsed(&text);
@@ -555,7 +383,7 @@ mod tests {
     fn hostile_labels_are_escaped_everywhere() {
         let bad = "</svg><script>x</script>\"'&";
         let chart = Chart::new(bad, Axis::new(bad).unit(bad), Axis::new(bad))
-            .add(Series::dots(bad, vec![(1.0, 1.0), (2.0, 2.0)]))
+            .with(Series::dots(bad, vec![(1.0, 1.0), (2.0, 2.0)]))
             .mark((1.0, 1.0), bad, 7)
             .rule(1.5, bad);
         let text = chart.svg(900.0, 300.0);

@@ -9,6 +9,7 @@ pub mod cells;
 pub mod chart;
 mod error;
 pub mod events;
+mod frame;
 pub mod html;
 pub mod human;
 pub mod plot;

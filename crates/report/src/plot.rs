@@ -102,10 +102,10 @@ fn loss_chart(events: &Events) -> Chart {
         let values: Vec<f64> = raw.iter().map(|point| point.1).collect();
         let mean = raw.iter().zip(smooth(&values, half)).map(|(point, mean)| (point.0, mean)).collect();
         chart = chart
-            .add(Series::raw("training", raw).color(TRAIN))
-            .add(Series::line(&format!("mean over {} steps", 2 * half + 1), mean).color(TRAIN));
+            .with(Series::raw("training", raw).color(TRAIN))
+            .with(Series::line(&format!("mean over {} steps", 2 * half + 1), mean).color(TRAIN));
     } else if !raw.is_empty() {
-        chart = chart.add(Series::line("training", raw).color(TRAIN));
+        chart = chart.with(Series::line("training", raw).color(TRAIN));
     }
     let evals: Vec<(f64, f64)> =
         events.evals.iter().filter_map(|eval| Some((eval.step as f64, eval.loss?))).collect();
@@ -114,7 +114,7 @@ fn loss_chart(events: &Events) -> Chart {
         return chart;
     }
     let best = best(&evals, true);
-    chart = chart.add(Series::dots("evaluation", evals).color(EVAL));
+    chart = chart.with(Series::dots("evaluation", evals).color(EVAL));
     match best {
         Some(best) => chart.mark(best, &format!("best {}", human::number(best.1, 3)), EVAL),
         None => chart,
@@ -145,7 +145,7 @@ fn metric_chart(events: &Events, names: &str, axis: Axis, metrics: &[(&str, Vec<
     let mut chart = with_rules(Chart::new(&title, step_axis(events), axis), events);
     for (index, (name, points)) in metrics.iter().enumerate() {
         let color = EVAL + 1 + index;
-        chart = chart.add(Series::dots(name, points.clone()).color(color));
+        chart = chart.with(Series::dots(name, points.clone()).color(color));
         if let Some(best) = best(points, lower_is_better(name)) {
             chart = chart.mark(best, &format!("best {}", human::number(best.1, 3)), color);
         }
@@ -233,10 +233,10 @@ fn course_charts(events: &Events) -> Vec<Chart> {
             let label = format!("mean over {} steps", 2 * half + 1);
             chart
                 .trim_outliers()
-                .add(Series::raw("each step", points).color(color))
-                .add(Series::line(&label, mean).color(color))
+                .with(Series::raw("each step", points).color(color))
+                .with(Series::line(&label, mean).color(color))
         } else {
-            chart.add(Series::line("", points).color(color))
+            chart.with(Series::line("", points).color(color))
         });
     };
     add("Gradient norm before clipping", Axis::new("norm"), points(&|step| step.grad_norm), true, 3);

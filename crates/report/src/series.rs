@@ -18,7 +18,7 @@ pub(crate) fn thin(points: &[(f64, f64)], columns: usize) -> Vec<(f64, f64)> {
             finite().next(),
             finite().min_by(|a, b| points[*a].1.total_cmp(&points[*b].1)),
             finite().max_by(|a, b| points[*a].1.total_cmp(&points[*b].1)),
-            finite().last(),
+            finite().next_back(),
             (from..to).find(|index| !points[*index].1.is_finite()),
         ]
         .into_iter()
