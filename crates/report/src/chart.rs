@@ -82,6 +82,8 @@ pub struct Chart {
     marks: Vec<Mark>,
     rules: Vec<(f64, String)>,
     trimmed: bool,
+    /// Least room in pixels left of the plot, so that charts below each other line up.
+    gutter: f64,
 }
 
 /// A rectangle in pixels: left, top, width, height.
@@ -98,6 +100,7 @@ impl Chart {
             marks: Vec::new(),
             rules: Vec::new(),
             trimmed: false,
+            gutter: 0.0,
         }
     }
 
@@ -125,6 +128,12 @@ impl Chart {
         self
     }
 
+    /// Leaves at least this room left of the plot.
+    pub(crate) fn gutter(mut self, gutter: f64) -> Chart {
+        self.gutter = gutter;
+        self
+    }
+
     /// The chart as an SVG file of this size in pixels.
     pub fn svg(&self, width: f64, height: f64) -> String {
         self.card(width, height).file(&self.title)
@@ -145,7 +154,7 @@ impl Chart {
         let (x, y) = self.ranges(height);
         let y_ticks = y.ticks(wanted_ticks(height - 90.0, 40.0));
         let labels = y_ticks.iter().map(|tick| text_width(&tick.label)).fold(0.0, f64::max);
-        let gutter = labels + 26.0;
+        let gutter = (labels + 26.0).max(self.gutter);
         let found = Trouble::of(self, &x, &y);
         let legend_top = top + if self.title.is_empty() { 0.0 } else { 20.0 };
         let plot_width = (width - gutter - 6.0).max(20.0);

@@ -243,7 +243,17 @@ mod tests {
 
     fn full(steps: u64) -> RunData {
         let bad = "<script>alert(1)</script>\"'&".to_string();
-        let step = |step| Step { step, loss: 1.0 / step as f64, grad_norm: Some(1.0), ..Step::default() };
+        let noise = |step: u64| ((step * 7919) % 1009) as f64 / 1009.0;
+        let step = |step: u64| Step {
+            step,
+            loss: 0.5 + noise(step),
+            grad_norm: Some(1.0 + noise(step + 1)),
+            learning_rate: Some(1e-3 / step as f64),
+            tokens: Some(300 + step % 97),
+            seconds: Some(0.1 + 0.1 * noise(step + 2)),
+            memory_bytes: Some(1 << 30),
+            ..Step::default()
+        };
         let warnings = vec![Warning { step: None, message: bad.clone() }];
         RunData {
             name: bad.clone(),

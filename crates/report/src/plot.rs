@@ -224,7 +224,7 @@ fn course_charts(events: &Events) -> Vec<Chart> {
         if points.is_empty() {
             return;
         }
-        let chart = Chart::new(title, step_axis(events), y);
+        let chart = Chart::new(title, step_axis(events), y).gutter(76.0);
         let half = half_window(points.len());
         charts.push(if faint && half > 0 {
             let values: Vec<f64> = points.iter().map(|point| point.1).collect();
