@@ -79,7 +79,11 @@ impl Attend {
 
     /// Adds what gated rows give in a softmax of their own.
     fn gated(&self, q: &Tensor, y: Tensor, cx: &Pass) -> Result<Tensor> {
-        if !cx.patched(self.site) {
+        let has_gate = |r: &crate::Route| {
+            let patches = r.adapter.as_ref().map_or(&[][..], |a| a.at(self.site));
+            key_value_patches(patches).any(|p| p.gate().is_some())
+        };
+        if !cx.routes().iter().any(has_gate) {
             return Ok(y);
         }
         let spec = AttentionSpec { causal: false, window: None, ..self.spec };
