@@ -55,6 +55,7 @@ pub enum FieldKind {
     Text,
     OneOf(&'static [&'static str]),
     TextList,
+    IntList,
     IntMap,
     FloatMap,
 }
@@ -79,19 +80,6 @@ pub struct Loaded {
     pub targets: Option<Targets>,
     /// Modules trained as a whole.
     pub train_also: Vec<String>,
-}
-
-/// What `adapter_config.json` says beside the method's own keys.
-#[derive(Clone, Debug, Default)]
-pub struct PeftContext {
-    /// The base, as the user named it.
-    pub base_model: String,
-    /// `peft`'s task type: "CAUSAL_LM", "SEQ_CLS", …
-    pub task_type: Option<String>,
-    /// Targets as in the recipe or file.
-    pub target_modules: Value,
-    /// Modules trained as a whole.
-    pub modules_to_save: Option<Vec<String>>,
 }
 
 /// The method called `name`.

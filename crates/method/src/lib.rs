@@ -3,17 +3,23 @@
 //! A method is a configuration that fills an adapter with patches at the sites it was given, and hooks into training.
 //! To add one: write its file, add `mod` and one line to [`METHODS`], commit one fixture made elsewhere.
 
+mod assemble;
 mod entry;
+mod lora;
+mod peft;
+mod read;
 
 use std::sync::Arc;
 
-use engraft_nn::{Adapter, Builder, Output, Pass, Result};
+use engraft_nn::{Adapter, Builder, ModelInfo, Output, Pass, Resolution, Result, Sites, Targets};
 use engraft_tensor::{Gradients, Tensor};
+use serde_json::{Map, Value};
 
-pub use entry::{Entry, Field, FieldKind, Info, Loaded, PeftContext, find, from_file};
+pub use assemble::{Attached, Chosen, LoadedAdapter, attach, load_adapter, save_adapter};
+pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
 
 /// Every method, in the order of the documentation.
-pub static METHODS: &[&Entry] = &[];
+pub static METHODS: &[&Entry] = &[&lora::ENTRY];
 
 /// A configured method.
 pub trait Method: Send + Sync {
@@ -35,7 +41,12 @@ pub trait Method: Send + Sync {
 
     /// Before a forward with the adapter: may run the model without it (`first`) and leave tensors on the pass
     /// (routers such as X-LoRA).
-    fn before_forward(&self, _adapter: &Arc<Adapter>, _first: &dyn Fn() -> Result<Output>, _cx: &Pass) -> Result<()> {
+    fn before_forward(
+        &self,
+        _adapter: &Arc<Adapter>,
+        _first: &dyn Fn() -> Result<Output>,
+        _cx: &Pass,
+    ) -> Result<()> {
         Ok(())
     }
 
@@ -54,13 +65,27 @@ pub trait Method: Send + Sync {
         Ok(())
     }
 
-    /// The adapter's configuration as `peft` writes it, without the keys of [`PeftContext`]; `None` where `peft` has no
-    /// such method, and the file then carries Engraft's own type.
-    fn peft_config(&self) -> Option<serde_json::Map<String, serde_json::Value>>;
+    /// The sites used when neither recipe nor file names any; `None` for methods that have sites of their own kind.
+    fn default_targets(&self) -> Option<Targets> {
+        self.info().default_roles.map(Targets::roles)
+    }
+
+    /// The sites that `targets` choose for this method: weights, unless it lives elsewhere.
+    fn resolve(&self, targets: &Targets, sites: &Sites) -> Result<Resolution> {
+        Ok(targets.resolve(sites)?)
+    }
+
+    /// The method's own keys of `adapter_config.json`, those about targets and the header left out.
+    fn peft_config(&self, info: &ModelInfo) -> Map<String, Value>;
 
     /// Name in the adapter file of the parameter `name`.
     fn file_name(&self, name: &str) -> String {
         format!("base_model.model.{name}")
+    }
+
+    /// Further names under which the file holds the same parameter.
+    fn file_copies(&self, _name: &str) -> Vec<String> {
+        Vec::new()
     }
 }
 

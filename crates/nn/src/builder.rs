@@ -14,13 +14,15 @@ pub struct Builder<'a> {
     targets: Vec<SiteId>,
     seed: u64,
     prefix: String,
+    replaced: Vec<SiteId>,
     adapter: Adapter,
 }
 
 impl<'a> Builder<'a> {
     /// Starts an empty adapter for a model; new tensors are drawn from `seed` and their names.
     pub fn new(sites: &'a Arc<Sites>, info: &'a ModelInfo, seed: u64) -> Self {
-        Builder { sites, info, targets: Vec::new(), seed, prefix: String::new(), adapter: Adapter::default() }
+        let (targets, prefix, replaced) = (Vec::new(), String::new(), Vec::new());
+        Builder { sites, info, targets, seed, prefix, replaced, adapter: Adapter::default() }
     }
 
     /// The sites the next method was told to use.
@@ -88,21 +90,32 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
+    /// Whether the value at `site` is already trained as a whole.
+    pub fn replaced(&self, site: SiteId) -> bool {
+        self.replaced.contains(&site)
+    }
+
     /// Trains the frozen value at `site` as a whole, saved under the site's own name.
     pub fn replace(&mut self, site: SiteId) -> Result<()> {
         let site = self.sites.get(site);
-        let (name, start) = match (&site.kind, &site.value) {
-            (Kind::Linear { .. } | Kind::Embedding { .. }, Value::Weight(w)) => {
-                (format!("{}.weight", site.path), crate::Base::dense(w.as_ref())?)
-            }
-            (Kind::Vector { .. }, Value::Vector(v)) => (site.path.clone(), v.clone()),
+        let name = if site.is_weight() { format!("{}.weight", site.path) } else { site.path.clone() };
+        self.replace_as(site.id, &name)
+    }
+
+    /// Trains the frozen value at `site` as a whole, saved as `name`.
+    pub fn replace_as(&mut self, site: SiteId, name: &str) -> Result<()> {
+        let site = self.sites.get(site);
+        let start = match (&site.kind, &site.value) {
+            (Kind::Linear { .. } | Kind::Embedding { .. }, Value::Weight(w)) => crate::Base::dense(w.as_ref())?,
+            (Kind::Vector { .. }, Value::Vector(v)) => v.clone(),
             _ => {
                 let message = format!("a {:?} site holds no tensor to train", site.kind);
                 return Err(Error::Site { path: site.path.clone(), message });
             }
         };
         let shape = start.shape().to_vec();
-        let param = self.param(&name, &shape, Init::Values(start))?;
+        let param = self.param(name, &shape, Init::Values(start))?;
+        self.replaced.push(site.id);
         let patch: Patch = match site.kind {
             Kind::Vector { .. } => Patch::Vector(Box::new(Replacement(param))),
             _ => Patch::Weight(Box::new(Replacement(param))),

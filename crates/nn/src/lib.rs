@@ -40,5 +40,5 @@ pub use patch::{
 };
 pub use replace::Replacement;
 pub use site::{Kind, Role, Site, SiteId, Sites, Value};
-pub use targets::{LayerChoice, Matcher, TargetError, Targets};
+pub use targets::{LayerChoice, Matcher, Resolution, TargetError, Targets};
 pub use weight::Weight;

@@ -1,0 +1,267 @@
+//! Methods and sites → adapter, and adapter ↔ file: configuration and tensors, no bytes.
+//!
+//! One method is written in `peft`'s form, with `peft`'s type where there is one. Several methods in one adapter are a
+//! union of Engraft's own type: their configurations in a list, their tensors under `0.`, `1.`, …
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use engraft_nn::{
+    Adapter, Base, Builder, Error, ModelInfo, Patch, Replacement, Result, Role, Site, SiteId, Sites, Targets,
+    Value as Frozen,
+};
+use engraft_tensor::Tensor;
+use serde_json::{Map, Value, json};
+
+use crate::{Method, from_file, peft};
+
+const UNION: &str = "ENGRAFT_UNION";
+
+/// A method and the sites it was told to use; `None` for its default.
+pub type Chosen = (Box<dyn Method>, Option<Targets>);
+
+/// A new adapter, and what was named but matches nothing in the model.
+pub struct Attached {
+    /// The adapter.
+    pub adapter: Adapter,
+    /// Targets without a site, among others that have some.
+    pub dead_targets: Vec<String>,
+    /// Modules to train as a whole that do not exist.
+    pub dead_modules: Vec<String>,
+}
+
+/// An adapter read from a file, with what made it.
+pub struct LoadedAdapter {
+    /// The adapter.
+    pub adapter: Adapter,
+    /// Its methods.
+    pub methods: Vec<Chosen>,
+    /// Modules trained as a whole.
+    pub train_also: Vec<String>,
+    /// Targets and modules that the file names and the model does not have.
+    pub dead: Vec<String>,
+}
+
+/// A new adapter: the modules `train_also` trained as a whole, then every method at its sites, in order.
+///
+/// New tensors are drawn from `seed`. An error where a method's targets match nothing at all.
+pub fn attach(
+    methods: &[Chosen],
+    train_also: &[String],
+    sites: &Arc<Sites>,
+    info: &ModelInfo,
+    seed: u64,
+) -> Result<Attached> {
+    build(methods, train_also, sites, info, seed, Vec::new())
+}
+
+fn build(
+    methods: &[Chosen],
+    train_also: &[String],
+    sites: &Arc<Sites>,
+    info: &ModelInfo,
+    seed: u64,
+    replaced: Vec<OtherBase>,
+) -> Result<Attached> {
+    let mut b = Builder::new(sites, info, seed);
+    for other in replaced {
+        let param =
+            b.fixed(&other.name, &other.value.shape().to_vec(), engraft_nn::Init::Values(other.value))?;
+        for id in other.sites {
+            b.patch(id, Patch::Weight(Box::new(Replacement(param.clone()))))?;
+        }
+    }
+    let dead_modules = b.train_modules(train_also)?;
+    let mut dead_targets = Vec::new();
+    for (number, (method, targets)) in methods.iter().enumerate() {
+        b.set_prefix(prefix(methods, number));
+        if let Some(targets) = targets.clone().or_else(|| method.default_targets()) {
+            let targets = Targets { train_also: train_also.to_vec(), ..targets };
+            let found = method.resolve(&targets, sites)?;
+            dead_targets.extend(found.dead);
+            b.set_targets(found.sites);
+        } else {
+            b.set_targets(Vec::new());
+        }
+        method.attach(&mut b)?;
+    }
+    Ok(Attached { adapter: b.finish(), dead_targets, dead_modules })
+}
+
+/// What precedes the names of a method's parameters.
+fn prefix(methods: &[Chosen], number: usize) -> String {
+    if methods.len() > 1 { format!("{number}.") } else { String::new() }
+}
+
+/// The key in the file of the parameter `name`, and the further keys that hold it too.
+fn file_names(methods: &[Chosen], name: &str) -> (String, Vec<String>) {
+    if let [(only, _)] = methods {
+        return (only.file_name(name), only.file_copies(name));
+    }
+    let own =
+        name.split_once('.').and_then(|(n, rest)| Some((n, methods.get(n.parse::<usize>().ok()?)?, rest)));
+    match own {
+        Some((n, (method, _), rest)) => {
+            let copies = method.file_copies(rest);
+            (format!("{n}.{}", method.file_name(rest)), copies.iter().map(|c| format!("{n}.{c}")).collect())
+        }
+        None => (format!("base_model.model.{name}"), Vec::new()),
+    }
+}
+
+/// An adapter from `adapter_config.json` and the tensors beside it.
+///
+/// Every missing, extra and mis-shaped tensor is reported. A copy of a frozen embedding or head is taken as the base
+/// below the adapter where it differs from the model's own.
+pub fn load_adapter(
+    config: &Value,
+    tensors: Vec<(String, Tensor)>,
+    sites: &Arc<Sites>,
+    info: &ModelInfo,
+) -> Result<LoadedAdapter> {
+    let (methods, train_also) = read_methods(config)?;
+    // With `bias = "all"` peft also writes the biases of a replaced module as they were; they change nothing.
+    let stale = |key: &str| key.contains(".modules_to_save.") || key.contains(".original_module.");
+    let tensors: Vec<_> = tensors.into_iter().filter(|(key, _)| !stale(key)).collect();
+    let (tensors, replaced) = other_bases(tensors, &train_also, sites)?;
+    let others: HashMap<String, Tensor> =
+        replaced.iter().map(|o| (o.name.clone(), o.value.clone())).collect();
+    let attached = build(&methods, &train_also, sites, info, 0, replaced)?;
+    let adapter = attached.adapter;
+
+    let (mut names, mut copies) = (HashMap::new(), Vec::new());
+    for p in adapter.params().iter().filter(|p| p.saved) {
+        let (key, more) = file_names(&methods, &p.name);
+        names.insert(key, p.name.clone());
+        copies.extend(more);
+    }
+    let rename = |(key, t): (String, Tensor)| (names.get(&key).cloned().unwrap_or(key), t);
+    let mut given: Vec<_> =
+        tensors.into_iter().filter(|(key, _)| !copies.contains(key)).map(rename).collect();
+    given.extend(others);
+    adapter.load(given)?;
+    let dead = attached.dead_targets.into_iter().chain(attached.dead_modules).collect();
+    Ok(LoadedAdapter { adapter, methods, train_also, dead })
+}
+
+fn read_methods(config: &Value) -> Result<(Vec<Chosen>, Vec<String>)> {
+    let configs = match config.get("methods").and_then(Value::as_array) {
+        Some(list) if peft::is_type(config, UNION) => list.as_slice(),
+        _ => std::slice::from_ref(config),
+    };
+    let (mut methods, mut train_also) = (Vec::new(), Vec::new());
+    for config in configs {
+        let loaded = from_file(config)?;
+        methods.push((loaded.method, loaded.targets));
+        train_also.extend(loaded.train_also);
+    }
+    if peft::is_type(config, UNION) {
+        train_also = config.get("modules_to_save").and_then(crate::read::texts).unwrap_or_default();
+    }
+    Ok((methods, train_also))
+}
+
+/// A frozen table or head that the adapter was trained on and that is not the model's.
+struct OtherBase {
+    name: String,
+    value: Tensor,
+    sites: Vec<SiteId>,
+}
+
+/// Takes copies of frozen embeddings and heads out of the tensors of a file; those equal to the model's are dropped.
+fn other_bases(
+    tensors: Vec<(String, Tensor)>,
+    train_also: &[String],
+    sites: &Sites,
+) -> Result<(Vec<(String, Tensor)>, Vec<OtherBase>)> {
+    let tables = || sites.iter().filter(|s| s.is_weight() && matches!(s.role, Role::Embed | Role::Head));
+    let trained = |s: &Site| {
+        train_also.iter().any(|m| {
+            s.path.split('.').any(|part| part == m) || s.path == *m || s.path.ends_with(&format!(".{m}"))
+        })
+    };
+    let (mut rest, mut others) = (Vec::new(), Vec::new());
+    for (key, value) in tensors {
+        let path = key.strip_prefix("base_model.model.").and_then(|k| k.strip_suffix(".weight"));
+        let path = path.map(|p| p.strip_suffix(".base_layer").unwrap_or(p));
+        let site = tables().find(|s| Some(s.path.as_str()) == path && !trained(s));
+        let Some((site, Frozen::Weight(own))) = site.map(|s| (s, &s.value)) else {
+            rest.push((key, value));
+            continue;
+        };
+        let own = own.dense()?;
+        if own.shape() != value.shape() {
+            let message = format!(
+                "the adapter was trained on a base whose table is {:?}; this model's is {:?}; resize the model's vocabulary first",
+                value.shape(),
+                own.shape()
+            );
+            return Err(Error::Site { path: site.path.clone(), message });
+        }
+        if !same(&own, &value)? {
+            // A tied head is the same tensor of the model.
+            let same_tensor = |s: &&Site| s.id == site.id || s.tensor.is_some() && s.tensor == site.tensor;
+            let name = key.strip_prefix("base_model.model.").unwrap_or(&key).to_string();
+            others.push(OtherBase {
+                name,
+                value,
+                sites: tables().filter(same_tensor).map(|s| s.id).collect(),
+            });
+        }
+    }
+    Ok((rest, others))
+}
+
+/// Equal up to the rounding of bf16, in which the model may be held.
+fn same(a: &Tensor, b: &Tensor) -> Result<bool> {
+    let (a, b) = (a.to_vec()?, b.to_vec()?);
+    Ok(a.iter().zip(&b).all(|(x, y)| (x - y).abs() <= y.abs() / 128.0))
+}
+
+/// `adapter_config.json` and the tensors of its file. `base_model` is the base as the user named it.
+pub fn save_adapter(
+    adapter: &Adapter,
+    methods: &[Chosen],
+    train_also: &[String],
+    base_model: &str,
+    sites: &Sites,
+    info: &ModelInfo,
+) -> Result<(Value, Vec<(String, Tensor)>)> {
+    let mut tensors = Vec::new();
+    for p in adapter.params().iter().filter(|p| p.saved) {
+        let (key, copies) = file_names(methods, &p.name);
+        tensors.extend(copies.into_iter().chain([key]).map(|key| (key, p.param.value())));
+    }
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    let config = match methods {
+        [(method, targets)] => {
+            config(method.as_ref(), targets.as_ref(), train_also, base_model, sites, info)?
+        }
+        several => {
+            let of = |(m, t): &Chosen| {
+                Ok(Value::Object(config(m.as_ref(), t.as_ref(), &[], base_model, sites, info)?))
+            };
+            let mut union = peft::write_header(UNION, base_model, info, train_also);
+            union.insert("methods".into(), json!(several.iter().map(of).collect::<Result<Vec<_>>>()?));
+            union
+        }
+    };
+    Ok((Value::Object(config), tensors))
+}
+
+fn config(
+    method: &dyn Method,
+    targets: Option<&Targets>,
+    train_also: &[String],
+    base_model: &str,
+    sites: &Sites,
+    info: &ModelInfo,
+) -> Result<Map<String, Value>> {
+    let mut map = peft::write_header(method.info().peft_type, base_model, info, train_also);
+    if let Some(targets) = targets.cloned().or_else(|| method.default_targets()) {
+        let targets = Targets { train_also: train_also.to_vec(), ..targets };
+        map.extend(peft::write_targets(&targets, sites)?);
+    }
+    map.extend(method.peft_config(info));
+    Ok(map)
+}

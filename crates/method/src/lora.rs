@@ -1,0 +1,499 @@
+//! LoRA: a frozen weight plus a trained product of two thin matrices.
+//!
+//! W′ = W + s·B·A with s = α/r, or α/√r (rsLoRA); A starts as Kaiming-uniform noise, B as zero, so W′ = W.
+//! DoRA: W′ = m ⊙ (W + s·B·A)/‖W + s·B·A‖, norms of rows, not differentiated; m starts as the rows' norms of W.
+//! The forward never forms W′: y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ.
+//!
+//! Hu et al. 2022, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; DoRA: Liu et al. 2024, arXiv:2402.09353.
+//!
+//! A [rank, in], B [out, rank], m [out]; of a table with `rows` rows: A [rank, rows], B [width, rank], W′ = W + s·(B·A)ᵀ.
+
+use engraft_nn::{Base, Builder, Error, Init, Kind, ModelInfo, Pass, Patch, Result, Role, Site, WeightPatch};
+use engraft_tensor::ops::Unary;
+use engraft_tensor::{Param, Tensor, no_grad};
+use serde_json::{Map, Value, json};
+
+use crate::read::{Pattern, Reader, number};
+use crate::{Entry, Field, FieldKind, Info, Loaded, Method, peft};
+
+const RANK_MAX: usize = 1 << 16;
+
+/// What is trained, and how it starts.
+#[derive(Clone, Debug)]
+struct Lora {
+    rank: usize,
+    alpha: f64,
+    root_scaling: bool,
+    dropout: f32,
+    rank_pattern: Vec<Pattern>,
+    alpha_pattern: Vec<Pattern>,
+    bias: Biases,
+    product_bias: bool,
+    start: Start,
+    dora: bool,
+}
+
+/// Which biases of the model are trained along.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Biases {
+    None,
+    All,
+    OfTargets,
+}
+
+/// How A and B start.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Start {
+    /// A Kaiming-uniform, B zero.
+    Kaiming,
+    /// A normal with deviation 1/r, B zero.
+    Gaussian,
+    /// Both random: the adapter changes the model from the start.
+    Random,
+}
+
+const BIASES: &[(&str, Biases)] =
+    &[("none", Biases::None), ("all", Biases::All), ("lora_only", Biases::OfTargets)];
+const STARTS: &[(&str, Start)] =
+    &[("kaiming", Start::Kaiming), ("gaussian", Start::Gaussian), ("random", Start::Random)];
+
+static INFO: Info = Info {
+    name: "lora",
+    title: "LoRA",
+    class: "reparameterized",
+    sites: "weight",
+    paper: "arXiv:2106.09685",
+    summary: "W′ = W + (α/r)·B·A; with rslora α/√r; with dora magnitude and direction apart",
+    mergeable: true,
+    identity_at_init: true,
+    default_roles: Some(&[Role::Q, Role::V]),
+    peft_type: "LORA",
+    fields: &[
+        Field {
+            name: "rank",
+            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
+            default: Some("8"),
+            doc: "Inner size r of the product.",
+        },
+        Field {
+            name: "alpha",
+            kind: FieldKind::Float { min: 0.0, max: 1e9 },
+            default: Some("16"),
+            doc: "The product is scaled by alpha/rank.",
+        },
+        Field {
+            name: "dropout",
+            kind: FieldKind::Float { min: 0.0, max: 0.999 },
+            default: Some("0"),
+            doc: "Dropout on the input of A while training.",
+        },
+        Field {
+            name: "rslora",
+            kind: FieldKind::Bool,
+            default: Some("false"),
+            doc: "Scale by alpha/√rank instead.",
+        },
+        Field {
+            name: "dora",
+            kind: FieldKind::Bool,
+            default: Some("false"),
+            doc: "Train the rows' magnitudes apart from their directions.",
+        },
+        Field {
+            name: "rank_pattern",
+            kind: FieldKind::IntMap,
+            default: Some("{}"),
+            doc: "Other ranks for modules that a pattern matches.",
+        },
+        Field {
+            name: "alpha_pattern",
+            kind: FieldKind::FloatMap,
+            default: Some("{}"),
+            doc: "Other alphas for modules that a pattern matches.",
+        },
+        Field {
+            name: "bias",
+            kind: FieldKind::OneOf(&["none", "all", "lora_only"]),
+            default: Some("\"none\""),
+            doc: "Which biases of the model are trained too.",
+        },
+        Field {
+            name: "lora_bias",
+            kind: FieldKind::Bool,
+            default: Some("false"),
+            doc: "Give the product a bias of its own.",
+        },
+        Field {
+            name: "init",
+            kind: FieldKind::OneOf(&["kaiming", "gaussian", "random"]),
+            default: Some("\"kaiming\""),
+            doc: "How A starts; random starts B too.",
+        },
+    ],
+};
+
+/// In the registry.
+pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
+
+fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    let mut r = Reader::settings(settings, INFO.fields);
+    let lora = Lora {
+        rank: r.count("rank", 8, RANK_MAX),
+        alpha: r.float("alpha", 16.0),
+        root_scaling: r.flag("rslora", false),
+        dropout: r.dropout("dropout"),
+        rank_pattern: r.patterns("rank_pattern"),
+        alpha_pattern: r.patterns("alpha_pattern"),
+        bias: r.one_of("bias", BIASES),
+        product_bias: r.flag("lora_bias", false),
+        start: r.one_of("init", STARTS),
+        dora: r.flag("dora", false),
+    };
+    check(&lora, &mut r);
+    r.finish()?;
+    Ok(Box::new(lora))
+}
+
+/// Keys of variants that are not here.
+const OFF: &[&str] = &[
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+];
+/// Keys that only say how the tensors started, or hold a default that matters only to a variant that is off.
+const SILENT: &[&str] = &[
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "qalora_group_size",
+];
+
+fn from_file(config: &Value) -> Result<Option<Loaded>> {
+    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
+        return Ok(None);
+    };
+    let mut r = Reader::file(map);
+    let train_also = peft::read_header(&mut r);
+    let targets = peft::read_targets(&mut r);
+    r.must_be_off(OFF);
+    r.ignore(SILENT);
+    let lora = Lora {
+        rank: r.count("r", 8, RANK_MAX),
+        alpha: r.float("lora_alpha", 8.0),
+        root_scaling: r.flag("use_rslora", false),
+        dropout: r.dropout("lora_dropout"),
+        rank_pattern: r.patterns("rank_pattern"),
+        alpha_pattern: r.patterns("alpha_pattern"),
+        bias: r.one_of("bias", BIASES),
+        product_bias: r.flag("lora_bias", false),
+        start: read_start(&mut r),
+        dora: r.flag("use_dora", false),
+    };
+    check(&lora, &mut r);
+    r.finish()?;
+    Ok(Some(Loaded { method: Box::new(lora), targets, train_also }))
+}
+
+/// `init_lora_weights`. Starts that edit the base (PiSSA and its kin) leave a file that means nothing without that base.
+fn read_start(r: &mut Reader<'_>) -> Start {
+    match r.value("init_lora_weights").cloned() {
+        None | Some(Value::Bool(true)) => Start::Kaiming,
+        Some(Value::Bool(false)) => Start::Random,
+        Some(Value::String(s)) if s == "gaussian" => Start::Gaussian,
+        Some(Value::String(s)) if s == "eva" || s == "orthogonal" => Start::Kaiming,
+        Some(other) => {
+            r.problem(format!(
+                "`init_lora_weights` is {other}: such adapters fit only a base that was changed with them; save it in peft with `path_initial_model_for_weight_conversion` first"
+            ));
+            Start::Kaiming
+        }
+    }
+}
+
+fn check(lora: &Lora, r: &mut Reader<'_>) {
+    for p in lora.rank_pattern.iter().filter_map(|p| p.not_a_count(RANK_MAX)) {
+        r.problem(format!("`rank_pattern`: expected a whole number from 1 to {RANK_MAX}, found {p}"));
+    }
+    if lora.dora && lora.product_bias {
+        r.problem("`lora_bias` and DoRA cannot be combined");
+    }
+}
+
+fn example() -> Box<dyn Method> {
+    Box::new(Lora {
+        rank: 3,
+        alpha: 6.0,
+        root_scaling: true,
+        dropout: 0.0,
+        rank_pattern: vec![],
+        alpha_pattern: vec![],
+        bias: Biases::All,
+        product_bias: false,
+        start: Start::Kaiming,
+        dora: false,
+    })
+}
+
+impl Method for Lora {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+        // Before the product's own bias, which is added to what stands in the layer's.
+        self.attach_biases(b)?;
+        for site in b.targets() {
+            match site.kind {
+                Kind::Linear { out, inn, .. } => self.attach_linear(b, site, out, inn)?,
+                Kind::Embedding { rows, width } => self.attach_table(b, site, rows, width)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn peft_config(&self, _info: &ModelInfo) -> Map<String, Value> {
+        let start = match self.start {
+            Start::Kaiming => json!(true),
+            Start::Gaussian => json!("gaussian"),
+            Start::Random => json!(false),
+        };
+        let mut map: Map<String, Value> =
+            OFF.iter().chain(SILENT).map(|k| (k.to_string(), Value::Null)).collect();
+        let own = json!({
+            "alpha_pattern": Pattern::table(&self.alpha_pattern), "bias": name_of(BIASES, self.bias), "ensure_weight_tying": false,
+            "fan_in_fan_out": false, "init_lora_weights": start, "loftq_config": {}, "lora_alpha": number(self.alpha),
+            "lora_bias": self.product_bias, "lora_dropout": as_written(self.dropout), "megatron_core": "megatron.core",
+            "qalora_group_size": 16, "r": self.rank, "rank_pattern": Pattern::table(&self.rank_pattern),
+            "use_dora": self.dora, "use_qalora": false, "use_rslora": self.root_scaling,
+        });
+        map.extend(own.as_object().cloned().unwrap_or_default());
+        map
+    }
+}
+
+/// The shortest decimal that reads back as the same f32.
+fn as_written(v: f32) -> f64 {
+    v.to_string().parse().unwrap_or(f64::from(v))
+}
+
+fn name_of<T: PartialEq>(names: &[(&'static str, T)], value: T) -> &'static str {
+    names.iter().find(|n| n.1 == value).map_or("", |n| n.0)
+}
+
+impl Lora {
+    /// (rank, s) at a site.
+    fn scale_at(&self, path: &str) -> (usize, f32) {
+        let rank = Pattern::find(&self.rank_pattern, path).map_or(self.rank, |r| r as usize);
+        let alpha = Pattern::find(&self.alpha_pattern, path).unwrap_or(self.alpha);
+        let divisor = if self.root_scaling { (rank as f64).sqrt() } else { rank as f64 };
+        (rank, (alpha / divisor) as f32)
+    }
+
+    fn attach_linear(&self, b: &mut Builder<'_>, site: &Site, out: usize, inn: usize) -> Result<()> {
+        let path = &site.path;
+        let (rank, scale) = self.scale_at(path);
+        let (init_a, init_b) = match self.start {
+            Start::Kaiming => (Init::kaiming(inn), Init::Zeros),
+            Start::Gaussian => (Init::Normal(1.0 / rank as f32), Init::Zeros),
+            Start::Random => (Init::kaiming(inn), Init::kaiming(rank)),
+        };
+        let factors = Factors {
+            a: b.param(&format!("{path}.lora_A.weight"), &[rank, inn], init_a)?,
+            b: b.param(&format!("{path}.lora_B.weight"), &[out, rank], init_b)?,
+            scale,
+            dropout: self.dropout,
+        };
+        if self.dora {
+            let product = no_grad(|| factors.product())?;
+            let norms = no_grad(|| row_norms(&site_weight(site)?.add(&product)?))?;
+            let magnitude = b.param(&format!("{path}.lora_magnitude_vector"), &[out], Init::Values(norms))?;
+            return b.patch(site.id, Patch::Weight(Box::new(Dora { factors, magnitude })));
+        }
+        if self.product_bias {
+            self.attach_product_bias(b, site, out, scale)?;
+        }
+        b.patch(site.id, Patch::Weight(Box::new(factors)))
+    }
+
+    /// s·(B·A·x + c) = s·B·A·x + s·c: the second part belongs to the layer's bias, or to the output where there is none.
+    fn attach_product_bias(&self, b: &mut Builder<'_>, site: &Site, out: usize, scale: f32) -> Result<()> {
+        let init = if self.start == Start::Random { Init::kaiming(out) } else { Init::Zeros };
+        let param = b.param(&format!("{}.lora_B.bias", site.path), &[out], init)?;
+        match b.sites().bias_of(&site.path) {
+            Some(bias) => b.patch(bias.id, Patch::Vector(Box::new(Shift { param, scale }))),
+            None => b.patch(site.id, Patch::Weight(Box::new(Shift { param, scale }))),
+        }
+    }
+
+    fn attach_table(&self, b: &mut Builder<'_>, site: &Site, rows: usize, width: usize) -> Result<()> {
+        if self.dora {
+            let message = "DoRA on an embedding is not supported; leave it out of the targets".into();
+            return Err(Error::Site { path: site.path.clone(), message });
+        }
+        let (rank, scale) = self.scale_at(&site.path);
+        let init_a = if self.start == Start::Random { Init::Normal(1.0) } else { Init::Zeros };
+        let factors = Factors {
+            a: b.param(&format!("{}.lora_embedding_A", site.path), &[rank, rows], init_a)?,
+            b: b.param(&format!("{}.lora_embedding_B", site.path), &[width, rank], Init::Normal(1.0))?,
+            scale,
+            dropout: 0.0,
+        };
+        b.patch(site.id, Patch::Weight(Box::new(Table(factors))))
+    }
+
+    /// `bias = "all"` trains every vector called `bias`, `"lora_only"` those of the targets.
+    fn attach_biases(&self, b: &mut Builder<'_>) -> Result<()> {
+        let targets: Vec<&str> = b.targets().iter().map(|s| s.path.as_str()).collect();
+        let sites = b.sites();
+        for site in sites.of_kind(|k| matches!(k, Kind::Vector { .. })) {
+            let Some(module) = site.path.strip_suffix(".bias") else { continue };
+            let of_target = targets.contains(&module);
+            let wanted = self.bias == Biases::All || self.bias == Biases::OfTargets && of_target;
+            if wanted && !b.replaced(site.id) {
+                // peft moves the layers it changes one level down.
+                let name = if of_target { format!("{module}.base_layer.bias") } else { site.path.clone() };
+                b.replace_as(site.id, &name)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// W as it is before any patch.
+fn site_weight(site: &Site) -> Result<Tensor> {
+    match &site.value {
+        engraft_nn::Value::Weight(w) => w.dense(),
+        _ => Err(Error::Site { path: site.path.clone(), message: "expected a weight, found none".into() }),
+    }
+}
+
+/// ‖row‖ of every row of w [out, in]: [out].
+fn row_norms(w: &Tensor) -> Result<Tensor> {
+    let out = w.dim(0);
+    Ok(w.unary(Unary::Square)?.sum_to(&[out, 1])?.unary(Unary::Sqrt)?.reshape([out])?)
+}
+
+/// A, B and their scale.
+struct Factors {
+    a: Param,
+    b: Param,
+    scale: f32,
+    dropout: f32,
+}
+
+impl Factors {
+    /// s·B·A.
+    fn product(&self) -> Result<Tensor> {
+        Ok(self.b.get().matmul(&self.a.get())?.scale(self.scale)?)
+    }
+
+    /// s·(x·Aᵀ)·Bᵀ.
+    fn branch(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.matmul_t(&self.a.get())?.scale(self.scale)?.matmul_t(&self.b.get())?)
+    }
+}
+
+impl WeightPatch for Factors {
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        Ok(base.dense()?.add(&self.product()?)?)
+    }
+
+    fn forward(&self, x: &Tensor, base: &dyn Base, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let dropped = cx.dropout(x, self.dropout, site.id, 0)?;
+        Ok(base.forward(x)?.add(&self.branch(&dropped)?)?)
+    }
+}
+
+/// The factors at a table.
+struct Table(Factors);
+
+impl WeightPatch for Table {
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        Ok(base.dense()?.add(&self.0.product()?.t()?)?)
+    }
+
+    fn lookup(&self, ids: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        let chosen = self.0.a.get().t()?.gather(ids)?; // [tokens, rank]
+        Ok(base.lookup(ids)?.add(&chosen.scale(self.0.scale)?.matmul_t(&self.0.b.get())?)?)
+    }
+}
+
+/// Magnitude and direction.
+struct Dora {
+    factors: Factors,
+    magnitude: Param,
+}
+
+impl Dora {
+    /// m/‖W + s·B·A‖ [out]; the norm is a constant to the gradient.
+    fn gain(&self, changed: &Tensor) -> Result<Tensor> {
+        Ok(self.magnitude.get().div(&no_grad(|| row_norms(&changed.detach()))?)?)
+    }
+}
+
+impl WeightPatch for Dora {
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        let changed = base.dense()?.add(&self.factors.product()?)?;
+        let gain = self.gain(&changed)?;
+        Ok(changed.mul(&gain.reshape([gain.len(), 1])?)?)
+    }
+
+    fn forward(&self, x: &Tensor, base: &dyn Base, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let changed = no_grad(|| -> Result<Tensor> { Ok(base.dense()?.add(&self.factors.product()?)?) })?;
+        let gain = self.gain(&changed)?;
+        let dropped = cx.dropout(x, self.factors.dropout, site.id, 0)?;
+        let straight = base.forward(x)?;
+        if self.factors.dropout == 0.0 || cx.mode() == engraft_nn::Mode::Eval {
+            return Ok(straight.add(&self.factors.branch(&dropped)?)?.mul(&gain)?);
+        }
+        // Dropout acts on what is added to the frozen output: (g − 1)·drop(x)·Wᵀ + g·s·(drop(x)·Aᵀ)·Bᵀ.
+        let frozen = base.forward(&dropped)?;
+        let moved = frozen.add(&self.factors.branch(&dropped)?)?.mul(&gain)?.sub(&frozen)?;
+        Ok(straight.add(&moved)?)
+    }
+}
+
+/// A scaled bias of the product: v + s·c, or x·Wᵀ + s·c where the layer has no bias to carry it.
+struct Shift {
+    param: Param,
+    scale: f32,
+}
+
+impl Shift {
+    fn vector_added(&self) -> Result<Tensor> {
+        Ok(self.param.get().scale(self.scale)?)
+    }
+}
+
+impl engraft_nn::VectorPatch for Shift {
+    fn vector(&self, v: &Tensor) -> Result<Tensor> {
+        Ok(v.add(&self.vector_added()?)?)
+    }
+}
+
+impl WeightPatch for Shift {
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        base.dense()
+    }
+
+    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        Ok(base.forward(x)?.add(&self.vector_added()?)?)
+    }
+
+    fn mergeable(&self) -> bool {
+        false
+    }
+}

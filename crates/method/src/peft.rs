@@ -1,0 +1,133 @@
+//! The part of `adapter_config.json` that every method of `peft` has: targets, modules trained as a whole, the header.
+
+use engraft_nn::{LayerChoice, Matcher, ModelInfo, Result, Sites, Targets, Task};
+use serde_json::{Map, Value, json};
+
+use crate::read::{Reader, texts};
+
+/// The version whose keys are written.
+const VERSION: &str = "0.21.2";
+const TARGETS: [&str; 4] = ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"];
+
+/// Whether this is the configuration of `peft_type`.
+pub(crate) fn is_type(config: &Value, peft_type: &str) -> bool {
+    config.get("peft_type").and_then(Value::as_str) == Some(peft_type)
+}
+
+/// Marks the keys of every configuration as known, and gives `modules_to_save`.
+pub(crate) fn read_header(r: &mut Reader<'_>) -> Vec<String> {
+    let header =
+        ["peft_type", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode"];
+    r.ignore(&header);
+    r.ignore(&["auto_mapping"]);
+    r.texts("modules_to_save").unwrap_or_default()
+}
+
+/// `target_modules` and what narrows it; `None` where the file leaves the choice to the method.
+pub(crate) fn read_targets(r: &mut Reader<'_>) -> Option<Targets> {
+    let target = r.value("target_modules").cloned();
+    let matcher = match &target {
+        None => None,
+        Some(Value::String(s)) if s.eq_ignore_ascii_case("all-linear") => Some(Matcher::AllLinear),
+        Some(value) => names_or_pattern(r, "target_modules", value),
+    };
+    let exclude = r.value("exclude_modules").cloned();
+    let exclude = exclude.and_then(|v| names_or_pattern(r, "exclude_modules", &v));
+    let layers = match r.value("layers_to_transform").cloned() {
+        None => None,
+        Some(Value::Number(n)) => n.as_u64().map(|n| vec![n as usize]),
+        Some(_) => r.counts("layers_to_transform"),
+    };
+    let pattern = match r.value("layers_pattern").cloned() {
+        None => None,
+        Some(Value::Array(a)) if a.is_empty() => None,
+        Some(Value::String(s)) => Some(s),
+        Some(_) => r.texts("layers_pattern").map(|names| format!("(?:{})", names.join("|"))),
+    };
+    let layers = layers.map(|layers| LayerChoice { layers, pattern });
+    if layers.is_some() && !matches!(matcher, Some(Matcher::Names(_)) | None) {
+        r.problem("`layers_to_transform` needs `target_modules` to be a list of names");
+    }
+    let targets = Targets { matcher: matcher?, exclude, layers, train_also: vec![] };
+    Some(targets)
+}
+
+fn names_or_pattern(r: &mut Reader<'_>, key: &str, value: &Value) -> Option<Matcher> {
+    match value {
+        Value::String(s) => Some(Matcher::Regex(s.clone())),
+        Value::Array(a) if a.is_empty() && key != "target_modules" => None,
+        value => {
+            let names = texts(value);
+            if names.is_none() {
+                r.problem(format!("`{key}`: expected a pattern or a list of names, found {value}"));
+            }
+            names.map(Matcher::Names)
+        }
+    }
+}
+
+/// The keys of targets as `peft` reads them. Roles become names of modules in this model.
+pub(crate) fn write_targets(targets: &Targets, sites: &Sites) -> Result<Map<String, Value>> {
+    let mut map: Map<String, Value> = TARGETS.iter().map(|k| (k.to_string(), Value::Null)).collect();
+    let matcher = |m: &Matcher| match m {
+        Matcher::Names(names) => json!(names),
+        Matcher::Regex(pattern) => json!(pattern),
+        Matcher::AllLinear => json!("all-linear"),
+        Matcher::Roles(_) => Value::Null,
+    };
+    if !matches!(targets.matcher, Matcher::Names(_) | Matcher::Regex(_))
+        && (targets.layers.is_some() || is_roles(targets))
+    {
+        map.insert("target_modules".into(), json!(module_names(targets, sites)?));
+        return Ok(map);
+    }
+    map.insert("target_modules".into(), matcher(&targets.matcher));
+    map.insert("exclude_modules".into(), targets.exclude.as_ref().map_or(Value::Null, matcher));
+    if let Some(layers) = &targets.layers {
+        map.insert("layers_to_transform".into(), json!(layers.layers));
+        map.insert("layers_pattern".into(), json!(layers.pattern));
+    }
+    Ok(map)
+}
+
+fn is_roles(targets: &Targets) -> bool {
+    matches!(targets.matcher, Matcher::Roles(_))
+}
+
+/// Names that choose the same sites: the last components of their paths, or whole paths where these would catch more.
+fn module_names(targets: &Targets, sites: &Sites) -> Result<Vec<String>> {
+    let chosen = targets.resolve(sites)?.sites;
+    let mut names: Vec<String> = chosen.iter().map(|&id| sites.get(id).module().to_string()).collect();
+    names.sort();
+    names.dedup();
+    let same = Targets { train_also: targets.train_also.clone(), ..Targets::names(names.clone()) };
+    if same.resolve(sites)?.sites == chosen {
+        return Ok(names);
+    }
+    Ok(chosen.iter().map(|&id| sites.get(id).path.clone()).collect())
+}
+
+/// The keys of every configuration.
+pub(crate) fn write_header(
+    peft_type: &str,
+    base_model: &str,
+    info: &ModelInfo,
+    train_also: &[String],
+) -> Map<String, Value> {
+    let task_type = match info.task {
+        Task::CausalLm => Some("CAUSAL_LM"),
+        Task::SequenceClassification => Some("SEQ_CLS"),
+        Task::TokenClassification => Some("TOKEN_CLS"),
+        Task::Embedding => Some("FEATURE_EXTRACTION"),
+        Task::MaskedLm => None,
+    };
+    let modules = if train_also.is_empty() { Value::Null } else { json!(train_also) };
+    let header = json!({
+        "auto_mapping": null, "base_model_name_or_path": base_model, "inference_mode": true, "modules_to_save": modules,
+        "peft_type": peft_type, "peft_version": VERSION, "revision": null, "task_type": task_type,
+    });
+    match header {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}

@@ -1,0 +1,204 @@
+//! Reads a flat table of settings, a recipe's or `adapter_config.json`'s, and reports everything wrong with it at once.
+
+use std::fmt::Display;
+
+use engraft_nn::{Error, Result};
+use regex::Regex;
+use serde_json::{Map, Value};
+
+use crate::Field;
+
+/// Settings by key. Every key that is looked at is known; a key that is left over and says something is an error.
+pub(crate) struct Reader<'a> {
+    map: &'a Map<String, Value>,
+    defaults: Map<String, Value>,
+    known: Vec<&'static str>,
+    problems: Vec<String>,
+}
+
+impl<'a> Reader<'a> {
+    /// A method's table of a recipe; absent settings take the defaults of `fields`.
+    pub fn settings(map: &'a Map<String, Value>, fields: &[Field]) -> Self {
+        let default = |f: &Field| Some((f.name.to_string(), serde_json::from_str(f.default?).ok()?));
+        Reader { map, defaults: fields.iter().filter_map(default).collect(), known: vec![], problems: vec![] }
+    }
+
+    /// A saved configuration.
+    pub fn file(map: &'a Map<String, Value>) -> Self {
+        Reader { map, defaults: Map::new(), known: vec![], problems: vec![] }
+    }
+
+    /// The value of a key; `None` if absent or null and without default.
+    pub fn value(&mut self, key: &'static str) -> Option<&Value> {
+        self.known.push(key);
+        let given = self.map.get(key).filter(|v| !v.is_null());
+        given.or_else(|| self.defaults.get(key)).filter(|v| !v.is_null())
+    }
+
+    /// Notes a problem.
+    pub fn problem(&mut self, text: impl Into<String>) {
+        self.problems.push(text.into());
+    }
+
+    fn read<T>(
+        &mut self,
+        key: &'static str,
+        expected: impl Display,
+        get: impl Fn(&Value) -> Option<T>,
+    ) -> Option<T> {
+        let value = self.value(key)?.clone();
+        let found = get(&value);
+        if found.is_none() {
+            self.problem(format!("`{key}`: expected {expected}, found {value}"));
+        }
+        found
+    }
+
+    /// A number; absent is `default`.
+    pub fn float(&mut self, key: &'static str, default: f64) -> f64 {
+        self.read(key, "a number", Value::as_f64).unwrap_or(default)
+    }
+
+    /// A probability below one.
+    pub fn dropout(&mut self, key: &'static str) -> f32 {
+        let share = |v: &Value| v.as_f64().filter(|p| (0.0..1.0).contains(p));
+        self.read(key, "a number of at least 0 and less than 1", share).unwrap_or(0.0) as f32
+    }
+
+    /// A count of at least 1 and at most `max`.
+    pub fn count(&mut self, key: &'static str, default: usize, max: usize) -> usize {
+        let count = |v: &Value| v.as_u64().map(|n| n as usize).filter(|n| (1..=max).contains(n));
+        self.read(key, format!("a whole number from 1 to {max}"), count).unwrap_or(default)
+    }
+
+    /// True or false; absent is `default`.
+    pub fn flag(&mut self, key: &'static str, default: bool) -> bool {
+        self.read(key, "true or false", Value::as_bool).unwrap_or(default)
+    }
+
+    /// A text; absent is nothing.
+    pub fn text(&mut self, key: &'static str) -> Option<String> {
+        self.read(key, "a text", |v| v.as_str().map(str::to_string))
+    }
+
+    /// One of some texts, as what it stands for; absent is the first.
+    pub fn one_of<T: Copy>(&mut self, key: &'static str, choices: &[(&str, T)]) -> T {
+        let names: Vec<&str> = choices.iter().map(|c| c.0).collect();
+        let choose = |v: &Value| choices.iter().find(|c| v.as_str() == Some(c.0)).map(|c| c.1);
+        self.read(key, format!("one of {}", names.join(", ")), choose).unwrap_or(choices[0].1)
+    }
+
+    /// A list of texts.
+    pub fn texts(&mut self, key: &'static str) -> Option<Vec<String>> {
+        self.read(key, "a list of texts", texts)
+    }
+
+    /// A list of whole numbers.
+    pub fn counts(&mut self, key: &'static str) -> Option<Vec<usize>> {
+        self.read(key, "a list of whole numbers", |v| {
+            v.as_array()?.iter().map(|n| Some(n.as_u64()? as usize)).collect()
+        })
+    }
+
+    /// Pattern → number.
+    pub fn patterns(&mut self, key: &'static str) -> Vec<Pattern> {
+        let Some(map) = self.read(key, "a table of patterns", |v| v.as_object().cloned()) else {
+            return vec![];
+        };
+        let mut patterns = Vec::new();
+        for (text, value) in map {
+            let whole = Regex::new(&format!(r"^(?:.*\.)?(?:{text})$"));
+            match (whole, value.as_f64().filter(|v| *v > 0.0)) {
+                (Ok(regex), Some(number)) => patterns.push(Pattern { text, regex, number }),
+                (Err(e), _) => self.problem(format!("`{key}`: `{text}` is not a valid pattern: {e}")),
+                (_, None) => {
+                    self.problem(format!("`{key}`: expected a number above 0 for `{text}`, found {value}"))
+                }
+            }
+        }
+        patterns
+    }
+
+    /// Keys that say nothing about the result, whatever they hold.
+    pub fn ignore(&mut self, keys: &[&'static str]) {
+        self.known.extend(keys);
+    }
+
+    /// Whether the key is given and holds something other than null, false, zero or nothing.
+    fn on(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(says_something)
+    }
+
+    /// Keys of variants that are not there: an error where one is switched on.
+    pub fn must_be_off(&mut self, keys: &[&'static str]) {
+        for key in keys {
+            self.known.push(key);
+            if self.on(key) {
+                let text = format!(
+                    "`{key}` is {}: this variant is not supported, and without it the result would differ",
+                    self.map[*key]
+                );
+                self.problem(text);
+            }
+        }
+    }
+
+    /// Reports what was wrong, unknown keys included.
+    pub fn finish(mut self) -> Result<()> {
+        for (key, value) in self.map {
+            if !self.known.contains(&key.as_str()) && says_something(value) {
+                self.problem(format!(
+                    "`{key}` = {value}: this key is not known, and it may change the result"
+                ));
+            }
+        }
+        if self.problems.is_empty() { Ok(()) } else { Err(Error::Mismatch(self.problems)) }
+    }
+}
+
+fn says_something(v: &Value) -> bool {
+    match v {
+        Value::Null => false,
+        Value::Bool(b) => *b,
+        Value::Number(n) => n.as_f64() != Some(0.0),
+        Value::String(s) => !s.is_empty(),
+        Value::Array(a) => !a.is_empty(),
+        Value::Object(o) => !o.is_empty(),
+    }
+}
+
+/// A JSON list of texts.
+pub(crate) fn texts(v: &Value) -> Option<Vec<String>> {
+    v.as_array()?.iter().map(|t| t.as_str().map(str::to_string)).collect()
+}
+
+/// A number as Python writes it: whole ones as integers.
+pub(crate) fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value.abs() < 9e15 { Value::from(value as i64) } else { Value::from(value) }
+}
+
+/// A number for the modules whose path, or the end of it from a dot on, a pattern matches.
+#[derive(Clone, Debug)]
+pub(crate) struct Pattern {
+    text: String,
+    regex: Regex,
+    number: f64,
+}
+
+impl Pattern {
+    /// The number of the first pattern that matches.
+    pub fn find(patterns: &[Pattern], path: &str) -> Option<f64> {
+        patterns.iter().find(|p| p.regex.is_match(path)).map(|p| p.number)
+    }
+
+    /// The number as text, unless it is a count up to `max`.
+    pub fn not_a_count(&self, max: usize) -> Option<String> {
+        let fits = self.number.fract() == 0.0 && (1.0..=max as f64).contains(&self.number);
+        (!fits).then(|| format!("{} for `{}`", self.number, self.text))
+    }
+
+    /// As in the file.
+    pub fn table(patterns: &[Pattern]) -> Value {
+        Value::Object(patterns.iter().map(|p| (p.text.clone(), number(p.number))).collect())
+    }
+}
