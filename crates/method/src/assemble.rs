@@ -13,7 +13,7 @@ use engraft_nn::{
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
-use crate::{Method, from_file, peft};
+use crate::{Described, Method, from_file, peft};
 
 const UNION: &str = "ENGRAFT_UNION";
 
@@ -258,10 +258,12 @@ fn config(
     info: &ModelInfo,
 ) -> Result<Map<String, Value>> {
     let mut map = peft::write_header(method.info().peft_type, base_model, info, train_also);
+    let mut chosen = Vec::new();
     if let Some(targets) = targets.cloned().or_else(|| method.default_targets()) {
         let targets = Targets { train_also: train_also.to_vec(), ..targets };
-        map.extend(peft::write_targets(&targets, sites)?);
+        map.extend(peft::write_targets(&targets, method, sites)?);
+        chosen = method.resolve(&targets, sites)?.sites;
     }
-    map.extend(method.peft_config(info));
+    map.extend(method.config(&Described { info, sites, chosen: &chosen }));
     Ok(map)
 }

@@ -39,7 +39,7 @@ pub struct Field {
     pub name: &'static str,
     /// What it may be.
     pub kind: FieldKind,
-    /// Default, as JSON text; `None` where the setting must be given.
+    /// Default, as JSON text; `None` where leaving it out has a meaning of its own.
     pub default: Option<&'static str>,
     /// One line.
     pub doc: &'static str,

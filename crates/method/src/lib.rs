@@ -4,14 +4,20 @@
 //! To add one: write its file, add `mod` and one line to [`METHODS`], commit one fixture made elsewhere.
 
 mod assemble;
+mod bitfit;
+mod bottleneck;
 mod entry;
+mod full;
+mod ia3;
 mod lora;
 mod peft;
+mod prefix;
+mod prompt;
 mod read;
 
 use std::sync::Arc;
 
-use engraft_nn::{Adapter, Builder, ModelInfo, Output, Pass, Resolution, Result, Sites, Targets};
+use engraft_nn::{Adapter, Builder, ModelInfo, Output, Pass, Resolution, Result, SiteId, Sites, Targets};
 use engraft_tensor::{Gradients, Tensor};
 use serde_json::{Map, Value};
 
@@ -19,7 +25,16 @@ pub use assemble::{Attached, Chosen, LoadedAdapter, attach, load_adapter, save_a
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
 
 /// Every method, in the order of the documentation.
-pub static METHODS: &[&Entry] = &[&lora::ENTRY];
+pub static METHODS: &[&Entry] = &[
+    &lora::ENTRY,
+    &ia3::ENTRY,
+    &bitfit::ENTRY,
+    &bottleneck::ENTRY,
+    &prompt::ENTRY,
+    &prefix::ENTRY,
+    &full::FULL,
+    &full::HEAD,
+];
 
 /// A configured method.
 pub trait Method: Send + Sync {
@@ -76,7 +91,7 @@ pub trait Method: Send + Sync {
     }
 
     /// The method's own keys of `adapter_config.json`, those about targets and the header left out.
-    fn peft_config(&self, info: &ModelInfo) -> Map<String, Value>;
+    fn config(&self, model: &Described<'_>) -> Map<String, Value>;
 
     /// Name in the adapter file of the parameter `name`.
     fn file_name(&self, name: &str) -> String {
@@ -87,6 +102,16 @@ pub trait Method: Send + Sync {
     fn file_copies(&self, _name: &str) -> Vec<String> {
         Vec::new()
     }
+}
+
+/// The model that an adapter is saved for, and the sites its method was given.
+pub struct Described<'a> {
+    /// Sizes.
+    pub info: &'a ModelInfo,
+    /// All sites.
+    pub sites: &'a Sites,
+    /// The chosen ones, in model order.
+    pub chosen: &'a [SiteId],
 }
 
 /// Where training is.

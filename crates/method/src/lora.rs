@@ -8,13 +8,13 @@
 //!
 //! A [rank, in], B [out, rank], m [out]; of a table with `rows` rows: A [rank, rows], B [width, rank], W′ = W + s·(B·A)ᵀ.
 
-use engraft_nn::{Base, Builder, Error, Init, Kind, ModelInfo, Pass, Patch, Result, Role, Site, WeightPatch};
+use engraft_nn::{Base, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, WeightPatch};
 use engraft_tensor::ops::Unary;
 use engraft_tensor::{Param, Tensor, no_grad};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Pattern, Reader, number};
-use crate::{Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
 
@@ -264,7 +264,7 @@ impl Method for Lora {
         Ok(())
     }
 
-    fn peft_config(&self, _info: &ModelInfo) -> Map<String, Value> {
+    fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let start = match self.start {
             Start::Kaiming => json!(true),
             Start::Gaussian => json!("gaussian"),

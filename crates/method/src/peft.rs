@@ -1,8 +1,9 @@
 //! The part of `adapter_config.json` that every method of `peft` has: targets, modules trained as a whole, the header.
 
-use engraft_nn::{LayerChoice, Matcher, ModelInfo, Result, Sites, Targets, Task};
+use engraft_nn::{LayerChoice, Matcher, ModelInfo, Result, SiteId, Sites, Targets, Task};
 use serde_json::{Map, Value, json};
 
+use crate::Method;
 use crate::read::{Reader, texts};
 
 /// The version whose keys are written.
@@ -67,7 +68,11 @@ fn names_or_pattern(r: &mut Reader<'_>, key: &str, value: &Value) -> Option<Matc
 }
 
 /// The keys of targets as `peft` reads them. Roles become names of modules in this model.
-pub(crate) fn write_targets(targets: &Targets, sites: &Sites) -> Result<Map<String, Value>> {
+pub(crate) fn write_targets(
+    targets: &Targets,
+    method: &dyn Method,
+    sites: &Sites,
+) -> Result<Map<String, Value>> {
     let mut map: Map<String, Value> = TARGETS.iter().map(|k| (k.to_string(), Value::Null)).collect();
     let matcher = |m: &Matcher| match m {
         Matcher::Names(names) => json!(names),
@@ -78,7 +83,7 @@ pub(crate) fn write_targets(targets: &Targets, sites: &Sites) -> Result<Map<Stri
     if !matches!(targets.matcher, Matcher::Names(_) | Matcher::Regex(_))
         && (targets.layers.is_some() || is_roles(targets))
     {
-        map.insert("target_modules".into(), json!(module_names(targets, sites)?));
+        map.insert("target_modules".into(), json!(module_names(targets, method, sites)?));
         return Ok(map);
     }
     map.insert("target_modules".into(), matcher(&targets.matcher));
@@ -95,16 +100,19 @@ fn is_roles(targets: &Targets) -> bool {
 }
 
 /// Names that choose the same sites: the last components of their paths, or whole paths where these would catch more.
-fn module_names(targets: &Targets, sites: &Sites) -> Result<Vec<String>> {
-    let chosen = targets.resolve(sites)?.sites;
-    let mut names: Vec<String> = chosen.iter().map(|&id| sites.get(id).module().to_string()).collect();
+fn module_names(targets: &Targets, method: &dyn Method, sites: &Sites) -> Result<Vec<String>> {
+    let chosen = method.resolve(targets, sites)?.sites;
+    // A bias stands for the module that has it.
+    let path = |id: &SiteId| sites.get(*id).path.trim_end_matches(".bias").to_string();
+    let last = |path: String| path.rsplit('.').next().unwrap_or_default().to_string();
+    let mut names: Vec<String> = chosen.iter().map(|id| last(path(id))).collect();
     names.sort();
     names.dedup();
     let same = Targets { train_also: targets.train_also.clone(), ..Targets::names(names.clone()) };
-    if same.resolve(sites)?.sites == chosen {
+    if method.resolve(&same, sites)?.sites == chosen {
         return Ok(names);
     }
-    Ok(chosen.iter().map(|&id| sites.get(id).path.clone()).collect())
+    Ok(chosen.iter().map(path).collect())
 }
 
 /// The keys of every configuration.

@@ -45,6 +45,11 @@ impl<'a> Builder<'a> {
         self.sites
     }
 
+    /// The seed that new tensors are drawn from.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// Sizes of the model.
     pub fn info(&self) -> &'a ModelInfo {
         self.info
@@ -99,11 +104,12 @@ impl<'a> Builder<'a> {
     pub fn replace(&mut self, site: SiteId) -> Result<()> {
         let site = self.sites.get(site);
         let name = if site.is_weight() { format!("{}.weight", site.path) } else { site.path.clone() };
-        self.replace_as(site.id, &name)
+        self.replace_as(site.id, &name)?;
+        Ok(())
     }
 
     /// Trains the frozen value at `site` as a whole, saved as `name`.
-    pub fn replace_as(&mut self, site: SiteId, name: &str) -> Result<()> {
+    pub fn replace_as(&mut self, site: SiteId, name: &str) -> Result<Param> {
         let site = self.sites.get(site);
         let start = match (&site.kind, &site.value) {
             (Kind::Linear { .. } | Kind::Embedding { .. }, Value::Weight(w)) => crate::Base::dense(w.as_ref())?,
@@ -117,10 +123,11 @@ impl<'a> Builder<'a> {
         let param = self.param(name, &shape, Init::Values(start))?;
         self.replaced.push(site.id);
         let patch: Patch = match site.kind {
-            Kind::Vector { .. } => Patch::Vector(Box::new(Replacement(param))),
-            _ => Patch::Weight(Box::new(Replacement(param))),
+            Kind::Vector { .. } => Patch::Vector(Box::new(Replacement(param.clone()))),
+            _ => Patch::Weight(Box::new(Replacement(param.clone()))),
         };
-        self.patch(site.id, patch)
+        self.patch(site.id, patch)?;
+        Ok(param)
     }
 
     /// Trains every tensor of the modules that `names` match (`peft`'s `modules_to_save`: a name is a whole component

@@ -1,0 +1,442 @@
+//! Bottleneck adapters: a small MLP with a residual after, or beside, a sublayer.
+//!
+//! A(x) = s·(σ(x·W_dᵀ + b_d)·W_uᵀ + b_u), r = width/reduction. With u the stream, g the sublayer's output and N the norm
+//! of a post-norm model (the identity elsewhere), the next stream is
+//!   Houlsby, after attention and MLP:  N(u + g + A(g))
+//!   Pfeiffer, after the MLP:           N(u + g + A(N(u + g)))
+//!   parallel, beside the MLP:          N(u + g + A(u))
+//!
+//! Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247; He et al. 2022, arXiv:2110.04366; the
+//! variants and the file form are those of AdapterHub's `adapters` 1.3.
+//!
+//! W_d [r, width], b_d [r], W_u [width, r], b_u [width]; own norms [width]; a learned s [1] or [width].
+
+mod file;
+
+use engraft_nn::{Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, Sublayer, SublayerPatch};
+use engraft_tensor::ops::{Unary, layer_norm};
+use engraft_tensor::{Param, Tensor};
+use serde_json::{Map, Value};
+
+use crate::read::Reader;
+use crate::{Described, Entry, Field, FieldKind, Info, Method};
+
+/// PyTorch's default for a layer norm.
+const NORM_EPS: f32 = 1e-5;
+
+/// Where adapters sit and how they compute; the words are those of `adapters`.
+#[derive(Clone, Debug, PartialEq)]
+struct Bottleneck {
+    /// Name of the adapter, part of its tensors' names.
+    name: String,
+    after_attention: bool,
+    after_mlp: bool,
+    parallel: bool,
+    activation: Activation,
+    /// width/r, with exceptions by layer.
+    reduction: f64,
+    reduction_by_layer: Vec<(usize, f64)>,
+    leave_out: Vec<usize>,
+    scaling: Scaling,
+    dropout: f32,
+    /// Norms of its own before and after.
+    ln_before: bool,
+    ln_after: bool,
+    /// Whether the input is the normed sum of stream and output, and whether the model's norm follows.
+    original_ln_before: bool,
+    original_ln_after: bool,
+    residual: Residual,
+    /// Whether the residual is added before the norm of its own.
+    residual_before_own_norm: bool,
+    start: Start,
+}
+
+/// What the adapter's own residual is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Residual {
+    /// The sublayer's output.
+    Output,
+    /// Stream plus output.
+    Sum,
+    /// What the adapter reads.
+    Input,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Scaling {
+    Fixed(f64),
+    Learned,
+    Channel,
+}
+
+/// How the matrices start.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Start {
+    /// N(0, 0.02).
+    Bert,
+    /// W_d Kaiming-uniform, W_u zero: no change at first.
+    ZeroUp,
+    /// N(0, 0.01).
+    Houlsby,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Activation {
+    Linear,
+    LeakyRelu,
+    Of(Unary),
+}
+
+const ACTIVATIONS: &[(&str, Activation)] = &[
+    ("relu", Activation::Of(Unary::Relu)),
+    ("swish", Activation::Of(Unary::Silu)),
+    ("silu", Activation::Of(Unary::Silu)),
+    ("gelu", Activation::Of(Unary::Gelu)),
+    ("gelu_new", Activation::Of(Unary::GeluTanh)),
+    ("gelu_pytorch_tanh", Activation::Of(Unary::GeluTanh)),
+    ("quick_gelu", Activation::Of(Unary::QuickGelu)),
+    ("tanh", Activation::Of(Unary::Tanh)),
+    ("sigmoid", Activation::Of(Unary::Sigmoid)),
+    ("leakyrelu", Activation::LeakyRelu),
+    ("linear", Activation::Linear),
+];
+
+static INFO: Info = Info {
+    name: "bottleneck",
+    title: "Bottleneck adapter",
+    class: "additive",
+    sites: "sublayer",
+    paper: "arXiv:1902.00751",
+    summary: "a small MLP with a residual after (Houlsby, Pfeiffer) or beside (parallel) a sublayer",
+    mergeable: false,
+    identity_at_init: false,
+    default_roles: None,
+    peft_type: "ENGRAFT_BOTTLENECK",
+    fields: &[
+        Field {
+            name: "form",
+            kind: FieldKind::OneOf(&["pfeiffer", "houlsby", "parallel"]),
+            default: Some("\"pfeiffer\""),
+            doc: "After the MLP, after attention and MLP, or beside the MLP.",
+        },
+        Field {
+            name: "reduction",
+            kind: FieldKind::Float { min: 1.0, max: 1e6 },
+            default: None,
+            doc: "Width of the model over width of the bottleneck; 16, and 2 for parallel.",
+        },
+        Field {
+            name: "activation",
+            kind: FieldKind::OneOf(&[
+                "relu",
+                "swish",
+                "gelu",
+                "gelu_new",
+                "tanh",
+                "sigmoid",
+                "leakyrelu",
+                "linear",
+            ]),
+            default: None,
+            doc: "Function in the middle; relu, and swish for houlsby.",
+        },
+        Field {
+            name: "scaling",
+            kind: FieldKind::Float { min: 0.0, max: 1e6 },
+            default: None,
+            doc: "Factor on what is added; 1, and 4 for parallel.",
+        },
+        Field {
+            name: "learned_scaling",
+            kind: FieldKind::Bool,
+            default: Some("false"),
+            doc: "Train the factor, from 1, instead.",
+        },
+        Field {
+            name: "dropout",
+            kind: FieldKind::Float { min: 0.0, max: 0.999 },
+            default: Some("0"),
+            doc: "Dropout on what is added, while training.",
+        },
+        Field {
+            name: "zero_init",
+            kind: FieldKind::Bool,
+            default: Some("false"),
+            doc: "Start with W_u = 0, so that nothing changes at first; always so for parallel.",
+        },
+    ],
+};
+
+/// In the registry.
+pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file: file::from_file, example };
+
+#[derive(Clone, Copy)]
+enum Form {
+    Pfeiffer,
+    Houlsby,
+    Parallel,
+}
+
+const FORMS: &[(&str, Form)] =
+    &[("pfeiffer", Form::Pfeiffer), ("houlsby", Form::Houlsby), ("parallel", Form::Parallel)];
+
+fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    let mut r = Reader::settings(settings, INFO.fields);
+    let mut method = Bottleneck::of(r.one_of("form", FORMS));
+    method.reduction = r.float("reduction", method.reduction);
+    if r.value("activation").is_some() {
+        method.activation = r.one_of("activation", ACTIVATIONS);
+    }
+    let fixed = match method.scaling {
+        Scaling::Fixed(s) => s,
+        _ => 1.0,
+    };
+    method.scaling = Scaling::Fixed(r.float("scaling", fixed));
+    if r.flag("learned_scaling", false) {
+        method.scaling = Scaling::Learned;
+    }
+    method.dropout = r.dropout("dropout");
+    if r.flag("zero_init", false) {
+        method.start = Start::ZeroUp;
+    }
+    r.finish()?;
+    Ok(Box::new(method))
+}
+
+fn example() -> Box<dyn Method> {
+    Box::new(Bottleneck {
+        ln_after: true,
+        scaling: Scaling::Learned,
+        reduction: 4.0,
+        ..Bottleneck::of(Form::Houlsby)
+    })
+}
+
+impl Bottleneck {
+    fn of(form: Form) -> Bottleneck {
+        let pfeiffer = Bottleneck {
+            name: "engraft".into(),
+            after_attention: false,
+            after_mlp: true,
+            parallel: false,
+            activation: Activation::Of(Unary::Relu),
+            reduction: 16.0,
+            reduction_by_layer: vec![],
+            leave_out: vec![],
+            scaling: Scaling::Fixed(1.0),
+            dropout: 0.0,
+            ln_before: false,
+            ln_after: false,
+            original_ln_before: true,
+            original_ln_after: true,
+            residual: Residual::Output,
+            residual_before_own_norm: false,
+            start: Start::Bert,
+        };
+        match form {
+            Form::Pfeiffer => pfeiffer,
+            Form::Houlsby => Bottleneck {
+                after_attention: true,
+                original_ln_before: false,
+                activation: Activation::Of(Unary::Silu),
+                ..pfeiffer
+            },
+            Form::Parallel => Bottleneck {
+                parallel: true,
+                original_ln_before: false,
+                reduction: 2.0,
+                scaling: Scaling::Fixed(4.0),
+                start: Start::ZeroUp,
+                ..pfeiffer
+            },
+        }
+    }
+
+    fn wants(&self, site: &Site) -> bool {
+        let place = match site.role {
+            Role::Attention => self.after_attention,
+            Role::Mlp => self.after_mlp,
+            _ => false,
+        };
+        place && !site.layer.is_some_and(|layer| self.leave_out.contains(&layer))
+    }
+
+    /// r at a site of `width`.
+    fn size_at(&self, site: &Site, width: usize) -> usize {
+        let by_layer = self.reduction_by_layer.iter().find(|(layer, _)| Some(*layer) == site.layer);
+        let reduction = by_layer.map_or(self.reduction, |(_, reduction)| *reduction);
+        ((width as f64 / reduction).floor() as usize).max(1)
+    }
+
+    fn build(&self, b: &mut Builder<'_>, site: &Site, width: usize) -> Result<Tensors> {
+        let stem = format!("{}.adapters.{}", site.path, self.name);
+        let size = self.size_at(site, width);
+        let (down, up) = match self.start {
+            Start::Bert => (Init::Normal(0.02), Init::Normal(0.02)),
+            Start::ZeroUp => (Init::kaiming(width), Init::Zeros),
+            Start::Houlsby => (Init::Normal(0.01), Init::Normal(0.01)),
+        };
+        let norm = |b: &mut Builder<'_>, wanted: bool, name: &str| -> Result<Option<Norm>> {
+            if !wanted {
+                return Ok(None);
+            }
+            let gain = b.param(&format!("{stem}.{name}.weight"), &[width], Init::Ones)?;
+            Ok(Some(Norm { gain, bias: b.param(&format!("{stem}.{name}.bias"), &[width], Init::Zeros)? }))
+        };
+        let before = norm(b, self.ln_before, "adapter_norm_before")?;
+        let after = norm(b, self.ln_after, "adapter_norm_after")?;
+        // The layers up to the activation are counted together, a norm first.
+        let down_stem = format!("{stem}.adapter_down.{}", usize::from(self.ln_before));
+        let scale = match self.scaling {
+            Scaling::Fixed(_) => None,
+            Scaling::Learned => Some(b.param(&format!("{stem}.scaling"), &[1], Init::Ones)?),
+            Scaling::Channel => Some(b.param(&format!("{stem}.scaling"), &[width], Init::Ones)?),
+        };
+        Ok(Tensors {
+            before,
+            down: b.param(&format!("{down_stem}.weight"), &[size, width], down)?,
+            down_bias: b.param(&format!("{down_stem}.bias"), &[size], Init::Zeros)?,
+            up: b.param(&format!("{stem}.adapter_up.weight"), &[width, size], up)?,
+            up_bias: b.param(&format!("{stem}.adapter_up.bias"), &[width], Init::Zeros)?,
+            scale,
+            after,
+        })
+    }
+}
+
+impl Method for Bottleneck {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+        let mut found = false;
+        for site in b.sites().iter() {
+            let Kind::Sublayer { width } = site.kind else { continue };
+            found = true;
+            if self.wants(site) {
+                let tensors = self.build(b, site, width)?;
+                b.patch(site.id, Patch::Sublayer(Box::new(AtSublayer { config: self.clone(), tensors })))?;
+            }
+        }
+        if found {
+            Ok(())
+        } else {
+            Err(Error::Unsupported("bottleneck adapters need a model with sublayers".into()))
+        }
+    }
+
+    fn config(&self, model: &Described<'_>) -> Map<String, Value> {
+        self.to_file(model)
+    }
+
+    fn file_name(&self, name: &str) -> String {
+        if name.contains(".adapters.") { name.into() } else { format!("base_model.model.{name}") }
+    }
+
+    /// `adapters` keeps the norm before the bottleneck in two places.
+    fn file_copies(&self, name: &str) -> Vec<String> {
+        let own = name.contains(".adapter_norm_before.");
+        own.then(|| name.replace(".adapter_norm_before.", ".adapter_down.0.")).into_iter().collect()
+    }
+}
+
+struct Norm {
+    gain: Param,
+    bias: Param,
+}
+
+impl Norm {
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(layer_norm(x, &self.gain.get(), &self.bias.get(), NORM_EPS)?)
+    }
+}
+
+/// The tensors at one site.
+struct Tensors {
+    before: Option<Norm>,
+    down: Param,
+    down_bias: Param,
+    up: Param,
+    up_bias: Param,
+    scale: Option<Param>,
+    after: Option<Norm>,
+}
+
+struct AtSublayer {
+    config: Bottleneck,
+    tensors: Tensors,
+}
+
+impl AtSublayer {
+    /// s·(σ(N(x)·W_dᵀ + b_d)·W_uᵀ + b_u), x [tokens, width].
+    fn bottleneck(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let t = &self.tensors;
+        let x = match &t.before {
+            Some(norm) => norm.apply(x)?,
+            None => x.clone(),
+        };
+        let middle = x.matmul_t(&t.down.get())?.add(&t.down_bias.get())?;
+        let middle = match self.config.activation {
+            Activation::Of(f) => middle.unary(f)?,
+            Activation::LeakyRelu => middle.scale(0.01)?.add(&middle.unary(Unary::Relu)?.scale(0.99)?)?,
+            Activation::Linear => middle,
+        };
+        let up = middle.matmul_t(&t.up.get())?.add(&t.up_bias.get())?;
+        let up = match (&t.scale, self.config.scaling) {
+            (Some(scale), _) => up.mul(&scale.get())?,
+            (None, Scaling::Fixed(s)) if s != 1.0 => up.scale(s as f32)?,
+            _ => up,
+        };
+        cx.dropout(&up, self.config.dropout, site.id, 1)
+    }
+
+    fn own_norm(&self, x: Tensor) -> Result<Tensor> {
+        match &self.tensors.after {
+            Some(norm) => norm.apply(&x),
+            None => Ok(x),
+        }
+    }
+
+    fn parallel(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let added = self.own_norm(self.bottleneck(s.residual, site, cx)?)?;
+        Ok(s.output.add(&added)?)
+    }
+
+    fn serial(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let c = &self.config;
+        let sum = s.output.add(s.residual)?;
+        let input = match (c.original_ln_before, s.norm) {
+            (true, Some(norm)) => norm(&sum)?,
+            (true, None) => sum.clone(),
+            (false, _) => s.output.clone(),
+        };
+        let added = self.bottleneck(&input, site, cx)?;
+        let residual = match c.residual {
+            Residual::Output => s.output.clone(),
+            Residual::Sum => sum,
+            Residual::Input => input,
+        };
+        if c.residual_before_own_norm {
+            return self.own_norm(added.add(&residual)?);
+        }
+        Ok(self.own_norm(added)?.add(&residual)?)
+    }
+}
+
+impl SublayerPatch for AtSublayer {
+    fn output(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let next = if self.config.parallel { self.parallel(s, site, cx)? } else { self.serial(s, site, cx)? };
+        match (self.config.original_ln_after, s.norm) {
+            (true, _) => Ok(next),
+            // Without the model's own residual: what the model adds to the stream is taken off first.
+            (false, None) => Ok(next.sub(s.residual)?),
+            (false, Some(_)) => {
+                let message =
+                    "`original_ln_after` = false drops the model's norm, which a post-norm model cannot do"
+                        .into();
+                Err(Error::Site { path: site.path.clone(), message })
+            }
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! (IA)³: frozen projections whose outputs (keys, values) or inputs (the MLP's last matrix) are rescaled.
+//!
+//! y = l ⊙ (x·Wᵀ + b) at most sites, y = (l ⊙ x)·Wᵀ + b at feed-forward ones; l starts as ones.
+//! Merged: rows or columns of W, and b, times l.
+//!
+//! Liu et al. 2022, arXiv:2205.05638.
+//!
+//! l [out, 1], or [1, in] at feed-forward sites.
+
+use engraft_nn::{
+    Base, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, SiteId, VectorPatch, WeightPatch,
+};
+use engraft_tensor::{Param, Tensor};
+use regex::Regex;
+use serde_json::{Map, Value, json};
+
+use crate::read::{Reader, texts};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+
+struct Ia3 {
+    feedforward: Feedforward,
+}
+
+/// Which of the targets are scaled at their input.
+#[derive(Clone)]
+enum Feedforward {
+    /// Those that end an MLP.
+    Down,
+    /// Those whose path ends so.
+    Suffixes(Vec<String>),
+    /// Those whose whole path matches.
+    Pattern(String, Regex),
+}
+
+static INFO: Info = Info {
+    name: "ia3",
+    title: "(IA)³",
+    class: "additive",
+    sites: "weight",
+    paper: "arXiv:2205.05638",
+    summary: "keys, values and MLP activations times learned vectors",
+    mergeable: true,
+    identity_at_init: true,
+    default_roles: Some(&[Role::K, Role::V, Role::Down]),
+    peft_type: "IA3",
+    fields: &[Field {
+        name: "feedforward",
+        kind: FieldKind::TextList,
+        default: None,
+        doc: "Ends of the paths of targets that are scaled at their input; by default those that end an MLP.",
+    }],
+};
+
+/// In the registry.
+pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
+
+fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    let mut r = Reader::settings(settings, INFO.fields);
+    let feedforward = r.texts("feedforward").map_or(Feedforward::Down, Feedforward::Suffixes);
+    r.finish()?;
+    Ok(Box::new(Ia3 { feedforward }))
+}
+
+fn from_file(config: &Value) -> Result<Option<Loaded>> {
+    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
+        return Ok(None);
+    };
+    let mut r = Reader::file(map);
+    let train_also = peft::read_header(&mut r);
+    let targets = peft::read_targets(&mut r);
+    r.ignore(&["fan_in_fan_out", "init_ia3_weights"]);
+    let feedforward = read_feedforward(&mut r);
+    r.finish()?;
+    Ok(Some(Loaded { method: Box::new(Ia3 { feedforward }), targets, train_also }))
+}
+
+fn read_feedforward(r: &mut Reader<'_>) -> Feedforward {
+    let Some(value) = r.value("feedforward_modules").cloned() else { return Feedforward::Down };
+    if let Some(names) = texts(&value) {
+        return Feedforward::Suffixes(names);
+    }
+    let Some(text) = value.as_str() else {
+        r.problem(format!("`feedforward_modules`: expected a pattern or a list of names, found {value}"));
+        return Feedforward::Down;
+    };
+    match Regex::new(&format!("^(?:{text})$")) {
+        Ok(regex) => Feedforward::Pattern(text.into(), regex),
+        Err(e) => {
+            r.problem(format!("`feedforward_modules`: `{text}` is not a valid pattern: {e}"));
+            Feedforward::Down
+        }
+    }
+}
+
+fn example() -> Box<dyn Method> {
+    Box::new(Ia3 { feedforward: Feedforward::Down })
+}
+
+impl Method for Ia3 {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+        for site in b.targets() {
+            let Kind::Linear { out, inn, .. } = site.kind else {
+                let message = "(IA)³ rescales linear layers; leave the embedding out of the targets".into();
+                return Err(Error::Site { path: site.path.clone(), message });
+            };
+            let name = format!("{}.ia3_l", site.path);
+            if self.is_feedforward(site) {
+                let scale = b.param(&name, &[1, inn], Init::Ones)?;
+                b.patch(site.id, Patch::Weight(Box::new(ScaledInput(scale))))?;
+                continue;
+            }
+            let scale = b.param(&name, &[out, 1], Init::Ones)?;
+            if let Some(bias) = b.sites().bias_of(&site.path) {
+                b.patch(bias.id, Patch::Vector(Box::new(ScaledOutput(scale.clone()))))?;
+            }
+            b.patch(site.id, Patch::Weight(Box::new(ScaledOutput(scale))))?;
+        }
+        Ok(())
+    }
+
+    fn config(&self, model: &Described<'_>) -> Map<String, Value> {
+        let feedforward = match &self.feedforward {
+            Feedforward::Suffixes(names) => json!(names),
+            Feedforward::Pattern(text, _) => json!(text),
+            Feedforward::Down => json!(self.down_names(model)),
+        };
+        // peft's (IA)³ has no choice of layers.
+        let own =
+            json!({ "fan_in_fan_out": false, "feedforward_modules": feedforward, "init_ia3_weights": true });
+        own.as_object().cloned().unwrap_or_default()
+    }
+}
+
+impl Ia3 {
+    fn is_feedforward(&self, site: &Site) -> bool {
+        match &self.feedforward {
+            Feedforward::Down => site.role == Role::Down,
+            Feedforward::Suffixes(ends) => ends.iter().any(|end| site.path.ends_with(end.as_str())),
+            Feedforward::Pattern(_, regex) => regex.is_match(&site.path),
+        }
+    }
+
+    /// Names that tell the MLP's last matrices from the other targets.
+    fn down_names(&self, model: &Described<'_>) -> Vec<String> {
+        let site = |id: &SiteId| model.sites.get(*id);
+        let down: Vec<&Site> = model.chosen.iter().map(site).filter(|s| s.role == Role::Down).collect();
+        let mut names: Vec<String> = down.iter().map(|s| s.module().to_string()).collect();
+        names.sort();
+        names.dedup();
+        let caught = |s: &Site| names.iter().any(|n| s.path.ends_with(n.as_str()));
+        let exact = model.chosen.iter().map(site).all(|s| caught(s) == (s.role == Role::Down));
+        if exact { names } else { down.iter().map(|s| s.path.clone()).collect() }
+    }
+}
+
+/// l ⊙ (x·Wᵀ), l ⊙ b.
+struct ScaledOutput(Param);
+
+impl WeightPatch for ScaledOutput {
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        Ok(base.dense()?.mul(&self.0.get())?)
+    }
+
+    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        let scale = self.0.get();
+        Ok(base.forward(x)?.mul(&scale.reshape([scale.len()])?)?)
+    }
+}
+
+impl VectorPatch for ScaledOutput {
+    fn vector(&self, v: &Tensor) -> Result<Tensor> {
+        let scale = self.0.get();
+        Ok(v.mul(&scale.reshape([scale.len()])?)?)
+    }
+}
+
+/// (l ⊙ x)·Wᵀ.
+struct ScaledInput(Param);
+
+impl WeightPatch for ScaledInput {
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        Ok(base.dense()?.mul(&self.0.get())?)
+    }
+
+    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        let scale = self.0.get();
+        base.forward(&x.mul(&scale.reshape([scale.len()])?)?)
+    }
+}

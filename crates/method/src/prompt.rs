@@ -1,0 +1,199 @@
+//! Prompt tuning: trained rows put before the embedded tokens.
+//!
+//! H₀ = [P; E], tokens counted from the first row of P. P starts as embeddings of the vocabulary (given ids, or drawn)
+//! or as noise N(0, 1).
+//!
+//! Lester et al. 2021, arXiv:2104.08691.
+//!
+//! P [tokens, width], saved as `prompt_embeddings`.
+
+use engraft_nn::{
+    Base, Builder, Error, Init, Kind, Patch, PromptPatch, Result, Role, Sites, Value as Frozen,
+};
+use engraft_tensor::cpu::random::Key;
+use engraft_tensor::{Param, Tensor};
+use serde_json::{Map, Value, json};
+
+use crate::read::Reader;
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+
+pub(crate) const TOKENS_MAX: usize = 1 << 16;
+
+struct Prompt {
+    tokens: usize,
+    start: Start,
+}
+
+/// How P starts.
+#[derive(Clone)]
+enum Start {
+    /// As tokens drawn from the vocabulary.
+    Drawn,
+    /// As these tokens, repeated or cut to fit.
+    Given(Vec<i64>),
+    /// As noise.
+    Noise,
+}
+
+static INFO: Info = Info {
+    name: "prompt",
+    title: "Prompt tuning",
+    class: "prompt",
+    sites: "prompt",
+    paper: "arXiv:2104.08691",
+    summary: "trained rows before the embedded input",
+    mergeable: false,
+    identity_at_init: false,
+    default_roles: None,
+    peft_type: "PROMPT_TUNING",
+    fields: &[
+        Field {
+            name: "tokens",
+            kind: FieldKind::Int { min: 1, max: TOKENS_MAX as i64 },
+            default: Some("20"),
+            doc: "Number of rows.",
+        },
+        Field {
+            name: "init",
+            kind: FieldKind::OneOf(&["vocabulary", "random"]),
+            default: Some("\"vocabulary\""),
+            doc: "Start as embeddings of drawn tokens, or as noise.",
+        },
+        Field {
+            name: "init_ids",
+            kind: FieldKind::IntList,
+            default: None,
+            doc: "Start as the embeddings of these tokens, repeated or cut to fit.",
+        },
+    ],
+};
+
+/// In the registry.
+pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
+
+fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    let mut r = Reader::settings(settings, INFO.fields);
+    let tokens = r.count("tokens", 20, TOKENS_MAX);
+    let random = r.one_of("init", &[("vocabulary", false), ("random", true)]);
+    let start = match r.counts("init_ids") {
+        Some(ids) if !ids.is_empty() => Start::Given(ids.into_iter().map(|id| id as i64).collect()),
+        _ if random => Start::Noise,
+        _ => Start::Drawn,
+    };
+    r.finish()?;
+    Ok(Box::new(Prompt { tokens, start }))
+}
+
+fn from_file(config: &Value) -> Result<Option<Loaded>> {
+    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
+        return Ok(None);
+    };
+    let mut r = Reader::file(map);
+    let train_also = peft::read_header(&mut r);
+    let tokens = read_prompt_keys(&mut r);
+    r.ignore(&["prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"]);
+    let drawn = r.text("prompt_tuning_init").is_some_and(|s| s == "SAMPLE_VOCAB");
+    r.finish()?;
+    // The rows come from the file; how they started is only written back.
+    let start = if drawn { Start::Drawn } else { Start::Noise };
+    Ok(Some(Loaded { method: Box::new(Prompt { tokens, start }), targets: None, train_also }))
+}
+
+/// The keys that all methods with virtual tokens have in `peft`; gives their number.
+pub(crate) fn read_prompt_keys(r: &mut Reader<'_>) -> usize {
+    r.ignore(&["token_dim", "num_attention_heads", "num_layers"]);
+    if r.count("num_transformer_submodules", 1, usize::MAX) != 1 {
+        r.problem("`num_transformer_submodules`: expected 1; encoder-decoder models are not supported");
+    }
+    if r.value("num_virtual_tokens").is_none() {
+        r.problem("`num_virtual_tokens` is absent");
+    }
+    r.count("num_virtual_tokens", 1, TOKENS_MAX)
+}
+
+/// In `peft`, adapters with virtual tokens keep the modules trained beside them one level higher than others do.
+pub(crate) fn prompt_file_name(name: &str) -> String {
+    if name == "prompt_embeddings" { name.into() } else { format!("base_model.{name}") }
+}
+
+fn example() -> Box<dyn Method> {
+    Box::new(Prompt { tokens: 3, start: Start::Given(vec![5, 7]) })
+}
+
+impl Method for Prompt {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+        let found = b.sites().of_kind(|k| matches!(k, Kind::Prompt { .. })).next();
+        let Some((site, Kind::Prompt { width })) = found.map(|s| (s, s.kind.clone())) else {
+            return Err(Error::Unsupported("prompt tuning needs a model with an embedded input".into()));
+        };
+        let init = match &self.start {
+            Start::Noise => Init::Normal(1.0),
+            Start::Given(ids) => self.rows_of(ids, b.sites())?,
+            Start::Drawn => {
+                let key = Key { seed: b.seed(), stream: self.tokens as u64 };
+                let vocabulary = b.info().vocabulary.max(1) as u64;
+                let ids: Vec<i64> =
+                    (0..self.tokens as u64).map(|i| (u64::from(key.bits(i)) % vocabulary) as i64).collect();
+                self.rows_of(&ids, b.sites())?
+            }
+        };
+        let param = b.param("prompt_embeddings", &[self.tokens, width], init)?;
+        b.patch(site.id, Patch::Prompt(Box::new(Rows { param, count: self.tokens })))
+    }
+
+    fn config(&self, model: &Described<'_>) -> Map<String, Value> {
+        let init = if matches!(self.start, Start::Drawn) { "SAMPLE_VOCAB" } else { "RANDOM" };
+        let own = json!({
+            "num_attention_heads": model.info.heads, "num_layers": model.info.layers, "num_transformer_submodules": 1,
+            "num_virtual_tokens": self.tokens, "prompt_tuning_init": init, "prompt_tuning_init_text": null,
+            "token_dim": model.info.width, "tokenizer_kwargs": null, "tokenizer_name_or_path": null,
+        });
+        own.as_object().cloned().unwrap_or_default()
+    }
+
+    fn file_name(&self, name: &str) -> String {
+        prompt_file_name(name)
+    }
+}
+
+impl Prompt {
+    /// The embeddings of `ids`, repeated or cut to the number of rows.
+    fn rows_of(&self, ids: &[i64], sites: &Sites) -> Result<Init> {
+        let table = sites.iter().find_map(|s| match (&s.role, &s.value) {
+            (Role::Embed, Frozen::Weight(w)) => Some(w),
+            _ => None,
+        });
+        let Some(table) = table else {
+            return Err(Error::Unsupported(
+                "a prompt that starts as tokens needs a model with a token embedding".into(),
+            ));
+        };
+        let (rows, _) = table.shape();
+        if let Some(id) = ids.iter().find(|id| **id >= rows as i64) {
+            return Err(Error::Unsupported(format!(
+                "`init_ids`: expected ids below {rows}, the vocabulary; found {id}"
+            )));
+        }
+        let ids: Vec<i64> = ids.iter().copied().cycle().take(self.tokens).collect();
+        Ok(Init::Values(table.lookup(&Tensor::from_i64(ids, [self.tokens])?)?))
+    }
+}
+
+struct Rows {
+    param: Param,
+    count: usize,
+}
+
+impl PromptPatch for Rows {
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn rows(&self) -> Result<Tensor> {
+        Ok(self.param.get())
+    }
+}
