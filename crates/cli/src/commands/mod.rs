@@ -1,0 +1,46 @@
+//! The commands, one a file.
+
+mod completions;
+mod doctor;
+mod init;
+mod inspect;
+mod methods;
+mod report;
+mod schema;
+
+use crate::context::Context;
+use crate::failure::Outcome;
+
+/// What to do.
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Looks at data and writes a recipe for it, with reasons
+    Init(init::Args),
+    /// Shows the methods and their settings
+    Methods(methods::Args),
+    /// Shows what a model, adapter, run or checkpoint holds
+    Inspect(inspect::Args),
+    /// Writes the report of a run as one HTML file
+    Report(report::Args),
+    /// Checks what this machine can do
+    Doctor(doctor::Args),
+    /// Prints the JSON Schema of recipes, for editors
+    Schema(schema::Args),
+    /// Prints shell completions or manual pages
+    Completions(completions::Args),
+}
+
+impl Command {
+    /// Runs the command.
+    pub fn run(&self, cx: &Context) -> Outcome {
+        match self {
+            Command::Init(args) => init::run(args, cx),
+            Command::Methods(args) => methods::run(args, cx),
+            Command::Inspect(args) => inspect::run(args, cx),
+            Command::Report(args) => report::run(args, cx),
+            Command::Doctor(args) => doctor::run(args, cx),
+            Command::Schema(args) => schema::run(args, cx),
+            Command::Completions(args) => completions::run(args, cx),
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! What every command is given: the terminal, the limits on files, the environment.
+
+use std::path::PathBuf;
+
+use engraft_report::human;
+use engraft_store::Limits;
+use engraft_store::hub::Progress;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::environment::Environment;
+use crate::failure::{BeforeWork, Outcome};
+use crate::ui::Ui;
+
+/// The surroundings of a command.
+pub struct Context {
+    /// The terminal.
+    pub ui: Ui,
+    /// Limits on files.
+    pub limits: Limits,
+    /// The environment.
+    pub environment: Environment,
+}
+
+impl Context {
+    /// The directory of a model or adapter given as a path or Hub id, downloaded if it is not in the cache.
+    pub fn resolve(&self, name: &str) -> Outcome<PathBuf> {
+        let bar = if self.ui.is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        let style = ProgressStyle::with_template("{msg} {bytes}/{total_bytes} {bytes_per_sec} {eta} left");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let mut file = String::new();
+        let mut report = |progress: Progress| {
+            if file != progress.file {
+                file = progress.file.to_owned();
+                let size = human::bytes(progress.total);
+                if bar.is_hidden() {
+                    self.ui.say(&format!("downloading {name}: {file}, {size}"));
+                }
+                bar.reset();
+                bar.set_length(progress.total);
+                bar.set_message(file.clone());
+            }
+            bar.set_position(progress.done);
+        };
+        let resolved = self.environment.hub().resolve(name, None, &mut report);
+        bar.finish_and_clear();
+        resolved.before_work()
+    }
+}

@@ -1,0 +1,83 @@
+//! The environment variables that are read, in one place, once.
+
+use std::path::PathBuf;
+
+use engraft_store::hub::{Hub, cache_dir};
+
+/// What the environment says.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    /// `NO_COLOR` is set and not empty.
+    pub no_color: bool,
+    /// `FORCE_COLOR` is set and neither empty nor 0.
+    pub force_color: bool,
+    /// `TERM` is `dumb`.
+    pub dumb_terminal: bool,
+    /// The Hub's cache, by `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME` and `HOME`.
+    pub cache: Option<PathBuf>,
+    /// `HF_HUB_OFFLINE` is on.
+    pub offline: bool,
+    /// `ENGRAFT_THREADS`.
+    pub threads: Option<usize>,
+    /// The locale writes UTF-8 (`LC_ALL`, `LC_CTYPE`, `LANG`).
+    pub utf8: bool,
+    token: Option<Secret>,
+}
+
+/// A value that cannot be printed.
+#[derive(Clone)]
+struct Secret(String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("(set)")
+    }
+}
+
+fn text(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+fn switched_on(name: &str) -> bool {
+    text(name).is_some_and(|value| !matches!(value.to_lowercase().as_str(), "0" | "false" | "no" | "off"))
+}
+
+impl Environment {
+    /// Reads the process's environment.
+    pub fn read() -> Environment {
+        let [hub_cache, hf_home, xdg, home] = ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"].map(text);
+        let locale = text("LC_ALL").or_else(|| text("LC_CTYPE")).or_else(|| text("LANG")).unwrap_or_default();
+        let locale = locale.to_lowercase();
+        Environment {
+            no_color: text("NO_COLOR").is_some(),
+            force_color: switched_on("FORCE_COLOR"),
+            dumb_terminal: text("TERM").is_some_and(|term| term == "dumb"),
+            cache: cache_dir(hub_cache.as_deref(), hf_home.as_deref(), xdg.as_deref(), home.as_deref()),
+            offline: switched_on("HF_HUB_OFFLINE"),
+            threads: text("ENGRAFT_THREADS").and_then(|value| value.parse().ok()).filter(|n| *n > 0),
+            utf8: locale.contains("utf-8") || locale.contains("utf8"),
+            token: text("HF_TOKEN").map(Secret),
+        }
+    }
+
+    /// The Hub as this environment sees it.
+    pub fn hub(&self) -> Hub {
+        // Without a home there is no cache to look into or to download to: the error will name this directory.
+        let cache = self.cache.clone().unwrap_or_else(|| PathBuf::from("huggingface/hub"));
+        let mut hub = Hub::new(cache);
+        hub.offline = self.offline;
+        hub.token = self.token.as_ref().map(|secret| secret.0.clone());
+        hub
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_token_cannot_be_printed() {
+        let environment = Environment { token: Some(Secret("hf_abc".into())), ..Environment::default() };
+        assert!(!format!("{environment:?}").contains("hf_abc"));
+    }
+}

@@ -1,0 +1,143 @@
+//! What a command ends with when it does not succeed: a message and an exit code.
+//!
+//! 1 failed while running, 2 bad arguments, recipe or files before any work, 3 a gate not met, 130 and 143 interrupted.
+
+use std::error::Error;
+
+use engraft_recipe::{Problem, Problems};
+
+use crate::ui::Ui;
+
+/// The exit codes, as `experience.md` of the design and every `--help` promise them.
+pub mod code {
+    /// Failed while running.
+    pub const RUNNING: u8 = 1;
+    /// Bad arguments, recipe or files, before any work.
+    pub const BEFORE_WORK: u8 = 2;
+    /// A gate of `--fail-if` was not met.
+    pub const GATE: u8 = 3;
+    /// Ended by an interrupt from the keyboard.
+    pub const INTERRUPTED: u8 = 130;
+    /// Ended by a request to terminate.
+    pub const TERMINATED: u8 = 143;
+}
+
+/// Why a command did not succeed.
+#[derive(Debug)]
+pub struct Failure {
+    /// The process's exit code.
+    pub code: u8,
+    message: Message,
+}
+
+#[derive(Debug)]
+enum Message {
+    Text(String),
+    Problem(Box<Problem>),
+    Problems(Box<Problems>),
+    /// Everything was said already.
+    Said,
+}
+
+/// What a command gives.
+pub type Outcome<T = ()> = Result<T, Failure>;
+
+impl Failure {
+    /// Bad arguments or files, found before any work.
+    pub fn before_work(message: impl Into<String>) -> Failure {
+        Failure { code: code::BEFORE_WORK, message: Message::Text(message.into()) }
+    }
+
+    /// Something that went wrong while running.
+    pub fn running(message: impl Into<String>) -> Failure {
+        Failure { code: code::RUNNING, message: Message::Text(message.into()) }
+    }
+
+    /// One mistake with rows, notes and help, found before any work.
+    pub fn problem(problem: Problem) -> Failure {
+        Failure { code: code::BEFORE_WORK, message: Message::Problem(Box::new(problem)) }
+    }
+
+    /// All mistakes of a recipe.
+    pub fn problems(problems: Problems) -> Failure {
+        Failure { code: code::BEFORE_WORK, message: Message::Problems(Box::new(problems)) }
+    }
+
+    /// An exit code after everything was said.
+    pub fn said(code: u8) -> Failure {
+        Failure { code, message: Message::Said }
+    }
+
+    /// Shows the message on standard error.
+    pub fn show(&self, ui: &Ui) {
+        match &self.message {
+            Message::Text(text) => ui.error(text),
+            Message::Problem(problem) => ui.raw(&problem.render(ui.width(), ui.color())),
+            Message::Problems(problems) => ui.raw(&problems.render(ui.width(), ui.color())),
+            Message::Said => {}
+        }
+    }
+}
+
+/// The error's words and those of its causes that it does not repeat.
+fn words(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let more = inner.to_string();
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+impl<E: Error + 'static> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        let error: Box<dyn Error> = Box::new(error);
+        match error.downcast::<Problems>() {
+            Ok(problems) => Failure { code: code::BEFORE_WORK, message: Message::Problems(problems) },
+            Err(error) => Failure::running(words(error.as_ref())),
+        }
+    }
+}
+
+/// Marks a failure as found before any work.
+pub trait BeforeWork<T> {
+    /// The same with exit code 2.
+    fn before_work(self) -> Outcome<T>;
+}
+
+impl<T, E: Into<Failure>> BeforeWork<T> for Result<T, E> {
+    fn before_work(self) -> Outcome<T> {
+        self.map_err(|error| Failure { code: code::BEFORE_WORK, ..error.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_says_its_causes_once() {
+        #[derive(Debug)]
+        struct Outer(std::io::Error);
+        impl std::fmt::Display for Outer {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("outer")
+            }
+        }
+        impl Error for Outer {
+            fn source(&self) -> Option<&(dyn Error + 'static)> {
+                Some(&self.0)
+            }
+        }
+        let failure = Failure::from(Outer(std::io::Error::other("inner")));
+        assert!(matches!(&failure.message, Message::Text(text) if text == "outer: inner"));
+        assert_eq!(failure.code, code::RUNNING);
+        let early: Outcome = Err(failure).before_work();
+        assert_eq!(early.unwrap_err().code, code::BEFORE_WORK);
+    }
+}
