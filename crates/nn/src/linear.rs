@@ -23,13 +23,27 @@ impl Linear {
         weight: Arc<Weight>,
         bias: Option<Tensor>,
     ) -> Linear {
+        let names = (format!("{path}.bias"), format!("{tensor}.bias"));
+        let bias = bias.map(|b| (b, (names.0.as_str(), names.1.as_str())));
+        Self::declare_named(sites, (path, &format!("{tensor}.weight")), role, layer, weight, bias)
+    }
+
+    /// As [`Linear::declare`], each (path, name in the files) given in full: for heads whose weight or bias is shared or
+    /// lies elsewhere.
+    pub fn declare_named(
+        sites: &mut Sites,
+        (path, tensor): (&str, &str),
+        role: Role,
+        layer: Option<usize>,
+        weight: Arc<Weight>,
+        bias: Option<(Tensor, (&str, &str))>,
+    ) -> Linear {
         let (out, inn) = weight.shape();
         let kind = Kind::Linear { out, inn, transposed: weight.transposed() };
-        let value = Value::Weight(weight.clone());
-        let site = sites.add_value(path, role, layer, kind, value, format!("{tensor}.weight"));
-        let bias = bias.map(|b| {
+        let site = sites.add_value(path, role, layer, kind, Value::Weight(weight.clone()), tensor);
+        let bias = bias.map(|(b, (path, tensor))| {
             let (kind, value) = (Kind::Vector { len: b.len() }, Value::Vector(b.clone()));
-            let id = sites.add_value(format!("{path}.bias"), Role::Bias, layer, kind, value, format!("{tensor}.bias"));
+            let id = sites.add_value(path, Role::Bias, layer, kind, value, tensor);
             (b, id)
         });
         Linear { weight, site, bias }
@@ -47,7 +61,9 @@ impl Linear {
             return self.weight.multiply(x, self.bias.as_ref().map(|(b, _)| b));
         }
         let site = sites.get(self.site);
-        let patched = |x: &Tensor, patches: &[Patch], cx: &Pass| Patched::new(self.weight.as_ref(), patches, site, cx).forward(x);
+        let patched = |x: &Tensor, patches: &[Patch], cx: &Pass| {
+            Patched::new(self.weight.as_ref(), patches, site, cx).forward(x)
+        };
         let y = cx.by_route(self.site, x, patched)?;
         let Some((bias, id)) = &self.bias else { return Ok(y) };
         cx.by_route(*id, &y, |y, patches, _| Ok(y.add(&patched_vector(bias, patches)?)?))

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use engraft_tensor::{Tensor, checkpoint, ops::cat};
 
-use crate::{Adapter, Error, KvCache, Layout, Patch, Result, SiteId, Sites, Sublayer};
+use crate::{Adapter, Error, KvCache, Layout, Norm, Patch, Result, SiteId, Sites, Sublayer};
 
 /// Whether dropout is drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -66,13 +66,19 @@ impl Pass {
         let mut next = 0;
         for route in &routes {
             if route.sequences.start != next {
-                let message = format!("routes must cover the sequences in order: expected {next}, found {}", route.sequences.start);
+                let message = format!(
+                    "routes must cover the sequences in order: expected {next}, found {}",
+                    route.sequences.start
+                );
                 return Err(Error::Unsupported(message));
             }
             next = route.sequences.end;
         }
         if next != layout.sequences().len() {
-            return Err(Error::Unsupported(format!("routes cover {next} of {} sequences", layout.sequences().len())));
+            return Err(Error::Unsupported(format!(
+                "routes cover {next} of {} sequences",
+                layout.sequences().len()
+            )));
         }
         Ok(Pass { routes: routes.into(), ..Pass::new(layout, None) })
     }
@@ -180,7 +186,8 @@ impl Pass {
     ///
     /// While a cache already holds the prompts, only positions move. Gives the new rows and the pass that describes them.
     pub fn with_prompts(&self, site: SiteId, h: &Tensor) -> Result<(Tensor, Pass)> {
-        let prompts: Vec<Option<Tensor>> = self.routes.iter().map(|r| prompt_rows(r, site)).collect::<Result<_>>()?;
+        let prompts: Vec<Option<Tensor>> =
+            self.routes.iter().map(|r| prompt_rows(r, site)).collect::<Result<_>>()?;
         if prompts.iter().all(Option::is_none) {
             return Ok((h.clone(), self.clone()));
         }
@@ -219,9 +226,12 @@ impl Pass {
         if counts.iter().all(|&n| n == 0) {
             return Ok(self.clone());
         }
-        let moved = self.layout.sequences().iter().zip(counts).flat_map(|(s, n)| {
-            self.layout.positions()[s.clone()].iter().map(move |p| p + n as i32)
-        });
+        let moved = self
+            .layout
+            .sequences()
+            .iter()
+            .zip(counts)
+            .flat_map(|(s, n)| self.layout.positions()[s.clone()].iter().map(move |p| p + n as i32));
         let lengths: Vec<usize> = self.layout.sequences().iter().map(Range::len).collect();
         let layout = Layout::with_virtual(&lengths, self.layout.virtual_counts().to_vec(), moved.collect())?;
         Ok(Pass { layout, ..self.clone() })
@@ -246,8 +256,14 @@ impl Pass {
         })
     }
 
-    /// What a sublayer puts on the stream, after the patches of its site.
-    pub fn sublayer(&self, sites: &Sites, id: SiteId, s: Sublayer<'_>) -> Result<Tensor> {
+    /// What a sublayer puts on the stream, after the patches of its site; in post-norm models with the norm that follows.
+    pub fn sublayer(
+        &self,
+        sites: &Sites,
+        id: SiteId,
+        s: Sublayer<'_>,
+        norm: Option<&Norm>,
+    ) -> Result<Tensor> {
         if !self.patched(id) {
             return Ok(s.output.clone());
         }
@@ -258,10 +274,14 @@ impl Pass {
         };
         self.by_route(id, s.output, |output, patches, cx| {
             let (residual, input) = (rows(s.residual, cx)?, rows(s.input, cx)?);
+            // The norm of this route: its gain may be patched too.
+            let own = |x: &Tensor| norm.map_or_else(|| Ok(x.clone()), |n| n.forward(x, cx));
+            let own: Option<&dyn Fn(&Tensor) -> Result<Tensor>> =
+                if norm.is_some() { Some(&own) } else { s.norm };
             let mut output = output.clone();
             for patch in patches {
                 if let Patch::Sublayer(p) = patch {
-                    let view = Sublayer { residual: &residual, input: &input, output: &output, norm: s.norm };
+                    let view = Sublayer { residual: &residual, input: &input, output: &output, norm: own };
                     output = p.output(&view, site, cx)?;
                 }
             }
@@ -312,6 +332,38 @@ impl Pass {
         }
         let site = sites.get(id);
         self.by_route(id, h, |h, patches, cx| wrap(h, patches, &|h| run(h, cx), site, cx))
+    }
+}
+
+impl Pass {
+    /// features [rows, in] → logits by `run`, the model's own head, inside the patches of its site.
+    pub fn head(
+        &self,
+        sites: &Sites,
+        id: SiteId,
+        features: &Tensor,
+        run: impl Fn(&Tensor, &Pass) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        if !self.patched(id) {
+            return run(features, self);
+        }
+        let site = sites.get(id);
+        self.by_route(id, features, |x, patches, cx| wrap_head(x, patches, &|x| run(x, cx), site, cx))
+    }
+}
+
+/// `run` inside the head patches, the first patch outermost.
+fn wrap_head(
+    features: &Tensor,
+    patches: &[Patch],
+    run: &dyn Fn(&Tensor) -> Result<Tensor>,
+    site: &crate::Site,
+    cx: &Pass,
+) -> Result<Tensor> {
+    match patches.split_first() {
+        None => run(features),
+        Some((Patch::Head(p), rest)) => p.logits(features, &|x| wrap_head(x, rest, run, site, cx), site, cx),
+        Some((_, rest)) => wrap_head(features, rest, run, site, cx),
     }
 }
 

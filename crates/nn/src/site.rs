@@ -215,6 +215,13 @@ impl Sites {
         id
     }
 
+    /// Says that the file calls the tensor of the site `path` otherwise (old names of norms).
+    pub fn set_tensor(&mut self, path: &str, tensor: impl Into<String>) {
+        if let Some(site) = self.0.iter_mut().find(|s| s.path == path) {
+            site.tensor = Some(tensor.into());
+        }
+    }
+
     /// All sites in order of declaration (that is, of the forward pass).
     pub fn iter(&self) -> impl Iterator<Item = &Site> {
         self.0.iter()
