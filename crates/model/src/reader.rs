@@ -1,0 +1,282 @@
+//! Takes tensors out of a model's files by module path, declares their sites, and collects everything that does not fit.
+//!
+//! A model is built twice: first *dry*, when shapes are compared and nothing is read, then, if all fits, for real. So a
+//! model's file says once which tensors it has, and a mismatch costs no time and no memory.
+//!
+//! Paths are those of the task's class in `transformers` (`bert.encoder.layer.0…`); files saved from another class have the
+//! trunk under another prefix (`encoder.layer.0…`), and norms of old files are called `gamma` and `beta`.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+use engraft_nn::weight::{FileRows, Storage};
+use engraft_nn::{Embedding, Init, Linear, Norm, Role, Sites, Weight};
+use engraft_store::{Dtype, RawTensor, Weights};
+use engraft_tensor::Tensor;
+use engraft_tensor::frozen::RowSource;
+
+use crate::error::MismatchRow;
+use crate::{Bytes, LoadOptions, Result};
+
+/// Which share of the memory a tensor is counted in.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Part {
+    Block,
+    Embedding,
+    Head,
+}
+
+/// Where the trunk's tensors are called how.
+#[derive(Clone)]
+pub(crate) struct Prefixes {
+    /// Prefix of the trunk's module paths: `bert.`, or none where the class is the trunk itself.
+    pub path: &'static str,
+    /// Prefix of the trunk's tensors in the files.
+    pub file: &'static str,
+}
+
+/// See the module.
+pub(crate) struct Reader<'a> {
+    weights: &'a Weights,
+    options: &'a LoadOptions,
+    prefixes: Prefixes,
+    dry: bool,
+    /// Standard deviation of new matrices.
+    pub initializer_range: f32,
+    /// Declared so far.
+    pub sites: Sites,
+    pub used: BTreeSet<String>,
+    pub rows: Vec<MismatchRow>,
+    pub new_tensors: Vec<String>,
+    pub bytes: Bytes,
+}
+
+/// Stands for a weight while nothing is read.
+struct Absent((usize, usize));
+
+impl RowSource for Absent {
+    fn shape(&self) -> (usize, usize) {
+        self.0
+    }
+    fn rows(&self, _: Range<usize>, out: &mut [f32]) {
+        out.fill(0.0);
+    }
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(weights: &'a Weights, options: &'a LoadOptions, prefixes: Prefixes, dry: bool) -> Self {
+        Reader {
+            weights,
+            options,
+            prefixes,
+            dry,
+            initializer_range: 0.02,
+            sites: Sites::default(),
+            used: BTreeSet::new(),
+            rows: Vec::new(),
+            new_tensors: Vec::new(),
+            bytes: Bytes::default(),
+        }
+    }
+
+    /// Number of tensors in the files.
+    pub fn tensors(&self) -> usize {
+        self.weights.len()
+    }
+
+    /// How the files call what lies at a module path.
+    pub fn name(&self, path: &str) -> String {
+        match path.strip_prefix(self.prefixes.path) {
+            Some(rest) => format!("{}{rest}", self.prefixes.file),
+            None => path.to_owned(),
+        }
+    }
+
+    /// Whether the files hold a tensor called `name`.
+    pub fn has(&self, name: &str) -> bool {
+        self.weights.get(name).is_some()
+    }
+
+    /// Whether both tensors are there with the same bytes.
+    pub fn same(&self, a: &str, b: &str) -> bool {
+        match (self.weights.get(a), self.weights.get(b)) {
+            (Some(a), Some(b)) => a.dtype == b.dtype && a.shape == b.shape && a.bytes() == b.bytes(),
+            _ => false,
+        }
+    }
+
+    /// The tensor `name` if it has this shape and is to be read now; what does not fit is noted.
+    fn take(&mut self, name: &str, shape: &[usize]) -> Option<RawTensor> {
+        self.used.insert(name.to_owned());
+        let found = self.weights.get(name);
+        let problem = match found {
+            None => Some("absent".to_owned()),
+            Some(t) if t.shape != shape => Some(format!("{:?}", t.shape)),
+            Some(t) if !matches!(t.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
+                Some(format!("{:?} of type {}", t.shape, t.dtype))
+            }
+            Some(_) => None,
+        };
+        if let Some(found) = problem {
+            self.rows.push(MismatchRow { tensor: name.to_owned(), expected: format!("{shape:?}"), found });
+            return None;
+        }
+        found.filter(|_| !self.dry).cloned()
+    }
+
+    fn count(&mut self, part: Part, bytes: usize) {
+        *match part {
+            Part::Block => &mut self.bytes.blocks,
+            Part::Embedding => &mut self.bytes.embeddings,
+            Part::Head => &mut self.bytes.head,
+        } += bytes;
+    }
+
+    /// The matrix `name` [out, in]; matrices of blocks are kept in the storage that was asked for.
+    fn matrix(&mut self, name: &str, (out, inn): (usize, usize), part: Part) -> Result<Arc<Weight>> {
+        let Some(raw) = self.take(name, &[out, inn]) else {
+            return Ok(Arc::new(Weight::table(Arc::new(Absent((out, inn))), None)));
+        };
+        let storage = if part == Part::Block { self.options.storage } else { Storage::Dense };
+        let weight = Weight::matrix(&FileRows::new(name, &raw)?, storage, self.options.precision)?;
+        self.count(part, weight.bytes());
+        Ok(Arc::new(weight))
+    }
+
+    /// The vector `name` [len].
+    pub fn vector(&mut self, name: &str, len: usize) -> Result<Tensor> {
+        let Some(raw) = self.take(name, &[len]) else { return Ok(Tensor::zeros([0])) };
+        self.bytes.vectors += 4 * len;
+        Ok(Tensor::from_vec(raw.to_f32()?, [len])?)
+    }
+
+    /// A linear layer [out, in] with or without bias.
+    pub fn linear(
+        &mut self,
+        path: &str,
+        role: Role,
+        layer: Option<usize>,
+        shape: (usize, usize),
+        bias: bool,
+    ) -> Result<Linear> {
+        let name = self.name(path);
+        let part = if layer.is_some() { Part::Block } else { Part::Head };
+        let weight = self.matrix(&format!("{name}.weight"), shape, part)?;
+        let bias = if bias { Some(self.vector(&format!("{name}.bias"), shape.0)?) } else { None };
+        Ok(Linear::declare(&mut self.sites, (path, &name), role, layer, weight, bias))
+    }
+
+    /// A linear layer of a new task's head: the file's if it fits, else, where the caller asked for a head, a new one:
+    /// weight N(0, initializer_range), bias 0.
+    pub fn head(&mut self, path: &str, role: Role, shape: (usize, usize), bias: bool) -> Result<Linear> {
+        let name = self.name(path);
+        let (weight_name, bias_name) = (format!("{name}.weight"), format!("{name}.bias"));
+        let fits = |name: &str, shape: &[usize]| self.weights.get(name).is_some_and(|t| t.shape == shape);
+        let whole = fits(&weight_name, &[shape.0, shape.1]) && (!bias || fits(&bias_name, &[shape.0]));
+        let asked = self.options.task.is_some() || self.options.labels.is_some();
+        if whole || !asked {
+            return self.linear(path, role, None, shape, bias);
+        }
+        self.used.extend([weight_name.clone(), bias_name.clone()]);
+        self.new_tensors.push(weight_name.clone());
+        if bias {
+            self.new_tensors.push(bias_name);
+        }
+        let bias = bias.then(|| Tensor::zeros([if self.dry { 0 } else { shape.0 }]));
+        let weight = if self.dry {
+            Weight::table(Arc::new(Absent(shape)), None)
+        } else {
+            let init = Init::Normal(self.initializer_range);
+            let values = init.tensor(&[shape.0, shape.1], self.options.seed, &weight_name)?;
+            let source = Fresh { values: values.to_vec()?, shape };
+            Weight::matrix(&source, Storage::Dense, self.options.precision)?
+        };
+        self.count(Part::Head, weight.bytes());
+        Ok(Linear::declare(&mut self.sites, (path, &name), role, None, Arc::new(weight), bias))
+    }
+
+    /// A norm: layer norm with bias, RMS norm without.
+    pub fn norm(
+        &mut self,
+        path: &str,
+        layer: Option<usize>,
+        width: usize,
+        eps: f64,
+        bias: bool,
+    ) -> Result<Norm> {
+        let name = self.name(path);
+        let current = |new: &str, old: &str| {
+            let (new, old) = (format!("{name}.{new}"), format!("{name}.{old}"));
+            if !self.has(&new) && self.has(&old) { old } else { new }
+        };
+        let (gain_name, bias_name) = (current("weight", "gamma"), current("bias", "beta"));
+        let gain = self.vector(&gain_name, width)?;
+        let shift = if bias { Some(self.vector(&bias_name, width)?) } else { None };
+        let norm = Norm::declare(&mut self.sites, (path, &name), layer, gain, shift, eps as f32);
+        self.sites.set_tensor(&format!("{path}.weight"), gain_name);
+        self.sites.set_tensor(&format!("{path}.bias"), bias_name);
+        Ok(norm)
+    }
+
+    /// A table that is looked up; `tied` also makes it a matrix to multiply by.
+    pub fn embedding(
+        &mut self,
+        path: &str,
+        role: Role,
+        (rows, width): (usize, usize),
+        tied: bool,
+    ) -> Result<Embedding> {
+        let name = self.name(path);
+        let weight = match self.take(&format!("{name}.weight"), &[rows, width]) {
+            None => Weight::table(Arc::new(Absent((rows, width))), None),
+            Some(raw) => {
+                let source = FileRows::new(&format!("{name}.weight"), &raw)?;
+                Weight::table(Arc::new(source), tied.then_some(self.options.precision))
+            }
+        };
+        self.count(Part::Embedding, weight.bytes());
+        Ok(Embedding::declare(&mut self.sites, (path, &name), role, Arc::new(weight)))
+    }
+
+    /// The weight of a language-model head: the embedding's where `tied`, else one of its own.
+    pub fn decoder(
+        &mut self,
+        path: &str,
+        embedding: Option<(&Embedding, &str)>,
+        shape: (usize, usize),
+    ) -> Result<(Arc<Weight>, String)> {
+        match embedding {
+            Some((embedding, embedding_path)) => {
+                self.used.insert(format!("{path}.weight"));
+                Ok((embedding.weight().clone(), format!("{}.weight", self.name(embedding_path))))
+            }
+            None => {
+                let name = format!("{}.weight", self.name(path));
+                Ok((self.matrix(&name, shape, Part::Head)?, name))
+            }
+        }
+    }
+
+    /// Whether the head at `path` shares the embedding: the config says so, and the file holds no other values for it.
+    pub fn tied(&self, flag: bool, path: &str, embedding_path: &str) -> bool {
+        let (own, shared) =
+            (format!("{}.weight", self.name(path)), format!("{}.weight", self.name(embedding_path)));
+        flag && (!self.has(&own) || self.same(&own, &shared))
+    }
+}
+
+/// New values as a source of rows.
+struct Fresh {
+    values: Vec<f32>,
+    shape: (usize, usize),
+}
+
+impl RowSource for Fresh {
+    fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+    fn rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        out.copy_from_slice(&self.values[rows.start * self.shape.1..rows.end * self.shape.1]);
+    }
+}
