@@ -120,28 +120,35 @@ pub fn load_adapter(
     info: &ModelInfo,
 ) -> Result<LoadedAdapter> {
     let (methods, train_also) = read_methods(config)?;
-    // With `bias = "all"` peft also writes the biases of a replaced module as they were; they change nothing.
-    let stale = |key: &str| key.contains(".modules_to_save.") || key.contains(".original_module.");
-    let tensors: Vec<_> = tensors.into_iter().filter(|(key, _)| !stale(key)).collect();
-    let (tensors, replaced) = other_bases(tensors, &train_also, sites)?;
-    let others: HashMap<String, Tensor> =
-        replaced.iter().map(|o| (o.name.clone(), o.value.clone())).collect();
-    let attached = build(&methods, &train_also, sites, info, 0, replaced)?;
-    let adapter = attached.adapter;
-
+    let mut attached = build(&methods, &train_also, sites, info, 0, Vec::new())?;
     let (mut names, mut copies) = (HashMap::new(), Vec::new());
-    for p in adapter.params().iter().filter(|p| p.saved) {
+    for p in attached.adapter.params().iter().filter(|p| p.saved) {
         let (key, more) = file_names(&methods, &p.name);
         names.insert(key, p.name.clone());
         copies.extend(more);
     }
-    let rename = |(key, t): (String, Tensor)| (names.get(&key).cloned().unwrap_or(key), t);
-    let mut given: Vec<_> =
-        tensors.into_iter().filter(|(key, _)| !copies.contains(key)).map(rename).collect();
-    given.extend(others);
-    adapter.load(given)?;
+    let (mut given, mut rest) = (Vec::new(), Vec::new());
+    for (key, tensor) in tensors {
+        match names.get(&key) {
+            Some(name) => given.push((name.clone(), tensor)),
+            None if copies.contains(&key) || stale(&key) => {}
+            None => rest.push((key, tensor)),
+        }
+    }
+    let (unknown, others) = other_bases(rest, sites)?;
+    given.extend(unknown);
+    if !others.is_empty() {
+        given.extend(others.iter().map(|o| (o.name.clone(), o.value.clone())));
+        attached = build(&methods, &train_also, sites, info, 0, others)?;
+    }
+    attached.adapter.load(given)?;
     let dead = attached.dead_targets.into_iter().chain(attached.dead_modules).collect();
-    Ok(LoadedAdapter { adapter, methods, train_also, dead })
+    Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
+}
+
+/// With `bias = "all"` peft also writes the biases of a replaced module as they were; they change nothing.
+fn stale(key: &str) -> bool {
+    key.contains(".modules_to_save.") || key.contains(".original_module.")
 }
 
 fn read_methods(config: &Value) -> Result<(Vec<Chosen>, Vec<String>)> {
@@ -171,20 +178,14 @@ struct OtherBase {
 /// Takes copies of frozen embeddings and heads out of the tensors of a file; those equal to the model's are dropped.
 fn other_bases(
     tensors: Vec<(String, Tensor)>,
-    train_also: &[String],
     sites: &Sites,
 ) -> Result<(Vec<(String, Tensor)>, Vec<OtherBase>)> {
     let tables = || sites.iter().filter(|s| s.is_weight() && matches!(s.role, Role::Embed | Role::Head));
-    let trained = |s: &Site| {
-        train_also.iter().any(|m| {
-            s.path.split('.').any(|part| part == m) || s.path == *m || s.path.ends_with(&format!(".{m}"))
-        })
-    };
     let (mut rest, mut others) = (Vec::new(), Vec::new());
     for (key, value) in tensors {
         let path = key.strip_prefix("base_model.model.").and_then(|k| k.strip_suffix(".weight"));
         let path = path.map(|p| p.strip_suffix(".base_layer").unwrap_or(p));
-        let site = tables().find(|s| Some(s.path.as_str()) == path && !trained(s));
+        let site = tables().find(|s| Some(s.path.as_str()) == path);
         let Some((site, Frozen::Weight(own))) = site.map(|s| (s, &s.value)) else {
             rest.push((key, value));
             continue;
@@ -266,4 +267,91 @@ fn config(
     }
     map.extend(method.config(&Described { info, sites, chosen: &chosen }));
     Ok(map)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{attached, chosen, config, frozen, names, stir, survives_saving, toy};
+    use engraft_tensor::testing::{close, sample};
+
+    #[test]
+    fn several_methods_keep_their_names_apart() {
+        let union = [
+            chosen("lora", json!({ "rank": 2 })),
+            chosen("lora", json!({ "rank": 3 })),
+            chosen("prompt", json!({})),
+        ];
+        let a = attached(&union, &["head"]);
+        assert!(
+            names(&a).contains(&"0.layers.0.attn.q.lora_A.weight")
+                && names(&a).contains(&"2.prompt_embeddings")
+        );
+        survives_saving(&union, &["head"]);
+        let written = config(&union, &["head"]);
+        assert_eq!(written["peft_type"], "ENGRAFT_UNION");
+        assert_eq!(written["methods"].as_array().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn what_is_dead_is_told() {
+        let (sites, info) = toy();
+        let targets = Some(Targets::names(["attn.q", "query"]));
+        let a = attach(
+            &[(chosen("lora", json!({})).0, targets)],
+            &["score".into(), "head".into()],
+            &sites,
+            &info,
+            0,
+        )
+        .unwrap();
+        assert_eq!((a.dead_targets, a.dead_modules), (vec!["query".to_string()], vec!["score".to_string()]));
+        let nothing = Some(Targets::names(["query"]));
+        assert!(attach(&[(chosen("lora", json!({})).0, nothing)], &[], &sites, &info, 0).is_err());
+    }
+
+    #[test]
+    fn every_mismatch_of_a_file_is_reported() {
+        let (sites, info) = toy();
+        let methods = [chosen("lora", json!({ "rank": 2 }))];
+        let a = attached(&methods, &[]);
+        let (config, mut tensors) = save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        tensors[0].1 = sample(&[3, 6], 1);
+        tensors[1].0 = "base_model.model.other".into();
+        let Err(Error::Mismatch(lines)) = load_adapter(&config, tensors, &sites, &info) else { panic!() };
+        assert_eq!(lines.len(), 3, "{lines:?}");
+        for bad in [
+            json!({}),
+            json!({ "peft_type": "XLORA" }),
+            json!({ "peft_type": 3 }),
+            json!([1]),
+            json!({ "config": { "architecture": "lora" } }),
+        ] {
+            assert!(load_adapter(&bad, vec![], &sites, &info).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_copy_of_a_frozen_table_is_dropped_if_equal_and_put_below_if_not() {
+        let (sites, info) = toy();
+        let methods = [(chosen("lora", json!({ "rank": 2 })).0, Some(Targets::names(["tok"])))];
+        let a = attached(&methods, &[]);
+        stir(&a, 0.3);
+        let (config, tensors) = save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        let load = |table: Tensor| {
+            let more = tensors
+                .iter()
+                .cloned()
+                .chain([("base_model.model.tok.base_layer.weight".to_string(), table)]);
+            load_adapter(&config, more.collect(), &sites, &info)
+        };
+        assert_eq!(load(frozen("tok")).unwrap().adapter.params().len(), 2);
+        let moved = frozen("tok").scale(1.5).unwrap();
+        let other = load(moved.clone()).unwrap().adapter;
+        assert_eq!((other.params().len(), other.trained_count()), (3, a.adapter.trained_count()));
+        let merged = |adapter| engraft_nn::merged_tensors(&sites, adapter).unwrap()[0].value.clone();
+        let change = merged(&a.adapter).sub(&frozen("tok")).unwrap();
+        close(&merged(&other), &moved.add(&change).unwrap(), 1e-5);
+        assert!(load(sample(&[12, 6], 1)).is_err(), "a resized vocabulary is not this model's");
+    }
 }

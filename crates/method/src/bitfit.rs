@@ -99,3 +99,38 @@ fn biases(sites: &Sites) -> impl Iterator<Item = &Site> {
     let is_bias = |s: &&Site| s.role == Role::Bias || s.path.ends_with(".bias");
     sites.of_kind(|k| matches!(k, Kind::Vector { .. })).filter(is_bias)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use engraft_nn::Matcher;
+    use engraft_tensor::testing::close;
+    use serde_json::json;
+
+    #[test]
+    fn trains_every_bias_or_those_of_the_targets() {
+        let a = attached(&[chosen("bitfit", json!({}))], &[]);
+        assert_eq!(names(&a).len(), 2 * 4 + 1);
+        assert!(names(&a).iter().all(|n| n.ends_with(".bias")));
+        close(&vector(&a, "layers.0.attn.q.bias"), &frozen("layers.0.attn.q.bias"), 0.0);
+        stir(&a, 0.5);
+        let trained = a.adapter.params().iter().find(|p| p.name == "layers.0.attn.q.bias").unwrap();
+        close(&vector(&a, "layers.0.attn.q.bias"), &trained.param.value(), 0.0);
+
+        let some = |targets: Targets| names(&attached(&[(Box::new(BitFit), Some(targets))], &[])).len();
+        assert_eq!(some(Targets::names(["attn.q", "norm"])), 4);
+        assert_eq!(some(Targets::roles(&[Role::Down])), 2);
+        assert_eq!(some(Matcher::AllLinear.into()), 6, "all-linear leaves norms and the head out");
+        assert_eq!(some(Matcher::Regex(r".*\.1\..*".into()).into()), 4);
+    }
+
+    #[test]
+    fn configurations() {
+        survives_saving(&[chosen("bitfit", json!({}))], &["head"]);
+        survives_saving(&[(Box::new(BitFit), Some(Targets::roles(&[Role::Q])))], &[]);
+        let (sites, info) = toy();
+        let dead = [(Box::new(BitFit) as Box<dyn Method>, Some(Targets::names(["attn.v"])))];
+        assert!(crate::attach(&dead, &[], &sites, &info, 0).is_err(), "v has no bias");
+    }
+}

@@ -440,3 +440,111 @@ impl SublayerPatch for AtSublayer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use engraft_nn::Layout;
+    use engraft_tensor::testing::{close, sample};
+    use serde_json::json;
+
+    /// (residual, output, what the patch of layer 1 makes of them) under a norm that doubles.
+    fn run(a: &crate::Attached, path: &str, post_norm: bool) -> Result<(Tensor, Tensor, Tensor)> {
+        let (sites, _) = toy();
+        let site = sites.get(site_id(&sites, path));
+        let [Patch::Sublayer(p)] = a.adapter.at(site.id) else { panic!("no adapter at {path}") };
+        let (residual, output) = (sample(&[4, 6], 1), sample(&[4, 6], 2));
+        let norm = |x: &Tensor| Ok(x.scale(2.0)?);
+        let norm: Option<&dyn Fn(&Tensor) -> Result<Tensor>> = if post_norm { Some(&norm) } else { None };
+        let cx = Pass::new(Layout::counted(&[4])?, None);
+        let y =
+            p.output(&Sublayer { residual: &residual, input: &residual, output: &output, norm }, site, &cx)?;
+        Ok((residual, output, y))
+    }
+
+    /// A(x) of layer 1 from its parameters.
+    fn adapter(a: &crate::Attached, x: &Tensor, f: Unary, scale: f32) -> Tensor {
+        let get = |end: &str| {
+            let name = format!("layers.1.output_adapters.adapters.engraft.{end}");
+            a.adapter.params().iter().find(|p| p.name == name).unwrap().param.value()
+        };
+        let middle =
+            x.matmul_t(&get("adapter_down.0.weight")).unwrap().add(&get("adapter_down.0.bias")).unwrap();
+        let up = middle.unary(f).unwrap().matmul_t(&get("adapter_up.weight")).unwrap();
+        up.add(&get("adapter_up.bias")).unwrap().scale(scale).unwrap()
+    }
+
+    #[test]
+    fn the_three_forms_by_hand() {
+        let path = "layers.1.output_adapters";
+        let made = |settings: serde_json::Value| {
+            let a = attached(&[chosen("bottleneck", with(settings, json!({ "reduction": 2 })))], &[]);
+            stir(&a, 0.5);
+            a
+        };
+        let a = made(json!({}));
+        assert_eq!(names(&a).len(), 8, "after the MLPs alone");
+        for post_norm in [true, false] {
+            let (u, g, y) = run(&a, path, post_norm).unwrap();
+            let read = u.add(&g).unwrap().scale(if post_norm { 2.0 } else { 1.0 }).unwrap();
+            close(&y, &g.add(&adapter(&a, &read, Unary::Relu, 1.0)).unwrap(), 1e-5);
+        }
+        let a = made(json!({ "form": "houlsby" }));
+        assert_eq!(names(&a).len(), 16);
+        let (_, g, y) = run(&a, path, true).unwrap();
+        close(&y, &g.add(&adapter(&a, &g, Unary::Silu, 1.0)).unwrap(), 1e-5);
+        let a = made(json!({ "form": "parallel", "activation": "gelu" }));
+        let (u, g, y) = run(&a, path, true).unwrap();
+        close(&y, &g.add(&adapter(&a, &u, Unary::Gelu, 4.0)).unwrap(), 1e-5);
+        let zero = attached(&[chosen("bottleneck", json!({ "zero_init": true }))], &[]);
+        let (_, g, y) = run(&zero, path, true).unwrap();
+        close(&y, &g, 0.0);
+    }
+
+    #[test]
+    fn without_the_models_norm() {
+        let free = Bottleneck { original_ln_after: false, reduction: 2.0, ..Bottleneck::of(Form::Houlsby) };
+        let a = attached(&[(Box::new(free), None)], &[]);
+        stir(&a, 0.5);
+        let path = "layers.1.output_adapters";
+        let (u, g, y) = run(&a, path, false).unwrap();
+        close(&y.add(&u).unwrap(), &g.add(&adapter(&a, &g, Unary::Silu, 1.0)).unwrap(), 1e-5);
+        assert!(run(&a, path, true).is_err());
+    }
+
+    #[test]
+    fn configurations() {
+        for settings in [
+            json!({}),
+            json!({ "form": "houlsby", "dropout": 0.1 }),
+            json!({ "form": "parallel", "learned_scaling": true }),
+        ] {
+            survives_saving(&[chosen("bottleneck", settings)], &["head"]);
+        }
+        let odd = Bottleneck {
+            ln_before: true,
+            ln_after: true,
+            scaling: Scaling::Channel,
+            reduction_by_layer: vec![(1, 3.0)],
+            residual: Residual::Sum,
+            ..Bottleneck::of(Form::Pfeiffer)
+        };
+        survives_saving(&[(Box::new(odd), None)], &[]);
+        let written = config(&[chosen("bottleneck", json!({}))], &[]);
+        let read = |inner: serde_json::Value| {
+            let config = with(written["config"].clone(), inner);
+            file::from_file(&with(written.clone(), json!({ "config": config })))
+        };
+        for bad in [
+            json!({ "phm_layer": true }),
+            json!({ "non_linearity": "mish" }),
+            json!({ "scaling": "odd" }),
+            json!({ "reduction_factor": { "x": 2 } }),
+        ] {
+            assert!(read(bad.clone()).is_err(), "{bad}");
+        }
+        let theirs = with(written.clone(), json!({ "peft_type": null }));
+        assert!(file::from_file(&theirs).unwrap().is_some(), "AdapterHub's files have no peft_type");
+    }
+}

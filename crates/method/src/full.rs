@@ -133,3 +133,34 @@ impl Method for Whole {
         Map::new()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::testing::*;
+    use engraft_nn::Targets;
+    use engraft_tensor::testing::{close, sample};
+    use serde_json::json;
+
+    #[test]
+    fn trains_all_the_targets_or_the_head() {
+        let a = attached(&[chosen("full", json!({}))], &[]);
+        assert_eq!(names(&a).len(), 1 + 2 * (4 + 3 + 2) + 2, "every tensor once");
+        let x = sample(&[4, 6], 2);
+        close(
+            &both_ways(&a, "layers.0.attn.q", &x).0,
+            &x.matmul_t(&frozen("layers.0.attn.q")).unwrap(),
+            1e-6,
+        );
+        let some = (chosen("full", json!({})).0, Some(Targets::names(["attn.q"])));
+        assert_eq!(names(&attached(&[some], &[])).len(), 4, "weights and their biases");
+        assert_eq!(names(&attached(&[chosen("head", json!({}))], &[])), ["head.weight", "head.bias"]);
+        assert_eq!(names(&attached(&[chosen("head", json!({}))], &["head"])), ["head.weight", "head.bias"]);
+    }
+
+    #[test]
+    fn configurations() {
+        survives_saving(&[chosen("full", json!({}))], &[]);
+        survives_saving(&[chosen("head", json!({}))], &[]);
+        survives_saving(&[chosen("head", json!({}))], &["head"]);
+    }
+}

@@ -191,3 +191,54 @@ impl WeightPatch for ScaledInput {
         base.forward(&x.mul(&scale.reshape([scale.len()])?)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use engraft_tensor::testing::{close, sample};
+
+    #[test]
+    fn scales_outputs_with_their_bias_and_feedforward_inputs() {
+        let a = attached(&[chosen("ia3", json!({}))], &[]);
+        let x = sample(&[5, 6], 3);
+        close(
+            &both_ways(&a, "layers.0.attn.k", &x).0,
+            &x.matmul_t(&frozen("layers.0.attn.k")).unwrap(),
+            1e-6,
+        );
+        stir(&a, 0.5);
+        let scale = |name: &str| a.adapter.params().iter().find(|p| p.name == name).unwrap().param.value();
+        let k = scale("layers.0.attn.k.ia3_l");
+        assert_eq!(k.shape(), [4, 1]);
+        let (fast, defined) = both_ways(&a, "layers.0.attn.k", &x);
+        close(&fast, &defined, 1e-5);
+        let by_hand = x.matmul_t(&frozen("layers.0.attn.k")).unwrap().mul(&k.reshape([4]).unwrap()).unwrap();
+        close(&fast, &by_hand, 1e-5);
+        let bias = frozen("layers.0.attn.k.bias").mul(&k.reshape([4]).unwrap()).unwrap();
+        close(&vector(&a, "layers.0.attn.k.bias"), &bias, 1e-6);
+
+        let down = scale("layers.1.mlp.down.ia3_l");
+        assert_eq!(down.shape(), [1, 8]);
+        let x = sample(&[5, 8], 4);
+        let (fast, defined) = both_ways(&a, "layers.1.mlp.down", &x);
+        close(&fast, &defined, 1e-5);
+        close(&fast, &x.mul(&down).unwrap().matmul_t(&frozen("layers.1.mlp.down")).unwrap(), 1e-5);
+        assert!(a.adapter.at(site_id(&toy().0, "layers.1.mlp.down.bias")).is_empty());
+    }
+
+    #[test]
+    fn configurations() {
+        survives_saving(&[chosen("ia3", json!({}))], &["head"]);
+        let written = config(&[chosen("ia3", json!({}))], &[]);
+        assert_eq!(written["target_modules"], json!(["down", "k", "v"]));
+        assert_eq!(written["feedforward_modules"], json!(["down"]));
+        let named = from_file(&with(written.clone(), json!({ "feedforward_modules": ".*down" }))).unwrap();
+        assert!(named.is_some());
+        assert!(from_file(&with(written.clone(), json!({ "feedforward_modules": 3 }))).is_err());
+        assert!(from_file(&with(written, json!({ "target_modules": ["tok"] }))).is_ok());
+        let (sites, info) = toy();
+        let table = [(chosen("ia3", json!({})).0, Some(engraft_nn::Targets::names(["tok"])))];
+        assert!(crate::attach(&table, &[], &sites, &info, 0).is_err(), "a table is not rescaled");
+    }
+}

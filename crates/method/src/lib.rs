@@ -14,6 +14,8 @@ mod peft;
 mod prefix;
 mod prompt;
 mod read;
+#[cfg(test)]
+mod testing;
 
 use std::sync::Arc;
 

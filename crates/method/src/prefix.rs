@@ -145,3 +145,35 @@ impl KeyValuePatch for Rows {
         Ok(KeyValues { keys: self.part(0)?, values: self.part(1)? })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use engraft_tensor::testing::close;
+
+    #[test]
+    fn columns_are_key_and_value_of_each_layer_in_turn() {
+        let a = attached(&[chosen("prefix", json!({ "tokens": 3 }))], &[]);
+        let all = a.adapter.params()[0].param.value();
+        assert_eq!(all.shape(), [3, 2 * 2 * 4]);
+        let (sites, _) = toy();
+        for (layer, first) in [(0, 0), (1, 8)] {
+            let [Patch::KeyValue(p)] = a.adapter.at(site_id(&sites, &format!("layers.{layer}.attn"))) else {
+                panic!()
+            };
+            let rows = p.rows().unwrap();
+            assert_eq!((p.count(), rows.keys.shape()), (3, [3, 2, 2].as_slice()));
+            close(&rows.keys.reshape([3, 4]).unwrap(), &all.narrow(1, first, 4).unwrap(), 0.0);
+            close(&rows.values.reshape([3, 4]).unwrap(), &all.narrow(1, first + 4, 4).unwrap(), 0.0);
+        }
+    }
+
+    #[test]
+    fn configurations() {
+        survives_saving(&[chosen("prefix", json!({ "init": "zero" }))], &["head"]);
+        let written = config(&[chosen("prefix", json!({}))], &[]);
+        assert_eq!((&written["token_dim"], &written["num_layers"]), (&json!(4), &json!(2)));
+        assert!(from_file(&with(written, json!({ "prefix_projection": true }))).is_err());
+    }
+}

@@ -197,3 +197,40 @@ impl PromptPatch for Rows {
         Ok(self.param.get())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use engraft_tensor::testing::close;
+
+    #[test]
+    fn rows_start_as_the_tokens_they_are_given() {
+        let a = attached(&[chosen("prompt", json!({ "tokens": 3, "init_ids": [5, 7] }))], &[]);
+        let ids = Tensor::from_i64(vec![5, 7, 5], [3]).unwrap();
+        close(&a.adapter.params()[0].param.value(), &frozen("tok").gather(&ids).unwrap(), 0.0);
+        let drawn =
+            attached(&[chosen("prompt", json!({ "tokens": 4 }))], &[]).adapter.params()[0].param.value();
+        let table = frozen("tok").to_vec().unwrap();
+        let known = |row: &[f32]| table.chunks(6).any(|r| r == row);
+        assert!(drawn.to_vec().unwrap().chunks(6).all(known));
+        let (sites, info) = toy();
+        let outside = chosen("prompt", json!({ "init_ids": [11] }));
+        assert!(crate::attach(&[outside], &[], &sites, &info, 0).is_err());
+    }
+
+    #[test]
+    fn configurations() {
+        survives_saving(&[chosen("prompt", json!({}))], &["head"]);
+        let written = config(&[chosen("prompt", json!({ "init": "random" }))], &[]);
+        assert_eq!((&written["token_dim"], &written["num_virtual_tokens"]), (&json!(6), &json!(20)));
+        assert_eq!(prompt_file_name("classifier.weight"), "base_model.classifier.weight");
+        for bad in [
+            json!({ "num_transformer_submodules": 2 }),
+            json!({ "num_virtual_tokens": null }),
+            json!({ "odd": 1 }),
+        ] {
+            assert!(from_file(&with(written.clone(), bad.clone())).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! A toy model's sites for the tests of this crate: two layers of width 6, no forward pass.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use engraft_nn::weight::Storage;
+use engraft_nn::{
+    Base, Kind, Layout, Linear, ModelInfo, Norm, Pass, Patch, Patched, Role, SiteId, Sites, Task, Value,
+    Weight,
+};
+use engraft_tensor::Tensor;
+use engraft_tensor::frozen::{Precision, RowSource};
+use engraft_tensor::testing::sample;
+use serde_json::{Map, Value as Json, json};
+
+use crate::{Attached, Chosen, attach};
+
+struct Rows(Vec<f32>, usize);
+
+impl RowSource for Rows {
+    fn shape(&self) -> (usize, usize) {
+        (self.0.len() / self.1, self.1)
+    }
+    fn rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        out.copy_from_slice(&self.0[rows.start * self.1..rows.end * self.1]);
+    }
+}
+
+fn rows(out: usize, inn: usize, seed: u64) -> Rows {
+    Rows(sample(&[out, inn], seed).to_vec().unwrap(), inn)
+}
+
+pub fn toy() -> (Arc<Sites>, ModelInfo) {
+    let mut s = Sites::default();
+    let table = Arc::new(Weight::table(Arc::new(rows(11, 6, 1)), None));
+    let kind = Kind::Embedding { rows: 11, width: 6 };
+    s.add_value("tok", Role::Embed, None, kind, Value::Weight(table), "tok.weight");
+    s.add("tok.prompt", Role::Prompt, None, Kind::Prompt { width: 6 });
+    for layer in 0..2 {
+        let linears = [
+            ("attn.q", Role::Q, 6, 6, true),
+            ("attn.k", Role::K, 4, 6, true),
+            ("attn.v", Role::V, 4, 6, false),
+            ("mlp.down", Role::Down, 6, 8, true),
+        ];
+        for (number, (name, role, out, inn, bias)) in linears.into_iter().enumerate() {
+            let path = format!("layers.{layer}.{name}");
+            let seed = 10 * layer as u64 + number as u64 + 2;
+            let weight = Weight::matrix(&rows(out, inn, seed), Storage::Dense, Precision::F32).unwrap();
+            let bias = bias.then(|| sample(&[out], seed + 100));
+            Linear::declare(&mut s, (&path, &path), role, Some(layer), Arc::new(weight), bias);
+        }
+        let at = |name: &str| format!("layers.{layer}.{name}");
+        s.add(at("attn"), Role::Attention, Some(layer), Kind::KeyValue { heads: 2, dim: 2 });
+        s.add(at("attention_adapters"), Role::Attention, Some(layer), Kind::Sublayer { width: 6 });
+        s.add(at("output_adapters"), Role::Mlp, Some(layer), Kind::Sublayer { width: 6 });
+        let norm = at("norm");
+        Norm::declare(&mut s, (&norm, &norm), Some(layer), sample(&[6], 50), Some(sample(&[6], 51)), 1e-5);
+    }
+    let weight = Weight::matrix(&rows(3, 6, 90), Storage::Dense, Precision::F32).unwrap();
+    Linear::declare(&mut s, ("head", "head"), Role::Head, None, Arc::new(weight), Some(sample(&[3], 91)));
+    let info = ModelInfo {
+        architecture: "toy".into(),
+        task: Task::CausalLm,
+        width: 6,
+        layers: 2,
+        heads: 3,
+        kv_heads: 2,
+        head_dim: 2,
+        vocabulary: 11,
+        outputs: 3,
+        max_positions: 32,
+    };
+    (Arc::new(s), info)
+}
+
+/// A method of the registry from a recipe's settings.
+pub fn chosen(name: &str, settings: Json) -> Chosen {
+    let empty = Map::new();
+    ((crate::find(name).unwrap().from_settings)(settings.as_object().unwrap_or(&empty)).unwrap(), None)
+}
+
+pub fn attached(methods: &[Chosen], train_also: &[&str]) -> Attached {
+    let (sites, info) = toy();
+    let train_also: Vec<String> = train_also.iter().map(|s| s.to_string()).collect();
+    attach(methods, &train_also, &sites, &info, 7).unwrap()
+}
+
+/// Moves every trained tensor off its start, by up to `by`.
+pub fn stir(a: &Attached, by: f32) {
+    for (number, p) in a.adapter.trainable().enumerate() {
+        let value = p.param.value();
+        let moved = value.add(&sample(value.shape(), 1000 + number as u64).scale(by).unwrap()).unwrap();
+        p.param.set(moved).unwrap();
+    }
+}
+
+pub fn site_id(sites: &Sites, path: &str) -> SiteId {
+    sites.iter().find(|s| s.path == path).unwrap().id
+}
+
+pub fn names(a: &Attached) -> Vec<&str> {
+    a.adapter.params().iter().map(|p| p.name.as_str()).collect()
+}
+
+/// What the patches at a weight site give: by their own forward, and from W′.
+pub fn both_ways(a: &Attached, path: &str, x: &Tensor) -> (Tensor, Tensor) {
+    let (sites, _) = toy();
+    let site = sites.get(site_id(&sites, path));
+    let Value::Weight(weight) = &site.value else { panic!("{path} is no weight") };
+    let cx = Pass::new(Layout::counted(&[x.dim(0)]).unwrap(), None);
+    let patched = Patched::new(weight.as_ref(), a.adapter.at(site.id), site, &cx);
+    let dense = patched.dense().unwrap();
+    match site.kind {
+        Kind::Embedding { .. } => (patched.lookup(x).unwrap(), dense.gather(x).unwrap()),
+        _ => (patched.forward(x).unwrap(), x.matmul_t(&dense).unwrap()),
+    }
+}
+
+/// The frozen weight of a site.
+pub fn frozen(path: &str) -> Tensor {
+    let (sites, _) = toy();
+    match &sites.get(site_id(&sites, path)).value {
+        Value::Weight(w) => w.dense().unwrap(),
+        Value::Vector(v) => v.clone(),
+        Value::None => panic!("{path} holds nothing"),
+    }
+}
+
+/// The vector that the patches at a site make.
+pub fn vector(a: &Attached, path: &str) -> Tensor {
+    let (sites, _) = toy();
+    let mut v = frozen(path);
+    for patch in a.adapter.at(site_id(&sites, path)) {
+        let Patch::Vector(p) = patch else { panic!("not a vector patch at {path}") };
+        v = p.vector(&v).unwrap();
+    }
+    v
+}
+
+/// The configuration that would be saved.
+pub fn config(methods: &[Chosen], train_also: &[&str]) -> Json {
+    let a = attached(methods, train_also);
+    let (sites, info) = toy();
+    let train_also: Vec<String> = train_also.iter().map(|s| s.to_string()).collect();
+    crate::save_adapter(&a.adapter, methods, &train_also, "some/base", &sites, &info).unwrap().0
+}
+
+/// `config` with some keys changed.
+pub fn with(mut config: Json, changes: Json) -> Json {
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config
+}
+
+/// Saving, loading and saving again gives the same file.
+pub fn survives_saving(methods: &[Chosen], train_also: &[&str]) {
+    let a = attached(methods, train_also);
+    stir(&a, 0.3);
+    let (sites, info) = toy();
+    let also: Vec<String> = train_also.iter().map(|s| s.to_string()).collect();
+    let (config, tensors) = crate::save_adapter(&a.adapter, methods, &also, "b", &sites, &info).unwrap();
+    let loaded = crate::load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
+    let again = crate::save_adapter(&loaded.adapter, &loaded.methods, &loaded.train_also, "b", &sites, &info)
+        .unwrap();
+    assert_eq!(again.0, config);
+    assert_eq!(again.1.len(), tensors.len());
+    for ((name, found), (expected_name, expected)) in again.1.iter().zip(&tensors) {
+        assert_eq!(name, expected_name);
+        assert_eq!(found.to_vec().unwrap(), expected.to_vec().unwrap(), "{name}");
+    }
+    let unknown = with(config, json!({ "sharpness": 2.0 }));
+    let union = unknown["peft_type"] == "ENGRAFT_UNION" || unknown.get("config").is_some();
+    assert!(union || crate::load_adapter(&unknown, tensors, &sites, &info).is_err(), "an unknown key passed");
+}
