@@ -1,0 +1,138 @@
+//! Every adapter that `peft` and `adapters` made: its logits, its merged logits, and the file written back.
+//!
+//! The cases are `tests/golden/cases` and, where they are there, `../shared/oracle/cases` (see tools/golden/README.md).
+
+mod fixtures;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use engraft_method::{LoadedAdapter, load_adapter, save_adapter};
+use engraft_model::Loaded;
+use engraft_nn::weight::Storage;
+use engraft_nn::{Adapter, Builder, Init, Kind, Pass, Patch, Replacement, merged_tensors};
+use engraft_store::{Limits, read_adapter};
+use engraft_tensor::frozen::Precision;
+use engraft_tensor::{Tensor, no_grad};
+use serde_json::{Value, json};
+
+#[test]
+fn committed_cases() {
+    let count = all_cases(&fixtures::golden());
+    assert!(count >= 100, "only {count} cases");
+}
+
+#[test]
+fn cases_from_outside() {
+    match fixtures::oracle() {
+        Some(root) => assert!(all_cases(&root) > 0),
+        None => println!("skipped: ../shared/oracle is not there"),
+    }
+}
+
+/// Checks all cases below `root` and reports every failure; gives their number.
+fn all_cases(root: &Path) -> usize {
+    let names = fixtures::directories(&root.join("cases"));
+    let mut failures = Vec::new();
+    for name in &names {
+        failures.extend(case(root, name).into_iter().map(|problem| format!("{name}: {problem}")));
+    }
+    assert!(failures.is_empty(), "{} of {} cases:\n{}", failures.len(), names.len(), failures.join("\n"));
+    names.len()
+}
+
+/// The problems of one case.
+fn case(root: &Path, name: &str) -> Vec<String> {
+    let dir = root.join("cases").join(name);
+    let meta: Value = serde_json::from_slice(&std::fs::read(dir.join("case.json")).unwrap()).unwrap();
+    let base = meta["model"].as_str().unwrap();
+    let inputs = meta["inputs"].as_str().unwrap_or("inputs.safetensors");
+    let inputs = if inputs.contains('/') { dir.join(inputs) } else { root.join("inputs").join(base).join(inputs) };
+    let grid = fixtures::grid(&inputs);
+    let loaded = fixtures::model(&root.join("models").join(base), Precision::F32, Storage::Dense);
+    let files = read_adapter(&dir.join("adapter"), &Limits::default()).unwrap();
+    let (sites, info) = (loaded.model.sites(), loaded.model.info());
+    let tensors = fixtures::tensors(&files.weights);
+    let adapter = match load_adapter(&files.config, tensors.clone(), sites, info) {
+        Ok(adapter) => adapter,
+        Err(e) => return vec![e.to_string()],
+    };
+    let mut problems = round_trip(&adapter, &files.config, &tensors, &loaded);
+    let adapted = Arc::new(adapter.adapter);
+    let mut compare = |adapter: &Arc<Adapter>, file: &str, tolerance: &str| {
+        let cx = Pass::new(grid.inputs.layout.clone(), Some(adapter.clone()));
+        let logits = match no_grad(|| loaded.model.forward(&grid.inputs, &cx)) {
+            Ok(logits) => grid.unpack(&logits, info.task.per_sequence()),
+            Err(e) => return problems.push(format!("{file}: {e}")),
+        };
+        let off = fixtures::difference(&logits, &dir.join(file));
+        if f64::from(off) > meta[tolerance].as_f64().unwrap() {
+            problems.push(format!("{file}: off by {off:e}"));
+        }
+    };
+    compare(&adapted, "logits.safetensors", "tolerance");
+    if meta["merge"] == true {
+        match merged(&adapted, &loaded) {
+            Ok(merged) => compare(&merged, "merged_logits.safetensors", "merge_tolerance"),
+            Err(e) => problems.push(e.to_string()),
+        }
+    }
+    problems
+}
+
+/// An adapter that only replaces tensors by what merging makes of them.
+fn merged(adapter: &Adapter, loaded: &Loaded) -> engraft_nn::Result<Arc<Adapter>> {
+    let sites = loaded.model.sites();
+    let mut b = Builder::new(sites, loaded.model.info(), 0);
+    for m in merged_tensors(sites, adapter)? {
+        let param = b.fixed(&m.site.path, &m.value.shape().to_vec(), Init::Values(m.value))?;
+        let patch = match m.site.kind {
+            Kind::Vector { .. } => Patch::Vector(Box::new(Replacement(param))),
+            _ => Patch::Weight(Box::new(Replacement(param))),
+        };
+        b.patch(m.site.id, patch)?;
+    }
+    Ok(Arc::new(b.finish()))
+}
+
+/// Saved again, the adapter has the same keys, shapes, values and configuration.
+fn round_trip(adapter: &LoadedAdapter, config: &Value, tensors: &[(String, Tensor)], loaded: &Loaded) -> Vec<String> {
+    let base = config["base_model_name_or_path"].as_str().unwrap_or("");
+    let (sites, info) = (loaded.model.sites(), loaded.model.info());
+    let saved = save_adapter(&adapter.adapter, &adapter.methods, &adapter.train_also, base, sites, info);
+    let (new_config, new_tensors) = match saved {
+        Ok(saved) => saved,
+        Err(e) => return vec![format!("saving: {e}")],
+    };
+    let mut problems = Vec::new();
+    // Copies of biases below a module that is trained as a whole say nothing (see `load_adapter`).
+    let kept = |key: &str| !key.contains(".modules_to_save.") && !key.contains(".original_module.");
+    for (key, value) in tensors.iter().filter(|(key, _)| kept(key)) {
+        match new_tensors.iter().find(|(k, _)| k == key) {
+            None => problems.push(format!("{key} is not saved")),
+            Some((_, new)) if new.shape() != value.shape() || new.to_vec().unwrap() != value.to_vec().unwrap() => {
+                problems.push(format!("{key} is saved otherwise"));
+            }
+            Some(_) => {}
+        }
+    }
+    let unknown = new_tensors.iter().filter(|(key, _)| !tensors.iter().any(|(k, _)| k == key));
+    problems.extend(unknown.map(|(key, _)| format!("{key} is saved and was not there")));
+    problems.extend(configs_differ(config, &new_config));
+    problems
+}
+
+/// Keys whose values differ. What a file does not say, ours may.
+fn configs_differ(old: &Value, new: &Value) -> Vec<String> {
+    // How a task without a name in peft is called, and what AdapterHub says of the model.
+    let free = ["auto_mapping", "model_class", "model_name"];
+    // Written as the choice it stands for, with the same meaning.
+    let same = |key: &str, a: &Value, b: &Value| {
+        a == b || key == "layers_to_transform" && json!([a]) == *b || a.as_f64().is_some() && a.as_f64() == b.as_f64()
+    };
+    let differs = |(key, value): (&String, &Value)| {
+        let equal = free.contains(&key.as_str()) || same(key, value, &new[key]);
+        (!equal).then(|| format!("`{key}` was {value} and is {}", new[key]))
+    };
+    old.as_object().unwrap().iter().filter_map(differs).collect()
+}
