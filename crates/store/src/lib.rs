@@ -16,6 +16,7 @@ pub mod hub;
 pub mod json;
 mod limits;
 mod paths;
+pub mod process;
 pub mod run;
 pub mod sim;
 #[cfg(test)]

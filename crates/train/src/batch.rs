@@ -1,0 +1,217 @@
+//! Examples to micro-batches: sequences one after another, without padding, each token at its own position.
+
+use engraft_data::{Batches, Dataset, Epoch, Example, IGNORED, Labels, Order, mask};
+use engraft_nn::{Inputs, Layout};
+use engraft_tensor::Tensor;
+
+use crate::{Error, Result};
+
+/// What one forward takes and what its outputs should be.
+pub struct Batch {
+    /// Ids, types and layout, [tokens].
+    pub inputs: Inputs,
+    /// A label a token, [tokens], or a label a sequence, [sequences]; −100 takes no part.
+    pub labels: Vec<i64>,
+    /// The line of each sequence in its file.
+    pub rows: Vec<usize>,
+}
+
+impl Batch {
+    /// Packs examples.
+    ///
+    /// # Errors
+    /// Examples whose labels are numbers rather than classes.
+    pub fn pack(examples: &[Example]) -> Result<Batch> {
+        let (mut ids, mut types, mut positions, mut labels) = (vec![], vec![], vec![], vec![]);
+        let lengths: Vec<usize> = examples.iter().map(|e| e.ids.len()).collect();
+        for example in examples {
+            ids.extend(example.ids.iter().map(|&id| i64::from(id)));
+            match &example.type_ids {
+                Some(of) => types.extend(of.iter().map(|&t| i64::from(t))),
+                None => types.extend(std::iter::repeat_n(0, example.ids.len())),
+            }
+            match &example.positions {
+                Some(of) => positions.extend(of.iter().map(|&p| p as i32)),
+                None => positions.extend(0..example.ids.len() as i32),
+            }
+            match &example.labels {
+                Labels::None => {}
+                Labels::Class(class) => labels.push(i64::from(*class)),
+                Labels::Tokens(of) => labels.extend(of),
+                Labels::Score(_) => {
+                    return Err(Error::Setup("regression is not trained yet; give classes as labels".into()));
+                }
+            }
+        }
+        let tokens = ids.len();
+        let type_ids = match examples.iter().any(|e| e.type_ids.is_some()) {
+            true => Some(Tensor::from_i64(types, [tokens])?),
+            false => None,
+        };
+        let layout = Layout::new(&lengths, positions)?;
+        let inputs = Inputs { ids: Tensor::from_i64(ids, [tokens])?, type_ids, layout };
+        Ok(Batch { inputs, labels, rows: examples.iter().map(|e| e.row).collect() })
+    }
+
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.inputs.layout.tokens()
+    }
+}
+
+/// What masked language modelling draws from.
+#[derive(Clone, Copy, Debug)]
+pub struct Masking {
+    /// The mask token.
+    pub mask_id: u32,
+    /// Bound of random ids.
+    pub vocabulary: u32,
+    /// Seed of the run.
+    pub seed: u64,
+}
+
+impl Masking {
+    /// The example `index` as masked in `epoch`.
+    pub fn apply(&self, example: &Example, index: usize, epoch: u64) -> Example {
+        mask(example, index, self.mask_id, self.vocabulary, self.seed, epoch)
+    }
+}
+
+/// How the training examples are batched.
+#[derive(Clone, Copy, Debug)]
+pub struct FeedOptions {
+    /// Rows a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches a step.
+    pub accumulation: usize,
+    /// In which order.
+    pub order: Order,
+    /// Tokens that examples sharing a row fill at most; `None` gives each its own row.
+    pub packed: Option<usize>,
+    /// Draws masks.
+    pub masking: Option<Masking>,
+}
+
+/// The micro-batches of every step, a function of the step's number: there is no state to save.
+pub struct Feed<'a> {
+    data: &'a Dataset,
+    options: FeedOptions,
+    /// Examples that share a row; each alone without packing.
+    groups: Vec<Vec<usize>>,
+    batches: Batches,
+    epoch: Option<(u64, Epoch)>,
+}
+
+impl<'a> Feed<'a> {
+    /// The feed of a data set.
+    pub fn new(data: &'a Dataset, options: FeedOptions) -> Result<Self> {
+        let lengths = data.lengths();
+        let groups = groups(&lengths, options.packed);
+        let of_group = |group: &Vec<usize>| group.iter().map(|&i| lengths[i]).sum();
+        let batches = Batches::new(groups.iter().map(of_group).collect(), options.batch_size, options.order)?;
+        Ok(Feed { data, options, groups, batches, epoch: None })
+    }
+
+    /// Optimizer steps in one pass over the data; the last may hold fewer micro-batches.
+    pub fn steps_per_epoch(&self) -> u64 {
+        (self.batches.per_epoch().div_ceil(self.options.accumulation) as u64).max(1)
+    }
+
+    /// Share of places that padding would take, 0 to 1, in the first epoch.
+    pub fn padding_share(&self) -> f64 {
+        self.batches.padding_share(0)
+    }
+
+    /// The micro-batches of step `number`, from 1.
+    pub fn step(&mut self, number: u64) -> Result<Vec<Batch>> {
+        let per_epoch = self.steps_per_epoch();
+        let (epoch, step) = ((number - 1) / per_epoch, ((number - 1) % per_epoch) as usize);
+        let order = match self.epoch.take() {
+            Some((same, order)) if same == epoch => order,
+            _ => self.batches.epoch(epoch),
+        };
+        let first = step * self.options.accumulation;
+        let chosen: Vec<Vec<usize>> =
+            (first..first + self.options.accumulation).map_while(|b| order.batch(b).map(<[usize]>::to_vec)).collect();
+        self.epoch = Some((epoch, order));
+        chosen.iter().map(|groups| self.pack(groups, epoch)).collect()
+    }
+
+    fn pack(&self, groups: &[usize], epoch: u64) -> Result<Batch> {
+        let examples: Vec<Example> = groups
+            .iter()
+            .flat_map(|&group| &self.groups[group])
+            .map(|&index| {
+                let example = &self.data.examples[index];
+                self.options.masking.map_or_else(|| example.clone(), |m| m.apply(example, index, epoch))
+            })
+            .collect();
+        Batch::pack(&examples)
+    }
+}
+
+/// Examples in file order, as many a row as `limit` tokens hold.
+fn groups(lengths: &[usize], limit: Option<usize>) -> Vec<Vec<usize>> {
+    let Some(limit) = limit else { return (0..lengths.len()).map(|i| vec![i]).collect() };
+    let (mut groups, mut filled): (Vec<Vec<usize>>, usize) = (vec![], usize::MAX);
+    for (index, &length) in lengths.iter().enumerate() {
+        match groups.last_mut() {
+            Some(group) if filled.saturating_add(length) <= limit => {
+                group.push(index);
+                filled += length;
+            }
+            _ => {
+                groups.push(vec![index]);
+                filled = length;
+            }
+        }
+    }
+    groups
+}
+
+/// Number of labels that take part.
+pub(crate) fn labelled(labels: &[i64]) -> usize {
+    labels.iter().filter(|&&l| l != IGNORED).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn data(lengths: &[usize]) -> Dataset {
+        let example = |(row, &n): (usize, &usize)| Example {
+            ids: (0..n as u32).collect(),
+            type_ids: None,
+            positions: None,
+            labels: Labels::Class(row as u32),
+            row,
+        };
+        Dataset { examples: lengths.iter().enumerate().map(example).collect(), labels: None, report: Default::default() }
+    }
+
+    fn options(batch_size: usize, accumulation: usize) -> FeedOptions {
+        FeedOptions { batch_size, accumulation, order: Order::File, packed: None, masking: None }
+    }
+
+    #[test]
+    fn the_last_step_of_an_epoch_holds_what_is_left() {
+        let data = data(&[3, 1, 2, 4, 5]);
+        let mut feed = Feed::new(&data, options(2, 2)).unwrap();
+        assert_eq!(feed.steps_per_epoch(), 2);
+        let rows = |batches: Vec<Batch>| batches.iter().map(|b| b.rows.clone()).collect::<Vec<_>>();
+        assert_eq!(rows(feed.step(1).unwrap()), [vec![0, 1], vec![2, 3]]);
+        assert_eq!(rows(feed.step(2).unwrap()), [vec![4]]);
+        assert_eq!(rows(feed.step(3).unwrap()), [vec![0, 1], vec![2, 3]]);
+        let first = &feed.step(1).unwrap()[0];
+        assert_eq!(first.inputs.layout.positions(), [0, 1, 2, 0]);
+        assert_eq!((first.tokens(), &first.labels[..]), (4, &[0, 1][..]));
+    }
+
+    #[test]
+    fn packed_rows_hold_no_more_than_the_limit() {
+        let data = data(&[3, 1, 2, 4, 5]);
+        let mut feed = Feed::new(&data, FeedOptions { packed: Some(6), ..options(1, 1) }).unwrap();
+        let rows: Vec<Vec<usize>> = (1..=3).map(|s| feed.step(s).unwrap()[0].rows.clone()).collect();
+        assert_eq!(rows, [vec![0, 1, 2], vec![3], vec![4]]);
+    }
+}

@@ -1,0 +1,96 @@
+//! The error type of training.
+
+use std::path::PathBuf;
+
+/// What can go wrong between a recipe and a finished run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Mistakes of the recipe, found with the model and the data at hand.
+    #[error(transparent)]
+    Recipe(#[from] engraft_recipe::Problems),
+    /// Rows, tokenizer or template.
+    #[error(transparent)]
+    Data(#[from] engraft_data::Error),
+    /// Files.
+    #[error(transparent)]
+    Store(#[from] engraft_store::Error),
+    /// The model, the adapter or a method.
+    #[error(transparent)]
+    Model(#[from] engraft_nn::Error),
+    /// A tensor operation.
+    #[error(transparent)]
+    Tensor(#[from] engraft_tensor::Error),
+    /// The run's own events cannot be read again.
+    #[error(transparent)]
+    Report(#[from] engraft_report::Error),
+    /// The files fit neither each other nor what was asked.
+    #[error("{0}")]
+    Setup(String),
+    /// A checkpoint, or the run it belongs to, is not that of this recipe.
+    #[error("{0}")]
+    Resume(String),
+    /// A loss or gradient is not a number; nothing was updated.
+    #[error(transparent)]
+    NotFinite(#[from] Box<NotFinite>),
+    /// Checkpoints could not be written, several times in a row.
+    #[error("{attempts} checkpoints in a row could not be written, the last at step {step}: {source}")]
+    Checkpoint {
+        /// Saves that failed in a row.
+        attempts: u32,
+        /// The step of the last attempt.
+        step: u64,
+        /// Why the last one failed.
+        source: engraft_store::Error,
+    },
+}
+
+/// A result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Where a run lost its numbers.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} became {value} at step {step}{}{}{}", rows(self), tensors(self), kept(self))]
+pub struct NotFinite {
+    /// "loss" or "gradient norm".
+    pub what: &'static str,
+    /// What it is: NaN or infinite.
+    pub value: f32,
+    /// The step that was not taken.
+    pub step: u64,
+    /// Its rows, as lines of `file`.
+    pub rows: Vec<usize>,
+    /// The training file.
+    pub file: PathBuf,
+    /// Gradient norms of the last finite steps, oldest first.
+    pub grad_norms: Vec<f32>,
+    /// Trained tensors whose gradient is not finite.
+    pub tensors: Vec<String>,
+    /// The newest checkpoint.
+    pub kept: Option<PathBuf>,
+    /// The learning rate of the recipe.
+    pub learning_rate: f64,
+}
+
+/// "rows 8113, 40, 977 of train.jsonl; gradient norm 0.8 → 412 in 5 steps".
+fn rows(e: &NotFinite) -> String {
+    let shown: Vec<String> = e.rows.iter().take(8).map(usize::to_string).collect();
+    let more = if e.rows.len() > 8 { format!(" and {} more", e.rows.len() - 8) } else { String::new() };
+    let file = e.file.file_name().unwrap_or(e.file.as_os_str()).to_string_lossy();
+    let mut text = format!("\nrows {}{more} of {file}", shown.join(", "));
+    if let [first, .., last] = &e.grad_norms[..] {
+        text.push_str(&format!("; gradient norm {first:.3} → {last:.3} in {} steps", e.grad_norms.len()));
+    }
+    text
+}
+
+fn tensors(e: &NotFinite) -> String {
+    match &e.tensors[..] {
+        [] => String::new(),
+        [only] => format!("\nnot finite: the gradient of {only}"),
+        [first, rest @ ..] => format!("\nnot finite: the gradients of {first} and {} more", rest.len()),
+    }
+}
+
+fn kept(e: &NotFinite) -> String {
+    e.kept.as_ref().map_or(String::new(), |path| format!("\nkept  {}", path.display()))
+}

@@ -1,0 +1,146 @@
+//! Loss and metrics of a model, with or without an adapter, on a data set.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use engraft_data::{Dataset, Example};
+use engraft_method::Chosen;
+use engraft_nn::{Adapter, Model, Output, Pass};
+use engraft_tensor::{Tensor, no_grad, ops};
+use serde::Serialize;
+
+use crate::batch::{Batch, Masking};
+use crate::metrics::Confusion;
+use crate::objective::{Objective, parts};
+use crate::{Error, Result};
+
+/// What is evaluated.
+pub struct Evaluated<'a> {
+    /// The model.
+    pub model: &'a Arc<dyn Model>,
+    /// The adapter, or none for the base alone.
+    pub adapter: Option<&'a Arc<Adapter>>,
+    /// The adapter's methods.
+    pub methods: &'a [Chosen],
+    /// Rows a batch.
+    pub batch_size: usize,
+    /// Draws masks, for masked language models; the same ones in every evaluation.
+    pub masking: Option<Masking>,
+}
+
+/// The result of an evaluation.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// Mean loss over the labels.
+    pub loss: f64,
+    /// Number of labels.
+    pub labels: u64,
+    /// By name, see [`crate::EvalEvent::metrics`]; `loss` is not among them.
+    pub metrics: BTreeMap<String, f64>,
+}
+
+impl Evaluation {
+    /// The metric called `name`, or the loss.
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        if name == "loss" { Some(self.loss) } else { self.metrics.get(name).copied() }
+    }
+}
+
+/// Evaluates `data`; `progress` is told (batches done, all batches).
+///
+/// # Errors
+/// Data without labels, and whatever the model refuses.
+pub fn evaluate(of: &Evaluated<'_>, data: &Dataset, progress: &mut dyn FnMut(usize, usize)) -> Result<Evaluation> {
+    let objective = Objective::of(of.model.info().task)?;
+    let (mut loss, mut labels, mut confusion) = (0.0, 0u64, Confusion::default());
+    // Rows of like length share a batch, longest first: the order changes no result but the time.
+    let mut order: Vec<usize> = (0..data.examples.len()).collect();
+    order.sort_by_key(|&i| std::cmp::Reverse(data.examples[i].ids.len()));
+    let batches: Vec<&[usize]> = order.chunks(of.batch_size.max(1)).collect();
+    for (number, indices) in batches.iter().enumerate() {
+        let found = of.predict(objective, &of.pack(data, indices)?)?;
+        loss += found.loss;
+        labels += found.predicted.len() as u64;
+        found.predicted.iter().for_each(|&(label, predicted)| confusion.add(label, predicted));
+        progress(number + 1, batches.len());
+    }
+    if labels == 0 {
+        return Err(Error::Setup("the evaluation data hold no label to compare with".into()));
+    }
+    let loss = loss / labels as f64;
+    Ok(Evaluation { loss, labels, metrics: metrics(objective, loss, &confusion) })
+}
+
+fn metrics(objective: Objective, loss: f64, confusion: &Confusion) -> BTreeMap<String, f64> {
+    let named = |list: &[(&str, f64)]| list.iter().map(|(name, value)| (name.to_string(), *value)).collect();
+    match objective {
+        // `best_metric = "accuracy"` of a language model means its tokens.
+        Objective::CausalLm | Objective::MaskedLm => {
+            let accuracy = confusion.accuracy();
+            named(&[("perplexity", loss.exp()), ("accuracy", accuracy), ("token_accuracy", accuracy)])
+        }
+        Objective::SequenceClassification | Objective::TokenClassification => named(&[
+            ("accuracy", confusion.accuracy()),
+            ("f1", confusion.macro_f1()),
+            ("matthews", confusion.matthews()),
+        ]),
+    }
+}
+
+/// The answers to one batch.
+pub(crate) struct Answers {
+    /// Summed loss.
+    pub loss: f64,
+    /// (label, prediction) of every labelled row, in order.
+    pub predicted: Vec<(i64, i64)>,
+}
+
+impl Evaluated<'_> {
+    fn pack(&self, data: &Dataset, indices: &[usize]) -> Result<Batch> {
+        let example = |&i: &usize| match self.masking {
+            Some(masking) => masking.apply(&data.examples[i], i, 0),
+            None => data.examples[i].clone(),
+        };
+        Batch::pack(&indices.iter().map(example).collect::<Vec<Example>>())
+    }
+
+    pub(crate) fn predict(&self, objective: Objective, batch: &Batch) -> Result<Answers> {
+        no_grad(|| {
+            let out = self.features(batch)?;
+            let found = objective.labelled(out.pass.layout(), &batch.labels);
+            let mut answers = Answers { loss: 0.0, predicted: Vec::new() };
+            for part in parts(objective, self.model.as_ref(), &out, found)? {
+                let logits = part.logits(self.model.as_ref())?;
+                let labels = Tensor::from_i64(part.labels.clone(), [part.labels.len()])?;
+                let losses = ops::cross_entropy(&logits, &labels)?.to_vec()?;
+                answers.loss += losses.iter().map(|&l| f64::from(l)).sum::<f64>();
+                let width = logits.width();
+                let predicted = logits.to_vec()?.chunks(width).map(argmax).collect::<Vec<_>>();
+                answers.predicted.extend(part.labels.into_iter().zip(predicted));
+            }
+            Ok(answers)
+        })
+    }
+
+    fn features(&self, batch: &Batch) -> Result<Output> {
+        let cx = Pass::new(batch.inputs.layout.clone(), self.adapter.cloned());
+        let base = || self.model.features(&batch.inputs, &Pass::new(batch.inputs.layout.clone(), None));
+        if let Some(adapter) = self.adapter {
+            for (method, _) in self.methods {
+                method.before_forward(adapter, &base, &cx)?;
+            }
+        }
+        Ok(self.model.features(&batch.inputs, &cx)?)
+    }
+}
+
+/// Index of the largest value; the first of equals.
+fn argmax(row: &[f32]) -> i64 {
+    let mut best = 0;
+    for (index, value) in row.iter().enumerate() {
+        if *value > row[best] {
+            best = index;
+        }
+    }
+    best as i64
+}

@@ -1,0 +1,70 @@
+//! AdamW over the parameters of an adapter: one rule, moments a parameter, a rate factor a group.
+//!
+//! As `transformers` does for adapters, weight decay reaches every trained tensor; a tensor without a gradient in a
+//! step stays as it is.
+
+use engraft_method::Method;
+use engraft_nn::Adapter;
+use engraft_recipe::Train;
+use engraft_tensor::optim::{AdamW, Moments, clip};
+use engraft_tensor::{Gradients, Param, Tensor};
+
+use crate::Result;
+
+/// A trained parameter with its state.
+pub struct Slot {
+    /// Name in the adapter.
+    pub name: String,
+    /// The tensor.
+    pub param: Param,
+    /// What its group multiplies the learning rate by.
+    pub factor: f64,
+    /// First and second moments, shape of the parameter.
+    pub moments: Moments,
+}
+
+/// AdamW with its state.
+pub struct Optimizer {
+    rule: AdamW,
+    max_grad_norm: f32,
+    /// The trained parameters, in the adapter's order.
+    pub slots: Vec<Slot>,
+}
+
+impl Optimizer {
+    /// Fresh moments for every trained parameter of `adapter`.
+    pub fn new(adapter: &Adapter, methods: &[&dyn Method], train: &Train) -> Self {
+        let rule = AdamW {
+            learning_rate: train.learning_rate,
+            beta1: train.adam_beta1,
+            beta2: train.adam_beta2,
+            eps: train.adam_epsilon,
+            weight_decay: train.weight_decay,
+        };
+        let factor = |group: &str| methods.iter().map(|m| f64::from(m.learning_rate_factor(group))).product();
+        let slot = |p: &engraft_nn::NamedParam| Slot {
+            name: p.name.clone(),
+            param: p.param.clone(),
+            factor: factor(p.group),
+            moments: Moments::zeros(&p.param),
+        };
+        Optimizer { rule, max_grad_norm: train.max_grad_norm as f32, slots: adapter.trainable().map(slot).collect() }
+    }
+
+    /// The norm of all gradients, and the factor that brings it under the limit; both on the device.
+    pub fn clip(&self, gradients: &Gradients) -> (Tensor, Tensor) {
+        let params: Vec<Param> = self.slots.iter().map(|s| s.param.clone()).collect();
+        clip(&params, gradients, self.max_grad_norm)
+    }
+
+    /// The `number`-th update (from 1) with gradients·`scale`; nothing changes where `scale` is not finite.
+    pub fn update(&mut self, gradients: &Gradients, scale: &Tensor, learning_rate: f64, number: u64) -> Result<()> {
+        for slot in &mut self.slots {
+            if let Some(gradient) = gradients.get(&slot.param) {
+                let rule = AdamW { learning_rate: learning_rate * slot.factor, ..self.rule };
+                rule.update(&slot.param, gradient, scale, number, &mut slot.moments)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,100 @@
+//! Everything a run works on, loaded and checked: model, adapter, data, plan.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use engraft_data::{Dataset, Order, Tokenizer};
+use engraft_method::Chosen;
+use engraft_nn::{Adapter, Model};
+use engraft_recipe::Plan;
+
+use crate::batch::{Feed, FeedOptions, Masking};
+use crate::evaluate::Evaluated;
+use crate::fingerprint::Fingerprint;
+use crate::objective::Objective;
+use crate::{Error, Result};
+
+/// What a recipe means on this machine. [`Session::open`] makes one; nothing has been written yet.
+pub struct Session {
+    /// Every setting, decided.
+    pub plan: Plan,
+    /// The model with its frozen weights.
+    pub model: Arc<dyn Model>,
+    /// Its directory.
+    pub model_dir: PathBuf,
+    /// Tensors of the model that were drawn anew (a head of another size).
+    pub new_tensors: Vec<String>,
+    /// What is trained.
+    pub adapter: Arc<Adapter>,
+    /// The adapter's methods with their targets.
+    pub methods: Vec<Chosen>,
+    /// Modules trained as a whole.
+    pub train_also: Vec<String>,
+    /// The tokenizer; `tensors` data need none.
+    pub tokenizer: Option<Tokenizer>,
+    /// The training examples.
+    pub train: Dataset,
+    /// The evaluation examples.
+    pub eval: Option<Dataset>,
+    /// Names of the classes, in the order of their numbers.
+    pub labels: Option<Vec<String>>,
+    /// What is minimised.
+    pub objective: Objective,
+    /// What fixes the bits of the run.
+    pub fingerprint: Fingerprint,
+    /// Facts worth telling: guesses about the data, sizes that differ.
+    pub notes: Vec<String>,
+}
+
+impl Session {
+    /// How the training examples are batched.
+    pub fn feed_options(&self) -> Result<FeedOptions> {
+        feed_options(&self.plan, self.masking()?)
+    }
+
+    /// The micro-batches of every step.
+    pub fn feed(&self) -> Result<Feed<'_>> {
+        Feed::new(&self.train, self.feed_options()?)
+    }
+
+    /// How masks are drawn, for masked language models whose examples are text.
+    pub fn masking(&self) -> Result<Option<Masking>> {
+        let Some(tokenizer) = &self.tokenizer else { return Ok(None) };
+        if self.objective != Objective::MaskedLm {
+            return Ok(None);
+        }
+        let mask_id = tokenizer.mask_id().ok_or_else(|| {
+            Error::Setup("the tokenizer has no mask token, which masked language modelling needs".into())
+        })?;
+        let vocabulary = self.model.info().vocabulary.min(tokenizer.vocabulary()) as u32;
+        Ok(Some(Masking { mask_id, vocabulary, seed: self.plan.train.seed }))
+    }
+
+    /// The model to be evaluated, with the adapter or alone.
+    pub fn evaluated(&self, with_adapter: bool) -> Result<Evaluated<'_>> {
+        Ok(Evaluated {
+            model: &self.model,
+            adapter: with_adapter.then_some(&self.adapter),
+            methods: &self.methods,
+            batch_size: self.plan.train.batch_size,
+            masking: self.masking()?,
+        })
+    }
+}
+
+/// How a plan batches its examples.
+pub(crate) fn feed_options(plan: &Plan, masking: Option<Masking>) -> Result<FeedOptions> {
+    let seed = plan.train.seed;
+    let order = match (plan.data.shuffle, plan.data.group_by_length) {
+        (false, _) => Order::File,
+        (true, false) => Order::Shuffled { seed },
+        (true, true) => Order::LengthGrouped { seed },
+    };
+    Ok(FeedOptions {
+        batch_size: plan.train.batch_size,
+        accumulation: plan.train.gradient_accumulation,
+        order,
+        packed: plan.data.packing.then_some(plan.max_length),
+        masking,
+    })
+}
