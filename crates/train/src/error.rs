@@ -49,7 +49,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Where a run lost its numbers.
 #[derive(Debug, thiserror::Error)]
-#[error("{what} became {value} at step {step}{}{}{}", rows(self), tensors(self), kept(self))]
+#[error("{what} became {value} at step {step}{}{}{}", rows_text(self), tensors_text(self), kept_text(self))]
 pub struct NotFinite {
     /// "loss" or "gradient norm".
     pub what: &'static str,
@@ -72,7 +72,7 @@ pub struct NotFinite {
 }
 
 /// "rows 8113, 40, 977 of train.jsonl; gradient norm 0.8 → 412 in 5 steps".
-fn rows(e: &NotFinite) -> String {
+fn rows_text(e: &NotFinite) -> String {
     let shown: Vec<String> = e.rows.iter().take(8).map(usize::to_string).collect();
     let more = if e.rows.len() > 8 { format!(" and {} more", e.rows.len() - 8) } else { String::new() };
     let file = e.file.file_name().unwrap_or(e.file.as_os_str()).to_string_lossy();
@@ -83,7 +83,7 @@ fn rows(e: &NotFinite) -> String {
     text
 }
 
-fn tensors(e: &NotFinite) -> String {
+fn tensors_text(e: &NotFinite) -> String {
     match &e.tensors[..] {
         [] => String::new(),
         [only] => format!("\nnot finite: the gradient of {only}"),
@@ -91,6 +91,6 @@ fn tensors(e: &NotFinite) -> String {
     }
 }
 
-fn kept(e: &NotFinite) -> String {
+fn kept_text(e: &NotFinite) -> String {
     e.kept.as_ref().map_or(String::new(), |path| format!("\nkept  {}", path.display()))
 }

@@ -1,1 +1,33 @@
-//! One training run: objectives, optimizer, trainer, evaluation.
+//! One training run: from a checked recipe to a finished run directory.
+//!
+//! [`Session::open`] loads everything a recipe names and reports all its mistakes; [`train`] takes the steps and leaves
+//! adapter, plot and log; [`evaluate`] measures. The library prints nothing and reads no environment: an [`Observer`]
+//! sees what happens.
+
+mod batch;
+mod checkpoint;
+mod error;
+mod evaluate;
+mod events;
+mod fingerprint;
+mod finish;
+mod metrics;
+mod objective;
+mod optimizer;
+mod run;
+mod schedule;
+mod session;
+mod trainer;
+mod watch;
+
+pub use batch::{Batch, Feed, FeedOptions, Masking};
+pub use error::{Error, NotFinite, Result};
+pub use evaluate::{Evaluated, Evaluation, evaluate};
+pub use events::{DataEvent, EndEvent, EvalEvent, Event, Observer, StepEvent};
+pub use fingerprint::Fingerprint;
+pub use finish::run_data;
+pub use objective::{Objective, is_prompted};
+pub use run::{Outcome, RunOptions, Status, metric_name, train};
+pub use schedule::LearningRate;
+pub use session::Session;
+pub use trainer::{Stepped, Trainer};
