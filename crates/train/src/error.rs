@@ -14,6 +14,9 @@ pub enum Error {
     /// Files.
     #[error(transparent)]
     Store(#[from] engraft_store::Error),
+    /// The model's directory.
+    #[error(transparent)]
+    Load(#[from] engraft_model::Error),
     /// The model, the adapter or a method.
     #[error(transparent)]
     Model(#[from] engraft_nn::Error),

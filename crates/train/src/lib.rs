@@ -4,6 +4,7 @@
 //! adapter, plot and log; [`evaluate`] measures. The library prints nothing and reads no environment: an [`Observer`]
 //! sees what happens.
 
+mod attach;
 mod batch;
 mod checkpoint;
 mod error;
@@ -13,13 +14,16 @@ mod fingerprint;
 mod finish;
 mod metrics;
 mod objective;
+mod open;
 mod optimizer;
+mod read;
 mod run;
 mod schedule;
 mod session;
 mod trainer;
 mod watch;
 
+pub use attach::{AttachedAdapter, open_adapter};
 pub use batch::{Batch, Feed, FeedOptions, Masking};
 pub use error::{Error, NotFinite, Result};
 pub use evaluate::{Evaluated, Evaluation, evaluate};
@@ -27,6 +31,7 @@ pub use events::{DataEvent, EndEvent, EvalEvent, Event, Observer, StepEvent};
 pub use fingerprint::Fingerprint;
 pub use finish::run_data;
 pub use objective::{Objective, is_prompted};
+pub use open::SessionOptions;
 pub use run::{Outcome, RunOptions, Status, metric_name, train};
 pub use schedule::LearningRate;
 pub use session::Session;

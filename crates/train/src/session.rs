@@ -6,7 +6,7 @@ use std::sync::Arc;
 use engraft_data::{Dataset, Order, Tokenizer};
 use engraft_method::Chosen;
 use engraft_nn::{Adapter, Model};
-use engraft_recipe::Plan;
+use engraft_recipe::{Data, Plan, Train};
 
 use crate::batch::{Feed, FeedOptions, Masking};
 use crate::evaluate::Evaluated;
@@ -22,6 +22,8 @@ pub struct Session {
     pub model: Arc<dyn Model>,
     /// Its directory.
     pub model_dir: PathBuf,
+    /// Its memory by part.
+    pub model_bytes: engraft_model::Bytes,
     /// Tensors of the model that were drawn anew (a head of another size).
     pub new_tensors: Vec<String>,
     /// What is trained.
@@ -49,7 +51,7 @@ pub struct Session {
 impl Session {
     /// How the training examples are batched.
     pub fn feed_options(&self) -> Result<FeedOptions> {
-        feed_options(&self.plan, self.masking()?)
+        Ok(feed_options(&self.plan.data, &self.plan.train, self.plan.max_length, self.masking()?))
     }
 
     /// The micro-batches of every step.
@@ -82,19 +84,14 @@ impl Session {
     }
 }
 
-/// How a plan batches its examples.
-pub(crate) fn feed_options(plan: &Plan, masking: Option<Masking>) -> Result<FeedOptions> {
-    let seed = plan.train.seed;
-    let order = match (plan.data.shuffle, plan.data.group_by_length) {
+/// How examples are batched.
+pub(crate) fn feed_options(data: &Data, train: &Train, max_length: usize, masking: Option<Masking>) -> FeedOptions {
+    let seed = train.seed;
+    let order = match (data.shuffle, data.group_by_length) {
         (false, _) => Order::File,
         (true, false) => Order::Shuffled { seed },
         (true, true) => Order::LengthGrouped { seed },
     };
-    Ok(FeedOptions {
-        batch_size: plan.train.batch_size,
-        accumulation: plan.train.gradient_accumulation,
-        order,
-        packed: plan.data.packing.then_some(plan.max_length),
-        masking,
-    })
+    let packed = data.packing.then_some(max_length);
+    FeedOptions { batch_size: train.batch_size, accumulation: train.gradient_accumulation, order, packed, masking }
 }

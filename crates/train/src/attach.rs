@@ -1,0 +1,220 @@
+//! The methods of a recipe to an adapter; whatever matches nothing is shown at its place in the recipe.
+
+use std::path::Path;
+
+use engraft_method::{Chosen, attach, find, load_adapter};
+use engraft_nn::{Adapter, LayerChoice, Matcher, Model, Role, TargetError, Targets};
+use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe};
+use engraft_store::{Limits, RawTensor, read_adapter};
+use engraft_tensor::Tensor;
+
+use crate::{Error, Result};
+
+/// An adapter with what made it.
+pub struct AttachedAdapter {
+    /// The adapter.
+    pub adapter: Adapter,
+    /// Its methods.
+    pub methods: Vec<Chosen>,
+    /// Modules trained as a whole.
+    pub train_also: Vec<String>,
+    /// What the file names and the model does not have.
+    pub notes: Vec<String>,
+}
+
+/// Reads an adapter directory onto `model`.
+///
+/// # Errors
+/// A method that is not there, tensors that do not fit.
+pub fn open_adapter(model: &dyn Model, dir: &Path, limits: &Limits) -> Result<AttachedAdapter> {
+    let files = read_adapter(dir, limits)?;
+    let tensor = |(name, raw): (&str, &RawTensor)| {
+        Ok((name.to_owned(), Tensor::from_vec(raw.to_f32()?, raw.shape.clone())?))
+    };
+    let tensors = files.weights.iter().map(tensor).collect::<Result<Vec<_>>>()?;
+    let loaded = load_adapter(&files.config, tensors, model.sites(), model.info())?;
+    let note = |name: &String| format!("{}: `{name}` is named and matches nothing in this model", dir.display());
+    Ok(AttachedAdapter {
+        adapter: loaded.adapter,
+        methods: loaded.methods,
+        train_also: loaded.train_also,
+        notes: loaded.dead.iter().map(note).collect(),
+    })
+}
+
+/// The adapter of a recipe, new or saved.
+///
+/// # Errors
+/// All targets that match nothing, together.
+pub(crate) fn from_recipe(
+    recipe: &Recipe,
+    methods: &[MethodTable],
+    model: &dyn Model,
+    seed: u64,
+) -> std::result::Result<AttachedAdapter, Vec<Problem>> {
+    if let Some(table) = methods.iter().find(|m| m.from.is_some()) {
+        return saved(recipe, methods, table, model).map_err(|problem| vec![problem]);
+    }
+    let (mut chosen, mut problems): (Vec<Chosen>, Vec<Problem>) = (vec![], vec![]);
+    for table in methods {
+        match method(recipe, table, model) {
+            Ok(one) => chosen.push(one),
+            Err(found) => problems.extend(found),
+        }
+    }
+    let train_also: Vec<String> = methods.iter().flat_map(|m| m.train_also.clone()).collect();
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    let attached = attach(&chosen, &train_also, model.sites(), model.info(), seed);
+    let attached = attached.map_err(|e| vec![recipe.problem_at("method", e.to_string())])?;
+    for dead in &attached.dead_modules {
+        let title = format!("`train_also` names `{dead}`, which {} does not have", recipe.model.value);
+        let table = methods.iter().find(|m| m.train_also.contains(dead)).map_or("method", |m| &m.at);
+        let index = methods.iter().flat_map(|m| &m.train_also).position(|name| name == dead).unwrap_or(0);
+        problems.push(recipe.problem_at(&format!("{table}.train_also[{index}]"), title));
+    }
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    if attached.adapter.trained_count() == 0 {
+        return Err(vec![recipe.problem_at("method", "nothing would be trained")]);
+    }
+    Ok(AttachedAdapter { adapter: attached.adapter, methods: chosen, train_also, notes: vec![] })
+}
+
+/// A saved adapter, from which training goes on.
+fn saved(
+    recipe: &Recipe,
+    methods: &[MethodTable],
+    table: &MethodTable,
+    model: &dyn Model,
+) -> std::result::Result<AttachedAdapter, Problem> {
+    let at = format!("{}.from", table.at);
+    if methods.len() > 1 {
+        return Err(recipe.problem_at(&at, "a saved adapter cannot be one of several methods yet"));
+    }
+    let Some(from) = &table.from else { return Err(recipe.problem_at(&at, "`from` is missing")) };
+    open_adapter(model, &from.value, &Limits::default()).map_err(|e| recipe.problem_at(&at, e.to_string()))
+}
+
+/// A method with its targets, all of which exist.
+fn method(recipe: &Recipe, table: &MethodTable, model: &dyn Model) -> std::result::Result<Chosen, Vec<Problem>> {
+    let name = table.name.as_ref().map_or("", |name| name.value.as_str());
+    let Some(entry) = find(name) else {
+        return Err(vec![recipe.problem_at(&format!("{}.name", table.at), format!("there is no method `{name}`"))]);
+    };
+    let method = (entry.from_settings)(&table.settings)
+        .map_err(|e| vec![recipe.problem_at(&table.at, e.to_string())])?;
+    let targets = targets(recipe, table, method.default_targets())?;
+    let effective = targets.clone().or_else(|| method.default_targets());
+    if let Some(effective) = effective {
+        let effective = Targets { train_also: table.train_also.clone(), ..effective };
+        let sites = model.sites();
+        let dead = match method.resolve(&effective, sites) {
+            Ok(found) if found.dead.is_empty() => None,
+            // The same search once more, for the words of the error.
+            Ok(_) => effective.resolve_all(sites).err().map(engraft_nn::Error::Targets),
+            Err(e) => Some(e),
+        };
+        if let Some(e) = dead {
+            return Err(vec![dead_targets(recipe, table, e)]);
+        }
+    }
+    Ok((method, targets))
+}
+
+/// The recipe's words as targets; `None` where it says nothing.
+fn targets(
+    recipe: &Recipe,
+    table: &MethodTable,
+    default: Option<Targets>,
+) -> std::result::Result<Option<Targets>, Vec<Problem>> {
+    let matcher = match (&table.targets, &table.roles[..]) {
+        (Some(targets), _) => Some(matcher(targets)),
+        (None, []) => default.as_ref().map(|d| d.matcher.clone()),
+        (None, roles) => Some(Matcher::Roles(parse_roles(recipe, table, roles)?)),
+    };
+    let says = table.targets.is_some() || !table.roles.is_empty() || table.exclude.is_some() || table.layers.is_some();
+    let Some(matcher) = matcher.filter(|_| says) else { return Ok(None) };
+    let pattern = match &table.layers_pattern[..] {
+        [] => None,
+        [only] => Some(only.clone()),
+        several => Some(format!("(?:{})", several.join("|"))),
+    };
+    Ok(Some(Targets {
+        matcher,
+        exclude: table.exclude.as_ref().map(self::matcher),
+        layers: table.layers.clone().map(|layers| LayerChoice { layers, pattern }),
+        train_also: table.train_also.clone(),
+    }))
+}
+
+fn matcher(targets: &recipe::Targets) -> Matcher {
+    match targets {
+        recipe::Targets::AllLinear => Matcher::AllLinear,
+        recipe::Targets::Pattern(pattern) => Matcher::Regex(pattern.clone()),
+        recipe::Targets::Names(names) => Matcher::Names(names.clone()),
+    }
+}
+
+fn parse_roles(recipe: &Recipe, table: &MethodTable, roles: &[String]) -> std::result::Result<Vec<Role>, Vec<Problem>> {
+    let (mut found, mut problems) = (vec![], vec![]);
+    for (index, name) in roles.iter().enumerate() {
+        match Role::parse(name) {
+            Some(role) => found.push(role),
+            None => {
+                let known: Vec<&str> = Role::ALL.iter().map(|(_, name)| *name).collect();
+                let at = format!("{}.roles[{index}]", table.at);
+                let problem = recipe.problem_at(&at, format!("there is no role `{name}`"));
+                problems.push(problem.note(format!("roles are {}", known.join(", "))));
+            }
+        }
+    }
+    if problems.is_empty() { Ok(found) } else { Err(problems) }
+}
+
+/// The error of targets that match nothing: every dead name underlined, what the model has instead, what to write.
+fn dead_targets(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error) -> Problem {
+    let key = if table.targets.is_none() && !table.roles.is_empty() { "roles" } else { "targets" };
+    let at = format!("{}.{key}", table.at);
+    let engraft_nn::Error::Targets(TargetError::Dead { names, all, kind, total, note, suggestion }) = error else {
+        return recipe.problem_at(&at, error.to_string());
+    };
+    let shown = |names: &[String]| names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
+    let model = &recipe.model.value;
+    let title = match all {
+        true => format!("`{at}` matches nothing in {model}"),
+        false => format!("{} of `{at}` matches nothing in {model}", shown(&names)),
+    };
+    let mut problem = Problem::new(title);
+    let listed = match (&table.targets, key) {
+        (_, "roles") => table.roles.clone(),
+        (Some(recipe::Targets::Names(names)), _) => names.clone(),
+        _ => vec![],
+    };
+    let indices: Vec<usize> = (0..listed.len()).filter(|&i| names.contains(&listed[i])).collect();
+    let count = format!("0 of {total} {kind}s");
+    for (n, index) in indices.iter().enumerate() {
+        if let Some(place) = recipe.place(&format!("{at}[{index}]")) {
+            problem = problem.label(place, if n + 1 == indices.len() { count.as_str() } else { "" });
+        }
+    }
+    if problem.labels.is_empty() {
+        problem = recipe.problem_at(&at, problem.title).saying(count);
+    }
+    // The roles that nearly every recipe wants; all of them where the model has none of these.
+    let parts: Vec<&str> = note.split(", ").collect();
+    let usual = |part: &&str| ["role q ", "role v ", "role qkv "].iter().any(|r| part.starts_with(r));
+    let few: Vec<&str> = parts.iter().copied().filter(usual).collect();
+    let words = if few.is_empty() { note.clone() } else { few.join(", ") };
+    problem = problem.note(format!("in this model {words}"));
+    match suggestion.is_empty() {
+        true => problem,
+        false => {
+            let list = suggestion.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>().join(", ");
+            let roles = if few.iter().any(|r| r.starts_with("role qkv ")) { "\"qkv\"" } else { "\"q\", \"v\"" };
+            problem.help(format!("write `targets = [{list}]`, or `roles = [{roles}]` for any model"))
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! A recipe to a [`Session`]: what it names is found and read, and all that is wrong with it is reported at once.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use engraft_data::{Labels, Tokenizer};
+use engraft_model::{LoadOptions, Loaded, load};
+use engraft_nn::Task;
+use engraft_nn::weight::Storage;
+use engraft_recipe::{self as recipe, Dtype, Facts, Problem, Quantize, Recipe};
+use engraft_store::hub::{Hub, Progress};
+use engraft_store::{Limits, Weights, read_config};
+use engraft_tensor::frozen::Precision;
+use serde_json::Value;
+
+use crate::attach::from_recipe;
+use crate::batch::Feed;
+use crate::fingerprint::{Fingerprint, of_data, of_weights};
+use crate::objective::Objective;
+use crate::read::{Examples, Reading, config_classes, decide_task, known_labels};
+use crate::session::{Session, feed_options};
+use crate::{Error, Result};
+
+/// What a session needs of its surroundings.
+pub struct SessionOptions<'a> {
+    /// Where Hub ids come from.
+    pub hub: &'a Hub,
+    /// Told of downloads.
+    pub progress: &'a mut dyn FnMut(Progress),
+    /// Relative paths of `--set` start here.
+    pub working_dir: PathBuf,
+    /// What files may ask for.
+    pub limits: Limits,
+    /// Seconds since 1970, for chat templates that ask for the date.
+    pub now: Option<i64>,
+}
+
+impl Session {
+    /// Loads everything that `recipe` names. Nothing is written.
+    ///
+    /// # Errors
+    /// [`Error::Recipe`] with all mistakes that the recipe, the model and the data show together; a model that cannot be
+    /// read.
+    pub fn open(recipe: &Recipe, options: &mut SessionOptions<'_>) -> Result<Session> {
+        let model_dir = model_dir(recipe, options)?;
+        let config = read_config(&model_dir.join("config.json"), &options.limits)?;
+        let task = decide_task(recipe, &config);
+        let (tokenizer, max_length) = tokenizer(recipe, &model_dir, &config)?;
+        let reading = Reading {
+            task,
+            data: &recipe.data,
+            tokenizer: tokenizer.as_ref(),
+            max_length,
+            seed: recipe.train.seed,
+            known: known_labels(&config),
+            now: options.now,
+        };
+        let mut problems = Vec::new();
+        let examples = match reading.examples() {
+            Ok(examples) => Some(examples),
+            Err(fault) => {
+                problems.push(recipe.problem_at(fault.key, fault.error.to_string()));
+                None
+            }
+        };
+        let classes = examples.as_ref().and_then(|e| e.classes).map(|n| match &recipe.data.format {
+            // Arrays have no names: a class that no row has may still be one of the model's.
+            recipe::Format::Tensors => n.max(config_classes(&config).unwrap_or(0)),
+            _ => n,
+        });
+        let loaded = load(&model_dir, &load_options(recipe, task, classes, &options.limits))?;
+        let facts = Facts {
+            model_dir: recipe.model_path.is_dir().then(|| recipe.model_path.clone()),
+            task,
+            model_length: max_length,
+            steps_per_epoch: examples.as_ref().map_or(Ok(1), |e| steps_per_epoch(recipe, e, max_length))?,
+            working_dir: options.working_dir.clone(),
+        };
+        let plan = match recipe.plan(&facts) {
+            Ok(plan) => Some(plan),
+            Err(found) => {
+                problems.extend(found.list);
+                None
+            }
+        };
+        let methods = plan.as_ref().map_or(&recipe.methods, |plan| &plan.methods);
+        let attached = match from_recipe(recipe, methods, loaded.model.as_ref(), recipe.train.seed) {
+            Ok(attached) => Some(attached),
+            Err(found) => {
+                problems.extend(found);
+                None
+            }
+        };
+        if let Some(examples) = &examples {
+            problems.extend(misfits(recipe, examples, &loaded));
+        }
+        let (Some(examples), Some(plan), Some(attached)) = (examples, plan, attached) else {
+            return Err(recipe.problems(problems).into());
+        };
+        if !problems.is_empty() {
+            return Err(recipe.problems(problems).into());
+        }
+        let base = of_weights(&Weights::open(&model_dir, &options.limits)?);
+        let fingerprint = Fingerprint::new(base, of_data(&examples.train));
+        let mut notes = attached.notes;
+        notes.extend(examples.train.report.guesses.iter().cloned());
+        Ok(Session {
+            objective: Objective::of(loaded.model.info().task)?,
+            plan,
+            model: loaded.model,
+            model_dir,
+            model_bytes: loaded.bytes,
+            new_tensors: loaded.new_tensors,
+            adapter: Arc::new(attached.adapter),
+            methods: attached.methods,
+            train_also: attached.train_also,
+            tokenizer,
+            train: examples.train,
+            eval: examples.eval,
+            labels: examples.labels,
+            fingerprint,
+            notes,
+        })
+    }
+}
+
+/// The model's directory: the path of the recipe, else a Hub id.
+fn model_dir(recipe: &Recipe, options: &mut SessionOptions<'_>) -> Result<PathBuf> {
+    if recipe.model_path.is_dir() {
+        return Ok(recipe.model_path.clone());
+    }
+    let found = options.hub.resolve(&recipe.model.value, None, options.progress);
+    found.map_err(|e| recipe.problems(vec![recipe.problem_at("model", e.to_string())]).into())
+}
+
+/// The tokenizer where the data are text, and the tokens a row.
+fn tokenizer(recipe: &Recipe, dir: &Path, config: &Value) -> Result<(Option<Tokenizer>, usize)> {
+    let needed = recipe.data.format != recipe::Format::Tensors;
+    let there = dir.join("tokenizer.json").exists();
+    // With arrays the tokenizer only makes the report readable, so a damaged one is no reason to stop.
+    let tokenizer = match (there, needed) {
+        (true, true) => Some(Tokenizer::open(dir)?),
+        (true, false) => Tokenizer::open(dir).ok(),
+        (false, _) => None,
+    };
+    let model = model_length(config);
+    let named = tokenizer.as_ref().and_then(|t| t.model_max_length).filter(|n| *n > 1);
+    let length = model.unwrap_or(usize::MAX).min(named.unwrap_or(usize::MAX));
+    let length = if length == usize::MAX { 1024 } else { length };
+    if let (Some(asked), Some(limit)) = (recipe.data.max_length, absolute_length(config))
+        && asked > limit
+    {
+        let title = format!("`data.max_length` is {asked}, the model takes {limit} tokens");
+        let problem = recipe.problem_at("data.max_length", title).saying(format!("at most {limit}"));
+        return Err(recipe.problems(vec![problem]).into());
+    }
+    Ok((tokenizer, recipe.data.max_length.unwrap_or(length.clamp(1, 1024))))
+}
+
+/// Tokens that the model was made for.
+fn model_length(config: &Value) -> Option<usize> {
+    absolute_length(config).or_else(|| config.get("max_position_embeddings")?.as_u64().map(|n| n as usize))
+}
+
+/// The size of a table of positions, where there is one: more tokens are impossible.
+fn absolute_length(config: &Value) -> Option<usize> {
+    let positions = config.get("max_position_embeddings")?.as_u64()? as usize;
+    match config.get("model_type")?.as_str()? {
+        "bert" => Some(positions),
+        // Its positions begin after that of padding.
+        "roberta" | "xlm-roberta" | "camembert" => {
+            let pad = config.get("pad_token_id").and_then(Value::as_u64).unwrap_or(1) as usize;
+            Some(positions.saturating_sub(pad + 1))
+        }
+        _ => None,
+    }
+}
+
+fn load_options(recipe: &Recipe, task: recipe::Task, labels: Option<usize>, limits: &Limits) -> LoadOptions {
+    let task = match task {
+        recipe::Task::Auto => None,
+        recipe::Task::CausalLm => Some(Task::CausalLm),
+        recipe::Task::SequenceClassification => Some(Task::SequenceClassification),
+        recipe::Task::TokenClassification => Some(Task::TokenClassification),
+        recipe::Task::MaskedLm => Some(Task::MaskedLm),
+        recipe::Task::Embedding => Some(Task::Embedding),
+    };
+    let storage = match recipe.base.quantize {
+        Quantize::None => Storage::Dense,
+        Quantize::Nf4 => Storage::Nf4 { block: recipe.base.block_size, double: recipe.base.double_quant },
+    };
+    let precision = match recipe.train.dtype {
+        Dtype::F32 => Precision::F32,
+        Dtype::Bf16 => Precision::Bf16,
+    };
+    LoadOptions { task, labels, seed: recipe.train.seed, precision, storage, limits: limits.clone() }
+}
+
+fn steps_per_epoch(recipe: &Recipe, examples: &Examples, max_length: usize) -> Result<u64> {
+    Ok(Feed::new(&examples.train, feed_options(&recipe.data, &recipe.train, max_length, None))?.steps_per_epoch())
+}
+
+/// Ids that the model has no embedding for, labels that its head has no output for.
+fn misfits(recipe: &Recipe, examples: &Examples, loaded: &Loaded) -> Vec<Problem> {
+    let info = loaded.model.info();
+    let mut problems = Vec::new();
+    let parts = [("data.path", Some(&examples.train)), ("data.eval_path", examples.eval.as_ref())];
+    for (key, data) in parts.into_iter().filter_map(|(key, data)| Some((key, data?))) {
+        let bad_id = data.examples.iter().find_map(|e| {
+            e.ids.iter().find(|id| **id as usize >= info.vocabulary).map(|id| (e.row, *id))
+        });
+        if let Some((row, id)) = bad_id {
+            let title = format!("row {row} holds the token {id}; the model has tokens 0 to {}", info.vocabulary - 1);
+            problems.push(recipe.problem_at(key, title));
+        }
+        let highest = |labels: &Labels| match labels {
+            Labels::Class(class) => Some(i64::from(*class)),
+            Labels::Tokens(labels) => labels.iter().copied().max(),
+            _ => None,
+        };
+        let bad_label = data.examples.iter().find_map(|e| {
+            highest(&e.labels).filter(|label| *label >= info.outputs as i64).map(|label| (e.row, label))
+        });
+        if let Some((row, label)) = bad_label {
+            let title = format!("row {row} has the label {label}; the model's head has {} outputs", info.outputs);
+            problems.push(recipe.problem_at(key, title));
+        }
+        let per_sequence = info.task.per_sequence();
+        let unfit = data.examples.iter().find(|e| matches!(e.labels, Labels::Class(_)) != per_sequence);
+        if let Some(example) = unfit {
+            let expected = if per_sequence { "one label a row" } else { "one label a token" };
+            let title = format!("row {}: the task {} takes {expected}", example.row, info.task.name());
+            problems.push(recipe.problem_at(key, title));
+        }
+    }
+    problems
+}

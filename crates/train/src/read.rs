@@ -1,0 +1,309 @@
+//! Data files to examples: which task they are for, which names the classes have, what is held out.
+
+use std::path::Path;
+
+use engraft_data::rng::Random;
+use engraft_data::{
+    ChatTemplate, Columns, Dataset, EncodeOptions, Format, Labels, Need, ReadOptions, Rows, Task as DataTask, Tensors,
+    Tokenizer, encode, read, sniff,
+};
+use engraft_recipe as recipe;
+use engraft_recipe::{Data, Recipe, Task, Template};
+use engraft_store::{Limits, Weights, json};
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
+
+/// The examples of a recipe.
+pub(crate) struct Examples {
+    pub train: Dataset,
+    pub eval: Option<Dataset>,
+    /// Names of the classes.
+    pub labels: Option<Vec<String>>,
+    /// Number of classes that the data need.
+    pub classes: Option<usize>,
+}
+
+/// A mistake in the data, with the key of the recipe that it belongs to.
+pub(crate) struct Fault {
+    pub key: &'static str,
+    pub error: Error,
+}
+
+type Read<T> = std::result::Result<T, Fault>;
+
+fn at<T, E: Into<Error>>(key: &'static str, result: std::result::Result<T, E>) -> Read<T> {
+    result.map_err(|error| Fault { key, error: error.into() })
+}
+
+/// The task: as the recipe says, else as the class in `config.json` and the data do.
+pub(crate) fn decide_task(recipe: &Recipe, config: &Value) -> Task {
+    if recipe.task != Task::Auto {
+        return recipe.task;
+    }
+    let class = config["architectures"][0].as_str().unwrap_or_default();
+    let has_head = |names: &[&str]| names.iter().any(|name| class.ends_with(name));
+    if has_head(&["ForCausalLM", "LMHeadModel"]) {
+        return Task::CausalLm;
+    } else if has_head(&["ForSequenceClassification"]) {
+        return Task::SequenceClassification;
+    } else if has_head(&["ForTokenClassification"]) {
+        return Task::TokenClassification;
+    }
+    // An encoder without a head of classes: the data say whether there are classes.
+    match seems(&recipe.data) {
+        Need::Label => Task::SequenceClassification,
+        Need::Tags => Task::TokenClassification,
+        Need::Text | Need::Completion => Task::MaskedLm,
+    }
+}
+
+/// What the rows of the data seem to hold.
+fn seems(data: &Data) -> Need {
+    match data.format {
+        recipe::Format::Tensors => match Weights::open_file(&data.path, &Limits::default()) {
+            Ok(file) if file.get("labels").is_some_and(|l| l.shape.len() == 1) => Need::Label,
+            _ => Need::Text,
+        },
+        recipe::Format::Text => Need::Text,
+        recipe::Format::Chat | recipe::Format::Alpaca | recipe::Format::Sharegpt => Need::Completion,
+        recipe::Format::Csv | recipe::Format::Tsv | recipe::Format::Jsonl => {
+            let columns = &data.columns;
+            if columns.tags.is_some() {
+                Need::Tags
+            } else if columns.label.is_some() {
+                Need::Label
+            } else if columns.completion.is_some() || columns.messages.is_some() {
+                Need::Completion
+            } else if columns.text.is_some() {
+                Need::Text
+            } else {
+                // A file that cannot be read is reported where it is read.
+                sniff(&data.path).map_or(Need::Text, |found| found.need)
+            }
+        }
+    }
+}
+
+/// What the data crate makes of the rows for `task`.
+fn data_task(task: Task, data: &Data) -> Result<DataTask> {
+    Ok(match task {
+        Task::SequenceClassification => DataTask::Classify,
+        Task::TokenClassification => DataTask::Tags,
+        Task::MaskedLm => DataTask::Masked,
+        Task::CausalLm if seems(data) == Need::Completion => DataTask::Completion,
+        Task::CausalLm => DataTask::Causal,
+        Task::Embedding | Task::Auto => {
+            return Err(Error::Setup(
+                "sentence embeddings are computed, not trained; set task = \"sequence-classification\" to train classes"
+                    .into(),
+            ));
+        }
+    })
+}
+
+/// What the files are read with.
+pub(crate) struct Reading<'a> {
+    pub task: Task,
+    pub data: &'a Data,
+    pub tokenizer: Option<&'a Tokenizer>,
+    pub max_length: usize,
+    pub seed: u64,
+    /// `id2label` of the model's configuration, in order.
+    pub known: Option<Vec<String>>,
+    /// Seconds since 1970, for templates that ask.
+    pub now: Option<i64>,
+}
+
+impl Reading<'_> {
+    /// Training and evaluation examples.
+    pub fn examples(&self) -> Read<Examples> {
+        match (self.data.format, self.tokenizer) {
+            (recipe::Format::Tensors, _) => self.tensors(),
+            (_, Some(tokenizer)) => self.text(tokenizer),
+            (_, None) => {
+                let text = "the model has no tokenizer.json, which text data need; give data.format = \"tensors\"";
+                at("data.format", Err(Error::Setup(text.into())))
+            }
+        }
+    }
+
+    fn text(&self, tokenizer: &Tokenizer) -> Read<Examples> {
+        let task = at("task", data_task(self.task, self.data))?;
+        let rows = at("data.path", read(&self.data.path, &self.options(task)))?;
+        // Text cut into blocks has no rows to hold out: the blocks are.
+        let by_rows = task != DataTask::Causal;
+        let (rows, held) = match self.data.eval_fraction {
+            Some(fraction) if by_rows => {
+                let (rest, held) = at("data.eval_fraction", rows.split(fraction, self.seed))?;
+                (rest, Some(held))
+            }
+            _ => (rows, None),
+        };
+        let template = at("data.template", self.template(tokenizer, task))?;
+        let encoded = |key, rows: &Rows, labels: Option<Vec<String>>| {
+            let options = EncodeOptions {
+                max_length: self.max_length,
+                labels,
+                template: template.as_ref(),
+                allow_empty: self.data.allow_empty,
+            };
+            at(key, encode(rows, tokenizer, task, &options))
+        };
+        let mut train = encoded("data.path", &rows, self.data.labels.clone())?;
+        if let Some(known) = self.known_names(&train) {
+            train = encoded("data.path", &rows, Some(known))?;
+        }
+        let labels = train.labels.clone();
+        let mut eval = None;
+        if let Some(path) = &self.data.eval_path {
+            let rows = at("data.eval_path", read(path, &self.options(task)))?;
+            eval = Some(encoded("data.eval_path", &rows, labels.clone())?);
+        } else if let Some(held) = held {
+            eval = Some(encoded("data.eval_fraction", &held, labels.clone())?);
+        } else if let Some(fraction) = self.data.eval_fraction {
+            eval = Some(at("data.eval_fraction", hold_out(&mut train, fraction, self.seed, task.shifted()))?);
+        }
+        let classes = labels.as_ref().map(Vec::len);
+        Ok(Examples { train, eval, labels, classes })
+    }
+
+    /// The model's own names where it was trained for the classes of the data: its head then keeps its meaning.
+    fn known_names(&self, train: &Dataset) -> Option<Vec<String>> {
+        let (known, found) = (self.known.as_ref()?, train.labels.as_ref()?);
+        let all = self.data.labels.is_none() && found.iter().all(|name| known.contains(name));
+        (all && known != found).then(|| known.clone())
+    }
+
+    fn options(&self, task: DataTask) -> ReadOptions {
+        let format = match self.data.format {
+            recipe::Format::Csv => Format::Csv,
+            recipe::Format::Tsv => Format::Tsv,
+            recipe::Format::Jsonl => Format::Jsonl,
+            recipe::Format::Chat => Format::Chat,
+            recipe::Format::Alpaca => Format::Alpaca,
+            recipe::Format::Sharegpt => Format::Sharegpt,
+            recipe::Format::Text | recipe::Format::Tensors => Format::Text,
+        };
+        let c = &self.data.columns;
+        let columns = Columns {
+            text: c.text.clone(),
+            text_pair: c.text_pair.clone(),
+            label: c.label.clone(),
+            prompt: c.prompt.clone(),
+            completion: c.completion.clone(),
+            messages: c.messages.clone(),
+            tokens: c.tokens.clone(),
+            tags: c.tags.clone(),
+        };
+        ReadOptions {
+            format,
+            need: task.need(),
+            header: self.data.header,
+            lines: task == DataTask::Masked,
+            columns,
+        }
+    }
+
+    fn template(&self, tokenizer: &Tokenizer, task: DataTask) -> Result<Option<ChatTemplate>> {
+        let (bos, eos) = (tokenizer.bos.as_deref(), tokenizer.eos.as_deref());
+        Ok(match &self.data.template {
+            _ if task != DataTask::Completion => None,
+            Some(Template::Text(text)) if text == "plain" => Some(ChatTemplate::plain(tokenizer)?),
+            Some(Template::Text(text)) => Some(ChatTemplate::new(text, bos, eos, self.now)?),
+            Some(Template::Path(path)) => {
+                let bytes = json::read_capped(path, "chat_template", TEMPLATE_BYTES_MAX)?;
+                Some(ChatTemplate::new(&String::from_utf8_lossy(&bytes), bos, eos, self.now)?)
+            }
+            None if tokenizer.templates.is_empty() => None,
+            None => Some(ChatTemplate::of(tokenizer, None, self.now)?),
+        })
+    }
+
+    fn tensors(&self) -> Read<Examples> {
+        let shifted = self.task == Task::CausalLm;
+        let mut train = at("data.path", self.tensor_file(&self.data.path, shifted))?;
+        let mut eval = None;
+        if let Some(path) = &self.data.eval_path {
+            eval = Some(at("data.eval_path", self.tensor_file(path, shifted))?);
+        } else if let Some(fraction) = self.data.eval_fraction {
+            eval = Some(at("data.eval_fraction", hold_out(&mut train, fraction, self.seed, shifted))?);
+        }
+        let class = matches!(self.task, Task::SequenceClassification | Task::TokenClassification);
+        let all = train.examples.iter().chain(eval.iter().flat_map(|e| &e.examples));
+        let highest = all.filter_map(|e| match &e.labels {
+            Labels::Class(class) => Some(i64::from(*class)),
+            Labels::Tokens(labels) => labels.iter().copied().max(),
+            _ => None,
+        });
+        let classes = highest.max().filter(|_| class).map(|highest| (highest + 1).max(1) as usize);
+        Ok(Examples { train, eval, labels: self.data.labels.clone().filter(|_| class), classes })
+    }
+
+    /// `input_ids`, `attention_mask`, `token_type_ids`, `labels` of a safetensors file.
+    fn tensor_file(&self, path: &Path, shifted: bool) -> Result<Dataset> {
+        let file = Weights::open_file(path, &Limits::default())?;
+        let ids = file.get("input_ids").ok_or_else(|| {
+            let names: Vec<&str> = file.names().take(10).collect();
+            Error::Setup(format!("{} holds no `input_ids` (there: {})", path.display(), names.join(", ")))
+        })?;
+        let [rows, width] = ids.shape[..] else {
+            let text = format!("{}: input_ids must be [rows, tokens], found {:?}", path.display(), ids.shape);
+            return Err(Error::Setup(text));
+        };
+        let array = |name: &str| file.get(name).map(|t| t.to_i64()).transpose();
+        let (mask, types, labels) = (array("attention_mask")?, array("token_type_ids")?, array("labels")?);
+        if labels.is_none() {
+            return Err(Error::Setup(format!("{} holds no `labels`, so there is nothing to learn", path.display())));
+        }
+        let tensors = Tensors {
+            rows,
+            width,
+            input_ids: &ids.to_i64()?,
+            attention_mask: mask.as_deref(),
+            token_type_ids: types.as_deref(),
+            labels: labels.as_deref(),
+        };
+        Ok(tensors.dataset(shifted, self.data.allow_empty)?)
+    }
+}
+
+/// Takes a share of the examples out of `train`, drawn by `seed`.
+fn hold_out(train: &mut Dataset, fraction: f64, seed: u64, shifted: bool) -> Result<Dataset> {
+    let all = train.examples.len();
+    let held = (all as f64 * fraction).round() as usize;
+    if held == 0 || held >= all {
+        return Err(Error::Setup(format!(
+            "a share of {fraction} of {all} examples holds out {held}, so one part is empty; set data.eval_path or another share"
+        )));
+    }
+    let mut order: Vec<usize> = (0..all).collect();
+    Random::new(seed, 3, 0).shuffle(&mut order);
+    let mut out = vec![false; all];
+    order[..held].iter().for_each(|&index| out[index] = true);
+    let mut eval = Dataset { examples: vec![], labels: train.labels.clone(), report: Default::default() };
+    let mut rest = Vec::with_capacity(all - held);
+    for (example, out) in std::mem::take(&mut train.examples).into_iter().zip(out) {
+        if out { eval.examples.push(example) } else { rest.push(example) }
+    }
+    train.examples = rest;
+    train.report.measure(&train.examples, shifted);
+    eval.report.measure(&eval.examples, shifted);
+    Ok(eval)
+}
+
+/// The names of classes in a model's configuration, unless they are the placeholders LABEL_0, LABEL_1 ….
+pub(crate) fn known_labels(config: &Value) -> Option<Vec<String>> {
+    let names = config.get("id2label")?.as_object()?;
+    let of = |i: usize| names.get(&i.to_string())?.as_str().map(str::to_owned);
+    let names: Option<Vec<String>> = (0..names.len()).map(of).collect();
+    names.filter(|names| !names.is_empty() && !names.iter().all(|name| name.starts_with("LABEL_")))
+}
+
+/// Number of classes of a model's configuration.
+pub(crate) fn config_classes(config: &Value) -> Option<usize> {
+    let named = config.get("id2label").and_then(Value::as_object).map(serde_json::Map::len);
+    named.or_else(|| config.get("num_labels").and_then(Value::as_u64).map(|n| n as usize))
+}
