@@ -30,7 +30,7 @@ pub use error::{Error, Result};
 pub use init::Init;
 pub use layout::Layout;
 pub use linear::{Linear, Patched};
-pub use merge::{MergedTensor, merged_tensors};
+pub use merge::{MergedTensor, mergeable_sites, merged_tensor, merged_tensors};
 pub use model::{Inputs, Model, ModelInfo, Output, Task};
 pub use norm::{Norm, NormKind};
 pub use pass::{Mode, Pass, Route};

@@ -15,17 +15,24 @@ pub struct MergedTensor<'a> {
 
 /// W′ and v′ of every patched site; an error listing the sites that cannot be folded into weights.
 pub fn merged_tensors<'a>(sites: &'a Sites, adapter: &Adapter) -> Result<Vec<MergedTensor<'a>>> {
+    mergeable_sites(sites, adapter)?.into_iter().map(|site| merged_tensor(site, adapter)).collect()
+}
+
+/// The patched sites in model order; an error listing those that cannot be folded into weights.
+pub fn mergeable_sites<'a>(sites: &'a Sites, adapter: &Adapter) -> Result<Vec<&'a Site>> {
     let patched: Vec<&Site> = adapter.sites().into_iter().map(|id| sites.get(id)).collect();
     let refused: Vec<String> = patched
         .iter()
         .filter(|s| !adapter.at(s.id).iter().all(mergeable))
         .map(|s| format!("{}: what sits at a {:?} site depends on the input", s.path, s.kind))
         .collect();
-    if !refused.is_empty() {
-        return Err(Error::Mismatch(refused));
-    }
+    if refused.is_empty() { Ok(patched) } else { Err(Error::Mismatch(refused)) }
+}
+
+/// W′ or v′ of one of the [`mergeable_sites`], for writing a model tensor by tensor.
+pub fn merged_tensor<'a>(site: &'a Site, adapter: &Adapter) -> Result<MergedTensor<'a>> {
     let cx = Pass::new(Layout::counted(&[])?, None);
-    no_grad(|| patched.into_iter().map(|site| merged(site, adapter.at(site.id), &cx)).collect())
+    no_grad(|| merged(site, adapter.at(site.id), &cx))
 }
 
 fn mergeable(patch: &Patch) -> bool {
