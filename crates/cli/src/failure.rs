@@ -4,6 +4,7 @@
 
 use std::error::Error;
 
+use engraft_model::Mismatch;
 use engraft_recipe::{Problem, Problems};
 
 use crate::ui::Ui;
@@ -96,12 +97,34 @@ fn words(error: &dyn Error) -> String {
 
 impl<E: Error + 'static> From<E> for Failure {
     fn from(error: E) -> Failure {
-        let error: Box<dyn Error> = Box::new(error);
-        match error.downcast::<Problems>() {
-            Ok(problems) => Failure { code: code::BEFORE_WORK, message: Message::Problems(problems) },
-            Err(error) => Failure::running(words(error.as_ref())),
+        let error: &dyn Error = &error;
+        // Errors that were made to be shown with their place or their rows, however deep they lie.
+        let mut inner = Some(error);
+        while let Some(found) = inner {
+            if let Some(problems) = found.downcast_ref::<Problems>() {
+                return Failure::problems(problems.clone());
+            }
+            if let Some(engraft_model::Error::Tensors(mismatch)) = found.downcast_ref() {
+                return Failure::problem(mismatch_problem(mismatch));
+            }
+            inner = match found.downcast_ref() {
+                Some(engraft_train::Error::Recipe(problems)) => Some(problems),
+                Some(engraft_train::Error::Load(error)) => Some(error),
+                _ => found.source(),
+            };
         }
+        Failure::running(words(error))
     }
+}
+
+/// Tensors that do not fit, as rows.
+fn mismatch_problem(mismatch: &Mismatch) -> Problem {
+    let (count, dir) = (mismatch.rows.len(), mismatch.dir.display());
+    let title = format!("{count} of {} tensors in {dir} do not fit its config.json", mismatch.total);
+    let row = |r: &engraft_model::MismatchRow| [r.tensor.clone(), r.expected.clone(), r.found.clone()];
+    let rows = mismatch.rows.iter().map(row).collect();
+    let problem = Problem::new(title).grid(["tensor", "expected", "found"], rows);
+    mismatch.notes.iter().fold(problem, |problem, note| problem.note(note)).help(&mismatch.help)
 }
 
 /// Marks a failure as found before any work.

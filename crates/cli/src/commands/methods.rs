@@ -48,7 +48,7 @@ fn unknown(name: &str) -> Failure {
 
 /// Whether `peft` has the method, so that its adapters load there.
 fn in_peft(entry: &Entry) -> bool {
-    (entry.example)().peft_config().is_some()
+    !entry.info.peft_type.is_empty() && !entry.info.peft_type.starts_with("ENGRAFT")
 }
 
 fn yes(value: bool) -> &'static str {

@@ -1,0 +1,166 @@
+//! `engraft generate`: text from a prompt, streamed as it is made.
+
+use std::collections::HashSet;
+use std::io::Read;
+use std::path::Path;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use engraft_data::{ChatTemplate, Message, Tokenizer, encode_prompt};
+use engraft_report::human;
+use engraft_store::read_config;
+use serde_json::json;
+
+use crate::context::Context;
+use crate::engine::{Engine, ModelArgs};
+use crate::failure::{BeforeWork, Failure, Outcome};
+use crate::generation::{End, end_tokens, generate};
+use crate::sampling::{Choice, Sampler};
+use crate::stops::Stops;
+
+/// Bytes of a prompt from standard input.
+const PROMPT_MAX: u64 = 16 << 20;
+
+/// Arguments.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  engraft generate --model DIR --prompt 'Once upon a time'
+  engraft generate --model DIR --adapter runs/a/adapter --chat --prompt 'Who are you?' --temperature 0.7 --top-p 0.9
+  echo 'a long text' | engraft generate --model DIR --prompt - --max-tokens 64 --json")]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The text to go on from; `-` reads it from standard input
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: String,
+    /// Puts the prompt into the model's chat template
+    #[arg(long)]
+    chat: bool,
+    /// The system message of the chat
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
+    /// Most tokens to write
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    max_tokens: usize,
+    /// Spread of the draws; 0 always takes the most probable token
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = not_negative)]
+    temperature: f64,
+    /// Draws from the K most probable tokens; 0 from all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Draws from the fewest tokens that hold this much probability
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
+    top_p: f64,
+    /// Decides the draws
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Ends before this text; may be given several times
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    stop: Vec<String>,
+    /// Prints one JSON object at the end instead of the text as it is made
+    #[arg(long)]
+    json: bool,
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    let found = text.parse::<f64>().ok().filter(|value| value.is_finite() && *value >= 0.0);
+    found.ok_or_else(|| "expected a number of at least 0".into())
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let found = text.parse::<f64>().ok().filter(|value| *value > 0.0 && *value <= 1.0);
+    found.ok_or_else(|| "expected a number above 0 and at most 1".into())
+}
+
+/// Generates.
+pub fn run(args: &Args, cx: &Context) -> Outcome {
+    let text = prompt(args)?;
+    let engine = Engine::load(&args.model, cx)?;
+    let tokenizer = Tokenizer::open(&engine.dir).before_work()?;
+    let prompt = encode(args, &tokenizer, &text).before_work()?;
+    let most = room(args, &engine, prompt.len(), cx)?;
+    let ends = ends(&engine, &tokenizer, cx).before_work()?;
+    let choice = Choice { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p };
+    let mut sampler = Sampler::new(choice, args.seed);
+
+    let mut stream = tokenizer.stream(true).after(&prompt)?;
+    let mut stops = Stops::new(&args.stop);
+    let (mut whole, mut tokens) = (String::new(), 0usize);
+    let mut show = |text: &str, whole: &mut String| {
+        whole.push_str(text);
+        if !args.json {
+            cx.ui.print(text);
+        }
+    };
+    let started = Instant::now();
+    let end = generate(&engine, &prompt, most, &ends, &mut sampler, &mut |id| {
+        tokens += 1;
+        let (text, stopped) = stops.push(&stream.push(id)?);
+        show(&text, &mut whole);
+        Ok(!stopped)
+    })?;
+    if end != End::Stop {
+        let (text, stopped) = stops.push(&stream.finish()?);
+        show(&text, &mut whole);
+        if !stopped {
+            show(&stops.finish(), &mut whole);
+        }
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let speed = if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 };
+    if args.json {
+        cx.ui.json(json!({
+            "text": whole, "end": end.name(), "prompt_tokens": prompt.len(), "tokens": tokens, "seconds": seconds,
+        }));
+    } else {
+        cx.ui.print("\n");
+        let counts = format!("{} prompt tokens, {tokens} written, {}", prompt.len(), human::duration(seconds));
+        cx.ui.say(&format!("{counts}, {} tokens/s", human::count(speed)));
+    }
+    Ok(())
+}
+
+/// The prompt, from the arguments or standard input.
+fn prompt(args: &Args) -> Outcome<String> {
+    if args.prompt != "-" {
+        return Ok(args.prompt.clone());
+    }
+    let mut text = String::new();
+    let read = std::io::stdin().take(PROMPT_MAX + 1).read_to_string(&mut text);
+    read.map_err(|e| Failure::before_work(format!("cannot read the prompt from standard input: {e}")))?;
+    if text.len() as u64 > PROMPT_MAX {
+        return Err(Failure::before_work(format!("the prompt has more than {PROMPT_MAX} bytes; shorten it")));
+    }
+    Ok(text)
+}
+
+fn encode(args: &Args, tokenizer: &Tokenizer, text: &str) -> Outcome<Vec<u32>> {
+    if !args.chat {
+        return Ok(tokenizer.encode(text, true)?.ids);
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|time| i64::try_from(time.as_secs()).ok());
+    let template = ChatTemplate::of(tokenizer, None, now)?;
+    let system = args.system.iter().map(|text| Message::new("system", text));
+    let messages: Vec<Message> = system.chain([Message::new("user", text)]).collect();
+    Ok(encode_prompt(tokenizer, &template, &messages)?.ids)
+}
+
+/// How many tokens may be written: what was asked for, within what the model was made for.
+fn room(args: &Args, engine: &Engine, prompt: usize, cx: &Context) -> Outcome<usize> {
+    let limit = engine.model.info().max_positions;
+    let left = limit.saturating_sub(prompt);
+    if left == 0 {
+        let message = format!("the prompt has {prompt} tokens and the model was made for {limit}; shorten it");
+        return Err(Failure::before_work(message));
+    }
+    if left < args.max_tokens {
+        cx.ui.note(&format!("the model was made for {limit} tokens: at most {left} are written"));
+    }
+    Ok(left.min(args.max_tokens))
+}
+
+fn ends(engine: &Engine, tokenizer: &Tokenizer, cx: &Context) -> Outcome<HashSet<u32>> {
+    let path: &Path = &engine.dir.join("generation_config.json");
+    let config = if path.is_file() { Some(read_config(path, &cx.limits)?) } else { None };
+    Ok(end_tokens(config.as_ref(), &engine.config, tokenizer.eos_id()))
+}

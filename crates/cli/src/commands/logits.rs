@@ -1,0 +1,173 @@
+//! `engraft logits`: one forward on given tensors, for comparing engines.
+//!
+//! The inputs are named as in `transformers`: `input_ids` [B, T] and optionally `attention_mask`, `token_type_ids`,
+//! `position_ids`, all of whole numbers. Masked places are dropped and every token keeps its column as its position, so
+//! that a row gives the same logits whichever side it is padded on. Written is `logits` f32: [B, T, outputs] with zeros
+//! at masked places, or [B, outputs] for models that answer once a row. Rows of virtual tokens are left out.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use engraft_data::{Example, Tensors};
+use engraft_nn::{Inputs, Layout};
+use engraft_store::{Entry, Weights, write_safetensors};
+use engraft_tensor::Tensor;
+
+use crate::context::Context;
+use crate::engine::{Engine, ModelArgs};
+use crate::failure::{BeforeWork, Failure, Outcome};
+
+/// Most tokens of one forward, so that a large file does not need memory for all of it at once.
+const TOKENS_MAX: usize = 16_384;
+/// Most logits of one forward (1 GiB).
+const LOGITS_MAX: usize = 1 << 28;
+
+/// Arguments.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  engraft logits --model DIR --inputs in.safetensors --out out.safetensors
+  engraft logits --model DIR --adapter runs/a/adapter --inputs in.safetensors --out out.safetensors --dtype bf16
+
+The input file holds input_ids [B, T] and may hold attention_mask, token_type_ids, position_ids.")]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// A safetensors file with the inputs
+    #[arg(long, value_name = "FILE")]
+    inputs: PathBuf,
+    /// The safetensors file to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+/// Computes and writes the logits.
+pub fn run(args: &Args, cx: &Context) -> Outcome {
+    let given = Given::read(&args.inputs, cx).before_work()?;
+    let engine = Engine::load(&args.model, cx)?;
+    let (values, shape) = given.logits(&engine)?;
+    let entry = Entry::f32("logits", &shape, &values);
+    write_safetensors(&args.out, &[entry], &BTreeMap::new())?;
+    cx.ui.say(&format!("logits {shape:?} written to {}", args.out.display()));
+    Ok(())
+}
+
+/// The inputs as read: one example a row, and the width of a padded row.
+struct Given {
+    examples: Vec<Example>,
+    /// Column of each token, by example.
+    columns: Vec<Vec<usize>>,
+    width: usize,
+}
+
+impl Given {
+    fn read(path: &Path, cx: &Context) -> Outcome<Given> {
+        let file = Weights::open_file(path, &cx.limits)?;
+        let find = |name: &str| -> Outcome<Option<(Vec<i64>, Vec<usize>)>> {
+            let Some(raw) = file.get(name) else { return Ok(None) };
+            let values = raw.to_i64().map_err(|e| Failure::before_work(format!("{}: `{name}`: {e}", path.display())))?;
+            Ok(Some((values, raw.shape.clone())))
+        };
+        let (ids, shape) = find("input_ids")?.ok_or_else(|| {
+            let names = file.names().take(10).collect::<Vec<_>>().join(", ");
+            Failure::before_work(format!("{}: expected a tensor `input_ids`, found {names}", path.display()))
+        })?;
+        let [rows, width] = shape[..] else {
+            let message = format!("{}: expected `input_ids` of shape [rows, tokens], found {shape:?}", path.display());
+            return Err(Failure::before_work(message));
+        };
+        let side = |name: &str| -> Outcome<Option<Vec<i64>>> {
+            match find(name)? {
+                Some((_, found)) if found != shape => {
+                    let message = format!("{}: expected `{name}` of shape {shape:?}, found {found:?}", path.display());
+                    Err(Failure::before_work(message))
+                }
+                found => Ok(found.map(|(values, _)| values)),
+            }
+        };
+        let (mask, types) = (side("attention_mask")?, side("token_type_ids")?);
+        let positions = side("position_ids")?;
+        let tensors = Tensors {
+            rows,
+            width,
+            input_ids: &ids,
+            attention_mask: mask.as_deref(),
+            token_type_ids: types.as_deref(),
+            labels: None,
+        };
+        let mut examples = tensors.dataset(false, true)?.examples;
+        let kept = |row: usize, column: &usize| mask.as_ref().is_none_or(|mask| mask[row * width + column] != 0);
+        let columns: Vec<Vec<usize>> =
+            (0..rows).map(|row| (0..width).filter(|column| kept(row, column)).collect()).collect();
+        if let Some(positions) = positions {
+            for (row, (example, columns)) in examples.iter_mut().zip(&columns).enumerate() {
+                example.positions = Some(columns.iter().map(|c| position(positions[row * width + c])).collect::<Outcome<_>>()?);
+            }
+        }
+        Ok(Given { examples, columns, width })
+    }
+
+    /// All logits with their shape.
+    fn logits(&self, engine: &Engine) -> Outcome<(Vec<f32>, Vec<usize>)> {
+        let info = engine.model.info();
+        let (rows, outputs) = (self.examples.len(), info.outputs);
+        let by_row = info.task.per_sequence();
+        let shape = if by_row { vec![rows, outputs] } else { vec![rows, self.width, outputs] };
+        let size = shape.iter().try_fold(1usize, |size, n| size.checked_mul(*n)).ok_or_else(|| {
+            Failure::before_work(format!("logits of shape {shape:?} do not fit into memory; give fewer rows"))
+        })?;
+        let mut values = vec![0.0; size];
+        let most = (LOGITS_MAX / outputs.max(1)).clamp(1, TOKENS_MAX);
+        let mut first = 0;
+        while first < rows {
+            let last = first + self.rows_within(first, most);
+            let part = engine.logits(&pack(&self.examples[first..last])?)?.to_vec()?;
+            if by_row {
+                values[first * outputs..last * outputs].copy_from_slice(&part);
+            } else {
+                let places = (first..last).flat_map(|row| self.columns[row].iter().map(move |c| row * self.width + c));
+                for (place, logits) in places.zip(part.chunks_exact(outputs)) {
+                    values[place * outputs..(place + 1) * outputs].copy_from_slice(logits);
+                }
+            }
+            first = last;
+        }
+        Ok((values, shape))
+    }
+
+    /// How many rows from `first` on hold at most `most` tokens; at least one.
+    fn rows_within(&self, first: usize, most: usize) -> usize {
+        let mut tokens = 0;
+        let fits = self.columns[first..].iter().take_while(|columns| {
+            tokens += columns.len();
+            tokens <= most
+        });
+        fits.count().max(1)
+    }
+}
+
+fn position(value: i64) -> Outcome<u32> {
+    u32::try_from(value)
+        .map_err(|_| Failure::before_work(format!("`position_ids`: expected whole numbers from 0, found {value}")))
+}
+
+/// Examples one after another, without padding.
+pub fn pack(examples: &[Example]) -> engraft_nn::Result<Inputs> {
+    let lengths: Vec<usize> = examples.iter().map(|e| e.ids.len()).collect();
+    let tokens: usize = lengths.iter().sum();
+    let ids = examples.iter().flat_map(|e| e.ids.iter().map(|id| i64::from(*id))).collect();
+    let positions = examples.iter().flat_map(|e| match &e.positions {
+        Some(positions) => positions.iter().map(|p| *p as i32).collect::<Vec<_>>(),
+        None => (0..e.ids.len() as i32).collect(),
+    });
+    let layout = Layout::new(&lengths, positions.collect())?;
+    let types = |e: &Example| match &e.type_ids {
+        Some(types) => types.iter().map(|t| i64::from(*t)).collect(),
+        None => vec![0; e.ids.len()],
+    };
+    let type_ids = match examples.iter().any(|e| e.type_ids.is_some()) {
+        true => Some(Tensor::from_i64(examples.iter().flat_map(types).collect(), [tokens])?),
+        false => None,
+    };
+    Ok(Inputs { ids: Tensor::from_i64(ids, [tokens])?, type_ids, layout })
+}

@@ -1,0 +1,237 @@
+//! `engraft train`: a recipe to a run directory.
+
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use engraft_recipe::Recipe;
+use engraft_report::human;
+use engraft_train::{Evaluation, Observer, RunOptions, Session, SessionOptions, Status};
+use serde_json::{Value, json};
+
+use crate::context::Context;
+use crate::failure::{BeforeWork, Failure, Outcome};
+use crate::progress::Progress;
+use crate::recipes::{default_out, file_of, read, shell};
+use crate::stop::Stop;
+
+/// Arguments.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  engraft train recipe.toml
+  engraft train recipe.toml --set train.learning_rate=2e-4 --set method.rank=16 --out runs/b
+  engraft train recipe.toml --check         two steps of everything; nothing is left behind
+  engraft train recipe.toml --resume        goes on where the run was cut off
+
+The first Ctrl-C finishes the step, saves and prints how to go on; the second leaves at once.")]
+pub struct Args {
+    /// A recipe, `-` for standard input, or a run directory to take its plan
+    recipe: PathBuf,
+    /// Sets a value of the recipe, such as train.epochs=1; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// The run directory; runs/NAME if left out
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Goes on with the run in the run directory
+    #[arg(long)]
+    resume: bool,
+    /// With --resume, refuses where the bits could differ from an uninterrupted run
+    #[arg(long, requires = "resume")]
+    exact: bool,
+    /// Takes two steps of everything (data, training, saving, resuming, evaluation) and leaves nothing
+    #[arg(long, conflicts_with_all = ["resume", "out"])]
+    check: bool,
+    /// Prints a JSON object at the end
+    #[arg(long)]
+    json: bool,
+}
+
+/// Trains.
+pub fn run(args: &Args, cx: &Context) -> Outcome {
+    let started = Instant::now();
+    let stop = Stop::listen()?;
+    let recipe = read(&file_of(&args.recipe), &args.set)?;
+    let out = args.out.clone().unwrap_or_else(|| match args.resume && args.recipe.is_dir() {
+        true => args.recipe.clone(),
+        false => default_out(&args.recipe),
+    });
+    if !args.check {
+        refuse_existing(&out, args.resume)?;
+    }
+    let session = open(&recipe, cx)?;
+    introduce(&session, cx);
+    let mut progress = Progress::new(&cx.ui, session.plan.steps, cx.environment.utf8);
+    let options = RunOptions {
+        out: out.clone(),
+        resume: args.resume,
+        exact: args.exact,
+        stop: stop.flag(),
+        command: Some(command(args, &out, false)),
+        load_seconds: started.elapsed().as_secs_f64(),
+    };
+    if args.check {
+        return check(&session, &options, &mut progress, cx);
+    }
+    let outcome = engraft_train::train(&session, &options, &mut progress);
+    progress.clear();
+    let outcome = outcome.map_err(|error| not_finite_help(error, args, &session))?;
+    if outcome.status == Status::Interrupted {
+        let saved = outcome.checkpoint.as_ref().map_or_else(String::new, |p| format!("; saved {}", p.display()));
+        cx.ui.raw(&format!("interrupted after step {}{saved}\n", outcome.step));
+        cx.ui.raw(&format!("resume  {}\n", command(args, &out, true)));
+        return Err(Failure::said(stop.code()));
+    }
+    finish(args, &session, &outcome, cx);
+    Ok(())
+}
+
+/// Loads what the recipe names. Every mistake is one before any work.
+pub fn open(recipe: &Recipe, cx: &Context) -> Outcome<Session> {
+    if cx.environment.threads.is_none() && recipe.train.threads > 0 {
+        crate::set_threads(recipe.train.threads);
+    }
+    if !recipe.model_path.is_dir() {
+        // Downloads with a progress bar; the session then finds it in the cache.
+        cx.resolve(&recipe.model.value).map_err(|_| ()).ok();
+    }
+    let hub = cx.environment.hub();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|time| i64::try_from(time.as_secs()).ok());
+    let mut options = SessionOptions {
+        hub: &hub,
+        progress: &mut |_| {},
+        working_dir: std::env::current_dir().before_work()?,
+        limits: cx.limits.clone(),
+        now,
+    };
+    Session::open(recipe, &mut options).before_work()
+}
+
+/// An existing run is never written over, and what is not there cannot be resumed.
+fn refuse_existing(out: &Path, resume: bool) -> Outcome {
+    let there = std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some());
+    if there && !resume && out.join("plan.toml").exists() {
+        let message = format!(
+            "{} holds a run already; go on with it by --resume, or choose another --out (nothing was changed)",
+            out.display()
+        );
+        return Err(Failure::before_work(message));
+    }
+    if resume && !out.is_dir() {
+        return Err(Failure::before_work(format!("{}: there is no run to resume", out.display())));
+    }
+    Ok(())
+}
+
+/// What is about to be trained, in a few lines.
+fn introduce(session: &Session, cx: &Context) {
+    let info = session.model.info();
+    let titles: Vec<&str> = session.methods.iter().map(|(method, _)| method.info().title).collect();
+    cx.ui.say(&format!(
+        "{}  {} {}, {}: {} trained numbers",
+        titles.join(" + "),
+        info.architecture,
+        info.task.name(),
+        session.plan.model,
+        session.adapter.trained_count()
+    ));
+    let report = &session.train.report;
+    let cut = match report.truncated_rows {
+        0 => String::new(),
+        n => format!("; {n} rows cut at {}, {} tokens lost", session.plan.max_length, report.truncated_tokens),
+    };
+    let eval = session.eval.as_ref().map_or_else(String::new, |eval| format!(", {} for evaluation", eval.examples.len()));
+    cx.ui.say(&format!("data  {} examples{eval}, median {} tokens{cut}", report.examples, report.median_length));
+    session.notes.iter().for_each(|note| cx.ui.reason(&format!("note: {note}")));
+    for name in &session.new_tensors {
+        cx.ui.reason(&format!("note: {name} is not in the model's files and starts at random"));
+    }
+}
+
+fn check(session: &Session, options: &RunOptions, progress: &mut Progress<'_>, cx: &Context) -> Outcome {
+    let checked = engraft_train::check(session, options, progress as &mut dyn Observer);
+    progress.clear();
+    checked?;
+    cx.ui.print("check passed: data, two steps, checkpoint, resume and evaluation work; nothing was left behind\n");
+    Ok(())
+}
+
+/// The command that repeats or resumes the run.
+fn command(args: &Args, out: &Path, resume: bool) -> String {
+    let mut words = vec!["engraft".to_owned(), "train".to_owned(), shell(&args.recipe.to_string_lossy())];
+    for set in &args.set {
+        words.extend(["--set".to_owned(), shell(set)]);
+    }
+    words.extend(["--out".to_owned(), shell(&out.to_string_lossy())]);
+    if resume {
+        words.push("--resume".to_owned());
+    }
+    words.join(" ")
+}
+
+/// Says what to try after a loss that is not finite: a tenth of the learning rate.
+fn not_finite_help(error: engraft_train::Error, args: &Args, session: &Session) -> Failure {
+    let engraft_train::Error::NotFinite(found) = &error else { return error.into() };
+    let rate = human::number(session.plan.train.learning_rate / 10.0, 2);
+    let sets = args.set.iter().filter(|set| !set.starts_with("train.learning_rate"));
+    let sets: String = sets.map(|set| format!(" --set {}", shell(set))).collect();
+    let recipe = shell(&args.recipe.to_string_lossy());
+    let next = format!("engraft train {recipe} --out NEW{sets} --set train.learning_rate={rate}");
+    Failure::running(format!("{found}\ntry   {next}"))
+}
+
+/// The metric that says most about the task, before and after.
+fn headline(before: Option<&Evaluation>, after: Option<&Evaluation>, per_row: bool) -> Vec<String> {
+    let (Some(before), Some(after)) = (before, after) else { return Vec::new() };
+    let change = |name: &str, a: f64, b: f64| format!("{name} {} → {}", human::number(a, 3), human::number(b, 3));
+    let names: &[&str] = if per_row { &["accuracy"] } else { &["perplexity"] };
+    let metric = |name: &&str| Some(change(name, before.metric(name)?, after.metric(name)?));
+    names.iter().filter_map(metric).chain([change("eval loss", before.loss, after.loss)]).collect()
+}
+
+fn finish(args: &Args, session: &Session, outcome: &engraft_train::Outcome, cx: &Context) {
+    let ui = &cx.ui;
+    if args.json {
+        ui.json(object(outcome));
+        return;
+    }
+    let task = session.model.info().task;
+    let classes = matches!(task.name(), "sequence-classification" | "token-classification");
+    let mut parts = vec![outcome.status.name().to_owned(), human::duration(outcome.seconds)];
+    parts.extend(headline(outcome.before.as_ref(), outcome.after.as_ref(), classes));
+    if outcome.before.is_none() {
+        parts.push(format!("mean loss {}", human::number(outcome.mean_loss, 4)));
+    }
+    ui.print(&format!("{}\n", parts.join("  ")));
+    if ui.quiet() {
+        return;
+    }
+    if let Some((step, value)) = outcome.best {
+        ui.reason(&format!("best {} {} at step {step}", engraft_train::metric_name(session.plan.train.best_metric), value));
+    }
+    let Some(adapter) = &outcome.adapter else { return };
+    ui.print(&format!("adapter  {}\n", adapter.display()));
+    if let Some(plot) = &outcome.plot {
+        ui.print(&format!("plot     {}\n", plot.display()));
+    }
+    let run = adapter.parent().unwrap_or(adapter);
+    let next = match task.name() {
+        "causal-lm" => format!(
+            "engraft generate --model {} --adapter {} --prompt '…'",
+            shell(&session.plan.model),
+            shell(&adapter.to_string_lossy())
+        ),
+        _ => format!("engraft report {}", shell(&run.to_string_lossy())),
+    };
+    ui.print(&format!("next  {next}\n"));
+}
+
+fn object(outcome: &engraft_train::Outcome) -> Value {
+    let eval = |eval: &Option<Evaluation>| eval.as_ref().map(|e| json!({ "loss": e.loss, "metrics": e.metrics }));
+    let path = |path: &Option<PathBuf>| path.as_ref().map(|p| p.display().to_string());
+    json!({
+        "status": outcome.status.name(), "step": outcome.step, "seconds": outcome.seconds,
+        "mean_loss": outcome.mean_loss, "before": eval(&outcome.before), "after": eval(&outcome.after),
+        "adapter": path(&outcome.adapter), "plot": path(&outcome.plot),
+    })
+}

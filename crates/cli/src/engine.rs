@@ -1,0 +1,181 @@
+//! A model with an optional adapter, loaded as the command line asks, and its forward pass.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use engraft_method::Chosen;
+use engraft_model::LoadOptions;
+use engraft_nn::weight::Storage;
+use engraft_nn::{Adapter, Inputs, KvCache, Model, Output, Pass, Patch, Task};
+use engraft_store::{AdapterFiles, read_adapter};
+use engraft_tensor::frozen::Precision;
+use engraft_tensor::{Tensor, no_grad};
+use engraft_train::open_adapter;
+use serde_json::Value;
+
+use crate::context::Context;
+use crate::failure::{BeforeWork, Failure, Outcome};
+
+/// The type of the computation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Dtype {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// bfloat16 weights.
+    Bf16,
+}
+
+/// How the frozen weights are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Quantize {
+    /// Four-bit normal floats in blocks of 64 with quantized scales.
+    Nf4,
+}
+
+/// The arguments that choose a model.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ModelArgs {
+    /// A model directory in Hugging Face form, or a Hub id
+    #[arg(long, value_name = "MODEL")]
+    pub model: String,
+    /// An adapter directory, or a Hub id
+    #[arg(long, value_name = "ADAPTER")]
+    pub adapter: Option<String>,
+    /// Type of the computation
+    #[arg(long, value_enum, default_value_t)]
+    pub dtype: Dtype,
+    /// Keeps the frozen linear weights in four bits
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub quantize: Option<Quantize>,
+}
+
+/// A loaded model with an optional adapter.
+pub struct Engine {
+    /// The model's directory.
+    pub dir: PathBuf,
+    /// `config.json`.
+    pub config: Value,
+    /// The model.
+    pub model: Arc<dyn Model>,
+    /// The adapter.
+    pub adapter: Option<Arc<Adapter>>,
+    /// The adapter's methods.
+    pub methods: Vec<Chosen>,
+}
+
+impl Engine {
+    /// Loads what `args` name.
+    ///
+    /// # Errors
+    /// Anything about the files; exit code 2.
+    pub fn load(args: &ModelArgs, cx: &Context) -> Outcome<Engine> {
+        let dir = cx.resolve(&args.model)?;
+        let adapter = match &args.adapter {
+            Some(name) => {
+                let dir = cx.resolve(name)?;
+                Some((dir.clone(), read_adapter(&dir, &cx.limits).before_work()?))
+            }
+            None => None,
+        };
+        let files = adapter.as_ref().map(|(_, files)| files);
+        let options = LoadOptions {
+            task: files.and_then(task_of),
+            labels: files.and_then(labels_of),
+            precision: match args.dtype {
+                Dtype::F32 => Precision::F32,
+                Dtype::Bf16 => Precision::Bf16,
+            },
+            storage: match args.quantize {
+                Some(Quantize::Nf4) => Storage::Nf4 { block: 64, double: true },
+                None => Storage::Dense,
+            },
+            limits: cx.limits.clone(),
+            ..LoadOptions::default()
+        };
+        let mut engine = Engine::open(&dir, &options, cx)?;
+        if let Some((dir, _)) = &adapter {
+            engine.attach(dir, cx)?;
+        }
+        Ok(engine)
+    }
+
+    /// The model of a directory, without an adapter.
+    pub fn open(dir: &Path, options: &LoadOptions, cx: &Context) -> Outcome<Engine> {
+        let loaded = engraft_model::load(dir, options).before_work()?;
+        for name in &loaded.new_tensors {
+            cx.ui.reason(&format!("{name} is not in the model's files and starts at random"));
+        }
+        let (model, config) = (loaded.model, loaded.config);
+        Ok(Engine { dir: dir.to_owned(), config, model, adapter: None, methods: Vec::new() })
+    }
+
+    /// Takes the adapter of a directory.
+    fn attach(&mut self, dir: &Path, cx: &Context) -> Outcome {
+        let opened = open_adapter(self.model.as_ref(), dir, &cx.limits).map_err(|error| {
+            Failure::before_work(format!("{} does not fit {}:\n{error}", dir.display(), self.dir.display()))
+        })?;
+        opened.notes.iter().for_each(|note| cx.ui.reason(&format!("note: {note}")));
+        (self.adapter, self.methods) = (Some(Arc::new(opened.adapter)), opened.methods);
+        Ok(())
+    }
+
+    /// Tokens → logits of the real tokens [tokens, outputs], or [sequences, outputs].
+    pub fn logits(&self, inputs: &Inputs) -> engraft_nn::Result<Tensor> {
+        no_grad(|| self.model.forward(inputs, &self.pass(inputs)?))
+    }
+
+    /// Tokens → features, reading and extending `cache`.
+    pub fn cached_features(
+        &self,
+        inputs: &Inputs,
+        cache: &Arc<std::sync::Mutex<KvCache>>,
+    ) -> engraft_nn::Result<Output> {
+        no_grad(|| self.model.features(inputs, &self.pass(inputs)?.cached(cache.clone())))
+    }
+
+    /// The pass of all sequences with the adapter, what its methods prepare included.
+    fn pass(&self, inputs: &Inputs) -> engraft_nn::Result<Pass> {
+        let pass = Pass::new(inputs.layout.clone(), self.adapter.clone());
+        let base = || self.model.features(inputs, &Pass::new(inputs.layout.clone(), None));
+        if let Some(adapter) = &self.adapter {
+            for (method, _) in &self.methods {
+                method.before_forward(adapter, &base, &pass)?;
+            }
+        }
+        Ok(pass)
+    }
+
+    /// Rows that the adapter adds to every sequence: prompts and prefixes.
+    pub fn virtual_rows(&self) -> usize {
+        let Some(adapter) = &self.adapter else { return 0 };
+        let rows = |patch: &Patch| match patch {
+            Patch::Prompt(p) => p.count(),
+            Patch::KeyValue(p) => p.count(),
+            _ => 0,
+        };
+        // Prompts and prefixes may come together; more room than needed costs little.
+        adapter.sites().into_iter().map(|site| adapter.at(site).iter().map(rows).sum::<usize>()).max().unwrap_or(0) * 2
+    }
+}
+
+/// What `peft` wrote as the adapter's task.
+fn task_of(files: &AdapterFiles) -> Option<Task> {
+    match files.config.get("task_type")?.as_str()? {
+        "CAUSAL_LM" => Some(Task::CausalLm),
+        "SEQ_CLS" => Some(Task::SequenceClassification),
+        "TOKEN_CLS" => Some(Task::TokenClassification),
+        "FEATURE_EXTRACTION" => Some(Task::Embedding),
+        _ => None,
+    }
+}
+
+/// Labels of the classifier that the adapter carries.
+fn labels_of(files: &AdapterFiles) -> Option<usize> {
+    const HEADS: [&str; 4] = ["classifier.weight", "out_proj.weight", "score.weight", "classifier.modules_to_save.weight"];
+    let head = |name: &str| {
+        let name = name.strip_prefix("base_model.model.").unwrap_or(name);
+        HEADS.iter().any(|head| name == *head) || name == "classifier.out_proj.weight"
+    };
+    files.weights.iter().find(|(name, raw)| head(name) && raw.shape.len() == 2).map(|(_, raw)| raw.shape[0])
+}

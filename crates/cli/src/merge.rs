@@ -1,0 +1,261 @@
+//! The tensors of a model directory with an adapter folded in.
+//!
+//! Every tensor of the files is written again in its own type, changed ones as W′ rounded to that type, one at a time.
+//! Two things need more. A head that shares its tensor with the embedding gets one of its own when the two change
+//! differently. A head that the files do not have (a classifier that was trained from random) is added; then the other
+//! tensors get the prefix of the class that has such a head, as `transformers` expects.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashSet};
+
+use engraft_nn::{Adapter, Base, Kind, Site, Task, Value as Frozen, mergeable_sites, merged_tensor};
+use engraft_store::{Dtype, Entry, RawTensor, Weights};
+use engraft_tensor::Tensor;
+use serde_json::{Map, Value, json};
+
+use crate::engine::Engine;
+use crate::failure::{Failure, Outcome};
+
+/// Where a tensor of the merged model comes from.
+enum Source<'a> {
+    /// The file, unchanged.
+    File(&'a RawTensor),
+    /// A site's value with the adapter folded in, in the type of the file.
+    Merged(&'a Site, Dtype, Vec<usize>),
+    /// A site's own value, where the files have none.
+    Own(&'a Site),
+}
+
+/// What the merged model consists of.
+pub struct Merge<'a> {
+    adapter: &'a Adapter,
+    /// By name in the merged files.
+    tensors: BTreeMap<String, Source<'a>>,
+    /// Number of tensors that changed.
+    pub changed: usize,
+    /// A head that no longer shares the embedding's tensor.
+    pub untied: Option<String>,
+    /// Tensors that the files did not have.
+    pub added: Vec<String>,
+    /// The first tensor that could not be made while writing.
+    failed: RefCell<Option<String>>,
+}
+
+impl<'a> Merge<'a> {
+    /// Looks at every tensor.
+    ///
+    /// # Errors
+    /// Sites that cannot be folded into weights; all of them are listed.
+    pub fn new(engine: &'a Engine, adapter: &'a Adapter, weights: &'a Weights) -> Outcome<Merge<'a>> {
+        let sites = engine.model.sites();
+        let patched = mergeable_sites(sites, adapter).map_err(|error| {
+            Failure::before_work(format!("the adapter cannot be merged; load it beside the base instead\n{error}"))
+        })?;
+        let mut merge = Merge {
+            adapter,
+            tensors: weights.iter().map(|(name, raw)| (name.to_owned(), Source::File(raw))).collect(),
+            changed: patched.len(),
+            untied: None,
+            added: Vec::new(),
+            failed: RefCell::new(None),
+        };
+        let own_name = |site: &Site| match site.kind {
+            Kind::Vector { .. } => site.path.clone(),
+            _ => format!("{}.weight", site.path),
+        };
+        for site in &patched {
+            let Some(name) = site.tensor.as_deref() else { continue };
+            let sharing: Vec<&Site> = sites.iter().filter(|s| s.tensor.as_deref() == Some(name)).collect();
+            let Some(raw) = weights.get(name) else { continue };
+            let is_first = sharing.first().is_some_and(|first| first.id == site.id);
+            if is_first || merge.same_change(&sharing)? {
+                merge.tensors.insert(name.to_owned(), Source::Merged(site, raw.dtype, raw.shape.clone()));
+            } else {
+                merge.tensors.insert(own_name(site), Source::Merged(site, raw.dtype, raw.shape.clone()));
+                merge.untied = Some(own_name(site));
+            }
+        }
+        merge.untie_unchanged_heads(engine, &patched, weights, &own_name);
+        merge.add_new(engine, weights);
+        Ok(merge)
+    }
+
+    /// A head that stays as it was while the embedding whose tensor it shared has changed.
+    fn untie_unchanged_heads(
+        &mut self,
+        engine: &'a Engine,
+        patched: &[&Site],
+        weights: &'a Weights,
+        own_name: &dyn Fn(&Site) -> String,
+    ) {
+        let changed: HashSet<&str> = patched.iter().filter_map(|s| s.tensor.as_deref()).collect();
+        for site in engine.model.sites().iter().filter(|s| !patched.iter().any(|p| p.id == s.id)) {
+            let name = site.tensor.as_deref().filter(|name| changed.contains(name));
+            let Some((name, raw)) = name.and_then(|name| Some((name, weights.get(name)?))) else { continue };
+            let first = engine.model.sites().iter().find(|s| s.tensor.as_deref() == Some(name));
+            if first.is_some_and(|first| first.id != site.id) {
+                self.tensors.insert(own_name(site), Source::File(raw));
+                self.untied = Some(own_name(site));
+            } else if let Some(other) = patched.iter().find(|p| p.tensor.as_deref() == Some(name)) {
+                // The embedding stays and the head has changed: `new` gave the head a name of its own.
+                self.untied = Some(own_name(other));
+            }
+        }
+    }
+
+    /// Whether sites that share a tensor all change, and to the same values.
+    fn same_change(&self, sharing: &[&Site]) -> Outcome<bool> {
+        if sharing.iter().any(|site| self.adapter.at(site.id).is_empty()) {
+            return Ok(false);
+        }
+        let mut first: Option<Vec<f32>> = None;
+        for site in sharing {
+            let values = merged_tensor(site, self.adapter)?.value.to_vec()?;
+            match &first {
+                Some(first) if *first != values => return Ok(false),
+                Some(_) => {}
+                None => first = Some(values),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Adds the tensors of sites that the files do not have, and the prefix that goes with them.
+    fn add_new(&mut self, engine: &'a Engine, weights: &Weights) {
+        let sites = engine.model.sites();
+        let absent = |site: &&Site| site.tensor.as_deref().is_some_and(|name| weights.get(name).is_none());
+        for site in sites.iter().filter(absent) {
+            let name = site.tensor.clone().unwrap_or_default();
+            let source = match self.adapter.at(site.id).is_empty() {
+                true => Source::Own(site),
+                false => Source::Merged(site, Dtype::F32, Vec::new()),
+            };
+            self.added.push(name.clone());
+            self.tensors.insert(name, source);
+        }
+        let prefix = sites.iter().filter(|s| s.is_weight()).find_map(|site| {
+            let name = site.tensor.as_deref()?.strip_suffix(".weight")?;
+            weights.get(site.tensor.as_deref()?)?;
+            site.path.strip_suffix(name).filter(|prefix| !prefix.is_empty()).map(str::to_owned)
+        });
+        if let (false, Some(prefix)) = (self.added.is_empty(), prefix) {
+            let all = std::mem::take(&mut self.tensors).into_iter();
+            let added = &self.added;
+            let renamed = |name: String| if added.contains(&name) { name } else { format!("{prefix}{name}") };
+            self.tensors = all.map(|(name, source)| (renamed(name), source)).collect();
+        }
+    }
+
+    /// The tensors to write, each made when its turn comes; ask [`Merge::finish`] afterwards.
+    pub fn entries(&self) -> Outcome<Vec<Entry<'_>>> {
+        self.tensors.iter().map(|(name, source)| self.entry(name, source)).collect()
+    }
+
+    fn entry<'s>(&'s self, name: &str, source: &'s Source<'a>) -> Outcome<Entry<'s>> {
+        Ok(match source {
+            Source::File(raw) => Entry::new(name, raw.dtype, &raw.shape, raw.bytes()),
+            Source::Own(site) => {
+                let value = own_value(site)?;
+                Entry::new(name, Dtype::F32, value.shape(), bytes(&value.to_vec()?, Dtype::F32)?)
+            }
+            Source::Merged(site, dtype, shape) if shape.is_empty() => {
+                let value = merged_tensor(site, self.adapter)?.value;
+                Entry::new(name, *dtype, value.shape(), bytes(&value.to_vec()?, *dtype)?)
+            }
+            Source::Merged(site, dtype, shape) => {
+                let make = move || match self.merged_bytes(site, *dtype) {
+                    Ok(bytes) => bytes,
+                    Err(message) => {
+                        self.failed.borrow_mut().get_or_insert(format!("{}: {message}", site.path));
+                        Vec::new()
+                    }
+                };
+                Entry::lazy(name, *dtype, shape, make)
+            }
+        })
+    }
+
+    fn merged_bytes(&self, site: &Site, dtype: Dtype) -> Result<Vec<u8>, String> {
+        let value = merged_tensor(site, self.adapter).map_err(|e| e.to_string())?.value;
+        let values = value.to_vec().map_err(|e| e.to_string())?;
+        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+            return Err(format!("element {at} of the merged tensor is {}", values[at]));
+        }
+        bytes(&values, dtype).map_err(|_| format!("the file's type {dtype} holds no weights that can be merged"))
+    }
+
+    /// Fails if a tensor could not be made while the entries were written.
+    pub fn finish(&self, written: engraft_store::Result<()>) -> Outcome {
+        match self.failed.borrow_mut().take() {
+            Some(message) => Err(Failure::running(message)),
+            None => Ok(written?),
+        }
+    }
+
+    /// `config.json` of the merged model.
+    pub fn config(&self, engine: &Engine) -> Value {
+        let mut config = engine.config.as_object().cloned().unwrap_or_default();
+        if self.untied.is_some() {
+            config.insert("tie_word_embeddings".into(), false.into());
+        }
+        if !self.added.is_empty() {
+            describe_head(&mut config, engine);
+        }
+        Value::Object(config)
+    }
+}
+
+/// Names the class with the head that was added, and its labels.
+fn describe_head(config: &mut Map<String, Value>, engine: &Engine) {
+    let info = engine.model.info();
+    let head = match info.task {
+        Task::SequenceClassification => "ForSequenceClassification",
+        Task::TokenClassification => "ForTokenClassification",
+        Task::MaskedLm => "ForMaskedLM",
+        Task::CausalLm => "ForCausalLM",
+        Task::Embedding => return,
+    };
+    // `BertModel` → `BertForSequenceClassification`.
+    let class = config.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
+    let stem = class.map(|class| class.split("For").next().unwrap_or(class).trim_end_matches("Model").to_owned());
+    if let Some(stem) = stem {
+        config.insert("architectures".into(), json!([format!("{stem}{head}")]));
+    }
+    if matches!(info.task, Task::SequenceClassification | Task::TokenClassification) {
+        let has = config.get("id2label").and_then(Value::as_object).is_some_and(|map| map.len() == info.outputs);
+        if !has {
+            let names: Vec<(String, String)> =
+                (0..info.outputs).map(|i| (i.to_string(), format!("LABEL_{i}"))).collect();
+            let id2label: Map<String, Value> = names.iter().map(|(i, n)| (i.clone(), n.as_str().into())).collect();
+            let label2id: Map<String, Value> =
+                names.iter().enumerate().map(|(i, (_, n))| (n.clone(), i.into())).collect();
+            config.insert("id2label".into(), id2label.into());
+            config.insert("label2id".into(), label2id.into());
+        }
+    }
+}
+
+fn own_value(site: &Site) -> Outcome<Tensor> {
+    match &site.value {
+        Frozen::Weight(weight) => Ok(weight.dense()?),
+        Frozen::Vector(vector) => Ok(vector.clone()),
+        Frozen::None => Err(Failure::running(format!("{}: holds no tensor to write", site.path))),
+    }
+}
+
+/// Values in a file's type, rounded to nearest even.
+fn bytes(values: &[f32], dtype: Dtype) -> Outcome<Vec<u8>> {
+    match dtype {
+        Dtype::F32 => Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect()),
+        Dtype::BF16 => Ok(values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()),
+        Dtype::F16 => {
+            let halves: Vec<half::f16> = values.iter().map(|v| half::f16::from_f32(*v)).collect();
+            // A finite value beyond 65504 would become infinite.
+            match halves.iter().position(|v| !v.is_finite()) {
+                Some(at) => Err(Failure::running(format!("{} does not fit into f16", values[at]))),
+                None => Ok(halves.iter().flat_map(|v| v.to_le_bytes()).collect()),
+            }
+        }
+        other => Err(Failure::running(format!("the file's type {other} holds no weights that can be merged"))),
+    }
+}

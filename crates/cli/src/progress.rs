@@ -1,0 +1,175 @@
+//! The course of a run on the terminal: one line that is redrawn, or, where there is none, a plain line now and then.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use engraft_report::human;
+use engraft_train::{EvalEvent, Event, Observer, StepEvent};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::ui::Ui;
+
+/// Between two plain lines.
+const PLAIN_EVERY: Duration = Duration::from_secs(10);
+/// Redraws a second.
+const REDRAWS: u8 = 10;
+/// Steps over which speed and loss are averaged.
+const WINDOW: usize = 20;
+/// Columns of the bar.
+const BAR: usize = 16;
+
+/// Shows a run while it goes on.
+pub struct Progress<'a> {
+    ui: &'a Ui,
+    bar: Option<ProgressBar>,
+    arrows: [char; 2],
+    total: u64,
+    recent: VecDeque<StepEvent>,
+    shown_loss: Option<f64>,
+    eval: Option<EvalEvent>,
+    begun: Option<(Instant, u64)>,
+    last_line: Instant,
+}
+
+impl<'a> Progress<'a> {
+    /// For a run of `total` steps. `utf8` allows arrows beyond ASCII.
+    pub fn new(ui: &'a Ui, total: u64, utf8: bool) -> Progress<'a> {
+        let bar = ui.is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(REDRAWS));
+            let style = ProgressStyle::with_template(&format!("{{bar:{BAR}}} {{msg}}"));
+            let chars = if utf8 { "━╸─" } else { "=>-" };
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars(chars));
+            bar
+        });
+        Progress {
+            ui,
+            bar,
+            arrows: if utf8 { ['▼', '▲'] } else { ['v', '^'] },
+            total,
+            recent: VecDeque::with_capacity(WINDOW),
+            shown_loss: None,
+            eval: None,
+            begun: None,
+            last_line: Instant::now(),
+        }
+    }
+
+    /// Takes the line away.
+    pub fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// A line that stays.
+    fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| self.ui.say(line)),
+            None => self.ui.say(line),
+        }
+    }
+
+    fn step(&mut self, step: &StepEvent) {
+        let (since, first) = *self.begun.get_or_insert_with(|| (Instant::now(), step.step));
+        if self.recent.len() == WINDOW {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(step.clone());
+        let done = step.step.saturating_sub(first);
+        let left = (done > 0).then(|| since.elapsed().as_secs_f64() / done as f64 * self.total.saturating_sub(step.step) as f64);
+        let is_last = step.step == self.total;
+        let is_due = self.last_line.elapsed() >= PLAIN_EVERY || is_last;
+        let Some(bar) = &self.bar else {
+            if is_due {
+                self.last_line = Instant::now();
+                let fields = self.fields(left);
+                self.say(&fields.join("  "));
+            }
+            return;
+        };
+        bar.set_position(step.step);
+        let fields = self.fields(left);
+        bar.set_message(fitting(fields, self.ui.width().saturating_sub(BAR + 2)));
+    }
+
+    /// What there is to say of the last step, the most important first.
+    fn fields(&mut self, left: Option<f64>) -> Vec<String> {
+        let Some(step) = self.recent.back().cloned() else { return Vec::new() };
+        let count = self.recent.len() as f64;
+        let loss = self.recent.iter().map(|s| s.loss).sum::<f64>() / count;
+        let arrow = match self.shown_loss {
+            Some(before) if loss < before => self.arrows[0].to_string(),
+            Some(before) if loss > before => self.arrows[1].to_string(),
+            _ => String::new(),
+        };
+        self.shown_loss = Some(loss);
+        let mut fields =
+            vec![format!("step {}/{}", step.step, self.total), format!("loss {}{arrow}", human::number(loss, 4))];
+        if let Some(eval) = &self.eval {
+            fields.push(format!("eval {}", human::number(eval.loss, 3)));
+        }
+        fields.push(format!("lr {}", human::number(step.learning_rate, 2)));
+        let seconds: f64 = self.recent.iter().map(|s| s.seconds).sum();
+        let tokens: u64 = self.recent.iter().map(|s| s.tokens).sum();
+        if seconds > 0.0 {
+            fields.push(format!("{} tok/s", human::count(tokens as f64 / seconds)));
+        }
+        fields.extend(step.memory_bytes.map(human::bytes));
+        fields.extend(left.map(|seconds| format!("{} left", human::duration(seconds))));
+        fields
+    }
+
+    fn evaluated(&mut self, eval: &EvalEvent) {
+        let metrics = eval.metrics.iter().filter(|(name, _)| name.as_str() != "token_accuracy");
+        let shown: Vec<String> = metrics.map(|(name, value)| format!("{name} {}", human::number(*value, 3))).collect();
+        let best = if eval.best && eval.step > 0 { "  best" } else { "" };
+        let when = if eval.step == 0 { "before".to_owned() } else { format!("step {}", eval.step) };
+        self.say(&format!("{when}  eval loss {}  {}{best}", human::number(eval.loss, 3), shown.join("  ")));
+        self.eval = Some(eval.clone());
+    }
+}
+
+impl Observer for Progress<'_> {
+    fn event(&mut self, event: &Event) {
+        match event {
+            Event::Step(step) => self.step(step),
+            Event::Eval(eval) => self.evaluated(eval),
+            Event::Warning { step, message } => self.say(&format!("warning: step {step}: {message}")),
+            Event::Resume { step, exact } => {
+                let bits = if *exact { "" } else { "; another machine or program, so the bits may differ" };
+                self.say(&format!("resumed at step {step}{bits}"));
+            }
+            // On a terminal the line itself shows that the run goes on.
+            Event::Checkpoint { step } if self.bar.is_none() && *step > 0 => self.say(&format!("checkpoint at step {step}")),
+            Event::Checkpoint { .. } | Event::Data(_) | Event::End(_) => {}
+        }
+    }
+
+    fn evaluating(&mut self, done: usize, total: usize) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(if done < total { format!("evaluating {done}/{total}") } else { String::new() });
+        }
+    }
+}
+
+/// As many fields, from the left, as fit into `width`; at least one.
+fn fitting(mut fields: Vec<String>, width: usize) -> String {
+    while fields.len() > 1 && fields.iter().map(|f| f.chars().count() + 2).sum::<usize>() > width + 2 {
+        fields.pop();
+    }
+    fields.join("  ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_go_from_the_right() {
+        let fields = || vec!["step 1/9".to_owned(), "loss 1.8".to_owned(), "lr 1e-3".to_owned()];
+        assert_eq!(fitting(fields(), 80), "step 1/9  loss 1.8  lr 1e-3");
+        assert_eq!(fitting(fields(), 27), "step 1/9  loss 1.8  lr 1e-3");
+        assert_eq!(fitting(fields(), 26), "step 1/9  loss 1.8");
+        assert_eq!(fitting(fields(), 1), "step 1/9");
+    }
+}

@@ -1,0 +1,79 @@
+//! Recipes as the commands are given them: a file, a run directory, or standard input.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use engraft_recipe::Recipe;
+use engraft_store::json::read_capped;
+
+use crate::failure::{BeforeWork, Failure, Outcome};
+use crate::specs::method_specs;
+
+/// Bytes of a recipe.
+const RECIPE_MAX: u64 = 1 << 20;
+
+/// Reads a recipe; `-` is standard input. `sets` are the arguments of `--set`.
+///
+/// # Errors
+/// All mistakes together; exit code 2.
+pub fn read(path: &Path, sets: &[String]) -> Outcome<Recipe> {
+    let (bytes, name) = if path == Path::new("-") {
+        let mut bytes = Vec::new();
+        let read = std::io::stdin().take(RECIPE_MAX + 1).read_to_end(&mut bytes);
+        read.map_err(|e| Failure::before_work(format!("cannot read the recipe from standard input: {e}")))?;
+        (bytes, "standard input".to_owned())
+    } else {
+        (read_capped(path, "recipe", RECIPE_MAX).before_work()?, path.display().to_string())
+    };
+    if bytes.len() as u64 > RECIPE_MAX {
+        return Err(Failure::before_work(format!("{name} has more than {RECIPE_MAX} bytes: that is no recipe")));
+    }
+    Recipe::parse_bytes(&bytes, &name, sets, &method_specs()).map_err(Failure::problems)
+}
+
+/// The recipe of what the user named: a run directory means its plan.
+pub fn file_of(path: &Path) -> PathBuf {
+    if path.is_dir() { path.join("plan.toml") } else { path.to_owned() }
+}
+
+/// Where the run of a recipe goes when nothing is said: `runs/` and the recipe's name, or that of its directory where the
+/// recipe is just called `recipe.toml`.
+pub fn default_out(path: &Path) -> PathBuf {
+    let stem = path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
+    let parent = path.canonicalize().ok().and_then(|full| Some(full.parent()?.file_name()?.to_string_lossy().into_owned()));
+    let name = match (stem.as_str(), parent) {
+        ("recipe" | "plan", Some(parent)) => parent,
+        ("-" | "", _) => "run".into(),
+        _ => stem,
+    };
+    Path::new("runs").join(name)
+}
+
+/// A word as a shell reads it back.
+pub fn shell(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_called_after_its_recipe() {
+        assert_eq!(default_out(Path::new("recipes/quickstart.toml")), Path::new("runs/quickstart"));
+        let dir = tempfile::tempdir().unwrap();
+        let demo = dir.path().join("demo");
+        std::fs::create_dir(&demo).unwrap();
+        std::fs::write(demo.join("recipe.toml"), "").unwrap();
+        assert_eq!(default_out(&demo.join("recipe.toml")), Path::new("runs/demo"));
+        assert_eq!(default_out(Path::new("-")), Path::new("runs/run"));
+    }
+
+    #[test]
+    fn words_survive_a_shell() {
+        assert_eq!(shell("train.learning_rate=2e-4"), "train.learning_rate=2e-4");
+        assert_eq!(shell("it's here"), r"'it'\''s here'");
+        assert_eq!(shell(""), "''");
+    }
+}
