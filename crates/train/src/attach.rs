@@ -8,7 +8,7 @@ use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe};
 use engraft_store::{Limits, RawTensor, read_adapter};
 use engraft_tensor::Tensor;
 
-use crate::{Error, Result};
+use crate::Result;
 
 /// An adapter with what made it.
 pub struct AttachedAdapter {

@@ -19,7 +19,7 @@ use crate::fingerprint::{Fingerprint, of_data, of_weights};
 use crate::objective::Objective;
 use crate::read::{Examples, Reading, config_classes, decide_task, known_labels};
 use crate::session::{Session, feed_options};
-use crate::{Error, Result};
+use crate::Result;
 
 /// What a session needs of its surroundings.
 pub struct SessionOptions<'a> {
@@ -39,7 +39,7 @@ impl Session {
     /// Loads everything that `recipe` names. Nothing is written.
     ///
     /// # Errors
-    /// [`Error::Recipe`] with all mistakes that the recipe, the model and the data show together; a model that cannot be
+    /// [`crate::Error::Recipe`] with all mistakes that the recipe, the model and the data show together; a model that cannot be
     /// read.
     pub fn open(recipe: &Recipe, options: &mut SessionOptions<'_>) -> Result<Session> {
         let model_dir = model_dir(recipe, options)?;
