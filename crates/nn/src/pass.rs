@@ -43,8 +43,15 @@ pub struct Pass {
     cache: Option<Arc<Mutex<KvCache>>>,
     /// Number, in the whole batch, of the first sequence of this pass.
     first_sequence: usize,
-    board: Arc<Mutex<HashMap<String, Tensor>>>,
+    /// Number, in the whole batch, of the first row of this pass.
+    first_row: usize,
+    /// The route this pass is cut to, by its first sequence; none for the whole batch.
+    scope: Option<usize>,
+    board: Arc<Mutex<Board>>,
 }
+
+/// What patches pass on, by route and key.
+type Board = HashMap<(Option<usize>, String), Tensor>;
 
 impl Pass {
     /// All sequences with one adapter, or none.
@@ -57,6 +64,8 @@ impl Pass {
             checkpointing: false,
             cache: None,
             first_sequence: 0,
+            first_row: 0,
+            scope: None,
             board: Arc::default(),
         }
     }
@@ -121,14 +130,29 @@ impl Pass {
         self.first_sequence
     }
 
-    /// Leaves a tensor for patches that run later in this pass.
+    /// Leaves a tensor for patches that run later in this pass. What a route leaves, other routes do not see.
+    ///
+    /// A checkpointed block runs again in backward, when the board holds what was left last: patches inside blocks may
+    /// read what was left before the first block, or in the same block; block patches run once and may read anything.
     pub fn put(&self, key: impl Into<String>, value: Tensor) {
-        self.board.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(key.into(), value);
+        let key = (self.scope, key.into());
+        self.board.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(key, value);
     }
 
-    /// A tensor that an earlier patch of this pass (or its method, before the pass) left.
+    /// A tensor that an earlier patch of this route left, or its method, before the pass, for the whole batch.
     pub fn find(&self, key: &str) -> Option<Tensor> {
-        self.board.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get(key).cloned()
+        let board = self.board.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let own = board.get(&(self.scope, key.to_owned()));
+        own.or_else(|| board.get(&(None, key.to_owned()))).cloned()
+    }
+
+    /// The rows of this pass of a tensor with one row for every row of the whole batch, left by [`Pass::put`] before the
+    /// pass.
+    pub fn find_rows(&self, key: &str) -> Result<Option<Tensor>> {
+        match self.find(key) {
+            Some(all) => Ok(Some(all.rows_between(self.first_row, self.first_row + self.layout.tokens())?)),
+            None => Ok(None),
+        }
     }
 
     /// x with dropout while training; `salt` tells apart several dropouts at one site.
@@ -252,6 +276,8 @@ impl Pass {
             layout: self.layout.slice(route.sequences.clone())?,
             routes: Arc::new([whole]),
             first_sequence: self.first_sequence + route.sequences.start,
+            first_row: self.first_row + self.layout.rows_of(&route.sequences).start,
+            scope: Some(self.first_sequence + route.sequences.start),
             ..self.clone()
         })
     }
