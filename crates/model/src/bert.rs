@@ -7,6 +7,8 @@
 //! Heads: BERT classifies tanh(W·h₀) of the first row, RoBERTa has that layer in its head; tokens are classified by one
 //! matrix; the masked-word head shares the word embedding; a sentence embedding is the mean of its real tokens' states.
 //!
+//! Rows padded on the left are classified by their first column, padding, as in `transformers`.
+//!
 //! The dropouts of `config.json` are not applied in training: `peft`'s curves that we compare with are without, a step is
 //! reproducible and faster, and methods bring dropout of their own. Rows are tokens: h [tokens, width].
 
@@ -66,6 +68,7 @@ struct Sizes {
     activation: Unary,
     /// The number of the first position: 0, or RoBERTa's `pad_token_id` + 1.
     first_position: usize,
+    pad: usize,
     tied: bool,
 }
 
@@ -93,7 +96,8 @@ impl Sizes {
             c.problem("`position_embedding_type` must be \"absolute\"");
         }
         let positions = c.count("max_position_embeddings").unwrap_or(512);
-        let first_position = if roberta { c.index("pad_token_id").unwrap_or(1) + 1 } else { 0 };
+        let pad = c.index("pad_token_id").unwrap_or(usize::from(roberta));
+        let first_position = if roberta { pad + 1 } else { 0 };
         if first_position >= positions {
             c.problem(format!("`pad_token_id` must be below `max_position_embeddings` ({positions})"));
         }
@@ -108,6 +112,7 @@ impl Sizes {
             eps: c.number("layer_norm_eps").unwrap_or(1e-12),
             activation: c.activation("hidden_act", Unary::Gelu),
             first_position,
+            pad,
             tied: c.flag("tie_word_embeddings", true),
         }
     }
@@ -127,6 +132,8 @@ struct Bert {
     head_site: SiteId,
     roberta: bool,
     first_position: usize,
+    /// The id of padding.
+    pad: i64,
 }
 
 /// What lies above the blocks.
@@ -201,7 +208,7 @@ fn build(
         max_positions: s.positions - s.first_position,
     };
     let sites = Arc::new(std::mem::take(&mut r.sites));
-    let first_position = s.first_position;
+    let (first_position, pad) = (s.first_position, s.pad as i64);
     Ok(Arc::new(Bert {
         info,
         sites,
@@ -215,6 +222,7 @@ fn build(
         head_site,
         roberta,
         first_position,
+        pad,
     }))
 }
 
@@ -344,46 +352,65 @@ impl Layer {
 
 impl Bert {
     /// Embedded input, prompts included, and the pass that describes its rows.
-    fn embedded(&self, inputs: &Inputs, cx: &Pass) -> engraft_nn::Result<(Tensor, Pass)> {
-        let words = self.words.forward(&inputs.ids, &self.sites, cx)?;
-        let moved = cx.with_prefixes(&self.sites)?;
-        let (h, all) = moved.with_prompts(self.prompt, &words)?;
+    fn embedded(&self, inputs: &Inputs, plain: &Pass) -> engraft_nn::Result<(Tensor, Pass)> {
+        let words = self.words.forward(&inputs.ids, &self.sites, plain)?;
+        let (h, all) = plain.with_prefixes(&self.sites)?.with_prompts(self.prompt, &words)?;
+        let (h, all) = self.padded(h, all, plain)?;
         let rows = all.layout().tokens();
         let zeros = || Tensor::from_i64(vec![0; rows], [rows]);
         let types = match (&inputs.type_ids, all.layout().real_rows()) {
             (None, _) => self.types.forward(&zeros()?, &self.sites, &all)?,
             (Some(ids), None) => self.types.forward(ids, &self.sites, &all)?,
             (Some(ids), Some(real)) => {
-                // Virtual rows have type 0: pick each row from the zeros or from the real tokens.
-                let both = [
-                    self.types.forward(&zeros()?, &self.sites, &all)?,
-                    self.types.forward(ids, &self.sites, &moved)?,
-                ];
-                let mut index: Vec<i64> = (0..rows as i64).collect();
-                for (token, row) in real.into_iter().enumerate() {
-                    index[row as usize] = (rows + token) as i64;
-                }
-                cat(&[&both[0], &both[1]], 0)?.gather(&Tensor::from_i64(index, [rows])?)?
+                // Rows that are no tokens have type 0.
+                let mut of_token = vec![None; rows];
+                real.into_iter().enumerate().for_each(|(token, row)| of_token[row as usize] = Some(token));
+                let other = self.types.forward(&zeros()?, &self.sites, &all)?;
+                mixed(&other, &self.types.forward(ids, &self.sites, plain)?, &of_token)?
             }
         };
-        let positions = self.positions.forward(&self.position_ids(cx, &all)?, &self.sites, &all)?;
+        let positions = self.positions.forward(&self.position_ids(plain, &all)?, &self.sites, &all)?;
         let h = self.norm.forward(&h.add(&types)?.add(&positions)?, &all)?;
         Ok((h, all))
     }
 
+    /// Where a classifier reads the first column of a row that is padded on the left, puts that padding back: it sees the
+    /// tokens, and they do not see it.
+    fn padded(&self, h: Tensor, all: Pass, plain: &Pass) -> engraft_nn::Result<(Tensor, Pass)> {
+        let layout = plain.layout();
+        let later = |s: &std::ops::Range<usize>| {
+            layout.positions().get(s.start).is_some_and(|&p| p > 0 && !s.is_empty())
+        };
+        let lacks = |(s, &prompt): (_, &usize)| prompt == 0 && later(s);
+        let which: Vec<bool> =
+            layout.sequences().iter().zip(all.layout().virtual_counts()).map(lacks).collect();
+        if self.info.task != Task::SequenceClassification || !which.contains(&true) {
+            return Ok((h, all));
+        }
+        let (from, all) = all.with_padding(&which)?;
+        let pad = Tensor::from_i64(vec![self.pad; from.len()], [from.len()])?;
+        Ok((mixed(&self.words.forward(&pad, &self.sites, &all)?, &h, &from)?, all))
+    }
+
     /// Rows of the position table, `I64` [rows]; `plain` is the pass before prefixes and prompts moved its tokens.
     fn position_ids(&self, plain: &Pass, all: &Pass) -> engraft_nn::Result<Tensor> {
-        let layout = all.layout();
-        let mut ids = Vec::with_capacity(layout.tokens());
-        for (i, (s, &prompt)) in layout.sequences().iter().zip(layout.virtual_counts()).enumerate() {
-            let positions = &layout.positions()[s.clone()];
-            if self.roberta && prompt == 0 {
+        let (layout, before) = (all.layout(), plain.layout());
+        let mut ids: Vec<i64> = Vec::with_capacity(layout.tokens());
+        for (i, (s, &virtual_count)) in layout.sequences().iter().zip(layout.virtual_counts()).enumerate() {
+            let first = |positions: &[i32], at: usize| positions.get(at).map_or(0, |&p| i64::from(p));
+            let token = s.start + virtual_count;
+            let moved =
+                first(layout.positions(), token) - first(before.positions(), before.sequences()[i].start);
+            let padded = layout.is_padded(i);
+            if padded {
+                // Column 0; RoBERTa gives all padding the position before the first.
+                ids.push(if self.roberta { -1 } else { moved });
+            }
+            if self.roberta && (padded || virtual_count == 0) {
                 // Only the number among real tokens counts, and how far a prefix moved them.
-                let before = &plain.layout().positions()[plain.layout().sequences()[i].clone()];
-                let moved = positions.first().zip(before.first()).map_or(0, |(a, b)| a - b);
-                ids.extend((0..s.len()).map(|n| n as i64 + i64::from(moved)));
+                ids.extend((0..layout.seen(i).len() as i64).map(|n| n + moved));
             } else {
-                ids.extend(positions.iter().map(|&p| i64::from(p)));
+                ids.extend(layout.positions()[layout.seen(i)].iter().map(|&p| i64::from(p)));
             }
         }
         if let Some(last) = ids.iter().max().filter(|&&last| last >= self.info.max_positions as i64) {
@@ -410,6 +437,13 @@ impl Bert {
         let sums = real.scatter_add(&Tensor::from_i64(owners, [count])?, sequences)?;
         Ok(sums.mul(&Tensor::from_vec(shares, [sequences, 1])?)?)
     }
+}
+
+/// Row i is row `from[i]` of `tokens`, or, where there is none, row i of `others`.
+fn mixed(others: &Tensor, tokens: &Tensor, from: &[Option<usize>]) -> engraft_nn::Result<Tensor> {
+    let rows = others.dim(0);
+    let index: Vec<i64> = (0..rows).map(|i| from[i].map_or(i, |token| rows + token) as i64).collect();
+    Ok(cat(&[others, tokens], 0)?.gather(&Tensor::from_i64(index, [rows])?)?)
 }
 
 impl Model for Bert {

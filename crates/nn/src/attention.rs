@@ -41,7 +41,8 @@ impl Attend {
         let positions = layout.positions_tensor();
         let prefixes = cx.prefixes(self.site)?;
         if prefixes.iter().all(Option::is_none) {
-            let spans = layout.sequences().iter().map(|s| Span { q: s.clone(), kv: s.clone() }).collect();
+            let span = |(i, s): (usize, &std::ops::Range<usize>)| Span { q: s.clone(), kv: layout.seen(i) };
+            let spans = layout.sequences().iter().enumerate().map(span).collect();
             let spans = Spans { spans, query_positions: positions.clone(), key_positions: positions.clone() };
             return Ok((k.clone(), v.clone(), spans));
         }
@@ -60,13 +61,13 @@ impl Attend {
         let (mut index, mut key_positions, mut spans) = (vec![], vec![], vec![]);
         for ((route, prefix), start) in cx.routes().iter().zip(&prefixes).zip(starts) {
             let count = prefix.as_ref().map_or(0, |p| p.keys.dim(0));
-            for s in &layout.sequences()[route.sequences.clone()] {
-                let begin = index.len();
+            for number in route.sequences.clone() {
+                let (begin, seen) = (index.len(), layout.seen(number));
                 index.extend((start..start + count).map(|i| i as i64));
-                index.extend(s.clone().map(|i| (at + i) as i64));
+                index.extend(seen.clone().map(|i| (at + i) as i64));
                 key_positions.extend(0..count as i32);
-                key_positions.extend_from_slice(&layout.positions()[s.clone()]);
-                spans.push(Span { q: s.clone(), kv: begin..index.len() });
+                key_positions.extend_from_slice(&layout.positions()[seen]);
+                spans.push(Span { q: layout.sequences()[number].clone(), kv: begin..index.len() });
             }
         }
         let index = Tensor::from_i64(index.clone(), [index.len()])?;

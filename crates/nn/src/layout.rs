@@ -12,6 +12,8 @@ use crate::Result;
 pub struct Layout {
     sequences: Arc<[Range<usize>]>,
     virtual_counts: Arc<[usize]>,
+    /// Sequences whose virtual rows are padding.
+    padded: Arc<[bool]>,
     positions: Arc<[i32]>,
     positions_tensor: Tensor,
 }
@@ -40,10 +42,27 @@ impl Layout {
         let positions_tensor = Tensor::from_i32(positions.clone(), [at])?;
         Ok(Layout {
             sequences: sequences.into(),
+            padded: vec![false; virtual_counts.len()].into(),
             virtual_counts: virtual_counts.into(),
             positions: positions.into(),
             positions_tensor,
         })
+    }
+
+    /// Says of which sequences the virtual rows are padding: they see their sequence and nobody sees them.
+    pub(crate) fn padded(self, which: Vec<bool>) -> Self {
+        Layout { padded: which.into(), ..self }
+    }
+
+    /// The rows of sequence `i` that its tokens attend to: all but padding.
+    pub fn seen(&self, i: usize) -> Range<usize> {
+        let s = &self.sequences[i];
+        s.start + if self.padded[i] { self.virtual_counts[i] } else { 0 }..s.end
+    }
+
+    /// Whether sequence `i` begins with padding.
+    pub fn is_padded(&self, i: usize) -> bool {
+        self.padded[i]
     }
 
     /// Rows of each sequence.
@@ -66,7 +85,7 @@ impl Layout {
         &self.positions_tensor
     }
 
-    /// Prompt rows at the start of each sequence.
+    /// Rows at the start of each sequence that are no tokens: a prompt, or padding.
     pub fn virtual_counts(&self) -> &[usize] {
         &self.virtual_counts
     }
@@ -84,7 +103,8 @@ impl Layout {
     pub fn slice(&self, which: Range<usize>) -> Result<Layout> {
         let rows = self.rows_of(&which);
         let lengths: Vec<usize> = self.sequences[which.clone()].iter().map(Range::len).collect();
-        Self::with_virtual(&lengths, self.virtual_counts[which].to_vec(), self.positions[rows].to_vec())
+        let padded = self.padded[which.clone()].to_vec();
+        Ok(Self::with_virtual(&lengths, self.virtual_counts[which].to_vec(), self.positions[rows].to_vec())?.padded(padded))
     }
 
     /// Rows of the sequences `which`.

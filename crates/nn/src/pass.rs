@@ -241,6 +241,26 @@ impl Pass {
         Ok((rows, Pass { layout, ..self.clone() }))
     }
 
+    /// The pass with one row of padding before each sequence that `which` names: the row sees the sequence, which does not
+    /// see it (encoders that read the first column of rows padded on the left). Gives, for every row of the new pass, the
+    /// row of this one that it is, `None` for padding.
+    pub fn with_padding(&self, which: &[bool]) -> Result<(Vec<Option<usize>>, Pass)> {
+        let (mut rows, mut positions, mut lengths, mut counts) = (vec![], vec![], vec![], vec![]);
+        let before = self.layout.virtual_counts();
+        for ((s, &count), &padded) in self.layout.sequences().iter().zip(before).zip(which) {
+            if padded {
+                rows.push(None);
+                positions.push(0);
+            }
+            rows.extend(s.clone().map(Some));
+            positions.extend_from_slice(&self.layout.positions()[s.clone()]);
+            lengths.push(s.len() + usize::from(padded));
+            counts.push(if padded { 1 } else { count });
+        }
+        let layout = Layout::with_virtual(&lengths, counts, positions)?.padded(which.to_vec());
+        Ok((rows, Pass { layout, ..self.clone() }))
+    }
+
     /// The pass with tokens moved by the prefixes of their adapters (see [`crate::KeyValuePatch::gate`]).
     pub fn with_prefixes(&self, sites: &Sites) -> Result<Pass> {
         let Some(first) = sites.of_kind(|k| matches!(k, crate::Kind::KeyValue { .. })).next() else {
