@@ -6,8 +6,10 @@
 
 mod attach;
 mod batch;
+mod check;
 mod checkpoint;
 mod error;
+mod estimate;
 mod evaluate;
 mod events;
 mod fingerprint;
@@ -25,7 +27,9 @@ mod watch;
 
 pub use attach::{AttachedAdapter, open_adapter};
 pub use batch::{Batch, Feed, FeedOptions, Masking};
+pub use check::check;
 pub use error::{Error, NotFinite, Result};
+pub use estimate::{Estimate, Trial, estimate, trial};
 pub use evaluate::{Evaluated, Evaluation, evaluate};
 pub use events::{DataEvent, EndEvent, EvalEvent, Event, Observer, StepEvent};
 pub use fingerprint::Fingerprint;

@@ -15,7 +15,7 @@ use crate::batch::{Batch, labelled};
 use crate::{Error, Result};
 
 /// Elements of logits that exist at once, in rows × outputs: 32 MiB.
-const CHUNK_ELEMENTS: usize = 8 << 20;
+pub(crate) const CHUNK_ELEMENTS: usize = 8 << 20;
 
 /// The objective of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

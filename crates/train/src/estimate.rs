@@ -1,0 +1,135 @@
+//! What a run will take, before it runs: parameters, bytes by part, and seconds from a few trial steps.
+//!
+//! Activations are counted as the inputs and outputs of every linear layer of the blocks for the tokens of the largest
+//! micro-batch, 4 bytes each (with gradient checkpointing: of one block, and the inputs of the others), and three times
+//! the logits that exist at once. The tape keeps no more than that, and often less.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use engraft_nn::{Base, Kind, Value};
+use serde::Serialize;
+
+use crate::Result;
+use crate::objective::CHUNK_ELEMENTS;
+use crate::session::Session;
+use crate::trainer::Trainer;
+
+/// The sizes of a run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Estimate {
+    /// Adapted places by module name, such as `q_proj` → 24.
+    pub sites: BTreeMap<String, usize>,
+    /// Trained numbers.
+    pub trained: usize,
+    /// Numbers of the base.
+    pub base_parameters: usize,
+    /// Memory of the base beside the mapped files.
+    pub base_bytes: u64,
+    /// Adapter, gradients and moments.
+    pub adapter_bytes: u64,
+    /// Activations of the largest micro-batch.
+    pub activation_bytes: u64,
+    /// Bytes of one checkpoint on disk.
+    pub checkpoint_bytes: u64,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Tokens of the largest micro-batch.
+    pub largest_batch_tokens: usize,
+}
+
+impl Estimate {
+    /// Memory in all.
+    pub fn total_bytes(&self) -> u64 {
+        self.base_bytes + self.adapter_bytes + self.activation_bytes
+    }
+}
+
+/// The sizes of the run that `session` would make.
+pub fn estimate(session: &Session) -> Estimate {
+    let sites = session.model.sites();
+    let mut by_module: BTreeMap<String, usize> = BTreeMap::new();
+    for id in session.adapter.sites() {
+        *by_module.entry(sites.get(id).module().to_owned()).or_default() += 1;
+    }
+    let mut seen = BTreeSet::new();
+    let of_value = |site: &engraft_nn::Site| match &site.value {
+        Value::Weight(w) => w.shape().0 * w.shape().1,
+        Value::Vector(v) => v.len(),
+        Value::None => 0,
+    };
+    let base_parameters = sites.iter().filter(|s| s.tensor.is_none() || seen.insert(s.tensor.clone())).map(of_value).sum();
+    let trained = session.adapter.trained_count();
+    let all: usize = session.adapter.params().iter().map(|p| p.param.value().len()).sum();
+    let tokens = largest_batch(session);
+    Estimate {
+        sites: by_module,
+        trained,
+        base_parameters,
+        base_bytes: session.model_bytes.resident() as u64,
+        adapter_bytes: (4 * all + 12 * trained) as u64,
+        activation_bytes: activations(session, tokens),
+        checkpoint_bytes: crate::checkpoint::bytes(&session.adapter),
+        steps: session.plan.steps,
+        largest_batch_tokens: tokens,
+    }
+}
+
+/// Tokens of the longest rows that may meet in a micro-batch.
+fn largest_batch(session: &Session) -> usize {
+    let mut lengths = session.train.lengths();
+    lengths.sort_unstable_by(|a, b| b.cmp(a));
+    let batch = session.plan.train.batch_size;
+    match session.plan.data.packing {
+        true => (batch * session.plan.max_length).min(lengths.iter().sum()),
+        false => lengths.iter().take(batch).sum(),
+    }
+}
+
+fn activations(session: &Session, tokens: usize) -> u64 {
+    let info = session.model.info();
+    let mut blocks = 0u64;
+    for site in session.model.sites().iter().filter(|s| s.layer.is_some()) {
+        if let Kind::Linear { out, inn, .. } = site.kind {
+            blocks += (out + inn) as u64;
+        }
+    }
+    if session.plan.train.gradient_checkpointing {
+        blocks = blocks / info.layers.max(1) as u64 + (info.layers * info.width) as u64;
+    }
+    let logits = 3 * info.outputs.saturating_mul(tokens).min(CHUNK_ELEMENTS.max(64 * info.outputs)) as u64;
+    4 * (blocks * tokens as u64 + logits)
+}
+
+/// What trial steps took.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Trial {
+    /// Seconds a step, the middle one of those taken.
+    pub step_seconds: f64,
+    /// Seconds of the whole run, without evaluation.
+    pub run_seconds: f64,
+    /// The most f32 buffers that were in use at once, in bytes.
+    pub peak_buffer_bytes: u64,
+}
+
+/// Takes `steps` steps to see how long they take. The adapter moves: for sessions that are thrown away.
+///
+/// # Errors
+/// As training itself.
+pub fn trial(session: &Session, steps: u64) -> Result<Trial> {
+    let mut trainer = Trainer::new(session)?;
+    engraft_tensor::memory::reset_peak();
+    let mut seconds = Vec::new();
+    for number in 1..=steps.clamp(1, session.plan.steps.max(1)) {
+        let started = Instant::now();
+        trainer.step(number)?;
+        seconds.push(started.elapsed().as_secs_f64());
+    }
+    seconds.sort_by(f64::total_cmp);
+    let step_seconds = seconds[seconds.len() / 2];
+    Ok(Trial {
+        step_seconds,
+        run_seconds: step_seconds * session.plan.steps as f64,
+        peak_buffer_bytes: engraft_tensor::memory::peak_bytes() as u64,
+    })
+}

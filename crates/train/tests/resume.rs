@@ -1,0 +1,128 @@
+//! A run that stops and goes on ends in the same bits; one that would not says so.
+
+mod common;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::{Log, golden, recipe, session};
+use engraft_train::{Event, Observer, Outcome, RunOptions, Session, Status, train};
+
+const TRAIN: &str = "steps = 20\nbatch_size = 3\ngradient_accumulation = 2\nlearning_rate = 2e-3\nweight_decay = 0.01\n\
+                     schedule = \"cosine\"\nwarmup_ratio = 0.1\nmax_grad_norm = 1.0\n";
+
+/// A run with evaluation, shuffling and a method with dropout where the fixture has one.
+fn open(train: &str) -> Session {
+    let dir = golden().join("trajectories/llama__lora");
+    let text = recipe(&dir, &golden().join("models/llama"), train, "eval_fraction = 0.25");
+    session(&text.replace("shuffle = false", "shuffle = true")).unwrap()
+}
+
+/// Stops after a step.
+struct StopAfter {
+    step: u64,
+    stop: Arc<AtomicBool>,
+}
+
+impl Observer for StopAfter {
+    fn event(&mut self, event: &Event) {
+        if matches!(event, Event::Step(s) if s.step == self.step) {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+fn go(session: &Session, out: &Path, resume: bool, stop_after: u64) -> engraft_train::Result<Outcome> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let options = RunOptions { out: out.into(), resume, exact: true, stop: stop.clone(), ..RunOptions::default() };
+    train(session, &options, &mut StopAfter { step: stop_after, stop })
+}
+
+/// Bytes of the final adapter, parameters and moments.
+fn result(out: &Path, step: u64) -> [Vec<u8>; 3] {
+    let saved = out.join(format!("checkpoints/step-{step:08}"));
+    let files = [out.join("adapter/adapter_model.safetensors"), saved.join("params.safetensors"), saved.join("optim.safetensors")];
+    files.map(|path| std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+}
+
+#[test]
+fn a_run_resumed_after_any_step_ends_in_the_same_bits() {
+    let train = format!("{TRAIN}eval_every = 4\ncheckpoint_every = 6\n");
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    let outcome = go(&open(&train), &whole, false, 0).unwrap();
+    assert_eq!((outcome.status, outcome.step), (Status::Done, 20));
+    assert!(outcome.before.is_some() && outcome.after.is_some() && outcome.plot.is_some());
+    let expected = result(&whole, 20);
+    for step in 1..20 {
+        let out = dir.path().join(format!("stopped-{step}"));
+        let first = go(&open(&train), &out, false, step).unwrap();
+        assert_eq!((first.status, first.step), (Status::Interrupted, step));
+        let second = go(&open(&train), &out, true, 0).unwrap();
+        assert_eq!((second.status, second.step), (Status::Done, 20));
+        assert!(result(&out, 20) == expected, "stopped after step {step}");
+        assert_eq!(second.best, outcome.best);
+    }
+}
+
+#[test]
+fn early_stopping_writes_the_best_adapter_and_survives_a_stop() {
+    let train = TRAIN.replace("2e-3", "0.5") + "eval_every = 2\nearly_stopping_patience = 2\n";
+    let dir = tempfile::tempdir().unwrap();
+    let whole = dir.path().join("whole");
+    let outcome = go(&open(&train), &whole, false, 0).unwrap();
+    assert_eq!(outcome.status, Status::EarlyStop, "a rate of 0.5 makes the loss worse");
+    let (best, value) = outcome.best.unwrap();
+    assert!(best + 4 == outcome.step && outcome.after.unwrap().loss == value);
+    let out = dir.path().join("stopped");
+    go(&open(&train), &out, false, 1).unwrap();
+    let second = go(&open(&train), &out, true, 0).unwrap();
+    assert_eq!((second.status, second.step, second.best), (Status::EarlyStop, outcome.step, outcome.best));
+    let adapter = |out: &Path| std::fs::read(out.join("adapter/adapter_model.safetensors")).unwrap();
+    assert!(adapter(&whole) == adapter(&out));
+}
+
+#[test]
+fn another_recipe_directory_or_machine_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    go(&open(TRAIN), &out, false, 3).unwrap();
+    let message = |e: engraft_train::Result<Outcome>| e.unwrap_err().to_string();
+    let taken = message(go(&open(TRAIN), &out, false, 0));
+    assert!(taken.contains("--resume"), "{taken}");
+    let changed = message(go(&open(&TRAIN.replace("steps = 20", "steps = 21")), &out, true, 0));
+    assert!(changed.contains("was  steps = 20") && changed.contains("is   steps = 21"), "{changed}");
+    let none = message(go(&open(TRAIN), &dir.path().join("none"), true, 0));
+    assert!(none.contains("holds no run to resume"), "{none}");
+
+    let mut other = open(TRAIN);
+    other.fingerprint.kernels = "other".into();
+    let refused = message(go(&other, &out, true, 0));
+    assert!(refused.contains("kernels was"), "{refused}");
+    let mut log = Log::default();
+    let options = RunOptions { out: out.clone(), resume: true, ..RunOptions::default() };
+    train(&other, &options, &mut log).unwrap();
+    assert!(log.0.iter().any(|e| matches!(e, Event::Resume { step: 3, exact: false })));
+    assert_eq!(log.warnings().len(), 1);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let train_text = format!("{TRAIN}checkpoint_every = 2\n");
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("run"));
+    go(&open(&train_text), &whole, false, 0).unwrap();
+    go(&open(&train_text), &out, false, 7).unwrap();
+    let newest = out.join("checkpoints/step-00000007/optim.safetensors");
+    let mut bytes = std::fs::read(&newest).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&newest, bytes).unwrap();
+    let mut log = Log::default();
+    let options = RunOptions { out: out.clone(), resume: true, ..RunOptions::default() };
+    train(&open(&train_text), &options, &mut log).unwrap();
+    assert!(log.0.iter().any(|e| matches!(e, Event::Resume { step: 6, .. })));
+    assert!(log.warnings()[0].contains("passed over"), "{:?}", log.warnings());
+    assert!(result(&out, 20) == result(&whole, 20));
+}
