@@ -3,8 +3,8 @@
 mod common;
 
 use common::{Log, golden, recipe, session};
-use engraft_method::{Info, Method, Step};
-use engraft_nn::{Adapter, Builder, ModelInfo};
+use engraft_method::{Described, Info, Method, Step};
+use engraft_nn::{Adapter, Builder};
 use engraft_tensor::{Gradients, Tensor};
 use engraft_train::{Error, RunOptions, Session, check, estimate, train, trial};
 use serde_json::{Map, Value};
@@ -65,7 +65,7 @@ impl Method for Meddler {
         Ok(())
     }
 
-    fn peft_config(&self, _: &ModelInfo) -> Map<String, Value> {
+    fn config(&self, _: &Described<'_>) -> Map<String, Value> {
         Map::new()
     }
 }
