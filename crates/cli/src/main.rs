@@ -5,11 +5,18 @@
 
 mod commands;
 mod context;
+mod engine;
 mod environment;
 mod failure;
+mod gate;
+mod generation;
 mod machine;
+mod merge;
+mod progress;
+mod recipes;
 mod sampling;
 mod specs;
+mod stop;
 mod stops;
 mod ui;
 

@@ -79,17 +79,20 @@ impl<'a> Progress<'a> {
         let left = (done > 0).then(|| since.elapsed().as_secs_f64() / done as f64 * self.total.saturating_sub(step.step) as f64);
         let is_last = step.step == self.total;
         let is_due = self.last_line.elapsed() >= PLAIN_EVERY || is_last;
-        let Some(bar) = &self.bar else {
-            if is_due {
+        if self.bar.is_none() && !is_due {
+            return;
+        }
+        let fields = self.fields(left);
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(step.step);
+                bar.set_message(fitting(fields, self.ui.width().saturating_sub(BAR + 2)));
+            }
+            None => {
                 self.last_line = Instant::now();
-                let fields = self.fields(left);
                 self.say(&fields.join("  "));
             }
-            return;
-        };
-        bar.set_position(step.step);
-        let fields = self.fields(left);
-        bar.set_message(fitting(fields, self.ui.width().saturating_sub(BAR + 2)));
+        }
     }
 
     /// What there is to say of the last step, the most important first.

@@ -86,7 +86,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let mut stream = tokenizer.stream(true).after(&prompt)?;
     let mut stops = Stops::new(&args.stop);
     let (mut whole, mut tokens) = (String::new(), 0usize);
-    let mut show = |text: &str, whole: &mut String| {
+    let show = |text: &str, whole: &mut String| {
         whole.push_str(text);
         if !args.json {
             cx.ui.print(text);

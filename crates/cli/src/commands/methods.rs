@@ -143,6 +143,7 @@ fn takes(field: &Field) -> String {
         FieldKind::Text => "text".into(),
         FieldKind::OneOf(names) => names.join(", "),
         FieldKind::TextList => "list of texts".into(),
+        FieldKind::IntList => "list of whole numbers".into(),
         FieldKind::IntMap | FieldKind::FloatMap => "{ pattern = number }".into(),
     }
 }

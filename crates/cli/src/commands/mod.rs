@@ -2,11 +2,16 @@
 
 mod completions;
 mod doctor;
+mod eval;
+mod generate;
 mod init;
 mod inspect;
+mod logits;
+mod merge;
 mod methods;
 mod report;
 mod schema;
+mod train;
 
 use crate::context::Context;
 use crate::failure::Outcome;
@@ -14,6 +19,16 @@ use crate::failure::Outcome;
 /// What to do.
 #[derive(clap::Subcommand)]
 pub enum Command {
+    /// Trains by a recipe
+    Train(train::Args),
+    /// Scores a model and its adapter on data
+    Eval(eval::Args),
+    /// Writes text after a prompt
+    Generate(generate::Args),
+    /// Folds an adapter into a plain model directory
+    Merge(merge::Args),
+    /// Computes logits of given tensors
+    Logits(logits::Args),
     /// Looks at data and writes a recipe for it, with reasons
     Init(init::Args),
     /// Shows the methods and their settings
@@ -34,6 +49,11 @@ impl Command {
     /// Runs the command.
     pub fn run(&self, cx: &Context) -> Outcome {
         match self {
+            Command::Train(args) => train::run(args, cx),
+            Command::Eval(args) => eval::run(args, cx),
+            Command::Generate(args) => generate::run(args, cx),
+            Command::Merge(args) => merge::run(args, cx),
+            Command::Logits(args) => logits::run(args, cx),
             Command::Init(args) => init::run(args, cx),
             Command::Methods(args) => methods::run(args, cx),
             Command::Inspect(args) => inspect::run(args, cx),

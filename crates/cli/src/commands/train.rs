@@ -5,7 +5,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use engraft_recipe::Recipe;
 use engraft_report::human;
-use engraft_train::{Evaluation, Observer, RunOptions, Session, SessionOptions, Status};
+use engraft_train::{Evaluation, RunOptions, Session, SessionOptions, Status};
 use serde_json::{Value, json};
 
 use crate::context::Context;
@@ -20,7 +20,6 @@ use crate::stop::Stop;
 Examples:
   engraft train recipe.toml
   engraft train recipe.toml --set train.learning_rate=2e-4 --set method.rank=16 --out runs/b
-  engraft train recipe.toml --check         two steps of everything; nothing is left behind
   engraft train recipe.toml --resume        goes on where the run was cut off
 
 The first Ctrl-C finishes the step, saves and prints how to go on; the second leaves at once.")]
@@ -39,9 +38,6 @@ pub struct Args {
     /// With --resume, refuses where the bits could differ from an uninterrupted run
     #[arg(long, requires = "resume")]
     exact: bool,
-    /// Takes two steps of everything (data, training, saving, resuming, evaluation) and leaves nothing
-    #[arg(long, conflicts_with_all = ["resume", "out"])]
-    check: bool,
     /// Prints a JSON object at the end
     #[arg(long)]
     json: bool,
@@ -56,9 +52,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         true => args.recipe.clone(),
         false => default_out(&args.recipe),
     });
-    if !args.check {
-        refuse_existing(&out, args.resume)?;
-    }
+    refuse_existing(&out, args.resume)?;
     let session = open(&recipe, cx)?;
     introduce(&session, cx);
     let mut progress = Progress::new(&cx.ui, session.plan.steps, cx.environment.utf8);
@@ -70,9 +64,6 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         command: Some(command(args, &out, false)),
         load_seconds: started.elapsed().as_secs_f64(),
     };
-    if args.check {
-        return check(&session, &options, &mut progress, cx);
-    }
     let outcome = engraft_train::train(&session, &options, &mut progress);
     progress.clear();
     let outcome = outcome.map_err(|error| not_finite_help(error, args, &session))?;
@@ -146,14 +137,6 @@ fn introduce(session: &Session, cx: &Context) {
     for name in &session.new_tensors {
         cx.ui.reason(&format!("note: {name} is not in the model's files and starts at random"));
     }
-}
-
-fn check(session: &Session, options: &RunOptions, progress: &mut Progress<'_>, cx: &Context) -> Outcome {
-    let checked = engraft_train::check(session, options, progress as &mut dyn Observer);
-    progress.clear();
-    checked?;
-    cx.ui.print("check passed: data, two steps, checkpoint, resume and evaluation work; nothing was left behind\n");
-    Ok(())
 }
 
 /// The command that repeats or resumes the run.
