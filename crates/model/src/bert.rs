@@ -456,6 +456,7 @@ impl Model for Bert {
     }
 
     fn features(&self, inputs: &Inputs, cx: &Pass) -> engraft_nn::Result<Output> {
+        inputs.layout.expect_filled()?;
         let (mut h, cx) = self.embedded(inputs, cx)?;
         for layer in &self.layers {
             let (this, sites) = (layer.clone(), self.sites.clone());
@@ -465,11 +466,7 @@ impl Model for Bert {
             return Ok(Output { features: h, pass: cx });
         }
         // The first row of each sequence, virtual or not, stands for it.
-        let first = cx.layout().sequences().iter().enumerate().map(|(i, s)| match s.is_empty() {
-            true => Err(NnError::Unsupported(format!("sequence {i} of the batch is empty"))),
-            false => Ok(s.start as i64),
-        });
-        let rows: Vec<i64> = first.collect::<engraft_nn::Result<_>>()?;
+        let rows: Vec<i64> = cx.layout().sequences().iter().map(|s| s.start as i64).collect();
         let pass = cx.select(&rows)?;
         let count = rows.len();
         let first = |h: &Tensor| h.gather(&Tensor::from_i64(rows, [count])?);

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use engraft_nn::{
-    Attend, Embedding, Error as NnError, Inputs, Kind, Linear, Model, ModelInfo, Norm, Output, Pass, Role,
-    SiteId, Sites, Sublayer, Task,
+    Attend, Embedding, Inputs, Kind, Linear, Model, ModelInfo, Norm, Output, Pass, Role, SiteId, Sites,
+    Sublayer, Task,
 };
 use engraft_tensor::Tensor;
 use engraft_tensor::cpu::attention::AttentionSpec;
@@ -382,6 +382,7 @@ impl Model for Llama {
     }
 
     fn features(&self, inputs: &Inputs, cx: &Pass) -> engraft_nn::Result<Output> {
+        inputs.layout.expect_filled()?;
         let cx = cx.with_prefixes(&self.sites)?;
         let h = self.embed.forward(&inputs.ids, &self.sites, &cx)?;
         let (mut h, cx) = cx.with_prompts(self.prompt, &h)?;
@@ -396,11 +397,7 @@ impl Model for Llama {
             return Ok(Output { features, pass: cx });
         }
         // A causal classifier reads the last token of each sequence.
-        let last = cx.layout().sequences().iter().enumerate().map(|(i, s)| match s.is_empty() {
-            true => Err(NnError::Unsupported(format!("sequence {i} of the batch is empty"))),
-            false => Ok(s.end as i64 - 1),
-        });
-        let rows: Vec<i64> = last.collect::<engraft_nn::Result<_>>()?;
+        let rows: Vec<i64> = cx.layout().sequences().iter().map(|s| s.end as i64 - 1).collect();
         let pass = cx.select(&rows)?;
         let count = rows.len();
         Ok(Output { features: features.gather(&Tensor::from_i64(rows, [count])?)?, pass })

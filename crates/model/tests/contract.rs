@@ -8,7 +8,7 @@ mod patches;
 use std::sync::Arc;
 
 use common::*;
-use engraft_nn::{Adapter, Base, Inputs, Kind, Model, Pass, Route, Value};
+use engraft_nn::{Adapter, Base, Inputs, Kind, Layout, Model, Pass, Route, Value};
 use engraft_tensor::testing::sample;
 use engraft_tensor::{Gradients, Tensor, no_grad};
 use patches::*;
@@ -377,4 +377,34 @@ fn prompts_and_prefixes_equal_the_reference() {
         count += 1;
     }
     assert!(count >= 18, "{count}");
+}
+
+#[test]
+fn rows_padded_on_the_left_keep_to_themselves() {
+    for name in ["bert", "roberta", "llama"] {
+        let loaded = model(&golden().join("models").join(name));
+        let model = loaded.model.as_ref();
+        let rows = [(&[5i64, 9, 17, 33, 60, 8][..], 0), (&[12, 4, 77, 6], 2), (&[90, 31, 8], 3)];
+        let padded = |which: &[usize]| {
+            let mut inputs = batch(&which.iter().map(|&i| rows[i].0).collect::<Vec<_>>());
+            let lengths: Vec<usize> = which.iter().map(|&i| rows[i].0.len()).collect();
+            let columns =
+                which.iter().flat_map(|&i| (0..rows[i].0.len() as i32).map(move |c| c + rows[i].1)).collect();
+            inputs.layout = Layout::new(&lengths, columns).unwrap();
+            inputs
+        };
+        for (kind, choose, gated) in [KINDS[0], KINDS[5], KINDS[8], KINDS[9], KINDS[10]] {
+            let make = |seed, count| Some(probe(model, seed, count, gated, choose));
+            let adapters = [make(1, 2), make(2, 3), None];
+            let inputs = padded(&[0, 1, 2]);
+            let route =
+                |(i, a): (usize, &Option<Arc<Adapter>>)| Route { sequences: i..i + 1, adapter: a.clone() };
+            let routes = adapters.iter().enumerate().map(route).collect();
+            let cx = Pass::with_routes(inputs.layout.clone(), routes).unwrap();
+            let together = no_grad(|| forward(model, &inputs, &cx)).to_vec().unwrap();
+            let alone: Vec<f32> =
+                (0..3).flat_map(|i| run(model, &padded(&[i]), adapters[i].clone())).collect();
+            assert!(distance(&together, &alone) < 2e-6, "{name}, {kind}");
+        }
+    }
 }

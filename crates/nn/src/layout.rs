@@ -60,6 +60,15 @@ impl Layout {
         s.start + if self.padded[i] { self.virtual_counts[i] } else { 0 }..s.end
     }
 
+    /// An error if a sequence has no rows: nothing can be computed of it.
+    pub fn expect_filled(&self) -> Result<()> {
+        match self.sequences.iter().position(Range::is_empty) {
+            Some(i) => Err(crate::Error::Unsupported(format!("sequence {i} of the batch is empty; give it a token"))),
+            None if self.sequences.is_empty() => Err(crate::Error::Unsupported("the batch is empty".into())),
+            None => Ok(()),
+        }
+    }
+
     /// Whether sequence `i` begins with padding.
     pub fn is_padded(&self, i: usize) -> bool {
         self.padded[i]

@@ -35,7 +35,7 @@ pub use model::{Inputs, Model, ModelInfo, Output, Task};
 pub use norm::{Norm, NormKind};
 pub use pass::{Mode, Pass, Route};
 pub use patch::{
-    Base, BlockPatch, HeadPatch, KeyValuePatch, KeyValues, Patch, PromptPatch, Sublayer, SublayerPatch, VectorPatch,
+    Base, BlockPatch, HeadPatch, KeyValuePatch, KeyValues, Patch, PromptPatch, RowsFn, Sublayer, SublayerPatch, VectorPatch,
     WeightPatch,
 };
 pub use replace::Replacement;

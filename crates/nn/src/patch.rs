@@ -43,6 +43,9 @@ pub trait VectorPatch: Send + Sync {
     fn vector(&self, v: &Tensor) -> Result<Tensor>;
 }
 
+/// A function on rows [tokens, width].
+pub type RowsFn<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
+
 /// What a sublayer patch sees; all tensors [tokens, width].
 pub struct Sublayer<'a> {
     /// The stream that the output will be added to.
@@ -52,7 +55,7 @@ pub struct Sublayer<'a> {
     /// What the sublayer computed.
     pub output: &'a Tensor,
     /// In post-norm models, the norm applied to `residual + output`.
-    pub norm: Option<&'a dyn Fn(&Tensor) -> Result<Tensor>>,
+    pub norm: Option<&'a RowsFn<'a>>,
 }
 
 /// (residual, input, output) → output′.
