@@ -74,7 +74,12 @@ const SHOWN: usize = 10;
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (count, total) = (self.rows.len(), self.total);
-        writeln!(f, "{count} tensors in {} ({total} in all) do not fit its config.json", self.dir.display())?;
+        let (noun, verb) = if count == 1 { ("tensor", "does") } else { ("tensors", "do") };
+        writeln!(
+            f,
+            "{count} {noun} in {} ({total} in all) {verb} not fit its config.json",
+            self.dir.display()
+        )?;
         let shown = &self.rows[..count.min(SHOWN)];
         let wide = |cell: fn(&MismatchRow) -> &str, title: &str| {
             shown.iter().map(|r| cell(r).chars().count()).max().unwrap_or(0).max(title.len())
