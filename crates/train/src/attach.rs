@@ -33,7 +33,8 @@ pub fn open_adapter(model: &dyn Model, dir: &Path, limits: &Limits) -> Result<At
     };
     let tensors = files.weights.iter().map(tensor).collect::<Result<Vec<_>>>()?;
     let loaded = load_adapter(&files.config, tensors, model.sites(), model.info())?;
-    let note = |name: &String| format!("{}: `{name}` is named and matches nothing in this model", dir.display());
+    let note =
+        |name: &String| format!("{}: `{name}` is named and matches nothing in this model", dir.display());
     Ok(AttachedAdapter {
         adapter: loaded.adapter,
         methods: loaded.methods,
@@ -99,10 +100,16 @@ fn saved(
 }
 
 /// A method with its targets, all of which exist.
-fn method(recipe: &Recipe, table: &MethodTable, model: &dyn Model) -> std::result::Result<Chosen, Vec<Problem>> {
+fn method(
+    recipe: &Recipe,
+    table: &MethodTable,
+    model: &dyn Model,
+) -> std::result::Result<Chosen, Vec<Problem>> {
     let name = table.name.as_ref().map_or("", |name| name.value.as_str());
     let Some(entry) = find(name) else {
-        return Err(vec![recipe.problem_at(&format!("{}.name", table.at), format!("there is no method `{name}`"))]);
+        return Err(vec![
+            recipe.problem_at(&format!("{}.name", table.at), format!("there is no method `{name}`")),
+        ]);
     };
     let method = (entry.from_settings)(&table.settings)
         .map_err(|e| vec![recipe.problem_at(&table.at, e.to_string())])?;
@@ -135,7 +142,10 @@ fn targets(
         (None, []) => default.as_ref().map(|d| d.matcher.clone()),
         (None, roles) => Some(Matcher::Roles(parse_roles(recipe, table, roles)?)),
     };
-    let says = table.targets.is_some() || !table.roles.is_empty() || table.exclude.is_some() || table.layers.is_some();
+    let says = table.targets.is_some()
+        || !table.roles.is_empty()
+        || table.exclude.is_some()
+        || table.layers.is_some();
     let Some(matcher) = matcher.filter(|_| says) else { return Ok(None) };
     let pattern = match &table.layers_pattern[..] {
         [] => None,
@@ -158,7 +168,11 @@ fn matcher(targets: &recipe::Targets) -> Matcher {
     }
 }
 
-fn parse_roles(recipe: &Recipe, table: &MethodTable, roles: &[String]) -> std::result::Result<Vec<Role>, Vec<Problem>> {
+fn parse_roles(
+    recipe: &Recipe,
+    table: &MethodTable,
+    roles: &[String],
+) -> std::result::Result<Vec<Role>, Vec<Problem>> {
     let (mut found, mut problems) = (vec![], vec![]);
     for (index, name) in roles.iter().enumerate() {
         match Role::parse(name) {
@@ -178,7 +192,8 @@ fn parse_roles(recipe: &Recipe, table: &MethodTable, roles: &[String]) -> std::r
 fn dead_targets(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error) -> Problem {
     let key = if table.targets.is_none() && !table.roles.is_empty() { "roles" } else { "targets" };
     let at = format!("{}.{key}", table.at);
-    let engraft_nn::Error::Targets(TargetError::Dead { names, all, kind, total, note, suggestion }) = error else {
+    let engraft_nn::Error::Targets(TargetError::Dead { names, all, kind, total, note, suggestion }) = error
+    else {
         return recipe.problem_at(&at, error.to_string());
     };
     let shown = |names: &[String]| names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
@@ -213,7 +228,8 @@ fn dead_targets(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error) 
         true => problem,
         false => {
             let list = suggestion.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>().join(", ");
-            let roles = if few.iter().any(|r| r.starts_with("role qkv ")) { "\"qkv\"" } else { "\"q\", \"v\"" };
+            let roles =
+                if few.iter().any(|r| r.starts_with("role qkv ")) { "\"qkv\"" } else { "\"q\", \"v\"" };
             problem.help(format!("write `targets = [{list}]`, or `roles = [{roles}]` for any model"))
         }
     }

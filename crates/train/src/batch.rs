@@ -131,8 +131,9 @@ impl<'a> Feed<'a> {
             _ => self.batches.epoch(epoch),
         };
         let first = step * self.options.accumulation;
-        let chosen: Vec<Vec<usize>> =
-            (first..first + self.options.accumulation).map_while(|b| order.batch(b).map(<[usize]>::to_vec)).collect();
+        let chosen: Vec<Vec<usize>> = (first..first + self.options.accumulation)
+            .map_while(|b| order.batch(b).map(<[usize]>::to_vec))
+            .collect();
         self.epoch = Some((epoch, order));
         chosen.iter().map(|groups| self.pack(groups, epoch)).collect()
     }
@@ -186,7 +187,11 @@ mod tests {
             labels: Labels::Class(row as u32),
             row,
         };
-        Dataset { examples: lengths.iter().enumerate().map(example).collect(), labels: None, report: Default::default() }
+        Dataset {
+            examples: lengths.iter().enumerate().map(example).collect(),
+            labels: None,
+            report: Default::default(),
+        }
     }
 
     fn options(batch_size: usize, accumulation: usize) -> FeedOptions {
@@ -213,5 +218,17 @@ mod tests {
         let mut feed = Feed::new(&data, FeedOptions { packed: Some(6), ..options(1, 1) }).unwrap();
         let rows: Vec<Vec<usize>> = (1..=3).map(|s| feed.step(s).unwrap()[0].rows.clone()).collect();
         assert_eq!(rows, [vec![0, 1, 2], vec![3], vec![4]]);
+    }
+
+    #[test]
+    fn masks_are_drawn_anew_in_each_epoch_and_the_same_when_repeated() {
+        let mut data = data(&[200]);
+        data.examples[0].labels = Labels::Tokens((0..200).collect());
+        let masking = Some(Masking { mask_id: 999, vocabulary: 1000, seed: 3 });
+        let mut feed = Feed::new(&data, FeedOptions { masking, ..options(1, 1) }).unwrap();
+        let mut labels = |step| feed.step(step).unwrap()[0].labels.clone();
+        let (first, second) = (labels(1), labels(2));
+        assert!(first != second && first == labels(1));
+        assert!((10..60).contains(&labelled(&first)), "{}", labelled(&first));
     }
 }

@@ -64,7 +64,14 @@ mod exact {
 }
 
 /// Writes the checkpoint `state.step`. Returns its directory.
-pub fn write(dir: &Path, run: &str, plan: &str, state: &State, adapter: &Adapter, optimizer: &Optimizer) -> Result<PathBuf> {
+pub fn write(
+    dir: &Path,
+    run: &str,
+    plan: &str,
+    state: &State,
+    adapter: &Adapter,
+    optimizer: &Optimizer,
+) -> Result<PathBuf> {
     let params = values(adapter.params().iter().map(|p| (p.name.clone(), p.param.value())))?;
     let moments = optimizer.slots.iter().flat_map(|s| {
         [(format!("{}.m", s.name), s.moments.m.clone()), (format!("{}.v", s.name), s.moments.v.clone())]
@@ -103,7 +110,12 @@ fn entries(values: &[Named]) -> Vec<Entry<'_>> {
 ///
 /// # Errors
 /// None verifies; each is listed with the reason.
-pub fn resume(dir: &Path, plan: &str, adapter: &Adapter, optimizer: &mut Optimizer) -> Result<(Found, State)> {
+pub fn resume(
+    dir: &Path,
+    plan: &str,
+    adapter: &Adapter,
+    optimizer: &mut Optimizer,
+) -> Result<(Found, State)> {
     let found = newest_valid(&RealDisk, dir, |path, manifest| {
         read(path, manifest, plan, adapter, optimizer).map(|_| ()).map_err(|e| e.to_string())
     })?;
@@ -134,7 +146,13 @@ struct Read {
     state: State,
 }
 
-fn read(path: &Path, manifest: &Manifest, plan: &str, adapter: &Adapter, optimizer: &Optimizer) -> Result<Read> {
+fn read(
+    path: &Path,
+    manifest: &Manifest,
+    plan: &str,
+    adapter: &Adapter,
+    optimizer: &Optimizer,
+) -> Result<Read> {
     let limits = Limits::default();
     if manifest.stamp.plan != plan {
         return Err(Error::Resume("it belongs to another recipe".into()));

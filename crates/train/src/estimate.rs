@@ -58,7 +58,8 @@ pub fn estimate(session: &Session) -> Estimate {
         Value::Vector(v) => v.len(),
         Value::None => 0,
     };
-    let base_parameters = sites.iter().filter(|s| s.tensor.is_none() || seen.insert(s.tensor.clone())).map(of_value).sum();
+    let base_parameters =
+        sites.iter().filter(|s| s.tensor.is_none() || seen.insert(s.tensor.clone())).map(of_value).sum();
     let trained = session.adapter.trained_count();
     let all: usize = session.adapter.params().iter().map(|p| p.param.value().len()).sum();
     let tokens = largest_batch(session);

@@ -50,7 +50,11 @@ impl Evaluation {
 ///
 /// # Errors
 /// Data without labels, and whatever the model refuses.
-pub fn evaluate(of: &Evaluated<'_>, data: &Dataset, progress: &mut dyn FnMut(usize, usize)) -> Result<Evaluation> {
+pub fn evaluate(
+    of: &Evaluated<'_>,
+    data: &Dataset,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Evaluation> {
     let objective = Objective::of(of.model.info().task)?;
     let (mut loss, mut labels, mut confusion) = (0.0, 0u64, Confusion::default());
     // Rows of like length share a batch, longest first: the order changes no result but the time.

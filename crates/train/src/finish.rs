@@ -34,7 +34,8 @@ pub(crate) fn write_adapter(session: &Session, dir: &Path) -> Result<()> {
         session.model.sites(),
         session.model.info(),
     )?;
-    let values: Vec<Vec<f32>> = tensors.iter().map(|(_, t)| t.to_vec()).collect::<engraft_tensor::Result<_>>()?;
+    let values: Vec<Vec<f32>> =
+        tensors.iter().map(|(_, t)| t.to_vec()).collect::<engraft_tensor::Result<_>>()?;
     let named = tensors.iter().zip(&values);
     let entries: Vec<Entry> =
         named.map(|((name, tensor), values)| Entry::f32(name.clone(), tensor.shape(), values)).collect();
@@ -92,7 +93,8 @@ fn read_events(dir: &Path) -> Result<Events> {
 fn verdict(run: &Run<'_>, events: &Events, seconds: f64) -> Verdict {
     let session = run.session;
     // What was chosen for the best, but a classifier is judged by its accuracy rather than its loss.
-    let classes = matches!(session.objective, Objective::SequenceClassification | Objective::TokenClassification);
+    let classes =
+        matches!(session.objective, Objective::SequenceClassification | Objective::TokenClassification);
     let name = match metric_name(session.plan.train.best_metric) {
         "loss" if classes => "accuracy",
         name => name,
@@ -205,12 +207,20 @@ fn data_facts(session: &Session) -> Vec<Fact> {
         fact("rows", report.rows.to_string()),
         fact("examples", report.examples.to_string()),
         fact("tokens", report.tokens.to_string()),
-        fact("length", format!("median {}, 99 % {}, longest {}", report.median_length, report.length_99, report.max_length)),
+        fact(
+            "length",
+            format!(
+                "median {}, 99 % {}, longest {}",
+                report.median_length, report.length_99, report.max_length
+            ),
+        ),
         fact("cut", format!("{} rows, {} tokens", report.truncated_rows, report.truncated_tokens)),
         fact("trained share", human::percent(report.trained_share)),
         fact("duplicates", report.duplicates.to_string()),
     ];
-    facts.extend(session.eval.as_ref().map(|eval| fact("evaluation examples", eval.examples.len().to_string())));
+    facts.extend(
+        session.eval.as_ref().map(|eval| fact("evaluation examples", eval.examples.len().to_string())),
+    );
     facts
 }
 
@@ -220,7 +230,11 @@ fn lengths(data: &Dataset) -> Vec<(String, u64)> {
     let width = lengths.iter().max().map_or(1, |longest| longest / 8 + 1);
     let mut counts = vec![0u64; 8];
     lengths.iter().for_each(|n| counts[(n / width).min(7)] += 1);
-    counts.into_iter().enumerate().map(|(i, n)| (format!("{}-{}", i * width, (i + 1) * width - 1), n)).collect()
+    counts
+        .into_iter()
+        .enumerate()
+        .map(|(i, n)| (format!("{}-{}", i * width, (i + 1) * width - 1), n))
+        .collect()
 }
 
 /// The lines of the plan; those that were not written in the recipe hold their defaults.

@@ -40,7 +40,8 @@ impl Confusion {
     /// Mean F1 over the classes.
     pub fn macro_f1(&self) -> f64 {
         let classes = self.by_class();
-        let f1: f64 = classes.values().map(|(labels, predicted, both)| 2.0 * both / (labels + predicted)).sum();
+        let f1: f64 =
+            classes.values().map(|(labels, predicted, both)| 2.0 * both / (labels + predicted)).sum();
         f1 / classes.len().max(1) as f64
     }
 

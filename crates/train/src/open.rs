@@ -13,13 +13,13 @@ use engraft_store::{Limits, Weights, read_config};
 use engraft_tensor::frozen::Precision;
 use serde_json::Value;
 
+use crate::Result;
 use crate::attach::from_recipe;
 use crate::batch::Feed;
 use crate::fingerprint::{Fingerprint, of_data, of_weights};
 use crate::objective::Objective;
 use crate::read::{Examples, Reading, config_classes, decide_task, known_labels};
 use crate::session::{Session, feed_options};
-use crate::Result;
 
 /// What a session needs of its surroundings.
 pub struct SessionOptions<'a> {
@@ -63,12 +63,15 @@ impl Session {
                 None
             }
         };
-        let classes = examples.as_ref().and_then(|e| e.classes).map(|n| match &recipe.data.format {
-            // Arrays have no names: a class that no row has may still be one of the model's.
-            recipe::Format::Tensors => n.max(config_classes(&config).unwrap_or(0)),
-            _ => n,
-        });
-        let loaded = load(&model_dir, &load_options(recipe, task, classes, &options.limits))?;
+        let classes = classes(recipe, task, examples.as_ref(), &config);
+        let loaded = match load(&model_dir, &load_options(recipe, task, classes, &options.limits)) {
+            Ok(loaded) => loaded,
+            Err(e) if problems.is_empty() => return Err(e.into()),
+            Err(e) => {
+                problems.push(Problem::new(e.to_string()));
+                return Err(recipe.problems(problems).into());
+            }
+        };
         let facts = Facts {
             model_dir: recipe.model_path.is_dir().then(|| recipe.model_path.clone()),
             task,
@@ -122,6 +125,27 @@ impl Session {
             notes,
         })
     }
+}
+
+/// Labels that the head must tell apart; `None` is the head's own number.
+fn classes(
+    recipe: &Recipe,
+    task: recipe::Task,
+    examples: Option<&Examples>,
+    config: &Value,
+) -> Option<usize> {
+    if !matches!(task, recipe::Task::SequenceClassification | recipe::Task::TokenClassification) {
+        return None;
+    }
+    // `transformers` takes two labels where a configuration says nothing.
+    let own = config_classes(config).unwrap_or(2);
+    Some(match (examples.and_then(|e| e.classes), recipe.data.format) {
+        // Arrays have no names: a class that no row has may still be one of the model's.
+        (Some(found), recipe::Format::Tensors) => found.max(own),
+        (Some(found), _) => found,
+        // The data could not be read: any head will do to find the other mistakes.
+        (None, _) => own,
+    })
 }
 
 /// The model's directory: the path of the recipe, else a Hub id.
@@ -197,7 +221,8 @@ fn load_options(recipe: &Recipe, task: recipe::Task, labels: Option<usize>, limi
 }
 
 fn steps_per_epoch(recipe: &Recipe, examples: &Examples, max_length: usize) -> Result<u64> {
-    Ok(Feed::new(&examples.train, feed_options(&recipe.data, &recipe.train, max_length, None))?.steps_per_epoch())
+    Ok(Feed::new(&examples.train, feed_options(&recipe.data, &recipe.train, max_length, None))?
+        .steps_per_epoch())
 }
 
 /// Ids that the model has no embedding for, labels that its head has no output for.
@@ -206,11 +231,13 @@ fn misfits(recipe: &Recipe, examples: &Examples, loaded: &Loaded) -> Vec<Problem
     let mut problems = Vec::new();
     let parts = [("data.path", Some(&examples.train)), ("data.eval_path", examples.eval.as_ref())];
     for (key, data) in parts.into_iter().filter_map(|(key, data)| Some((key, data?))) {
-        let bad_id = data.examples.iter().find_map(|e| {
-            e.ids.iter().find(|id| **id as usize >= info.vocabulary).map(|id| (e.row, *id))
-        });
+        let bad_id = data
+            .examples
+            .iter()
+            .find_map(|e| e.ids.iter().find(|id| **id as usize >= info.vocabulary).map(|id| (e.row, *id)));
         if let Some((row, id)) = bad_id {
-            let title = format!("row {row} holds the token {id}; the model has tokens 0 to {}", info.vocabulary - 1);
+            let title =
+                format!("row {row} holds the token {id}; the model has tokens 0 to {}", info.vocabulary - 1);
             problems.push(recipe.problem_at(key, title));
         }
         let highest = |labels: &Labels| match labels {
@@ -222,7 +249,8 @@ fn misfits(recipe: &Recipe, examples: &Examples, loaded: &Loaded) -> Vec<Problem
             highest(&e.labels).filter(|label| *label >= info.outputs as i64).map(|label| (e.row, label))
         });
         if let Some((row, label)) = bad_label {
-            let title = format!("row {row} has the label {label}; the model's head has {} outputs", info.outputs);
+            let title =
+                format!("row {row} has the label {label}; the model's head has {} outputs", info.outputs);
             problems.push(recipe.problem_at(key, title));
         }
         let per_sequence = info.task.per_sequence();

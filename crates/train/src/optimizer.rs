@@ -48,7 +48,11 @@ impl Optimizer {
             factor: factor(p.group),
             moments: Moments::zeros(&p.param),
         };
-        Optimizer { rule, max_grad_norm: train.max_grad_norm as f32, slots: adapter.trainable().map(slot).collect() }
+        Optimizer {
+            rule,
+            max_grad_norm: train.max_grad_norm as f32,
+            slots: adapter.trainable().map(slot).collect(),
+        }
     }
 
     /// The norm of all gradients, and the factor that brings it under the limit; both on the device.
@@ -58,7 +62,13 @@ impl Optimizer {
     }
 
     /// The `number`-th update (from 1) with gradients·`scale`; nothing changes where `scale` is not finite.
-    pub fn update(&mut self, gradients: &Gradients, scale: &Tensor, learning_rate: f64, number: u64) -> Result<()> {
+    pub fn update(
+        &mut self,
+        gradients: &Gradients,
+        scale: &Tensor,
+        learning_rate: f64,
+        number: u64,
+    ) -> Result<()> {
         for slot in &mut self.slots {
             if let Some(gradient) = gradients.get(&slot.param) {
                 let rule = AdamW { learning_rate: learning_rate * slot.factor, ..self.rule };

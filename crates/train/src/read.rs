@@ -4,8 +4,8 @@ use std::path::Path;
 
 use engraft_data::rng::Random;
 use engraft_data::{
-    ChatTemplate, Columns, Dataset, EncodeOptions, Format, Labels, Need, ReadOptions, Rows, Task as DataTask, Tensors,
-    Tokenizer, encode, read, sniff,
+    ChatTemplate, Columns, Dataset, EncodeOptions, Format, Labels, Need, ReadOptions, Rows, Task as DataTask,
+    Tensors, Tokenizer, encode, read, sniff,
 };
 use engraft_recipe as recipe;
 use engraft_recipe::{Data, Recipe, Task, Template};
@@ -29,13 +29,13 @@ pub(crate) struct Examples {
 /// A mistake in the data, with the key of the recipe that it belongs to.
 pub(crate) struct Fault {
     pub key: &'static str,
-    pub error: Error,
+    pub error: Box<Error>,
 }
 
 type Read<T> = std::result::Result<T, Fault>;
 
 fn at<T, E: Into<Error>>(key: &'static str, result: std::result::Result<T, E>) -> Read<T> {
-    result.map_err(|error| Fault { key, error: error.into() })
+    result.map_err(|error| Fault { key, error: Box::new(error.into()) })
 }
 
 /// The task: as the recipe says, else as the class in `config.json` and the data do.
@@ -124,7 +124,8 @@ impl Reading<'_> {
             (recipe::Format::Tensors, _) => self.tensors(),
             (_, Some(tokenizer)) => self.text(tokenizer),
             (_, None) => {
-                let text = "the model has no tokenizer.json, which text data need; give data.format = \"tensors\"";
+                let text =
+                    "the model has no tokenizer.json, which text data need; give data.format = \"tensors\"";
                 at("data.format", Err(Error::Setup(text.into())))
             }
         }
@@ -256,7 +257,10 @@ impl Reading<'_> {
         let array = |name: &str| file.get(name).map(|t| t.to_i64()).transpose();
         let (mask, types, labels) = (array("attention_mask")?, array("token_type_ids")?, array("labels")?);
         if labels.is_none() {
-            return Err(Error::Setup(format!("{} holds no `labels`, so there is nothing to learn", path.display())));
+            return Err(Error::Setup(format!(
+                "{} holds no `labels`, so there is nothing to learn",
+                path.display()
+            )));
         }
         let tensors = Tensors {
             rows,

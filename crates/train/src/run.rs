@@ -190,7 +190,10 @@ impl<'a> Run<'a> {
         self.state.fingerprint = self.session.fingerprint.clone();
         self.tell(Event::Resume { step: self.state.step, exact })?;
         if !exact {
-            self.warn(format!("resumed under other conditions, the bits may differ: {}", differences.join("; ")))?;
+            self.warn(format!(
+                "resumed under other conditions, the bits may differ: {}",
+                differences.join("; ")
+            ))?;
         }
         for reason in skipped {
             self.warn(format!("a checkpoint was passed over: {reason}"))?;
@@ -236,7 +239,8 @@ impl<'a> Run<'a> {
             for warning in stepped.warnings {
                 self.warn(warning)?;
             }
-            let mut due = plan.train.checkpoint_every > 0 && number.is_multiple_of(plan.train.checkpoint_every);
+            let mut due =
+                plan.train.checkpoint_every > 0 && number.is_multiple_of(plan.train.checkpoint_every);
             if plan.eval_every > 0 && number.is_multiple_of(plan.eval_every) && self.session.eval.is_some() {
                 self.evaluate()?;
                 due |= self.state.best.as_ref().is_some_and(|best| best.step == number);
@@ -296,14 +300,26 @@ impl<'a> Run<'a> {
         self.clock = Instant::now();
         let dir = self.dir.checkpoints();
         let optimizer = &self.trainer.optimizer;
-        match checkpoint::write(&dir, &self.id, &self.plan_hash, &self.state, &self.session.adapter, optimizer) {
+        match checkpoint::write(
+            &dir,
+            &self.id,
+            &self.plan_hash,
+            &self.state,
+            &self.session.adapter,
+            optimizer,
+        ) {
             Ok(_) => {}
             Err(Error::Store(source)) => {
                 self.failed_saves += 1;
                 if must || self.failed_saves >= SAVES {
-                    return Err(Error::Checkpoint { attempts: self.failed_saves, step: self.state.step, source });
+                    return Err(Error::Checkpoint {
+                        attempts: self.failed_saves,
+                        step: self.state.step,
+                        source,
+                    });
                 }
-                return self.warn(format!("this checkpoint could not be written, the earlier ones stand: {source}"));
+                return self
+                    .warn(format!("this checkpoint could not be written, the earlier ones stand: {source}"));
             }
             Err(other) => return Err(other),
         }

@@ -56,7 +56,10 @@ mod tests {
             };
             for (step, expected) in case["learning_rates"].as_array().unwrap().iter().enumerate() {
                 let (found, expected) = (rate.at(step as u64 + 1), expected.as_f64().unwrap());
-                assert!((found - expected).abs() <= 1e-12 * rate.peak, "{rate:?} step {step}: {found} {expected}");
+                assert!(
+                    (found - expected).abs() <= 1e-12 * rate.peak,
+                    "{rate:?} step {step}: {found} {expected}"
+                );
             }
         }
     }

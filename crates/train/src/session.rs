@@ -85,7 +85,12 @@ impl Session {
 }
 
 /// How examples are batched.
-pub(crate) fn feed_options(data: &Data, train: &Train, max_length: usize, masking: Option<Masking>) -> FeedOptions {
+pub(crate) fn feed_options(
+    data: &Data,
+    train: &Train,
+    max_length: usize,
+    masking: Option<Masking>,
+) -> FeedOptions {
     let seed = train.seed;
     let order = match (data.shuffle, data.group_by_length) {
         (false, _) => Order::File,
@@ -93,5 +98,11 @@ pub(crate) fn feed_options(data: &Data, train: &Train, max_length: usize, maskin
         (true, true) => Order::LengthGrouped { seed },
     };
     let packed = data.packing.then_some(max_length);
-    FeedOptions { batch_size: train.batch_size, accumulation: train.gradient_accumulation, order, packed, masking }
+    FeedOptions {
+        batch_size: train.batch_size,
+        accumulation: train.gradient_accumulation,
+        order,
+        packed,
+        masking,
+    }
 }

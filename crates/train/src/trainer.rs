@@ -80,7 +80,9 @@ impl<'s> Trainer<'s> {
         let batches = self.feed.step(number)?;
         let labels: usize = batches.iter().map(|b| session.objective.count(b, self.prompted)).sum();
         if labels == 0 {
-            return Err(Error::Setup(format!("step {number} has no label to learn from; check the data's labels")));
+            return Err(Error::Setup(format!(
+                "step {number} has no label to learn from; check the data's labels"
+            )));
         }
 
         let guard = forbid_host_reads();

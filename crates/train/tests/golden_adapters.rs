@@ -47,7 +47,8 @@ fn case(root: &Path, name: &str) -> Vec<String> {
     let meta: Value = serde_json::from_slice(&std::fs::read(dir.join("case.json")).unwrap()).unwrap();
     let base = meta["model"].as_str().unwrap();
     let inputs = meta["inputs"].as_str().unwrap_or("inputs.safetensors");
-    let inputs = if inputs.contains('/') { dir.join(inputs) } else { root.join("inputs").join(base).join(inputs) };
+    let inputs =
+        if inputs.contains('/') { dir.join(inputs) } else { root.join("inputs").join(base).join(inputs) };
     let grid = fixtures::grid(&inputs);
     let loaded = fixtures::model(&root.join("models").join(base), Precision::F32, Storage::Dense);
     let files = read_adapter(&dir.join("adapter"), &Limits::default()).unwrap();
@@ -96,7 +97,12 @@ fn merged(adapter: &Adapter, loaded: &Loaded) -> engraft_nn::Result<Arc<Adapter>
 }
 
 /// Saved again, the adapter has the same keys, shapes, values and configuration.
-fn round_trip(adapter: &LoadedAdapter, config: &Value, tensors: &[(String, Tensor)], loaded: &Loaded) -> Vec<String> {
+fn round_trip(
+    adapter: &LoadedAdapter,
+    config: &Value,
+    tensors: &[(String, Tensor)],
+    loaded: &Loaded,
+) -> Vec<String> {
     let base = config["base_model_name_or_path"].as_str().unwrap_or("");
     let (sites, info) = (loaded.model.sites(), loaded.model.info());
     let saved = save_adapter(&adapter.adapter, &adapter.methods, &adapter.train_also, base, sites, info);
@@ -110,7 +116,9 @@ fn round_trip(adapter: &LoadedAdapter, config: &Value, tensors: &[(String, Tenso
     for (key, value) in tensors.iter().filter(|(key, _)| kept(key)) {
         match new_tensors.iter().find(|(k, _)| k == key) {
             None => problems.push(format!("{key} is not saved")),
-            Some((_, new)) if new.shape() != value.shape() || new.to_vec().unwrap() != value.to_vec().unwrap() => {
+            Some((_, new))
+                if new.shape() != value.shape() || new.to_vec().unwrap() != value.to_vec().unwrap() =>
+            {
                 problems.push(format!("{key} is saved otherwise"));
             }
             Some(_) => {}
@@ -128,7 +136,9 @@ fn configs_differ(old: &Value, new: &Value) -> Vec<String> {
     let free = ["auto_mapping", "model_class", "model_name"];
     // Written as the choice it stands for, with the same meaning.
     let same = |key: &str, a: &Value, b: &Value| {
-        a == b || key == "layers_to_transform" && json!([a]) == *b || a.as_f64().is_some() && a.as_f64() == b.as_f64()
+        a == b
+            || key == "layers_to_transform" && json!([a]) == *b
+            || a.as_f64().is_some() && a.as_f64() == b.as_f64()
     };
     let differs = |(key, value): (&String, &Value)| {
         let equal = free.contains(&key.as_str()) || same(key, value, &new[key]);

@@ -57,7 +57,12 @@ impl Method for Meddler {
         Ok(None)
     }
 
-    fn after_backward(&self, adapter: &Adapter, gradients: &mut Gradients, _: Step) -> engraft_nn::Result<()> {
+    fn after_backward(
+        &self,
+        adapter: &Adapter,
+        gradients: &mut Gradients,
+        _: Step,
+    ) -> engraft_nn::Result<()> {
         if self.zeroes {
             let param = &adapter.params()[0].param;
             gradients.set(param, Tensor::zeros(param.value().shape().to_vec()));

@@ -41,7 +41,11 @@ fn child_command(mut command: Command, out: &Path) -> Command {
 
 fn result(out: &Path) -> [Vec<u8>; 3] {
     let saved = out.join(format!("checkpoints/step-{STEPS:08}"));
-    let files = [out.join("adapter/adapter_model.safetensors"), saved.join("params.safetensors"), saved.join("optim.safetensors")];
+    let files = [
+        out.join("adapter/adapter_model.safetensors"),
+        saved.join("params.safetensors"),
+        saved.join("optim.safetensors"),
+    ];
     files.map(|path| std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
 }
 

@@ -35,14 +35,19 @@ impl Observer for StopAfter {
 
 fn go(session: &Session, out: &Path, resume: bool, stop_after: u64) -> engraft_train::Result<Outcome> {
     let stop = Arc::new(AtomicBool::new(false));
-    let options = RunOptions { out: out.into(), resume, exact: true, stop: stop.clone(), ..RunOptions::default() };
+    let options =
+        RunOptions { out: out.into(), resume, exact: true, stop: stop.clone(), ..RunOptions::default() };
     train(session, &options, &mut StopAfter { step: stop_after, stop })
 }
 
 /// Bytes of the final adapter, parameters and moments.
 fn result(out: &Path, step: u64) -> [Vec<u8>; 3] {
     let saved = out.join(format!("checkpoints/step-{step:08}"));
-    let files = [out.join("adapter/adapter_model.safetensors"), saved.join("params.safetensors"), saved.join("optim.safetensors")];
+    let files = [
+        out.join("adapter/adapter_model.safetensors"),
+        saved.join("params.safetensors"),
+        saved.join("optim.safetensors"),
+    ];
     files.map(|path| std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
 }
 

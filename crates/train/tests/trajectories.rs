@@ -19,7 +19,8 @@ fn close(what: &str, found: &[f64], expected: &Value, tolerance: f64) -> Vec<Str
         return vec![format!("{what}: {} values, expected {}", found.len(), expected.len())];
     }
     let far = |((i, a), b): ((usize, &f64), &f64)| {
-        ((a - b).abs() > tolerance * b.abs() + 1e-12).then(|| format!("{what} of step {}: {a} for {b}", i + 1))
+        ((a - b).abs() > tolerance * b.abs() + 1e-12)
+            .then(|| format!("{what} of step {}: {a} for {b}", i + 1))
     };
     found.iter().enumerate().zip(&expected).filter_map(far).collect()
 }
@@ -56,7 +57,8 @@ fn check(root: &Path, name: &str) -> Vec<String> {
         let step = |e: &Event| if let Event::Step(step) = e { Some(f(step)) } else { None };
         log.0.iter().filter_map(step).collect()
     };
-    let mut wrong = close("loss", &log.losses(), &expected["losses"], number(&expected, "loss_rel_tolerance", 1e-4));
+    let mut wrong =
+        close("loss", &log.losses(), &expected["losses"], number(&expected, "loss_rel_tolerance", 1e-4));
     if expected.get("learning_rates").is_some() {
         wrong.extend(close("rate", &steps(&|s| s.learning_rate), &expected["learning_rates"], 1e-9));
     }
@@ -72,7 +74,8 @@ fn adapters(dir: &Path, found: &Path, expected: &Value) -> Vec<String> {
     let read = |path: &Path| read_adapter(path, &Limits::default());
     let files = [read(found), read(&dir.join("final_adapter")), read(&dir.join("init_adapter"))];
     let [Ok(found), Ok(last), Ok(first)] = files else { return vec!["an adapter cannot be read".into()] };
-    let rounding = expected.get("rounding_only_tensors").and_then(Value::as_array).cloned().unwrap_or_default();
+    let rounding =
+        expected.get("rounding_only_tensors").and_then(Value::as_array).cloned().unwrap_or_default();
     let mut wrong = Vec::new();
     for (name, tensor) in last.weights.iter() {
         let Some(ours) = found.weights.get(name) else {

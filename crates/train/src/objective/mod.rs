@@ -125,13 +125,23 @@ impl Part {
     }
 }
 
-fn summed(model: &Arc<dyn Model>, features: &Tensor, pass: &Pass, labels: &[i64]) -> engraft_nn::Result<Tensor> {
+fn summed(
+    model: &Arc<dyn Model>,
+    features: &Tensor,
+    pass: &Pass,
+    labels: &[i64],
+) -> engraft_nn::Result<Tensor> {
     let labels = Tensor::from_i64(labels.to_vec(), [labels.len()])?;
     Ok(ops::cross_entropy(&model.logits(features, pass)?, &labels)?.sum()?)
 }
 
 /// The labelled rows in parts whose logits fit the bound.
-pub(crate) fn parts(objective: Objective, model: &dyn Model, out: &Output, found: Labelled) -> Result<Vec<Part>> {
+pub(crate) fn parts(
+    objective: Objective,
+    model: &dyn Model,
+    out: &Output,
+    found: Labelled,
+) -> Result<Vec<Part>> {
     if objective == Objective::SequenceClassification {
         let (features, pass) = (out.features.clone(), out.pass.clone());
         return Ok(vec![Part { features, pass, labels: found.labels, is_whole: true }]);

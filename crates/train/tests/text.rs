@@ -1,0 +1,80 @@
+//! Recipes on text: the small model and the help-desk set of this repository.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::Log;
+use engraft_recipe::{MethodSpec, Recipe};
+use engraft_store::Limits;
+use engraft_store::hub::Hub;
+use engraft_train::{Error, Event, RunOptions, Session, SessionOptions, run_data, train};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+fn open(method: &str, data: &str, train: &str) -> engraft_train::Result<Session> {
+    let root = root().canonicalize().unwrap();
+    let text = format!(
+        "model = \"models/all-minilm-l6-v2\"\n\n[method]\nname = \"lora\"\n{method}\n\n[data]\nformat = \"csv\"\n\
+         path = \"data/helpdesk/train.csv\"\n{data}\n\n[train]\n{train}\n"
+    );
+    let specs = [MethodSpec { name: "lora", summary: "", fields: vec![] }];
+    let name = root.join("recipe.toml");
+    let recipe = Recipe::parse(&text, &name.to_string_lossy(), &[], &specs)?;
+    let hub = Hub { offline: true, ..Hub::new(PathBuf::from("/nonexistent")) };
+    let mut options = SessionOptions {
+        hub: &hub,
+        progress: &mut |_| {},
+        working_dir: root,
+        limits: Limits::default(),
+        now: None,
+    };
+    Session::open(&recipe, &mut options)
+}
+
+#[test]
+fn a_new_head_learns_the_classes_of_the_data() {
+    let eval = "eval_path = \"data/helpdesk/test.csv\"";
+    let session = open(
+        "targets = \"all-linear\"\ntrain_also = [\"classifier\"]",
+        eval,
+        "steps = 8\nlearning_rate = 3e-3\nschedule = \"constant\"\neval_every = 0",
+    )
+    .unwrap();
+    let labels = session.labels.as_ref().unwrap();
+    assert_eq!(session.model.info().outputs, labels.len());
+    assert!(labels.is_sorted() && labels.len() >= 12 && !session.new_tensors.is_empty());
+    let dir = tempfile::tempdir().unwrap();
+    let options = RunOptions { out: dir.path().join("run"), ..RunOptions::default() };
+    let mut log = Log::default();
+    let outcome = train(&session, &options, &mut log).unwrap();
+    let (before, after) = (outcome.before.unwrap(), outcome.after.unwrap());
+    assert!(after.loss < before.loss - 0.1, "{} {}", before.loss, after.loss);
+    assert!(matches!(&log.0[0], Event::Data(d) if d.eval_examples > 50 && d.padding_share < 0.5));
+    let report = run_data(&options.out).unwrap();
+    assert_eq!(report.rows.as_ref().map(Vec::len), Some(5));
+    assert!(report.rows.unwrap().iter().all(|r| labels.contains(&r.expected) && !r.input.is_empty()));
+    assert_eq!(report.changes.unwrap().iter().filter(|c| c.role == "q" && c.ratio > 0.0).count(), 6);
+    assert!(std::fs::read_to_string(outcome.plot.unwrap()).unwrap().starts_with("<svg"));
+}
+
+#[test]
+fn all_mistakes_come_together_each_at_its_place() {
+    let error =
+        open("targets = [\"q_proj\", \"value\"]", "eval_path = \"data/helpdesk/tset.csv\"", "steps = 1");
+    let problems = match error {
+        Err(Error::Recipe(problems)) => problems,
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("mistakes were expected"),
+    };
+    let text = problems.to_string();
+    assert_eq!(problems.list.len(), 2, "{text}");
+    assert!(
+        text.contains("`q_proj` of `method.targets` matches nothing in models/all-minilm-l6-v2"),
+        "{text}"
+    );
+    assert!(text.contains("write `targets = [\"query\", \"value\"]`, or `roles = [\"q\", \"v\"]`"), "{text}");
+    assert!(text.contains("tset.csv") && text.contains("nothing was loaded or written"), "{text}");
+}
