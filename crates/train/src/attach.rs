@@ -51,7 +51,7 @@ pub(crate) fn from_recipe(
     recipe: &Recipe,
     methods: &[MethodTable],
     model: &dyn Model,
-    seed: u64,
+    new_tensors: &[String],
 ) -> std::result::Result<AttachedAdapter, Vec<Problem>> {
     if let Some(table) = methods.iter().find(|m| m.from.is_some()) {
         return saved(recipe, methods, table, model).map_err(|problem| vec![problem]);
@@ -63,11 +63,20 @@ pub(crate) fn from_recipe(
             Err(found) => problems.extend(found),
         }
     }
-    let train_also: Vec<String> = methods.iter().flat_map(|m| m.train_also.clone()).collect();
+    let mut train_also: Vec<String> = methods.iter().flat_map(|m| m.train_also.clone()).collect();
+    let mut notes = Vec::new();
+    for module in new_modules(model, new_tensors) {
+        if !train_also.contains(&module) {
+            notes.push(format!(
+                "`{module}` is not in the model's files, so it is new and trained with the adapter"
+            ));
+            train_also.push(module);
+        }
+    }
     if !problems.is_empty() {
         return Err(problems);
     }
-    let attached = attach(&chosen, &train_also, model.sites(), model.info(), seed);
+    let attached = attach(&chosen, &train_also, model.sites(), model.info(), recipe.train.seed);
     let attached = attached.map_err(|e| vec![recipe.problem_at("method", e.to_string())])?;
     for dead in &attached.dead_modules {
         let title = format!("`train_also` names `{dead}`, which {} does not have", recipe.model.value);
@@ -81,7 +90,22 @@ pub(crate) fn from_recipe(
     if attached.adapter.trained_count() == 0 {
         return Err(vec![recipe.problem_at("method", "nothing would be trained")]);
     }
-    Ok(AttachedAdapter { adapter: attached.adapter, methods: chosen, train_also, notes: vec![] })
+    Ok(AttachedAdapter { adapter: attached.adapter, methods: chosen, train_also, notes })
+}
+
+/// Modules that start at random: left frozen, nothing could be learned through them. As `peft`, whole classifiers.
+fn new_modules(model: &dyn Model, new_tensors: &[String]) -> Vec<String> {
+    let mut modules: Vec<String> = Vec::new();
+    for site in model.sites().iter().filter(|s| s.tensor.as_ref().is_some_and(|t| new_tensors.contains(t))) {
+        let module = match site.path.split('.').next() {
+            Some(head @ ("classifier" | "score")) => head,
+            _ => site.path.strip_suffix(".bias").or(site.path.strip_suffix(".weight")).unwrap_or(&site.path),
+        };
+        if !modules.iter().any(|m| m == module) {
+            modules.push(module.to_owned());
+        }
+    }
+    modules
 }
 
 /// A saved adapter, from which training goes on.

@@ -87,7 +87,7 @@ impl Session {
             }
         };
         let methods = plan.as_ref().map_or(&recipe.methods, |plan| &plan.methods);
-        let attached = match from_recipe(recipe, methods, loaded.model.as_ref(), recipe.train.seed) {
+        let attached = match from_recipe(recipe, methods, loaded.model.as_ref(), &loaded.new_tensors) {
             Ok(attached) => Some(attached),
             Err(found) => {
                 problems.extend(found);

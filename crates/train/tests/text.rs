@@ -38,7 +38,7 @@ fn open(method: &str, data: &str, train: &str) -> engraft_train::Result<Session>
 fn a_new_head_learns_the_classes_of_the_data() {
     let eval = "eval_path = \"data/helpdesk/test.csv\"";
     let session = open(
-        "targets = \"all-linear\"\ntrain_also = [\"classifier\"]",
+        "targets = \"all-linear\"",
         eval,
         "steps = 8\nlearning_rate = 3e-3\nschedule = \"constant\"\neval_every = 0",
     )
@@ -46,6 +46,7 @@ fn a_new_head_learns_the_classes_of_the_data() {
     let labels = session.labels.as_ref().unwrap();
     assert_eq!(session.model.info().outputs, labels.len());
     assert!(labels.is_sorted() && labels.len() >= 12 && !session.new_tensors.is_empty());
+    assert_eq!(session.train_also, ["classifier"]);
     let dir = tempfile::tempdir().unwrap();
     let options = RunOptions { out: dir.path().join("run"), ..RunOptions::default() };
     let mut log = Log::default();
