@@ -130,15 +130,17 @@ impl<'a> Builder<'a> {
         Ok(param)
     }
 
-    /// Trains every tensor of the modules that `names` match (`peft`'s `modules_to_save`: a name is a whole component
-    /// of the path, or several). Gives the names that matched nothing.
+    /// Trains every tensor of the modules that `names` match (`peft`'s `modules_to_save`: the path of a module, or
+    /// of one that it lies in, ends so). Gives the names that matched nothing.
     pub fn train_modules(&mut self, names: &[String]) -> Result<Vec<String>> {
         let mut dead = names.to_vec();
         let sites = self.sites;
         for site in sites.iter().filter(|s| !matches!(s.value, Value::None)) {
+            let parent = site.path.rsplit_once('.').map_or("", |(parent, _)| parent);
+            let module = if site.is_weight() { &site.path } else { parent };
             let mut hit = false;
             for name in names {
-                if module_contains(name, &site.path) {
+                if module_ends(name, module) {
                     dead.retain(|d| d != name);
                     hit = true;
                 }
@@ -154,6 +156,12 @@ impl<'a> Builder<'a> {
     pub fn finish(self) -> Adapter {
         self.adapter
     }
+}
+
+/// Whether the path of a module, or of one that it lies in, ends in `name`.
+fn module_ends(name: &str, path: &str) -> bool {
+    let ends = |at: usize| at == path.len() || path.as_bytes()[at] == b'.';
+    !name.is_empty() && path.match_indices(name).any(|(at, _)| ends(at + name.len()))
 }
 
 /// Whether `path` lies in a module called `name`: `(^|.*\.)name($|\..*)`.
