@@ -259,13 +259,17 @@ fn config(
     info: &ModelInfo,
 ) -> Result<Map<String, Value>> {
     let mut map = peft::write_header(method.info().peft_type, base_model, info, train_also);
-    let mut chosen = Vec::new();
-    if let Some(targets) = targets.cloned().or_else(|| method.default_targets()) {
-        let targets = Targets { train_also: train_also.to_vec(), ..targets };
-        map.extend(peft::write_targets(&targets, method, sites)?);
-        chosen = method.resolve(&targets, sites)?.sites;
-    }
+    let targets = targets.cloned().or_else(|| method.default_targets());
+    let targets = targets.map(|targets| Targets { train_also: train_also.to_vec(), ..targets });
+    let chosen = match &targets {
+        Some(targets) => method.resolve(targets, sites)?.sites,
+        None => Vec::new(),
+    };
     map.extend(method.config(&Described { info, sites, chosen: &chosen }));
+    if let Some(targets) = targets {
+        let by_layer = map.contains_key("layers_to_transform");
+        map.extend(peft::write_targets(&targets, method, sites, by_layer)?);
+    }
     Ok(map)
 }
 

@@ -275,7 +275,7 @@ impl Method for Lora {
         let own = json!({
             "alpha_pattern": Pattern::table(&self.alpha_pattern), "bias": name_of(BIASES, self.bias), "ensure_weight_tying": false,
             "fan_in_fan_out": false, "init_lora_weights": start, "loftq_config": {}, "lora_alpha": number(self.alpha),
-            "lora_bias": self.product_bias, "lora_dropout": as_written(self.dropout), "megatron_core": "megatron.core",
+            "layers_pattern": null, "layers_to_transform": null, "lora_bias": self.product_bias, "lora_dropout": as_written(self.dropout), "megatron_core": "megatron.core",
             "qalora_group_size": 16, "r": self.rank, "rank_pattern": Pattern::table(&self.rank_pattern),
             "use_dora": self.dora, "use_qalora": false, "use_rslora": self.root_scaling,
         });

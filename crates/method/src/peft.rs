@@ -8,7 +8,6 @@ use crate::read::{Reader, texts};
 
 /// The version whose keys are written.
 const VERSION: &str = "0.21.2";
-const TARGETS: [&str; 4] = ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"];
 
 /// Whether this is the configuration of `peft_type`.
 pub(crate) fn is_type(config: &Value, peft_type: &str) -> bool {
@@ -29,6 +28,7 @@ pub(crate) fn read_targets(r: &mut Reader<'_>) -> Option<Targets> {
     let target = r.value("target_modules").cloned();
     let matcher = match &target {
         None => None,
+        Some(Value::Array(a)) if a.is_empty() => None,
         Some(Value::String(s)) if s.eq_ignore_ascii_case("all-linear") => Some(Matcher::AllLinear),
         Some(value) => names_or_pattern(r, "target_modules", value),
     };
@@ -43,6 +43,7 @@ pub(crate) fn read_targets(r: &mut Reader<'_>) -> Option<Targets> {
         None => None,
         Some(Value::Array(a)) if a.is_empty() => None,
         Some(Value::String(s)) => Some(s),
+        Some(Value::Array(a)) if a.len() == 1 && a[0].is_string() => a[0].as_str().map(str::to_string),
         Some(_) => r.texts("layers_pattern").map(|names| format!("(?:{})", names.join("|"))),
     };
     let layers = layers.map(|layers| LayerChoice { layers, pattern });
@@ -56,7 +57,7 @@ pub(crate) fn read_targets(r: &mut Reader<'_>) -> Option<Targets> {
 fn names_or_pattern(r: &mut Reader<'_>, key: &str, value: &Value) -> Option<Matcher> {
     match value {
         Value::String(s) => Some(Matcher::Regex(s.clone())),
-        Value::Array(a) if a.is_empty() && key != "target_modules" => None,
+        Value::Array(a) if a.is_empty() => None,
         value => {
             let names = texts(value);
             if names.is_none() {
@@ -67,36 +68,38 @@ fn names_or_pattern(r: &mut Reader<'_>, key: &str, value: &Value) -> Option<Matc
     }
 }
 
-/// The keys of targets as `peft` reads them. Roles become names of modules in this model.
+/// The keys of targets as `peft` reads them. Roles become names of modules in this model, and so does a choice of layers
+/// where the method's configuration has no keys for it.
 pub(crate) fn write_targets(
     targets: &Targets,
     method: &dyn Method,
     sites: &Sites,
+    by_layer: bool,
 ) -> Result<Map<String, Value>> {
-    let mut map: Map<String, Value> = TARGETS.iter().map(|k| (k.to_string(), Value::Null)).collect();
-    let matcher = |m: &Matcher| match m {
+    let written = |m: &Matcher| match m {
         Matcher::Names(names) => json!(names),
         Matcher::Regex(pattern) => json!(pattern),
         Matcher::AllLinear => json!("all-linear"),
         Matcher::Roles(_) => Value::Null,
     };
-    if !matches!(targets.matcher, Matcher::Names(_) | Matcher::Regex(_))
-        && (targets.layers.is_some() || is_roles(targets))
-    {
+    let spelled = match (&targets.matcher, &targets.layers) {
+        (Matcher::Roles(_), _) => true,
+        (Matcher::Names(_), Some(_)) => !by_layer,
+        (_, layers) => layers.is_some(),
+    };
+    let mut map = Map::new();
+    if spelled {
         map.insert("target_modules".into(), json!(module_names(targets, method, sites)?));
+        map.insert("exclude_modules".into(), Value::Null);
         return Ok(map);
     }
-    map.insert("target_modules".into(), matcher(&targets.matcher));
-    map.insert("exclude_modules".into(), targets.exclude.as_ref().map_or(Value::Null, matcher));
+    map.insert("target_modules".into(), written(&targets.matcher));
+    map.insert("exclude_modules".into(), targets.exclude.as_ref().map_or(Value::Null, written));
     if let Some(layers) = &targets.layers {
         map.insert("layers_to_transform".into(), json!(layers.layers));
         map.insert("layers_pattern".into(), json!(layers.pattern));
     }
     Ok(map)
-}
-
-fn is_roles(targets: &Targets) -> bool {
-    matches!(targets.matcher, Matcher::Roles(_))
 }
 
 /// Names that choose the same sites: the last components of their paths, or whole paths where these would catch more.
