@@ -137,6 +137,7 @@ fn configs_differ(old: &Value, new: &Value) -> Vec<String> {
     // Written as the choice it stands for, with the same meaning.
     let same = |key: &str, a: &Value, b: &Value| {
         a == b
+            || a.as_array().is_some_and(Vec::is_empty) && b.is_null()
             || key == "layers_to_transform" && json!([a]) == *b
             || a.as_f64().is_some() && a.as_f64() == b.as_f64()
     };

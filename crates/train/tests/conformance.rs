@@ -1,0 +1,379 @@
+//! What every registered method promises, on every tiny model and every way the base is kept.
+//!
+//! Identity at the start (or declared otherwise), gradients as finite differences, the base untouched, each fast path
+//! equal to its definition, merged equal to adapted, saved equal to loaded, batch-mates independent, checkpointing to the
+//! same bits, unknown keys rejected.
+
+mod fixtures;
+
+use std::sync::Arc;
+
+use engraft_method::{Chosen, METHODS, attach, find, load_adapter, save_adapter};
+use engraft_model::Loaded;
+use engraft_nn::weight::Storage;
+use engraft_nn::{
+    Adapter, Builder, Error, Init, Inputs, Kind, Layout, Matcher, Mode, NamedParam, Pass, Patch, Patched,
+    Replacement, Result, Role, Route, Targets, Value, merged_tensors,
+};
+use engraft_tensor::frozen::Precision;
+use engraft_tensor::testing::sample;
+use engraft_tensor::{Gradients, Tensor, no_grad};
+use serde_json::json;
+
+const LENGTHS: [usize; 4] = [5, 3, 6, 2];
+const NF4: Storage = Storage::Nf4 { block: 64, double: false };
+
+#[test]
+fn on_f32_bases() {
+    every_method(Precision::F32, Storage::Dense);
+}
+
+#[test]
+fn on_bf16_bases() {
+    every_method(Precision::Bf16, Storage::Dense);
+}
+
+#[test]
+fn on_nf4_bases() {
+    every_method(Precision::F32, NF4);
+}
+
+#[test]
+fn unknown_keys_are_rejected() {
+    let unknown = json!({ "sharpness": 2.0 });
+    for entry in METHODS {
+        let Err(error) = (entry.from_settings)(unknown.as_object().unwrap()) else {
+            panic!("{}", entry.info.name)
+        };
+        assert!(error.to_string().contains("sharpness"), "{error}");
+        let config = json!({ "peft_type": entry.info.peft_type, "num_virtual_tokens": 3, "sharpness": 2.0,
+            "config": { "reduction_factor": 4, "sharpness": 2.0 } });
+        let Err(error) = (entry.from_file)(&config) else { panic!("{}", entry.info.name) };
+        assert!(error.to_string().contains("sharpness"), "{error}");
+    }
+}
+
+/// The example of every method, variants that an example cannot show at once, and a union.
+fn adapters() -> Vec<(String, Vec<Chosen>)> {
+    let of = |name: &str, settings: serde_json::Value, targets: Option<Targets>| {
+        vec![((find(name).unwrap().from_settings)(settings.as_object().unwrap()).unwrap(), targets)]
+    };
+    let mut all: Vec<(String, Vec<Chosen>)> =
+        METHODS.iter().map(|e| (e.info.name.to_string(), vec![((e.example)(), None)])).collect();
+    let tables = Targets::roles(&[Role::Embed, Role::Q, Role::Down]);
+    all.push(("lora, tables".into(), of("lora", json!({ "rank": 2 }), Some(tables))));
+    let linears = Targets::from(Matcher::AllLinear);
+    all.push(("lora, own bias".into(), of("lora", json!({ "rank": 2, "lora_bias": true }), Some(linears))));
+    all.push(("dora".into(), of("lora", json!({ "rank": 2, "dora": true }), None)));
+    all.push(("pfeiffer".into(), of("bottleneck", json!({ "reduction": 4, "activation": "gelu" }), None)));
+    all.push((
+        "parallel".into(),
+        of("bottleneck", json!({ "form": "parallel", "activation": "tanh" }), None),
+    ));
+    let mut union = of("lora", json!({ "rank": 2 }), None);
+    union.extend(of("ia3", json!({}), None));
+    union.extend(of("prefix", json!({ "tokens": 2 }), None));
+    all.push(("union".into(), union));
+    all
+}
+
+fn every_method(precision: Precision, storage: Storage) {
+    let models = fixtures::golden().join("models");
+    let mut failures = Vec::new();
+    let mut count = 0;
+    for name in fixtures::directories(&models) {
+        let loaded = fixtures::model(&models.join(&name), precision, storage);
+        for (title, methods) in adapters() {
+            let setting = Setting { loaded: &loaded, exact: precision == Precision::F32, methods: &methods };
+            count += 1;
+            if let Err(problem) = setting.check() {
+                failures.push(format!("{title} on {name}: {problem}"));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{} of {count}:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// One method, or union, on one model.
+struct Setting<'a> {
+    loaded: &'a Loaded,
+    /// Whether products are computed in f32.
+    exact: bool,
+    methods: &'a [Chosen],
+}
+
+type Checked = std::result::Result<(), String>;
+
+fn ensure(holds: bool, what: impl FnOnce() -> String) -> Checked {
+    if holds { Ok(()) } else { Err(what()) }
+}
+
+impl Setting<'_> {
+    fn check(&self) -> Checked {
+        let before = self.logits(None)?;
+        let adapter = match self.attach(1) {
+            Err(Error::Unsupported(_)) if self.impossible() => return Ok(()),
+            other => other.map_err(|e| e.to_string())?,
+        };
+        let info = self.methods[0].0.info();
+        if self.methods.iter().all(|m| m.0.info().identity_at_init) {
+            close("at the start", &self.logits(Some(&adapter))?, &before, self.tolerance())?;
+        }
+        stir(&adapter, 1);
+        let adapted = self.logits(Some(&adapter))?;
+        ensure(difference(&adapted, &before) > 1e-4, || "the adapter changes nothing".into())?;
+        let gradients = self.gradients(&adapter, false).map_err(|e| e.to_string())?;
+        if self.exact {
+            self.finite_differences(&adapter, &gradients)?;
+        }
+        self.checkpointing(&adapter, &gradients)?;
+        let after = self.logits(None)?;
+        ensure(after.to_vec().unwrap() == before.to_vec().unwrap(), || "the base has changed".into())?;
+        self.fast_paths(&adapter)?;
+        let mergeable = self.methods.iter().all(|m| m.0.info().mergeable);
+        match self.merged(&adapter) {
+            Ok(merged) if mergeable => {
+                close("merged", &self.logits(Some(&merged))?, &adapted, 10.0 * self.tolerance())?
+            }
+            Ok(_) => return Err(format!("{} merges and says it does not", info.title)),
+            Err(Error::Mismatch(lines)) if !mergeable || self.carries_own_bias(&lines) => {}
+            Err(e) => return Err(e.to_string()),
+        }
+        self.saved(&adapter, &adapted)?;
+        self.batch_mates(&adapter)
+    }
+
+    /// What a method says it cannot do on this model.
+    fn impossible(&self) -> bool {
+        let sites = self.loaded.model.sites();
+        let name = self.methods[0].0.info().name;
+        let has = |is: &dyn Fn(&engraft_nn::Site) -> bool| sites.iter().any(is);
+        name == "bitfit" && !has(&|s| s.path.ends_with(".bias"))
+            || name == "head" && !has(&|s| s.role == Role::Head && s.is_weight())
+    }
+
+    /// A product's own bias cannot be folded into a layer that has none.
+    fn carries_own_bias(&self, lines: &[String]) -> bool {
+        let sites = self.loaded.model.sites();
+        lines.iter().all(|l| l.split(':').next().is_some_and(|path| sites.bias_of(path).is_none()))
+    }
+
+    fn tolerance(&self) -> f32 {
+        if self.exact { 2e-5 } else { 2e-2 }
+    }
+
+    fn attach(&self, seed: u64) -> Result<Arc<Adapter>> {
+        let (sites, info) = (self.loaded.model.sites(), self.loaded.model.info());
+        Ok(Arc::new(attach(self.methods, &[], sites, info, seed)?.adapter))
+    }
+
+    /// Sequences of fixed lengths with ids far from the special ones.
+    fn inputs(&self, which: std::ops::Range<usize>) -> Inputs {
+        let vocabulary = self.loaded.model.info().vocabulary as i64;
+        let first: usize = LENGTHS[..which.start].iter().sum();
+        let lengths = &LENGTHS[which];
+        let count: usize = lengths.iter().sum();
+        let ids = (first..first + count).map(|i| 5 + (i as i64 * 37 + 11) % (vocabulary - 6)).collect();
+        let layout = Layout::counted(lengths).unwrap();
+        Inputs { ids: Tensor::from_i64(ids, [count]).unwrap(), type_ids: None, layout }
+    }
+
+    fn logits(&self, adapter: Option<&Arc<Adapter>>) -> std::result::Result<Tensor, String> {
+        let inputs = self.inputs(0..LENGTHS.len());
+        let cx = Pass::new(inputs.layout.clone(), adapter.cloned());
+        no_grad(|| self.loaded.model.forward(&inputs, &cx)).map_err(|e| e.to_string())
+    }
+
+    /// A projection of the logits on fixed numbers, as the loss.
+    fn gradients(&self, adapter: &Arc<Adapter>, checkpointing: bool) -> Result<Gradients> {
+        let inputs = self.inputs(0..LENGTHS.len());
+        let mode = Mode::Train { seed: 1, step: 1, micro: 0 };
+        let cx = Pass::new(inputs.layout.clone(), Some(adapter.clone()))
+            .training(mode)
+            .checkpointing(checkpointing);
+        let logits = self.loaded.model.forward(&inputs, &cx)?;
+        Ok(logits.mul(&sample(logits.shape(), 99))?.sum()?.backward()?)
+    }
+
+    /// The loss of [`Setting::gradients`], summed in f64.
+    fn loss(&self, adapter: &Arc<Adapter>) -> std::result::Result<f64, String> {
+        let logits = self.logits(Some(adapter))?;
+        let weights = sample(logits.shape(), 99).to_vec().unwrap();
+        Ok(logits.to_vec().unwrap().iter().zip(weights).map(|(&a, w)| f64::from(a) * f64::from(w)).sum())
+    }
+
+    /// Along one random direction of every parameter, and along its steepest coordinate.
+    fn finite_differences(&self, adapter: &Arc<Adapter>, gradients: &Gradients) -> Checked {
+        // DoRA's gradient leaves the norms out on purpose; only its magnitudes have the plain one.
+        let plain = |name: &str| !self.is_dora(adapter) || name.ends_with("lora_magnitude_vector");
+        for (number, p) in adapter.trainable().enumerate().filter(|(_, p)| plain(&p.name)) {
+            let count = p.param.value().len();
+            // What the output does not depend on (the pooler of an encoder) has none.
+            let gradient = gradients.get(&p.param).map_or(vec![0.0; count], |g| g.to_vec().unwrap());
+            let random = sample(&[count], number as u64).to_vec().unwrap();
+            let length = random.iter().map(|v| v * v).sum::<f32>().sqrt();
+            let steepest =
+                (0..count).max_by(|&a, &b| gradient[a].abs().total_cmp(&gradient[b].abs())).unwrap_or(0);
+            let mut coordinate = vec![0.0; count];
+            coordinate[steepest] = 1.0;
+            for direction in [random.iter().map(|v| v / length).collect(), coordinate] {
+                self.directional(adapter, p, &gradient, direction)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_dora(&self, adapter: &Adapter) -> bool {
+        adapter.params().iter().any(|p| p.name.ends_with("lora_magnitude_vector"))
+    }
+
+    /// Curvature asks for small steps, rounding for large ones: one of three must agree.
+    fn directional(
+        &self,
+        adapter: &Arc<Adapter>,
+        p: &NamedParam,
+        gradient: &[f32],
+        direction: Vec<f32>,
+    ) -> Checked {
+        let start = p.param.value();
+        let found: f64 = gradient.iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
+        let norm = gradient.iter().map(|g| f64::from(g * g)).sum::<f64>().sqrt();
+        let direction = Tensor::from_vec(direction, start.shape()).unwrap();
+        let along = |step: f32| -> std::result::Result<f64, String> {
+            p.param.set(start.add(&direction.scale(step).unwrap()).unwrap()).unwrap();
+            let loss = self.loss(adapter);
+            p.param.set(start.clone()).unwrap();
+            loss
+        };
+        let mut seen = Vec::new();
+        for step in [1e-2f32, 1e-3, 1e-1] {
+            // Fourth-order central difference.
+            let (a, b) = (along(step)? - along(-step)?, along(2.0 * step)? - along(-2.0 * step)?);
+            let expected = (8.0 * a - b) / (12.0 * f64::from(step));
+            if (found - expected).abs() <= 1e-2 * norm + 2e-4 {
+                return Ok(());
+            }
+            seen.push(expected);
+        }
+        Err(format!("{}: gradient {found}, differences {seen:?}", p.name))
+    }
+
+    /// Blocks that are run again give the same gradients to the bit.
+    fn checkpointing(&self, adapter: &Arc<Adapter>, gradients: &Gradients) -> Checked {
+        let again = self.gradients(adapter, true).map_err(|e| e.to_string())?;
+        for p in adapter.trainable() {
+            let bits = |g: &Gradients| g.get(&p.param).map(|t| t.to_vec().unwrap());
+            ensure(bits(gradients) == bits(&again), || {
+                format!("{}: checkpointing changes the gradient", p.name)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// forward and lookup equal products with W′.
+    fn fast_paths(&self, adapter: &Adapter) -> Checked {
+        let sites = self.loaded.model.sites();
+        for site in adapter.sites().into_iter().map(|id| sites.get(id)) {
+            let Value::Weight(weight) = &site.value else { continue };
+            if adapter.at(site.id).iter().any(|p| matches!(p, Patch::Weight(w) if !w.mergeable())) {
+                continue;
+            }
+            let cx = Pass::new(Layout::counted(&[4]).unwrap(), None);
+            let patched = Patched::new(weight.as_ref(), adapter.at(site.id), site, &cx);
+            let both = || -> Result<(Tensor, Tensor)> {
+                use engraft_nn::Base;
+                if let Kind::Embedding { rows, .. } = site.kind {
+                    let ids = Tensor::from_i64(vec![rows as i64 - 1, 0, rows as i64 / 2, 0], [4])?;
+                    return Ok((patched.lookup(&ids)?, patched.dense()?.gather(&ids)?));
+                }
+                let x = sample(&[4, patched.shape().1], 5);
+                Ok((patched.forward(&x)?, x.matmul_t(&patched.dense()?)?))
+            };
+            let (fast, defined) = no_grad(both).map_err(|e| e.to_string())?;
+            close(&format!("{}: fast path", site.path), &fast, &defined, self.tolerance())?;
+        }
+        Ok(())
+    }
+
+    /// An adapter that only replaces tensors by what merging makes of them.
+    fn merged(&self, adapter: &Adapter) -> Result<Arc<Adapter>> {
+        let sites = self.loaded.model.sites();
+        let mut b = Builder::new(sites, self.loaded.model.info(), 0);
+        for m in merged_tensors(sites, adapter)? {
+            let param = b.fixed(&m.site.path, &m.value.shape().to_vec(), Init::Values(m.value))?;
+            let patch = match m.site.kind {
+                Kind::Vector { .. } => Patch::Vector(Box::new(Replacement(param))),
+                _ => Patch::Weight(Box::new(Replacement(param))),
+            };
+            b.patch(m.site.id, patch)?;
+        }
+        Ok(Arc::new(b.finish()))
+    }
+
+    fn saved(&self, adapter: &Adapter, adapted: &Tensor) -> Checked {
+        let (sites, info) = (self.loaded.model.sites(), self.loaded.model.info());
+        let saved =
+            save_adapter(adapter, self.methods, &[], "base", sites, info).map_err(|e| e.to_string())?;
+        let loaded =
+            load_adapter(&saved.0, saved.1.clone(), sites, info).map_err(|e| format!("loading: {e}"))?;
+        let again = save_adapter(&loaded.adapter, &loaded.methods, &loaded.train_also, "base", sites, info);
+        ensure(again.map_err(|e| e.to_string())?.0 == saved.0, || {
+            "the configuration changes when saved again".into()
+        })?;
+        let logits = self.logits(Some(&Arc::new(loaded.adapter)))?;
+        ensure(logits.to_vec().unwrap() == adapted.to_vec().unwrap(), || {
+            "loaded is not what was saved".into()
+        })
+    }
+
+    /// Rows with this adapter, none, and another of the same method in one batch equal their solo runs.
+    fn batch_mates(&self, adapter: &Arc<Adapter>) -> Checked {
+        let other = self.attach(2).map_err(|e| e.to_string())?;
+        stir(&other, 2);
+        let route = |sequences, adapter| Route { sequences, adapter };
+        let routes = vec![route(0..2, Some(adapter.clone())), route(2..3, None), route(3..4, Some(other))];
+        let inputs = self.inputs(0..LENGTHS.len());
+        let run = |inputs: &Inputs, cx: &Pass| {
+            no_grad(|| self.loaded.model.forward(inputs, cx)).map_err(|e| e.to_string())
+        };
+        let cx = Pass::with_routes(inputs.layout.clone(), routes.clone()).map_err(|e| e.to_string())?;
+        let mixed = run(&inputs, &cx)?;
+        let mut at = 0;
+        for Route { sequences, adapter } in routes {
+            let inputs = self.inputs(sequences);
+            let alone = run(&inputs, &Pass::new(inputs.layout.clone(), adapter))?;
+            let part = mixed.rows_between(at, at + alone.dim(0)).map_err(|e| e.to_string())?;
+            close("among batch-mates", &part, &alone, self.tolerance())?;
+            at += alone.dim(0);
+        }
+        Ok(())
+    }
+}
+
+/// Moves every trained tensor off its start.
+fn stir(adapter: &Adapter, seed: u64) {
+    for (number, p) in adapter.trainable().enumerate() {
+        let value = p.param.value();
+        let noise = sample(value.shape(), 1000 * seed + number as u64).scale(0.2).unwrap();
+        p.param.set(value.add(&noise).unwrap()).unwrap();
+    }
+}
+
+/// The largest difference over the largest value.
+fn difference(found: &Tensor, expected: &Tensor) -> f32 {
+    let (a, b) = (found.to_vec().unwrap(), expected.to_vec().unwrap());
+    let largest = b.iter().fold(1e-9f32, |m, v| m.max(v.abs()));
+    a.iter()
+        .zip(&b)
+        .map(|(x, y)| (x - y).abs())
+        .fold(0.0f32, |m, d| if d.is_nan() { f32::INFINITY } else { m.max(d) })
+        / largest
+}
+
+fn close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f32) -> Checked {
+    ensure(found.shape() == expected.shape(), || {
+        format!("{what}: {:?}, not {:?}", found.shape(), expected.shape())
+    })?;
+    let off = difference(found, expected);
+    ensure(off <= tolerance, || format!("{what}: off by {off:e}"))
+}
