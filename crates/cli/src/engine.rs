@@ -155,7 +155,13 @@ impl Engine {
             _ => 0,
         };
         // Prompts and prefixes may come together; more room than needed costs little.
-        adapter.sites().into_iter().map(|site| adapter.at(site).iter().map(rows).sum::<usize>()).max().unwrap_or(0) * 2
+        adapter
+            .sites()
+            .into_iter()
+            .map(|site| adapter.at(site).iter().map(rows).sum::<usize>())
+            .max()
+            .unwrap_or(0)
+            * 2
     }
 }
 
@@ -172,7 +178,8 @@ fn task_of(files: &AdapterFiles) -> Option<Task> {
 
 /// Labels of the classifier that the adapter carries.
 fn labels_of(files: &AdapterFiles) -> Option<usize> {
-    const HEADS: [&str; 4] = ["classifier.weight", "out_proj.weight", "score.weight", "classifier.modules_to_save.weight"];
+    const HEADS: [&str; 4] =
+        ["classifier.weight", "out_proj.weight", "score.weight", "classifier.modules_to_save.weight"];
     let head = |name: &str| {
         let name = name.strip_prefix("base_model.model.").unwrap_or(name);
         HEADS.iter().any(|head| name == *head) || name == "classifier.out_proj.weight"

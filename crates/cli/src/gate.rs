@@ -17,10 +17,20 @@ impl std::str::FromStr for Gate {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Gate, String> {
-        let wrong = || "expected METRIC COMPARISON NUMBER, such as 'accuracy < 0.9'; comparisons are < <= > >= ".trim().to_owned();
+        let wrong = || {
+            "expected METRIC COMPARISON NUMBER, such as 'accuracy < 0.9'; comparisons are < <= > >= "
+                .trim()
+                .to_owned()
+        };
         let at = text.find(['<', '>']).ok_or_else(wrong)?;
-        let comparison = ["<=", ">=", "<", ">"].into_iter().find(|c| text[at..].starts_with(c)).ok_or_else(wrong)?;
-        let bound = text[at + comparison.len()..].trim().parse::<f64>().ok().filter(|b| b.is_finite()).ok_or_else(wrong)?;
+        let comparison =
+            ["<=", ">=", "<", ">"].into_iter().find(|c| text[at..].starts_with(c)).ok_or_else(wrong)?;
+        let bound = text[at + comparison.len()..]
+            .trim()
+            .parse::<f64>()
+            .ok()
+            .filter(|b| b.is_finite())
+            .ok_or_else(wrong)?;
         let metric = text[..at].trim();
         if metric.is_empty() || metric.contains(char::is_whitespace) {
             return Err(wrong());
@@ -37,7 +47,8 @@ impl Gate {
     pub fn fails(&self, metrics: &BTreeMap<String, f64>) -> Outcome<bool> {
         let Some(value) = metrics.get(&self.metric) else {
             let known: Vec<&str> = metrics.keys().map(String::as_str).collect();
-            let message = format!("`--fail-if`: there is no metric `{}`; there are {}", self.metric, known.join(", "));
+            let message =
+                format!("`--fail-if`: there is no metric `{}`; there are {}", self.metric, known.join(", "));
             return Err(Failure::before_work(message));
         };
         Ok(value.is_nan()

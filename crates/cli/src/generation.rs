@@ -52,7 +52,9 @@ pub fn generate(
     let mut logits = next_logits(engine, prompt, 0, &cache)?;
     for written in 0..most {
         let Some(id) = sampler.next(&logits) else {
-            return Err(Failure::running(format!("the logits after {written} tokens are not finite numbers")));
+            return Err(Failure::running(format!(
+                "the logits after {written} tokens are not finite numbers"
+            )));
         };
         if ends.contains(&id) {
             return Ok(End::Eos);
@@ -70,7 +72,8 @@ pub fn generate(
 fn check(engine: &Engine, prompt: &[u32]) -> Outcome {
     let info = engine.model.info();
     if info.task != Task::CausalLm {
-        let message = format!("{} does not generate text: its task is {}", engine.dir.display(), info.task.name());
+        let message =
+            format!("{} does not generate text: its task is {}", engine.dir.display(), info.task.name());
         return Err(Failure::before_work(message));
     }
     if prompt.is_empty() {

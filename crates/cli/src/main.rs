@@ -46,7 +46,7 @@ Environment:
 
 /// Fine-tunes a frozen foundation model by small adapters, and evaluates, merges and runs them
 #[derive(Parser)]
-#[command(name = "engraft", version, after_help = EXAMPLES, disable_help_subcommand = true)]
+#[command(name = "engraft", bin_name = "engraft", version, after_help = EXAMPLES, disable_help_subcommand = true)]
 #[command(arg_required_else_help = true, max_term_width = 100)]
 pub struct Cli {
     #[command(flatten)]

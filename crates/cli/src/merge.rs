@@ -49,7 +49,9 @@ impl<'a> Merge<'a> {
     pub fn new(engine: &'a Engine, adapter: &'a Adapter, weights: &'a Weights) -> Outcome<Merge<'a>> {
         let sites = engine.model.sites();
         let patched = mergeable_sites(sites, adapter).map_err(|error| {
-            Failure::before_work(format!("the adapter cannot be merged; load it beside the base instead\n{error}"))
+            Failure::before_work(format!(
+                "the adapter cannot be merged; load it beside the base instead\n{error}"
+            ))
         })?;
         let mut merge = Merge {
             adapter,
@@ -181,7 +183,8 @@ impl<'a> Merge<'a> {
         if let Some(at) = values.iter().position(|v| !v.is_finite()) {
             return Err(format!("element {at} of the merged tensor is {}", values[at]));
         }
-        bytes(&values, dtype).map_err(|_| format!("the file's type {dtype} holds no weights that can be merged"))
+        bytes(&values, dtype)
+            .map_err(|_| format!("the file's type {dtype} holds no weights that can be merged"))
     }
 
     /// Fails if a tensor could not be made while the entries were written.
@@ -217,16 +220,19 @@ fn describe_head(config: &mut Map<String, Value>, engine: &Engine) {
     };
     // `BertModel` → `BertForSequenceClassification`.
     let class = config.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
-    let stem = class.map(|class| class.split("For").next().unwrap_or(class).trim_end_matches("Model").to_owned());
+    let stem =
+        class.map(|class| class.split("For").next().unwrap_or(class).trim_end_matches("Model").to_owned());
     if let Some(stem) = stem {
         config.insert("architectures".into(), json!([format!("{stem}{head}")]));
     }
     if matches!(info.task, Task::SequenceClassification | Task::TokenClassification) {
-        let has = config.get("id2label").and_then(Value::as_object).is_some_and(|map| map.len() == info.outputs);
+        let has =
+            config.get("id2label").and_then(Value::as_object).is_some_and(|map| map.len() == info.outputs);
         if !has {
             let names: Vec<(String, String)> =
                 (0..info.outputs).map(|i| (i.to_string(), format!("LABEL_{i}"))).collect();
-            let id2label: Map<String, Value> = names.iter().map(|(i, n)| (i.clone(), n.as_str().into())).collect();
+            let id2label: Map<String, Value> =
+                names.iter().map(|(i, n)| (i.clone(), n.as_str().into())).collect();
             let label2id: Map<String, Value> =
                 names.iter().enumerate().map(|(i, (_, n))| (n.clone(), i.into())).collect();
             config.insert("id2label".into(), id2label.into());
@@ -256,6 +262,8 @@ fn bytes(values: &[f32], dtype: Dtype) -> Outcome<Vec<u8>> {
                 None => Ok(halves.iter().flat_map(|v| v.to_le_bytes()).collect()),
             }
         }
-        other => Err(Failure::running(format!("the file's type {other} holds no weights that can be merged"))),
+        other => {
+            Err(Failure::running(format!("the file's type {other} holds no weights that can be merged")))
+        }
     }
 }

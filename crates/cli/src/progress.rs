@@ -76,7 +76,9 @@ impl<'a> Progress<'a> {
         }
         self.recent.push_back(step.clone());
         let done = step.step.saturating_sub(first);
-        let left = (done > 0).then(|| since.elapsed().as_secs_f64() / done as f64 * self.total.saturating_sub(step.step) as f64);
+        let left = (done > 0).then(|| {
+            since.elapsed().as_secs_f64() / done as f64 * self.total.saturating_sub(step.step) as f64
+        });
         let is_last = step.step == self.total;
         let is_due = self.last_line.elapsed() >= PLAIN_EVERY || is_last;
         if self.bar.is_none() && !is_due {
@@ -106,8 +108,10 @@ impl<'a> Progress<'a> {
             _ => String::new(),
         };
         self.shown_loss = Some(loss);
-        let mut fields =
-            vec![format!("step {}/{}", step.step, self.total), format!("loss {}{arrow}", human::number(loss, 4))];
+        let mut fields = vec![
+            format!("step {}/{}", step.step, self.total),
+            format!("loss {}{arrow}", human::number(loss, 4)),
+        ];
         if let Some(eval) = &self.eval {
             fields.push(format!("eval {}", human::number(eval.loss, 3)));
         }
@@ -124,7 +128,8 @@ impl<'a> Progress<'a> {
 
     fn evaluated(&mut self, eval: &EvalEvent) {
         let metrics = eval.metrics.iter().filter(|(name, _)| name.as_str() != "token_accuracy");
-        let shown: Vec<String> = metrics.map(|(name, value)| format!("{name} {}", human::number(*value, 3))).collect();
+        let shown: Vec<String> =
+            metrics.map(|(name, value)| format!("{name} {}", human::number(*value, 3))).collect();
         let best = if eval.best && eval.step > 0 { "  best" } else { "" };
         let when = if eval.step == 0 { "before".to_owned() } else { format!("step {}", eval.step) };
         self.say(&format!("{when}  eval loss {}  {}{best}", human::number(eval.loss, 3), shown.join("  ")));
@@ -143,7 +148,9 @@ impl Observer for Progress<'_> {
                 self.say(&format!("resumed at step {step}{bits}"));
             }
             // On a terminal the line itself shows that the run goes on.
-            Event::Checkpoint { step } if self.bar.is_none() && *step > 0 => self.say(&format!("checkpoint at step {step}")),
+            Event::Checkpoint { step } if self.bar.is_none() && *step > 0 => {
+                self.say(&format!("checkpoint at step {step}"))
+            }
             Event::Checkpoint { .. } | Event::Data(_) | Event::End(_) => {}
         }
     }

@@ -26,7 +26,9 @@ pub fn read(path: &Path, sets: &[String]) -> Outcome<Recipe> {
         (read_capped(path, "recipe", RECIPE_MAX).before_work()?, path.display().to_string())
     };
     if bytes.len() as u64 > RECIPE_MAX {
-        return Err(Failure::before_work(format!("{name} has more than {RECIPE_MAX} bytes: that is no recipe")));
+        return Err(Failure::before_work(format!(
+            "{name} has more than {RECIPE_MAX} bytes: that is no recipe"
+        )));
     }
     Recipe::parse_bytes(&bytes, &name, sets, &method_specs()).map_err(Failure::problems)
 }
@@ -40,7 +42,10 @@ pub fn file_of(path: &Path) -> PathBuf {
 /// recipe is just called `recipe.toml`.
 pub fn default_out(path: &Path) -> PathBuf {
     let stem = path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
-    let parent = path.canonicalize().ok().and_then(|full| Some(full.parent()?.file_name()?.to_string_lossy().into_owned()));
+    let parent = path
+        .canonicalize()
+        .ok()
+        .and_then(|full| Some(full.parent()?.file_name()?.to_string_lossy().into_owned()));
     let name = match (stem.as_str(), parent) {
         ("recipe" | "plan", Some(parent)) => parent,
         ("-" | "", _) => "run".into(),
@@ -52,7 +57,11 @@ pub fn default_out(path: &Path) -> PathBuf {
 /// A word as a shell reads it back.
 pub fn shell(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,@%+".contains(c);
-    if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
 }
 
 #[cfg(test)]

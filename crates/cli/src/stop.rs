@@ -17,7 +17,8 @@ pub struct Stop {
 impl Stop {
     /// Listens from now on.
     pub fn listen() -> std::io::Result<Stop> {
-        let stop = Stop { asked: Arc::default(), by: Arc::new(AtomicUsize::new(usize::from(code::INTERRUPTED))) };
+        let stop =
+            Stop { asked: Arc::default(), by: Arc::new(AtomicUsize::new(usize::from(code::INTERRUPTED))) };
         for (signal, exit) in [(SIGINT, code::INTERRUPTED), (SIGTERM, code::TERMINATED)] {
             // In this order: what is set by the first signal makes the second one end the process.
             flag::register_conditional_shutdown(signal, i32::from(exit), stop.asked.clone())?;

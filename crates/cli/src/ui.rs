@@ -57,11 +57,6 @@ impl Ui {
         self.terminal && !self.quiet
     }
 
-    /// How often `-v` was given.
-    pub fn verbose(&self) -> u8 {
-        self.verbose
-    }
-
     /// Whether only the result is wanted.
     pub fn quiet(&self) -> bool {
         self.quiet

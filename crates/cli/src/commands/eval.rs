@@ -68,7 +68,8 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let (recipe, with_adapter) = recipe(args, cx)?;
     let session = open(&recipe, cx)?;
     if session.eval.is_none() {
-        let message = "there are no evaluation data; give --set data.eval_path=FILE or data.eval_fraction=0.1";
+        let message =
+            "there are no evaluation data; give --set data.eval_path=FILE or data.eval_fraction=0.1";
         return Err(Failure::before_work(message));
     }
     let found = score(&session, with_adapter, cx)?;
@@ -126,11 +127,15 @@ fn recipe(args: &Args, cx: &Context) -> Outcome<(Recipe, bool)> {
         return Ok((read(&file, &sets)?, false));
     };
     if !adapter.join("adapter_config.json").is_file() {
-        let message = format!("{} holds no adapter; the run has not ended yet (--adapter none scores the base)", adapter.display());
+        let message = format!(
+            "{} holds no adapter; the run has not ended yet (--adapter none scores the base)",
+            adapter.display()
+        );
         return Err(Failure::before_work(message));
     }
     let bytes = engraft_store::json::read_capped(&file, "recipe", 1 << 20).before_work()?;
-    let text = String::from_utf8(bytes).map_err(|_| Failure::before_work(format!("{} is not UTF-8", file.display())))?;
+    let text = String::from_utf8(bytes)
+        .map_err(|_| Failure::before_work(format!("{} is not UTF-8", file.display())))?;
     // The mistakes of the recipe itself come first, at their places.
     read(&file, &sets)?;
     let text = with_adapter(&text, &absolute(&adapter)?);
@@ -215,7 +220,8 @@ mod tests {
 
     #[test]
     fn an_adapter_takes_the_place_of_the_methods() {
-        let text = "model = \"m\"\n[[method]]\nname = \"lora\"\n[[method]]\nname = \"ia3\"\n[data]\npath = \"d\"\n";
+        let text =
+            "model = \"m\"\n[[method]]\nname = \"lora\"\n[[method]]\nname = \"ia3\"\n[data]\npath = \"d\"\n";
         let expected = "model = \"m\"\n\n\n\n\n[data]\npath = \"d\"\n[method]\nfrom = \"/a\"\n";
         assert_eq!(with_adapter(text, Path::new("/a")), expected);
     }

@@ -114,7 +114,8 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         }));
     } else {
         cx.ui.print("\n");
-        let counts = format!("{} prompt tokens, {tokens} written, {}", prompt.len(), human::duration(seconds));
+        let counts =
+            format!("{} prompt tokens, {tokens} written, {}", prompt.len(), human::duration(seconds));
         cx.ui.say(&format!("{counts}, {} tokens/s", human::count(speed)));
     }
     Ok(())
@@ -138,7 +139,8 @@ fn encode(args: &Args, tokenizer: &Tokenizer, text: &str) -> Outcome<Vec<u32>> {
     if !args.chat {
         return Ok(tokenizer.encode(text, true)?.ids);
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|time| i64::try_from(time.as_secs()).ok());
+    let now =
+        SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|time| i64::try_from(time.as_secs()).ok());
     let template = ChatTemplate::of(tokenizer, None, now)?;
     let system = args.system.iter().map(|text| Message::new("system", text));
     let messages: Vec<Message> = system.chain([Message::new("user", text)]).collect();
@@ -150,7 +152,8 @@ fn room(args: &Args, engine: &Engine, prompt: usize, cx: &Context) -> Outcome<us
     let limit = engine.model.info().max_positions;
     let left = limit.saturating_sub(prompt);
     if left == 0 {
-        let message = format!("the prompt has {prompt} tokens and the model was made for {limit}; shorten it");
+        let message =
+            format!("the prompt has {prompt} tokens and the model was made for {limit}; shorten it");
         return Err(Failure::before_work(message));
     }
     if left < args.max_tokens {

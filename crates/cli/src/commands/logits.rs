@@ -65,7 +65,9 @@ impl Given {
         let file = Weights::open_file(path, &cx.limits)?;
         let find = |name: &str| -> Outcome<Option<(Vec<i64>, Vec<usize>)>> {
             let Some(raw) = file.get(name) else { return Ok(None) };
-            let values = raw.to_i64().map_err(|e| Failure::before_work(format!("{}: `{name}`: {e}", path.display())))?;
+            let values = raw
+                .to_i64()
+                .map_err(|e| Failure::before_work(format!("{}: `{name}`: {e}", path.display())))?;
             Ok(Some((values, raw.shape.clone())))
         };
         let (ids, shape) = find("input_ids")?.ok_or_else(|| {
@@ -73,13 +75,15 @@ impl Given {
             Failure::before_work(format!("{}: expected a tensor `input_ids`, found {names}", path.display()))
         })?;
         let [rows, width] = shape[..] else {
-            let message = format!("{}: expected `input_ids` of shape [rows, tokens], found {shape:?}", path.display());
+            let message =
+                format!("{}: expected `input_ids` of shape [rows, tokens], found {shape:?}", path.display());
             return Err(Failure::before_work(message));
         };
         let side = |name: &str| -> Outcome<Option<Vec<i64>>> {
             match find(name)? {
                 Some((_, found)) if found != shape => {
-                    let message = format!("{}: expected `{name}` of shape {shape:?}, found {found:?}", path.display());
+                    let message =
+                        format!("{}: expected `{name}` of shape {shape:?}, found {found:?}", path.display());
                     Err(Failure::before_work(message))
                 }
                 found => Ok(found.map(|(values, _)| values)),
@@ -96,12 +100,15 @@ impl Given {
             labels: None,
         };
         let mut examples = tensors.dataset(false, true)?.examples;
-        let kept = |row: usize, column: &usize| mask.as_ref().is_none_or(|mask| mask[row * width + column] != 0);
+        let kept =
+            |row: usize, column: &usize| mask.as_ref().is_none_or(|mask| mask[row * width + column] != 0);
         let columns: Vec<Vec<usize>> =
             (0..rows).map(|row| (0..width).filter(|column| kept(row, column)).collect()).collect();
         if let Some(positions) = positions {
             for (row, (example, columns)) in examples.iter_mut().zip(&columns).enumerate() {
-                example.positions = Some(columns.iter().map(|c| position(positions[row * width + c])).collect::<Outcome<_>>()?);
+                example.positions = Some(
+                    columns.iter().map(|c| position(positions[row * width + c])).collect::<Outcome<_>>()?,
+                );
             }
         }
         Ok(Given { examples, columns, width })
@@ -125,7 +132,8 @@ impl Given {
             if by_row {
                 values[first * outputs..last * outputs].copy_from_slice(&part);
             } else {
-                let places = (first..last).flat_map(|row| self.columns[row].iter().map(move |c| row * self.width + c));
+                let places =
+                    (first..last).flat_map(|row| self.columns[row].iter().map(move |c| row * self.width + c));
                 for (place, logits) in places.zip(part.chunks_exact(outputs)) {
                     values[place * outputs..(place + 1) * outputs].copy_from_slice(logits);
                 }
@@ -147,8 +155,9 @@ impl Given {
 }
 
 fn position(value: i64) -> Outcome<u32> {
-    u32::try_from(value)
-        .map_err(|_| Failure::before_work(format!("`position_ids`: expected whole numbers from 0, found {value}")))
+    u32::try_from(value).map_err(|_| {
+        Failure::before_work(format!("`position_ids`: expected whole numbers from 0, found {value}"))
+    })
 }
 
 /// Examples one after another, without padding.

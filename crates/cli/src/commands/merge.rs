@@ -71,7 +71,8 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let adapted = measure(&engine, &probes)?;
 
     let (changed, untied, added, bytes) = write(&engine, &args.out, cx)?;
-    let (options, task) = (LoadOptions { limits: cx.limits.clone(), ..LoadOptions::default() }, engine.model.info().task);
+    let (options, task) =
+        (LoadOptions { limits: cx.limits.clone(), ..LoadOptions::default() }, engine.model.info().task);
     drop(engine);
     let merged = Engine::open(&args.out, &LoadOptions { task: Some(task), ..options }, cx)?;
     let merged = measure(&merged, &probes)?;
@@ -110,7 +111,8 @@ fn refuse_full(out: &Path) -> Outcome {
 
 /// Writes the merged model beside `out` and renames it: (changed tensors, untied head, added tensors, bytes).
 fn write(engine: &Engine, out: &Path, cx: &Context) -> Outcome<(usize, Option<String>, Vec<String>, u64)> {
-    let adapter = engine.adapter.as_deref().ok_or_else(|| Failure::before_work("there is no adapter to merge"))?;
+    let adapter =
+        engine.adapter.as_deref().ok_or_else(|| Failure::before_work("there is no adapter to merge"))?;
     let weights = Weights::open(&engine.dir, &cx.limits).before_work()?;
     let merge = Merge::new(engine, adapter, &weights)?;
     let name = out.file_name().ok_or_else(|| Failure::before_work("--out needs the name of a directory"))?;
@@ -162,7 +164,10 @@ fn copy_others(from: &Path, to: &Path) -> Outcome {
     for entry in std::fs::read_dir(from).map_err(io("read", from))? {
         let entry = entry.map_err(io("read", from))?;
         let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-        if name.starts_with('.') || name == "config.json" || WEIGHT_ENDS.iter().any(|end| name.ends_with(&format!(".{end}"))) {
+        if name.starts_with('.')
+            || name == "config.json"
+            || WEIGHT_ENDS.iter().any(|end| name.ends_with(&format!(".{end}")))
+        {
             continue;
         }
         // Follows links: in the Hub's cache every file is one.
@@ -197,7 +202,8 @@ struct Probes {
 }
 
 fn probes(args: &Args, engine: &Engine) -> Outcome<Probes> {
-    let example = |ids: Vec<u32>| Example { ids, type_ids: None, positions: None, labels: Labels::None, row: 0 };
+    let example =
+        |ids: Vec<u32>| Example { ids, type_ids: None, positions: None, labels: Labels::None, row: 0 };
     if !engine.dir.join("tokenizer.json").is_file() {
         // Without a tokenizer any ids show whether the logits agree; they say nothing of perplexity.
         let vocabulary = engine.model.info().vocabulary as u64;
@@ -209,7 +215,8 @@ fn probes(args: &Args, engine: &Engine) -> Outcome<Probes> {
     let text = match &args.probe {
         Some(path) => {
             let bytes = engraft_store::json::read_capped(path, "config_json", 4 << 20)?;
-            String::from_utf8(bytes).map_err(|_| Failure::before_work(format!("{} is not UTF-8", path.display())))?
+            String::from_utf8(bytes)
+                .map_err(|_| Failure::before_work(format!("{} is not UTF-8", path.display())))?
         }
         None => PROBES.join("\u{0}"),
     };

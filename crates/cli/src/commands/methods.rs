@@ -33,7 +33,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         let list: Vec<Value> = entries.iter().map(|entry| object(entry)).collect();
         cx.ui.json(json!({ "methods": list }));
     } else if args.name.is_some() {
-        entries.iter().for_each(|entry| cx.ui.print(&page(entry, cx.ui.width())));
+        entries.iter().for_each(|entry| cx.ui.print(&page(entry)));
     } else {
         cx.ui.print(&table(&entries, cx.ui.width()));
         cx.ui.say("\n`engraft methods NAME` shows the settings of one");
@@ -88,7 +88,7 @@ fn start(info: &Info) -> String {
     shown.take(2).collect::<Vec<_>>().join(", ")
 }
 
-fn page(entry: &Entry, width: usize) -> String {
+fn page(entry: &Entry) -> String {
     let info = entry.info;
     let mut text = format!("{} (name = \"{}\")\n{}\n\n", info.title, info.name, info.summary);
     let merges = if info.mergeable { "yes: `engraft merge` folds it into the weights" } else { "no" };
@@ -115,16 +115,14 @@ fn page(entry: &Entry, width: usize) -> String {
     if info.fields.is_empty() {
         return text + "\nNo settings of its own.\n";
     }
-    let mut table = Table::new(&[
-        ("setting", Align::Left),
-        ("takes", Align::Left),
-        ("default", Align::Left),
-        ("what it is", Align::Left),
-    ]);
+    text.push_str("\nsettings\n");
+    let widest = info.fields.iter().map(|field| field.name.len()).max().unwrap_or(0);
     for field in info.fields {
-        table.row([field.name, &takes(field), field.default.unwrap_or("-"), field.doc]);
+        let default = field.default.map_or("must be given".into(), |text| format!("default {text}"));
+        text.push_str(&format!("  {:widest$}  {}\n", field.name, field.doc));
+        text.push_str(&format!("  {:widest$}  {}; {default}\n", "", takes(field)));
     }
-    text + "\n" + &table.render(width)
+    text
 }
 
 /// What a setting takes, in words.

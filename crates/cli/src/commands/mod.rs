@@ -9,6 +9,7 @@ mod inspect;
 mod logits;
 mod merge;
 mod methods;
+mod plan;
 mod report;
 mod schema;
 mod train;
@@ -21,6 +22,8 @@ use crate::failure::Outcome;
 pub enum Command {
     /// Trains by a recipe
     Train(train::Args),
+    /// Shows what a run would take: parameters, memory and time
+    Plan(plan::Args),
     /// Scores a model and its adapter on data
     Eval(eval::Args),
     /// Writes text after a prompt
@@ -50,6 +53,7 @@ impl Command {
     pub fn run(&self, cx: &Context) -> Outcome {
         match self {
             Command::Train(args) => train::run(args, cx),
+            Command::Plan(args) => plan::run(args, cx),
             Command::Eval(args) => eval::run(args, cx),
             Command::Generate(args) => generate::run(args, cx),
             Command::Merge(args) => merge::run(args, cx),

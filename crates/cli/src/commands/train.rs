@@ -20,6 +20,7 @@ use crate::stop::Stop;
 Examples:
   engraft train recipe.toml
   engraft train recipe.toml --set train.learning_rate=2e-4 --set method.rank=16 --out runs/b
+  engraft train recipe.toml --check         two steps of everything; nothing is left behind
   engraft train recipe.toml --resume        goes on where the run was cut off
 
 The first Ctrl-C finishes the step, saves and prints how to go on; the second leaves at once.")]
@@ -38,6 +39,9 @@ pub struct Args {
     /// With --resume, refuses where the bits could differ from an uninterrupted run
     #[arg(long, requires = "resume")]
     exact: bool,
+    /// Takes two steps of everything (data, training, saving, resuming, evaluation) and leaves nothing
+    #[arg(long, conflicts_with_all = ["resume", "json"])]
+    check: bool,
     /// Prints a JSON object at the end
     #[arg(long)]
     json: bool,
@@ -52,9 +56,14 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         true => args.recipe.clone(),
         false => default_out(&args.recipe),
     });
-    refuse_existing(&out, args.resume)?;
+    if !args.check {
+        refuse_existing(&out, args.resume)?;
+    }
     let session = open(&recipe, cx)?;
     introduce(&session, cx);
+    if args.check {
+        return check(session, &out, cx);
+    }
     let mut progress = Progress::new(&cx.ui, session.plan.steps, cx.environment.utf8);
     let options = RunOptions {
         out: out.clone(),
@@ -68,7 +77,8 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     progress.clear();
     let outcome = outcome.map_err(|error| not_finite_help(error, args, &session))?;
     if outcome.status == Status::Interrupted {
-        let saved = outcome.checkpoint.as_ref().map_or_else(String::new, |p| format!("; saved {}", p.display()));
+        let saved =
+            outcome.checkpoint.as_ref().map_or_else(String::new, |p| format!("; saved {}", p.display()));
         cx.ui.raw(&format!("interrupted after step {}{saved}\n", outcome.step));
         cx.ui.raw(&format!("resume  {}\n", command(args, &out, true)));
         return Err(Failure::said(stop.code()));
@@ -87,7 +97,8 @@ pub fn open(recipe: &Recipe, cx: &Context) -> Outcome<Session> {
         cx.resolve(&recipe.model.value).map_err(|_| ()).ok();
     }
     let hub = cx.environment.hub();
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|time| i64::try_from(time.as_secs()).ok());
+    let now =
+        SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|time| i64::try_from(time.as_secs()).ok());
     let mut options = SessionOptions {
         hub: &hub,
         progress: &mut |_| {},
@@ -129,14 +140,35 @@ fn introduce(session: &Session, cx: &Context) {
     let report = &session.train.report;
     let cut = match report.truncated_rows {
         0 => String::new(),
-        n => format!("; {n} rows cut at {}, {} tokens lost", session.plan.max_length, report.truncated_tokens),
+        n => {
+            format!("; {n} rows cut at {}, {} tokens lost", session.plan.max_length, report.truncated_tokens)
+        }
     };
-    let eval = session.eval.as_ref().map_or_else(String::new, |eval| format!(", {} for evaluation", eval.examples.len()));
-    cx.ui.say(&format!("data  {} examples{eval}, median {} tokens{cut}", report.examples, report.median_length));
+    let eval = session
+        .eval
+        .as_ref()
+        .map_or_else(String::new, |eval| format!(", {} for evaluation", eval.examples.len()));
+    cx.ui.say(&format!(
+        "data  {} examples{eval}, median {} tokens{cut}",
+        report.examples, report.median_length
+    ));
     session.notes.iter().for_each(|note| cx.ui.reason(&format!("note: {note}")));
     for name in &session.new_tensors {
         cx.ui.reason(&format!("note: {name} is not in the model's files and starts at random"));
     }
+}
+
+/// Two steps of everything, in a directory that goes away again, where the run itself would be written.
+fn check(session: Session, out: &Path, cx: &Context) -> Outcome {
+    let parent = out.ancestors().skip(1).find(|dir| dir.is_dir()).unwrap_or(Path::new("."));
+    let mut progress = Progress::new(&cx.ui, 2, cx.environment.utf8);
+    let checked = engraft_train::check(session, parent, &mut progress);
+    progress.clear();
+    let seconds = human::duration(checked?.seconds);
+    cx.ui.print(&format!(
+        "check passed in {seconds}: data, two steps, checkpoint, resume, evaluation, adapter; nothing is left behind\n"
+    ));
+    Ok(())
 }
 
 /// The command that repeats or resumes the run.
@@ -166,7 +198,8 @@ fn not_finite_help(error: engraft_train::Error, args: &Args, session: &Session) 
 /// The metric that says most about the task, before and after.
 fn headline(before: Option<&Evaluation>, after: Option<&Evaluation>, per_row: bool) -> Vec<String> {
     let (Some(before), Some(after)) = (before, after) else { return Vec::new() };
-    let change = |name: &str, a: f64, b: f64| format!("{name} {} → {}", human::number(a, 3), human::number(b, 3));
+    let change =
+        |name: &str, a: f64, b: f64| format!("{name} {} → {}", human::number(a, 3), human::number(b, 3));
     let names: &[&str] = if per_row { &["accuracy"] } else { &["perplexity"] };
     let metric = |name: &&str| Some(change(name, before.metric(name)?, after.metric(name)?));
     names.iter().filter_map(metric).chain([change("eval loss", before.loss, after.loss)]).collect()
@@ -190,7 +223,11 @@ fn finish(args: &Args, session: &Session, outcome: &engraft_train::Outcome, cx: 
         return;
     }
     if let Some((step, value)) = outcome.best {
-        ui.reason(&format!("best {} {} at step {step}", engraft_train::metric_name(session.plan.train.best_metric), value));
+        ui.reason(&format!(
+            "best {} {} at step {step}",
+            engraft_train::metric_name(session.plan.train.best_metric),
+            value
+        ));
     }
     let Some(adapter) = &outcome.adapter else { return };
     ui.print(&format!("adapter  {}\n", adapter.display()));
@@ -210,7 +247,8 @@ fn finish(args: &Args, session: &Session, outcome: &engraft_train::Outcome, cx: 
 }
 
 fn object(outcome: &engraft_train::Outcome) -> Value {
-    let eval = |eval: &Option<Evaluation>| eval.as_ref().map(|e| json!({ "loss": e.loss, "metrics": e.metrics }));
+    let eval =
+        |eval: &Option<Evaluation>| eval.as_ref().map(|e| json!({ "loss": e.loss, "metrics": e.metrics }));
     let path = |path: &Option<PathBuf>| path.as_ref().map(|p| p.display().to_string());
     json!({
         "status": outcome.status.name(), "step": outcome.step, "seconds": outcome.seconds,

@@ -1,0 +1,136 @@
+//! `engraft plan`: what a run would take, before it runs.
+
+use std::path::PathBuf;
+
+use engraft_report::human;
+use engraft_train::{Estimate, Trial, estimate, trial};
+use serde_json::json;
+
+use super::train::open;
+use crate::context::Context;
+use crate::failure::Outcome;
+use crate::machine;
+use crate::recipes::{file_of, read};
+
+/// Steps that are tried to tell the time.
+const TRIAL_STEPS: u64 = 3;
+
+/// Arguments.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  engraft plan recipe.toml
+  engraft plan recipe.toml --set train.batch_size=64 --no-trial
+  engraft plan recipe.toml --json | jq .memory.total_bytes")]
+pub struct Args {
+    /// A recipe, `-` for standard input, or a run directory to take its plan
+    recipe: PathBuf,
+    /// Sets a value of the recipe, such as train.epochs=1; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Takes no trial steps, and so says nothing of time
+    #[arg(long)]
+    no_trial: bool,
+    /// Prints the resolved plan instead: every value with where it comes from
+    #[arg(long, conflicts_with = "json")]
+    resolved: bool,
+    /// Prints JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints the estimate.
+pub fn run(args: &Args, cx: &Context) -> Outcome {
+    let recipe = read(&file_of(&args.recipe), &args.set)?;
+    let session = open(&recipe, cx)?;
+    if args.resolved {
+        cx.ui.print(&session.plan.to_toml());
+        return Ok(());
+    }
+    let sizes = estimate(&session);
+    let tried = if args.no_trial { None } else { Some(trial(&session, TRIAL_STEPS)?) };
+    let available = machine::memory().map(|(_, available)| available);
+    if args.json {
+        cx.ui.json(json!({
+            "sites": sizes.sites, "trained": sizes.trained, "base_parameters": sizes.base_parameters,
+            "memory": {
+                "base_bytes": sizes.base_bytes, "adapter_bytes": sizes.adapter_bytes,
+                "activation_bytes": sizes.activation_bytes, "total_bytes": sizes.total_bytes(),
+                "available_bytes": available,
+            },
+            "checkpoint_bytes": sizes.checkpoint_bytes, "steps": sizes.steps,
+            "seconds": tried.as_ref().map(|t| t.run_seconds),
+        }));
+    } else {
+        cx.ui.print(&text(&sizes, tried.as_ref(), available, session.plan.train.batch_size));
+    }
+    Ok(())
+}
+
+fn text(sizes: &Estimate, tried: Option<&Trial>, available: Option<u64>, batch_size: usize) -> String {
+    let count = sizes.sites.values().sum::<usize>();
+    let listed: Vec<String> = sizes.sites.iter().map(|(name, n)| format!("{name} ×{n}")).collect();
+    let mut text = format!("sites   {count}: {}\n", listed.join(", "));
+    let whole = sizes.base_parameters.max(1);
+    let share = human::percent(sizes.trained as f64 / whole as f64);
+    text.push_str(&format!("trained {} of {} ({share})\n", sizes.trained, sizes.base_parameters));
+    let total = sizes.total_bytes();
+    let fit = match available {
+        Some(available) if total <= available => format!(" of {}: fits", human::bytes(available)),
+        Some(available) => format!(" of {}: too large", human::bytes(available)),
+        None => String::new(),
+    };
+    text.push_str(&format!(
+        "memory  base {} + adapter, optimizer {} + activations {} = {}{fit}\n",
+        human::bytes(sizes.base_bytes),
+        human::bytes(sizes.adapter_bytes),
+        human::bytes(sizes.activation_bytes),
+        human::bytes(total)
+    ));
+    text.push_str(&format!("disk    {} a checkpoint\n", human::bytes(sizes.checkpoint_bytes)));
+    match tried {
+        Some(tried) => {
+            let time = human::duration(tried.run_seconds);
+            text.push_str(&format!(
+                "time    {} steps, {time} without evaluation (from {TRIAL_STEPS} trial steps)\n",
+                sizes.steps
+            ));
+        }
+        None => text.push_str(&format!("time    {} steps\n", sizes.steps)),
+    }
+    if batch_size > 1 {
+        let half = (batch_size / 2).max(1);
+        let saved = sizes.activation_bytes as f64 * (1.0 - half as f64 / batch_size as f64);
+        text.push_str(&format!("smaller batch_size = {half} saves about {}\n", human::bytes(saved as u64)));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lines_say_parts_and_whole() {
+        let sizes = Estimate {
+            sites: [("q_proj".to_owned(), 24), ("v_proj".to_owned(), 24)].into(),
+            trained: 540_672,
+            base_parameters: 494_032_768,
+            base_bytes: 1 << 30,
+            adapter_bytes: 1 << 20,
+            activation_bytes: 1 << 30,
+            checkpoint_bytes: 1 << 20,
+            steps: 903,
+            largest_batch_tokens: 100,
+        };
+        let shown = text(&sizes, None, Some(1 << 30), 16);
+        assert!(
+            shown.starts_with("sites   48: q_proj ×24, v_proj ×24\ntrained 540672 of 494032768 (0.11%)\n"),
+            "{shown}"
+        );
+        assert!(
+            shown.contains("too large") && shown.contains("batch_size = 8 saves about 512 MiB"),
+            "{shown}"
+        );
+    }
+}

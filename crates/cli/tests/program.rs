@@ -1,0 +1,115 @@
+//! What a user meets at the program's door: help, exit codes, streams, the small commands.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn engraft(dir: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_engraft"));
+    command
+        .current_dir(dir)
+        .args(args)
+        .env("NO_COLOR", "1")
+        .env("HF_HUB_OFFLINE", "1")
+        .env_remove("FORCE_COLOR");
+    command.env("HF_HOME", dir.join("hf")).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+const COMMANDS: [&str; 13] = [
+    "train",
+    "plan",
+    "eval",
+    "generate",
+    "merge",
+    "logits",
+    "init",
+    "methods",
+    "inspect",
+    "report",
+    "doctor",
+    "schema",
+    "completions",
+];
+
+#[test]
+fn every_command_has_help_with_examples() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = text(&engraft(dir.path(), &["--help"]).stdout);
+    for command in COMMANDS {
+        assert!(whole.contains(&format!("\n  {command} ")), "{command} is not listed");
+        let output = engraft(dir.path(), &[command, "--help"]);
+        assert_eq!(output.status.code(), Some(0), "{command}");
+        let help = text(&output.stdout);
+        assert!(help.contains("Examples:\n  engraft "), "{command}: {help}");
+        assert!(help.lines().all(|line| line.chars().count() <= 120), "{command}");
+    }
+}
+
+#[test]
+fn mistakes_before_any_work_have_exit_code_2_and_say_nothing_on_standard_output() {
+    let dir = tempfile::tempdir().unwrap();
+    let cases: [&[&str]; 9] = [
+        &["train"],
+        &["nothing"],
+        &["train", "absent.toml"],
+        &["methods", "lorra"],
+        &["inspect", "absent"],
+        &["report", "."],
+        &["logits", "--model", ".", "--inputs", "absent", "--out", "o"],
+        &["schema", "--limit", "dims"],
+        &["eval", "absent.toml", "--fail-if", "accuracy"],
+    ];
+    for args in cases {
+        let output = engraft(dir.path(), args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", text(&output.stderr));
+        assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{args:?}");
+    }
+    let entries = fs::read_dir(dir.path()).unwrap().count();
+    assert_eq!(entries, 0, "nothing was written");
+}
+
+#[test]
+fn json_is_one_object_with_its_schema_number() {
+    let dir = tempfile::tempdir().unwrap();
+    for args in [&["methods", "--json"][..], &["doctor", "--json"], &["methods", "lora", "--json"]] {
+        let value: Value = serde_json::from_slice(&engraft(dir.path(), args).stdout).unwrap();
+        assert_eq!(value["schema"], 1, "{args:?}");
+    }
+    let schema: Value = serde_json::from_slice(&engraft(dir.path(), &["schema"]).stdout).unwrap();
+    assert!(schema["properties"]["method"].is_object());
+}
+
+#[test]
+fn colour_is_asked_for_or_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let coloured = |args: &[&str]| text(&engraft(dir.path(), args).stderr).contains('\u{1b}');
+    assert!(!coloured(&["methods", "lorra"]));
+    assert!(coloured(&["methods", "lorra", "--color", "always"]));
+}
+
+#[test]
+fn the_demonstration_is_written_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = engraft(dir.path(), &["init", "--demo"]);
+    assert_eq!(first.status.code(), Some(0), "{}", text(&first.stderr));
+    assert_eq!(text(&first.stdout), "demo/recipe.toml\n");
+    let rows = fs::read_to_string(dir.path().join("demo/train.csv")).unwrap();
+    assert!(rows.starts_with("text,intent\n"));
+    assert_eq!(engraft(dir.path(), &["init", "--demo"]).status.code(), Some(2));
+}
+
+#[test]
+fn completions_and_manual_pages_are_made() {
+    let dir = tempfile::tempdir().unwrap();
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(text(&engraft(dir.path(), &["completions", shell]).stdout).contains("fail-if"), "{shell}");
+    }
+    assert_eq!(engraft(dir.path(), &["completions", "man", "--out", "man"]).status.code(), Some(0));
+    assert!(dir.path().join("man/engraft-train.1").is_file());
+}
