@@ -3,7 +3,7 @@
 //! Buffers are kept in size classes (eight to an octave), so that ragged batches find one of a similar size. The pool
 //! never makes the process larger than a quarter above the largest amount that was ever live at once.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{LazyLock, Mutex};
 
@@ -13,8 +13,40 @@ static FREE: LazyLock<Mutex<Free>> = LazyLock::new(Default::default);
 
 #[derive(Default)]
 struct Free {
-    by_class: HashMap<usize, Vec<Vec<f32>>>,
+    by_size: BTreeMap<usize, Vec<Vec<f32>>>,
     bytes: usize,
+}
+
+impl Free {
+    /// The smallest buffer that holds `class` elements without wasting as much again.
+    fn take(&mut self, class: usize) -> Option<Vec<f32>> {
+        let (&size, _) = self.by_size.range(class..=class * 2).next()?;
+        self.take_of(size)
+    }
+
+    fn take_of(&mut self, size: usize) -> Option<Vec<f32>> {
+        let buffers = self.by_size.get_mut(&size)?;
+        let found = buffers.pop();
+        if buffers.is_empty() {
+            self.by_size.remove(&size);
+        }
+        self.bytes -= found.as_ref().map_or(0, |b| b.len() * 4);
+        found
+    }
+
+    /// Keeps `buffer`, giving others back to the system where the pool would hold more than `limit` bytes: batches
+    /// change shape, and what was just used is what will be asked for again.
+    fn keep(&mut self, buffer: Vec<f32>, limit: usize) {
+        let bytes = buffer.len() * 4;
+        while self.bytes + bytes > limit {
+            let Some((&other, _)) = self.by_size.iter().rev().find(|(size, _)| **size != buffer.len()) else { break };
+            self.take_of(other);
+        }
+        if self.bytes + bytes <= limit {
+            self.bytes += bytes;
+            self.by_size.entry(buffer.len()).or_default().push(buffer);
+        }
+    }
 }
 
 /// Bytes of f32 buffers in use now.
@@ -48,39 +80,24 @@ fn class_of(len: usize) -> usize {
     len.div_ceil(step) * step
 }
 
-/// A buffer of `len` elements whose contents are arbitrary (but initialised) numbers.
+/// A buffer of at least `len` elements whose contents are arbitrary (but initialised) numbers.
 pub(crate) fn take(len: usize) -> Vec<f32> {
     let class = class_of(len);
-    let bytes = class * 4;
+    let pooled = lock().take(class);
+    // A fresh buffer is zeroed memory from the system, which costs nothing until it is touched.
+    let buffer = pooled.unwrap_or_else(|| vec![0.0; class]);
+    let bytes = buffer.len() * 4;
     let live = LIVE_BYTES.fetch_add(bytes, Relaxed) + bytes;
     PEAK_BYTES.fetch_max(live, Relaxed);
-    let pooled = {
-        let mut free = lock();
-        let found = free.by_class.get_mut(&class).and_then(Vec::pop);
-        if found.is_some() {
-            free.bytes -= bytes;
-        }
-        found
-    };
-    // A fresh buffer is zeroed memory from the system, which costs nothing until it is touched.
-    let mut buffer = pooled.unwrap_or_else(|| vec![0.0; class]);
-    buffer.truncate(len);
-    if buffer.len() < len {
-        buffer.resize(len, 0.0);
-    }
     buffer
 }
 
-/// Takes a buffer back. Only for buffers that came from [`take`].
+/// Takes a buffer back. Only for buffers that came from [`take`], at their full length.
 pub(crate) fn give(buffer: Vec<f32>) {
-    let class = class_of(buffer.len());
-    let bytes = class * 4;
+    let bytes = buffer.len() * 4;
     let live = LIVE_BYTES.fetch_sub(bytes, Relaxed) - bytes;
-    let mut free = lock();
-    if live + free.bytes + bytes <= PEAK_BYTES.load(Relaxed) / 4 * 5 {
-        free.bytes += bytes;
-        free.by_class.entry(class).or_default().push(buffer);
-    }
+    let limit = (PEAK_BYTES.load(Relaxed) / 4 * 5).saturating_sub(live);
+    lock().keep(buffer, limit);
 }
 
 #[cfg(test)]
@@ -94,5 +111,20 @@ mod tests {
             assert!(class >= len && (len < 64 || class <= len + len / 4), "{len} → {class}");
             assert_eq!(class_of(class), class, "a class must serve itself");
         }
+    }
+
+    #[test]
+    fn the_pool_keeps_what_was_used_last() {
+        let mut free = Free::default();
+        free.keep(vec![0.0; 100], 1000);
+        free.keep(vec![0.0; 120], 1000);
+        assert_eq!((free.bytes, free.by_size.len()), (880, 2));
+        free.keep(vec![0.0; 60], 1000);
+        assert_eq!(free.bytes, 640, "the largest other buffer made room");
+        assert!(free.take(130).is_none(), "nothing is large enough");
+        assert_eq!(free.take(64).map(|b| b.len()), Some(100));
+        assert!(free.take(20).is_none(), "three times what is needed is too much");
+        free.keep(vec![0.0; 500], 1000);
+        assert_eq!((free.take(60).map(|b| b.len()), free.bytes), (None, 0), "nothing beyond the limit is kept");
     }
 }

@@ -10,32 +10,35 @@ pub(crate) enum Buffer {
     I32(Vec<i32>),
 }
 
-/// An f32 vector that returns to the pool.
-pub(crate) struct Pooled(Vec<f32>);
+/// The first `len` elements of a vector that returns to the pool.
+pub(crate) struct Pooled {
+    vector: Vec<f32>,
+    len: usize,
+}
 
 impl From<Vec<f32>> for Pooled {
     fn from(values: Vec<f32>) -> Self {
-        let mut pooled = memory::take(values.len());
-        pooled.copy_from_slice(&values);
-        Pooled(pooled)
+        let mut vector = memory::take(values.len());
+        vector[..values.len()].copy_from_slice(&values);
+        Pooled { vector, len: values.len() }
     }
 }
 
 impl Drop for Pooled {
     fn drop(&mut self) {
-        memory::give(std::mem::take(&mut self.0));
+        memory::give(std::mem::take(&mut self.vector));
     }
 }
 
 impl Buffer {
     /// `len` floats of arbitrary content, to be overwritten.
     pub(crate) fn f32(len: usize) -> Self {
-        Buffer::F32(Pooled(memory::take(len)))
+        Buffer::F32(Pooled { vector: memory::take(len), len })
     }
 
     pub(crate) fn len(&self) -> usize {
         match self {
-            Buffer::F32(b) => b.0.len(),
+            Buffer::F32(b) => b.len,
             Buffer::I64(b) => b.len(),
             Buffer::I32(b) => b.len(),
         }
@@ -51,14 +54,14 @@ impl Buffer {
 
     pub(crate) fn as_f32(&self) -> &[f32] {
         match self {
-            Buffer::F32(b) => &b.0,
+            Buffer::F32(b) => &b.vector[..b.len],
             other => panic!("kernel wants F32, has {:?}: the operation did not check", other.dtype()),
         }
     }
 
     pub(crate) fn as_f32_mut(&mut self) -> &mut [f32] {
         match self {
-            Buffer::F32(b) => &mut b.0,
+            Buffer::F32(b) => &mut b.vector[..b.len],
             other => panic!("kernel wants F32, has {:?}: the operation did not check", other.dtype()),
         }
     }
