@@ -20,6 +20,9 @@ const UNION: &str = "ENGRAFT_UNION";
 /// A method and the sites it was told to use; `None` for its default.
 pub type Chosen = (Box<dyn Method>, Option<Targets>);
 
+/// Tensors by their names in a file.
+pub type Named = Vec<(String, Tensor)>;
+
 /// A new adapter, and what was named but matches nothing in the model.
 pub struct Attached {
     /// The adapter.
@@ -65,8 +68,8 @@ fn build(
 ) -> Result<Attached> {
     let mut b = Builder::new(sites, info, seed);
     for other in replaced {
-        let param =
-            b.fixed(&other.name, &other.value.shape().to_vec(), engraft_nn::Init::Values(other.value))?;
+        let shape = other.value.shape().to_vec();
+        let param = b.fixed(&other.name, &shape, engraft_nn::Init::Values(other.value))?;
         for id in other.sites {
             b.patch(id, Patch::Weight(Box::new(Replacement(param.clone()))))?;
         }
@@ -115,7 +118,7 @@ fn file_names(methods: &[Chosen], name: &str) -> (String, Vec<String>) {
 /// below the adapter where it differs from the model's own.
 pub fn load_adapter(
     config: &Value,
-    tensors: Vec<(String, Tensor)>,
+    tensors: Named,
     sites: &Arc<Sites>,
     info: &ModelInfo,
 ) -> Result<LoadedAdapter> {
@@ -176,10 +179,7 @@ struct OtherBase {
 }
 
 /// Takes copies of frozen embeddings and heads out of the tensors of a file; those equal to the model's are dropped.
-fn other_bases(
-    tensors: Vec<(String, Tensor)>,
-    sites: &Sites,
-) -> Result<(Vec<(String, Tensor)>, Vec<OtherBase>)> {
+fn other_bases(tensors: Named, sites: &Sites) -> Result<(Named, Vec<OtherBase>)> {
     let tables = || sites.iter().filter(|s| s.is_weight() && matches!(s.role, Role::Embed | Role::Head));
     let (mut rest, mut others) = (Vec::new(), Vec::new());
     for (key, value) in tensors {
@@ -227,7 +227,7 @@ pub fn save_adapter(
     base_model: &str,
     sites: &Sites,
     info: &ModelInfo,
-) -> Result<(Value, Vec<(String, Tensor)>)> {
+) -> Result<(Value, Named)> {
     let mut tensors = Vec::new();
     for p in adapter.params().iter().filter(|p| p.saved) {
         let (key, copies) = file_names(methods, &p.name);

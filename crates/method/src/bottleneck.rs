@@ -456,7 +456,7 @@ mod tests {
         let [Patch::Sublayer(p)] = a.adapter.at(site.id) else { panic!("no adapter at {path}") };
         let (residual, output) = (sample(&[4, 6], 1), sample(&[4, 6], 2));
         let norm = |x: &Tensor| Ok(x.scale(2.0)?);
-        let norm: Option<&dyn Fn(&Tensor) -> Result<Tensor>> = if post_norm { Some(&norm) } else { None };
+        let norm = post_norm.then_some(&norm as &dyn Fn(&Tensor) -> Result<Tensor>);
         let cx = Pass::new(Layout::counted(&[4])?, None);
         let y =
             p.output(&Sublayer { residual: &residual, input: &residual, output: &output, norm }, site, &cx)?;

@@ -60,12 +60,15 @@ pub enum FieldKind {
     FloatMap,
 }
 
+/// A method's table of a recipe, without the keys that every method has.
+pub type Settings = Map<String, Value>;
+
 /// A method in the registry.
 pub struct Entry {
     /// What it is.
     pub info: &'static Info,
     /// From a recipe's settings (kinds and names already checked; absent ones take their default).
-    pub from_settings: fn(&Map<String, Value>) -> Result<Box<dyn Method>>,
+    pub from_settings: fn(&Settings) -> Result<Box<dyn Method>>,
     /// From the `adapter_config.json` of a saved adapter, if it is one of this method.
     pub from_file: fn(&Value) -> Result<Option<Loaded>>,
     /// A small configuration that makes every part of the method work, for the conformance tests.

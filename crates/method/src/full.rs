@@ -51,26 +51,26 @@ static HEAD_INFO: Info = Info {
 /// In the registry.
 pub static FULL: Entry = Entry {
     info: &FULL_INFO,
-    from_settings: |s| Whole::Model.from_settings(s),
-    from_file: |c| Whole::Model.from_file(c),
+    from_settings: |s| Whole::Model.of_settings(s),
+    from_file: |c| Whole::Model.of_file(c),
     example: || Box::new(Whole::Model),
 };
 
 /// In the registry.
 pub static HEAD: Entry = Entry {
     info: &HEAD_INFO,
-    from_settings: |s| Whole::Head.from_settings(s),
-    from_file: |c| Whole::Head.from_file(c),
+    from_settings: |s| Whole::Head.of_settings(s),
+    from_file: |c| Whole::Head.of_file(c),
     example: || Box::new(Whole::Head),
 };
 
 impl Whole {
-    fn from_settings(self, settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    fn of_settings(self, settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
         Reader::settings(settings, self.info().fields).finish()?;
         Ok(Box::new(self))
     }
 
-    fn from_file(self, config: &Value) -> Result<Option<Loaded>> {
+    fn of_file(self, config: &Value) -> Result<Option<Loaded>> {
         let map = config.as_object().filter(|_| peft::is_type(config, self.info().peft_type));
         let Some(map) = map else { return Ok(None) };
         let mut r = Reader::file(map);

@@ -23,7 +23,7 @@ use engraft_nn::{Adapter, Builder, ModelInfo, Output, Pass, Resolution, Result, 
 use engraft_tensor::{Gradients, Tensor};
 use serde_json::{Map, Value};
 
-pub use assemble::{Attached, Chosen, LoadedAdapter, attach, load_adapter, save_adapter};
+pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
 
 /// Every method, in the order of the documentation.

@@ -86,7 +86,8 @@ fn merged(adapter: &Adapter, loaded: &Loaded) -> engraft_nn::Result<Arc<Adapter>
     let sites = loaded.model.sites();
     let mut b = Builder::new(sites, loaded.model.info(), 0);
     for m in merged_tensors(sites, adapter)? {
-        let param = b.fixed(&m.site.path, &m.value.shape().to_vec(), Init::Values(m.value))?;
+        let shape = m.value.shape().to_vec();
+        let param = b.fixed(&m.site.path, &shape, Init::Values(m.value))?;
         let patch = match m.site.kind {
             Kind::Vector { .. } => Patch::Vector(Box::new(Replacement(param))),
             _ => Patch::Weight(Box::new(Replacement(param))),
