@@ -8,9 +8,9 @@ use crate::{Error, Result};
 
 /// What one forward takes and what its outputs should be.
 pub struct Batch {
-    /// Ids, types and layout, [tokens].
+    /// Ids, types and layout, `[tokens]`.
     pub inputs: Inputs,
-    /// A label a token, [tokens], or a label a sequence, [sequences]; −100 takes no part.
+    /// A label a token, `[tokens]`, or a label a sequence, `[sequences]`; −100 takes no part.
     pub labels: Vec<i64>,
     /// The line of each sequence in its file.
     pub rows: Vec<usize>,

@@ -56,44 +56,20 @@ impl Session {
             now: options.now,
         };
         let mut problems = Vec::new();
-        let examples = match reading.examples() {
-            Ok(examples) => Some(examples),
-            Err(fault) => {
-                problems.push(recipe.problem_at(fault.key, fault.error.to_string()));
-                None
-            }
-        };
+        let fault = |fault: crate::read::Fault| vec![recipe.problem_at(fault.key, fault.error.to_string())];
+        let examples = keep(reading.examples().map_err(fault), &mut problems);
         let classes = classes(recipe, task, examples.as_ref(), &config);
-        let loaded = match load(&model_dir, &load_options(recipe, task, classes, &options.limits)) {
-            Ok(loaded) => loaded,
-            Err(e) if problems.is_empty() => return Err(e.into()),
-            Err(e) => {
-                problems.push(Problem::new(e.to_string()));
-                return Err(recipe.problems(problems).into());
-            }
-        };
-        let facts = Facts {
-            model_dir: recipe.model_path.is_dir().then(|| recipe.model_path.clone()),
-            task,
-            model_length: max_length,
-            steps_per_epoch: examples.as_ref().map_or(Ok(1), |e| steps_per_epoch(recipe, e, max_length))?,
-            working_dir: options.working_dir.clone(),
-        };
-        let plan = match recipe.plan(&facts) {
-            Ok(plan) => Some(plan),
-            Err(found) => {
-                problems.extend(found.list);
-                None
-            }
-        };
+        let loaded = load_model(
+            recipe,
+            &model_dir,
+            &load_options(recipe, task, classes, &options.limits),
+            &mut problems,
+        )?;
+        let facts = facts(recipe, task, examples.as_ref(), max_length, &options.working_dir)?;
+        let plan = keep(recipe.plan(&facts).map_err(|found| found.list), &mut problems);
         let methods = plan.as_ref().map_or(&recipe.methods, |plan| &plan.methods);
-        let attached = match from_recipe(recipe, methods, loaded.model.as_ref(), &loaded.new_tensors) {
-            Ok(attached) => Some(attached),
-            Err(found) => {
-                problems.extend(found);
-                None
-            }
-        };
+        let attached = from_recipe(recipe, methods, loaded.model.as_ref(), &loaded.new_tensors);
+        let attached = keep(attached, &mut problems);
         if let Some(examples) = &examples {
             problems.extend(misfits(recipe, examples, &loaded));
         }
@@ -125,6 +101,45 @@ impl Session {
             notes,
         })
     }
+}
+
+/// The value, or its mistakes put with the others.
+fn keep<T>(result: std::result::Result<T, Vec<Problem>>, problems: &mut Vec<Problem>) -> Option<T> {
+    result.map_err(|found| problems.extend(found)).ok()
+}
+
+/// The model; where it cannot be loaded the error joins the mistakes found before.
+fn load_model(
+    recipe: &Recipe,
+    dir: &Path,
+    options: &LoadOptions,
+    problems: &mut Vec<Problem>,
+) -> Result<Loaded> {
+    match load(dir, options) {
+        Ok(loaded) => Ok(loaded),
+        Err(e) if problems.is_empty() => Err(e.into()),
+        Err(e) => {
+            problems.push(Problem::new(e.to_string()));
+            Err(recipe.problems(std::mem::take(problems)).into())
+        }
+    }
+}
+
+/// What the plan needs to know of model and data.
+fn facts(
+    recipe: &Recipe,
+    task: recipe::Task,
+    examples: Option<&Examples>,
+    model_length: usize,
+    working_dir: &Path,
+) -> Result<Facts> {
+    Ok(Facts {
+        model_dir: recipe.model_path.is_dir().then(|| recipe.model_path.clone()),
+        task,
+        model_length,
+        steps_per_epoch: examples.map_or(Ok(1), |e| steps_per_epoch(recipe, e, model_length))?,
+        working_dir: working_dir.to_owned(),
+    })
 }
 
 /// Labels that the head must tell apart; `None` is the head's own number.

@@ -104,7 +104,7 @@ pub(crate) struct Part {
 }
 
 impl Part {
-    /// Logits [rows, outputs].
+    /// Logits `[rows, outputs]`.
     pub fn logits(&self, model: &dyn Model) -> Result<Tensor> {
         Ok(model.logits(&self.features, &self.pass)?)
     }
