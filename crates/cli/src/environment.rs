@@ -21,12 +21,13 @@ pub struct Environment {
     pub threads: Option<usize>,
     /// The locale writes UTF-8 (`LC_ALL`, `LC_CTYPE`, `LANG`).
     pub utf8: bool,
-    token: Option<Secret>,
+    /// `HF_TOKEN`.
+    pub token: Option<Secret>,
 }
 
 /// A value that cannot be printed.
 #[derive(Clone)]
-struct Secret(String);
+pub struct Secret(String);
 
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -4,6 +4,7 @@
 
 use std::error::Error;
 
+use engraft_data::Tokenizer;
 use engraft_model::Mismatch;
 use engraft_recipe::{Problem, Problems};
 
@@ -120,11 +121,33 @@ impl<E: Error + 'static> From<E> for Failure {
 /// Tensors that do not fit, as rows.
 fn mismatch_problem(mismatch: &Mismatch) -> Problem {
     let (count, dir) = (mismatch.rows.len(), mismatch.dir.display());
-    let title = format!("{count} of {} tensors in {dir} do not fit its config.json", mismatch.total);
+    // Those that should be there count too.
+    let total = mismatch.total + mismatch.rows.iter().filter(|row| row.found == "absent").count();
+    let title = format!("{count} of {total} tensors in {dir} do not fit its config.json");
     let row = |r: &engraft_model::MismatchRow| [r.tensor.clone(), r.expected.clone(), r.found.clone()];
     let rows = mismatch.rows.iter().map(row).collect();
     let problem = Problem::new(title).grid(["tensor", "expected", "found"], rows);
-    mismatch.notes.iter().fold(problem, |problem, note| problem.note(note)).help(&mismatch.help)
+    let problem = mismatch.notes.iter().fold(problem, |problem, note| problem.note(by_tokenizer(note, mismatch)));
+    let help = mismatch.help.trim_end_matches(" in config.json");
+    problem.help(format!("{help};\n`engraft inspect {dir}` lists all tensors"))
+}
+
+/// A note on the size of the vocabulary, with the tokenizer as a witness where it agrees with the tensor.
+fn by_tokenizer(note: &str, mismatch: &Mismatch) -> String {
+    let agrees = |rows: &str| {
+        let entries = Tokenizer::open(&mismatch.dir).ok().map(|tokenizer| tokenizer.vocabulary());
+        entries.is_some_and(|entries| rows == entries.to_string())
+    };
+    let parts = note.split_once("; ").and_then(|(config, tensor)| {
+        let rows = tensor.strip_suffix(" rows")?.rsplit(' ').next()?;
+        Some((config, rows))
+    });
+    match parts {
+        Some((config, rows)) if agrees(rows) => {
+            format!("{config}; tokenizer.json has {rows} entries, as the tensor has")
+        }
+        _ => note.to_owned(),
+    }
 }
 
 /// Marks a failure as found before any work.
