@@ -35,7 +35,8 @@ fn methods() -> String {
     let mut text = format!("{HEAD}\n# Methods\n\n");
     text.push_str("| name | method | class | sites | merges | peft type | paper |\n| --- | --- | --- | --- | --- | --- | --- |\n");
     for info in METHODS.iter().map(|entry| entry.info) {
-        let row = [info.name, info.title, info.class, info.sites, yes(info.mergeable), info.peft_type, info.paper];
+        let row =
+            [info.name, info.title, info.class, info.sites, yes(info.mergeable), info.peft_type, info.paper];
         let _ = writeln!(text, "| {} |", row.map(cell).join(" | "));
     }
     for info in METHODS.iter().map(|entry| entry.info) {
@@ -57,10 +58,13 @@ fn methods() -> String {
 }
 
 fn models() -> String {
-    let mut text = format!("{HEAD}\n# Models\n\nDirectories in Hugging Face form, by `model_type` of `config.json`.\n\n");
+    let mut text = format!(
+        "{HEAD}\n# Models\n\nDirectories in Hugging Face form, by `model_type` of `config.json`.\n\n"
+    );
     text.push_str("| model_type | classes |\n| --- | --- |\n");
     for architecture in ARCHITECTURES {
-        let classes: Vec<String> = architecture.classes.iter().map(|(class, _)| format!("`{class}`")).collect();
+        let classes: Vec<String> =
+            architecture.classes.iter().map(|(class, _)| format!("`{class}`")).collect();
         let _ = writeln!(text, "| `{}` | {} |", architecture.name, classes.join(", "));
     }
     text

@@ -84,11 +84,16 @@ fn only_the_program_prints_and_reads_the_environment() {
 #[test]
 fn only_store_data_and_the_program_touch_files() {
     let free = |path: &str| {
-        ["crates/store/", "crates/data/", "crates/cli/", "bench/", "xtask/"].iter().any(|dir| path.starts_with(dir))
+        ["crates/store/", "crates/data/", "crates/cli/", "bench/", "xtask/"]
+            .iter()
+            .any(|dir| path.starts_with(dir))
     };
     for (path, text) in sources().iter().filter(|(path, _)| !free(path) && !path.ends_with("tests.rs")) {
         for word in ["std::fs", "File::open", "File::create"] {
-            assert!(!without_tests(text).contains(word), "{path} holds `{word}`: files belong to the store crate");
+            assert!(
+                !without_tests(text).contains(word),
+                "{path} holds `{word}`: files belong to the store crate"
+            );
         }
     }
 }
@@ -97,8 +102,11 @@ fn only_store_data_and_the_program_touch_files() {
 fn models_and_methods_do_not_name_each_other() {
     let titles = ["Llama", "Mistral", "Qwen", "RoBERTa", "roberta"];
     for (path, text) in sources() {
-        let code: String =
-            without_tests(&text).lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+        let code: String = without_tests(&text)
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("//"))
+            .collect::<Vec<_>>()
+            .join("\n");
         if path.starts_with("crates/method/") {
             for title in titles {
                 assert!(!code.contains(title), "{path} names the architecture {title}");
@@ -106,7 +114,10 @@ fn models_and_methods_do_not_name_each_other() {
         }
         if path.starts_with("crates/model/") {
             for title in ["Lora", "lora", "Ia3", "Bottleneck", "nf4"] {
-                assert!(!code.contains(title), "{path} names {title}: models know neither methods nor storage formats");
+                assert!(
+                    !code.contains(title),
+                    "{path} names {title}: models know neither methods nor storage formats"
+                );
             }
         }
     }
@@ -123,7 +134,8 @@ fn every_method_is_registered_and_has_a_fixture() {
     for entry in engraft_method::METHODS {
         let name = entry.info.name;
         // Full training of modules and of the head alone share a file.
-        let home = if ["full", "head"].contains(&name) { "&full::".to_owned() } else { format!("&{name}::ENTRY") };
+        let home =
+            if ["full", "head"].contains(&name) { "&full::".to_owned() } else { format!("&{name}::ENTRY") };
         assert!(registry.contains(&home), "{name}: its file is not called after it");
         // AdapterHub calls bottleneck adapters by their places; full training has no file form in peft but its parts'.
         let known: &[&str] = match name {
@@ -140,7 +152,10 @@ fn every_method_is_registered_and_has_a_fixture() {
         let text = std::fs::read_to_string(&path).unwrap();
         let stem = path.file_stem().unwrap().to_string_lossy().into_owned();
         let is_method = text.contains("pub static ENTRY") || text.contains("pub const ENTRY");
-        assert!(!is_method || registry.contains(&format!("&{stem}::ENTRY")), "{stem} is a method and not registered");
+        assert!(
+            !is_method || registry.contains(&format!("&{stem}::ENTRY")),
+            "{stem} is a method and not registered"
+        );
     }
 }
 
@@ -157,7 +172,10 @@ fn files_keep_to_their_length() {
     for (path, text) in sources() {
         let lines = text.lines().count();
         let most = LONG.iter().find(|(long, ..)| *long == path).map_or(LINES_MAX, |(_, most, _)| *most);
-        assert!(lines <= most, "{path} has {lines} lines, more than {most}: split it, or give a reason in `LONG`");
+        assert!(
+            lines <= most,
+            "{path} has {lines} lines, more than {most}: split it, or give a reason in `LONG`"
+        );
     }
     assert!(LONG.iter().all(|(_, _, reason)| !reason.is_empty()));
 }

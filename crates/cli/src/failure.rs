@@ -127,7 +127,8 @@ fn mismatch_problem(mismatch: &Mismatch) -> Problem {
     let row = |r: &engraft_model::MismatchRow| [r.tensor.clone(), r.expected.clone(), r.found.clone()];
     let rows = mismatch.rows.iter().map(row).collect();
     let problem = Problem::new(title).grid(["tensor", "expected", "found"], rows);
-    let problem = mismatch.notes.iter().fold(problem, |problem, note| problem.note(by_tokenizer(note, mismatch)));
+    let problem =
+        mismatch.notes.iter().fold(problem, |problem, note| problem.note(by_tokenizer(note, mismatch)));
     let help = mismatch.help.trim_end_matches(" in config.json");
     problem.help(format!("{help};\n`engraft inspect {dir}` lists all tensors"))
 }
