@@ -23,6 +23,8 @@ const LONG: [(&str, usize, &str); 2] = [
     ("crates/method/src/bottleneck.rs", 600, "AdapterHub's variants in one place, and their tests"),
 ];
 const LINES_MAX: usize = 500;
+/// Lines of a function.
+const FUNCTION_MAX: usize = 70;
 
 fn rust_files(dir: &Path, found: &mut Vec<PathBuf>) {
     let Ok(entries) = std::fs::read_dir(dir) else { return };
@@ -178,6 +180,44 @@ fn files_keep_to_their_length() {
         );
     }
     assert!(LONG.iter().all(|(_, _, reason)| !reason.is_empty()));
+}
+
+/// Name and length of every function that is formatted as rustfmt does: its last line is `}` under its first.
+fn functions(text: &str) -> Vec<(String, usize)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let mut found = Vec::new();
+    for (start, line) in lines.iter().enumerate() {
+        let code = line.trim_start();
+        let head = code.split('(').next().unwrap_or("");
+        let Some(at) = head.find("fn ").filter(|at| head[..*at].split_whitespace().all(is_qualifier)) else {
+            continue;
+        };
+        let end = format!("{}}}", &line[..line.len() - code.len()]);
+        if let Some(length) = lines[start..].iter().position(|line| *line == end) {
+            found.push((head[at + 3..].to_owned(), length + 1));
+        }
+    }
+    found
+}
+
+fn is_qualifier(word: &str) -> bool {
+    word.starts_with("pub") || ["const", "unsafe", "extern", "\"C\""].contains(&word)
+}
+
+#[test]
+fn functions_fit_a_screen() {
+    assert_eq!(
+        functions("fn a() {\n    x\n}\npub(crate) const fn b(\n) {\n}\n// fn c() {\n"),
+        [("a".to_owned(), 3), ("b".to_owned(), 3)]
+    );
+    for (path, text) in sources() {
+        for (name, lines) in functions(&text) {
+            assert!(
+                lines <= FUNCTION_MAX,
+                "{path}: `{name}` has {lines} lines, more than {FUNCTION_MAX}: split it"
+            );
+        }
+    }
 }
 
 #[test]
