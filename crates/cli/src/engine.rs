@@ -178,11 +178,13 @@ fn task_of(files: &AdapterFiles) -> Option<Task> {
 
 /// Labels of the classifier that the adapter carries.
 fn labels_of(files: &AdapterFiles) -> Option<usize> {
-    const HEADS: [&str; 4] =
-        ["classifier.weight", "out_proj.weight", "score.weight", "classifier.modules_to_save.weight"];
-    let head = |name: &str| {
-        let name = name.strip_prefix("base_model.model.").unwrap_or(name);
-        HEADS.iter().any(|head| name == *head) || name == "classifier.out_proj.weight"
-    };
+    const HEADS: [&str; 5] = [
+        "classifier.weight",
+        "classifier.out_proj.weight",
+        "out_proj.weight",
+        "score.weight",
+        "classifier.modules_to_save.weight",
+    ];
+    let head = |name: &str| HEADS.contains(&name.strip_prefix("base_model.model.").unwrap_or(name));
     files.weights.iter().find(|(name, raw)| head(name) && raw.shape.len() == 2).map(|(_, raw)| raw.shape[0])
 }

@@ -88,14 +88,8 @@ fn main() -> ExitCode {
         if let Some(threads) = environment.threads {
             set_threads(threads);
         }
-        let cx = Context { ui, limits, environment };
-        let outcome = cli.command.run(&cx);
-        Ok((cx.ui, outcome))
+        cli.command.run(&Context { ui: ui.clone(), limits, environment })
     });
-    let (ui, outcome) = match outcome {
-        Ok((ui, outcome)) => (ui, outcome),
-        Err(failure) => (Ui::new(global.color, false, 0, &Environment::read()), Err(failure)),
-    };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -19,6 +19,7 @@ pub enum ColorChoice {
 }
 
 /// How a command speaks.
+#[derive(Clone)]
 pub struct Ui {
     color: bool,
     width: usize,

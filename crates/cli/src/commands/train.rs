@@ -93,8 +93,8 @@ pub fn open(recipe: &Recipe, cx: &Context) -> Outcome<Session> {
         crate::set_threads(recipe.train.threads);
     }
     if !recipe.model_path.is_dir() {
-        // Downloads with a progress bar; the session then finds it in the cache.
-        cx.resolve(&recipe.model.value).map_err(|_| ()).ok();
+        // Downloads with a progress bar; the session finds it in the cache, or shows at its place why it is not there.
+        let _ = cx.resolve(&recipe.model.value);
     }
     let hub = cx.environment.hub();
     let now =
