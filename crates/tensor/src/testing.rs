@@ -56,7 +56,8 @@ pub fn check_gradients(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor
             let (a, b) = (at(step)? - at(-step)?, at(2.0 * step)? - at(-2.0 * step)?);
             let expected = (8.0 * a - b) / (12.0 * step as f64);
             param.set(input.clone())?;
-            if !((gradient[i] as f64 - expected).abs() <= 3e-3 * largest as f64) {
+            let error = (gradient[i] as f64 - expected).abs();
+            if error.is_nan() || error > 3e-3 * largest as f64 {
                 let message = format!("input {index}, element {i}: gradient {}, difference {expected}", gradient[i]);
                 return Err(Error::Value { op: "check_gradients", message });
             }

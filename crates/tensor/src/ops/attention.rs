@@ -71,7 +71,7 @@ fn check(a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
     }
     v.expect_shape("attention", k.shape())?;
     let fits = q.shape().len() == 3 && k.shape().len() == 3 && q.shape()[1..] == [s.heads, s.dim];
-    if !fits || k.shape()[1..] != [s.kv_heads, s.dim] || s.kv_heads == 0 || s.heads % s.kv_heads != 0 {
+    if !fits || k.shape()[1..] != [s.kv_heads, s.dim] || s.kv_heads == 0 || !s.heads.is_multiple_of(s.kv_heads) {
         let expected = format!("q [queries, {}, {}], k [keys, {}, {}]", s.heads, s.dim, s.kv_heads, s.dim);
         return shape_error("attention", expected, format!("q {:?}, k {:?}", q.shape(), k.shape()));
     }
