@@ -50,7 +50,8 @@ fn methods() -> String {
         }
         text.push_str("\n| setting | default | |\n| --- | --- | --- |\n");
         for field in info.fields {
-            let default = field.default.map_or("must be given".to_owned(), |value| format!("`{value}`"));
+            let default =
+                field.default.map_or("by the model or form".to_owned(), |value| format!("`{value}`"));
             let _ = writeln!(text, "| `{}` | {} | {} |", field.name, cell(&default), cell(field.doc));
         }
     }

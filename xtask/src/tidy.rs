@@ -188,13 +188,13 @@ fn functions(text: &str) -> Vec<(String, usize)> {
     let mut found = Vec::new();
     for (start, line) in lines.iter().enumerate() {
         let code = line.trim_start();
-        let head = code.split('(').next().unwrap_or("");
-        let Some(at) = head.find("fn ").filter(|at| head[..*at].split_whitespace().all(is_qualifier)) else {
+        let Some(at) = code.find("fn ").filter(|at| code[..*at].split_whitespace().all(is_qualifier)) else {
             continue;
         };
         let end = format!("{}}}", &line[..line.len() - code.len()]);
         if let Some(length) = lines[start..].iter().position(|line| *line == end) {
-            found.push((head[at + 3..].to_owned(), length + 1));
+            let name = code[at + 3..].split(['(', '<']).next().unwrap_or("");
+            found.push((name.to_owned(), length + 1));
         }
     }
     found

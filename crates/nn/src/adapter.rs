@@ -77,7 +77,8 @@ impl Adapter {
                 Some(t) => accepted.push((p, t)),
             }
         }
-        let mut extra: Vec<_> = given.into_iter().map(|(n, t)| format!("{n}: not expected, found {:?}", t.shape())).collect();
+        let mut extra: Vec<_> =
+            given.into_iter().map(|(n, t)| format!("{n}: not expected, found {:?}", t.shape())).collect();
         extra.sort();
         problems.extend(extra);
         if !problems.is_empty() {

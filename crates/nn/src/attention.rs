@@ -1,8 +1,8 @@
 //! The core of every attention: extra keys and values, the cache, and the packed kernel.
 
-use engraft_tensor::ops::{Attention, Spans, attention, cat};
-use engraft_tensor::cpu::attention::{AttentionSpec, Span};
 use engraft_tensor::Tensor;
+use engraft_tensor::cpu::attention::{AttentionSpec, Span};
+use engraft_tensor::ops::{Attention, Spans, attention, cat};
 
 use crate::{KeyValuePatch, Kind, Pass, Patch, Result, Role, SiteId, Sites};
 
@@ -71,7 +71,9 @@ impl Attend {
             }
         }
         let index = Tensor::from_i64(index.clone(), [index.len()])?;
-        let pick = |parts: &[Tensor]| -> Result<Tensor> { Ok(cat(&parts.iter().collect::<Vec<_>>(), 0)?.gather(&index)?) };
+        let pick = |parts: &[Tensor]| -> Result<Tensor> {
+            Ok(cat(&parts.iter().collect::<Vec<_>>(), 0)?.gather(&index)?)
+        };
         let rows = key_positions.len();
         let key_positions = Tensor::from_i32(key_positions, [rows])?;
         let spans = Spans { spans: spans.into(), query_positions: positions.clone(), key_positions };
@@ -100,7 +102,10 @@ impl Attend {
                 let sequences = cx.layout().sequences();
                 let copies = sequences.len() * count;
                 let index = Tensor::from_i64((0..copies).map(|i| (i % count) as i64).collect(), [copies])?;
-                let own = |(i, s): (usize, &std::ops::Range<usize>)| Span { q: s.clone(), kv: i * count..(i + 1) * count };
+                let own = |(i, s): (usize, &std::ops::Range<usize>)| Span {
+                    q: s.clone(),
+                    kv: i * count..(i + 1) * count,
+                };
                 let spans = Spans {
                     spans: sequences.iter().enumerate().map(own).collect(),
                     query_positions: cx.layout().positions_tensor().clone(),
@@ -126,8 +131,10 @@ impl Pass {
     /// Ungated extra rows of each route, joined: [count, kv_heads, dim].
     fn prefixes(&self, site: SiteId) -> Result<Vec<Option<crate::KeyValues>>> {
         let of_route = |patches: &[Patch]| -> Result<Option<crate::KeyValues>> {
-            let rows: Vec<_> =
-                key_value_patches(patches).filter(|p| p.gate().is_none()).map(|p| p.rows()).collect::<Result<_>>()?;
+            let rows: Vec<_> = key_value_patches(patches)
+                .filter(|p| p.gate().is_none())
+                .map(|p| p.rows())
+                .collect::<Result<_>>()?;
             if rows.is_empty() {
                 return Ok(None);
             }
@@ -217,10 +224,20 @@ impl KvCache {
 }
 
 impl CachedLayer {
-    fn append(&mut self, sequence: usize, capacity: usize, k: &Tensor, v: &Tensor, positions: &[i32]) -> Result<()> {
+    fn append(
+        &mut self,
+        sequence: usize,
+        capacity: usize,
+        k: &Tensor,
+        v: &Tensor,
+        positions: &[i32],
+    ) -> Result<()> {
         let length = self.lengths[sequence];
         if length + positions.len() > capacity {
-            let message = format!("the key-value cache holds {capacity} tokens a sequence; {} are needed", length + positions.len());
+            let message = format!(
+                "the key-value cache holds {capacity} tokens a sequence; {} are needed",
+                length + positions.len()
+            );
             return Err(crate::Error::Unsupported(message));
         }
         let at = sequence * capacity + length;

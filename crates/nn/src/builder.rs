@@ -61,7 +61,13 @@ impl<'a> Builder<'a> {
     }
 
     /// A new trained parameter of a group (see [`NamedParam::group`]).
-    pub fn param_in_group(&mut self, name: &str, shape: &[usize], init: Init, group: &'static str) -> Result<Param> {
+    pub fn param_in_group(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        init: Init,
+        group: &'static str,
+    ) -> Result<Param> {
         let name = format!("{}{name}", self.prefix);
         let param = Param::new(init.tensor(shape, self.seed, &name)?);
         self.add(name, param.clone(), group)?;
@@ -78,7 +84,9 @@ impl<'a> Builder<'a> {
 
     fn add(&mut self, name: String, param: Param, group: &'static str) -> Result<()> {
         if self.adapter.params().iter().any(|p| p.name == name) {
-            return Err(Error::Unsupported(format!("two methods make a tensor named `{name}`; let only one of them train it")));
+            return Err(Error::Unsupported(format!(
+                "two methods make a tensor named `{name}`; let only one of them train it"
+            )));
         }
         self.adapter.push_param(NamedParam { name, param, group, saved: true });
         Ok(())
@@ -112,7 +120,9 @@ impl<'a> Builder<'a> {
     pub fn replace_as(&mut self, site: SiteId, name: &str) -> Result<Param> {
         let site = self.sites.get(site);
         let start = match (&site.kind, &site.value) {
-            (Kind::Linear { .. } | Kind::Embedding { .. }, Value::Weight(w)) => crate::Base::dense(w.as_ref())?,
+            (Kind::Linear { .. } | Kind::Embedding { .. }, Value::Weight(w)) => {
+                crate::Base::dense(w.as_ref())?
+            }
             (Kind::Vector { .. }, Value::Vector(v)) => v.clone(),
             _ => {
                 let message = format!("a {:?} site holds no tensor to train", site.kind);

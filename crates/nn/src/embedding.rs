@@ -15,7 +15,12 @@ pub struct Embedding {
 
 impl Embedding {
     /// Declares the site `path`; `tensor` is the module's name in the model's files.
-    pub fn declare(sites: &mut Sites, (path, tensor): (&str, &str), role: Role, weight: Arc<Weight>) -> Embedding {
+    pub fn declare(
+        sites: &mut Sites,
+        (path, tensor): (&str, &str),
+        role: Role,
+        weight: Arc<Weight>,
+    ) -> Embedding {
         let (rows, width) = weight.shape();
         let value = Value::Weight(weight.clone());
         let kind = Kind::Embedding { rows, width };
@@ -34,6 +39,8 @@ impl Embedding {
             return self.weight.lookup(ids);
         }
         let site = sites.get(self.site);
-        cx.by_route(self.site, ids, |ids, patches, cx| Patched::new(self.weight.as_ref(), patches, site, cx).lookup(ids))
+        cx.by_route(self.site, ids, |ids, patches, cx| {
+            Patched::new(self.weight.as_ref(), patches, site, cx).lookup(ids)
+        })
     }
 }

@@ -29,7 +29,9 @@ impl Init {
     /// A tensor of `shape`, drawn from (seed, name) alone: it does not depend on what else is drawn.
     pub fn tensor(&self, shape: &[usize], seed: u64, name: &str) -> Result<Tensor> {
         let key = Key { seed, stream: stream(name) };
-        let draw = |f: &dyn Fn(u64) -> f32| Tensor::from_vec((0..shape.iter().product::<usize>() as u64).map(f).collect(), shape);
+        let draw = |f: &dyn Fn(u64) -> f32| {
+            Tensor::from_vec((0..shape.iter().product::<usize>() as u64).map(f).collect(), shape)
+        };
         Ok(match self {
             Init::Zeros => Tensor::zeros(shape),
             Init::Ones => Tensor::full(1.0, shape),

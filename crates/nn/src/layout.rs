@@ -30,7 +30,11 @@ impl Layout {
     }
 
     /// Sequences of which the first `virtual_counts[i]` rows are prompt rows.
-    pub(crate) fn with_virtual(lengths: &[usize], virtual_counts: Vec<usize>, positions: Vec<i32>) -> Result<Self> {
+    pub(crate) fn with_virtual(
+        lengths: &[usize],
+        virtual_counts: Vec<usize>,
+        positions: Vec<i32>,
+    ) -> Result<Self> {
         let mut at = 0;
         let sequences: Vec<Range<usize>> = lengths
             .iter()
@@ -63,7 +67,9 @@ impl Layout {
     /// An error if a sequence has no rows: nothing can be computed of it.
     pub fn expect_filled(&self) -> Result<()> {
         match self.sequences.iter().position(Range::is_empty) {
-            Some(i) => Err(crate::Error::Unsupported(format!("sequence {i} of the batch is empty; give it a token"))),
+            Some(i) => {
+                Err(crate::Error::Unsupported(format!("sequence {i} of the batch is empty; give it a token")))
+            }
             None if self.sequences.is_empty() => Err(crate::Error::Unsupported("the batch is empty".into())),
             None => Ok(()),
         }
@@ -113,7 +119,8 @@ impl Layout {
         let rows = self.rows_of(&which);
         let lengths: Vec<usize> = self.sequences[which.clone()].iter().map(Range::len).collect();
         let padded = self.padded[which.clone()].to_vec();
-        Ok(Self::with_virtual(&lengths, self.virtual_counts[which].to_vec(), self.positions[rows].to_vec())?.padded(padded))
+        Ok(Self::with_virtual(&lengths, self.virtual_counts[which].to_vec(), self.positions[rows].to_vec())?
+            .padded(padded))
     }
 
     /// Rows of the sequences `which`.

@@ -35,8 +35,8 @@ pub use model::{Inputs, Model, ModelInfo, Output, Task};
 pub use norm::{Norm, NormKind};
 pub use pass::{Mode, Pass, Route};
 pub use patch::{
-    Base, BlockPatch, HeadPatch, KeyValuePatch, KeyValues, Patch, PromptPatch, RowsFn, Sublayer, SublayerPatch, VectorPatch,
-    WeightPatch,
+    Base, BlockPatch, HeadPatch, KeyValuePatch, KeyValues, Patch, PromptPatch, RowsFn, Sublayer,
+    SublayerPatch, VectorPatch, WeightPatch,
 };
 pub use replace::Replacement;
 pub use site::{Kind, Role, Site, SiteId, Sites, Value};

@@ -51,7 +51,10 @@ fn merged<'a>(site: &'a Site, patches: &[Patch], cx: &Pass) -> Result<MergedTens
         }
         Value::Vector(v) => patched_vector(v, patches)?,
         Value::None => {
-            return Err(Error::Site { path: site.path.clone(), message: "holds no tensor to merge into".into() });
+            return Err(Error::Site {
+                path: site.path.clone(),
+                message: "holds no tensor to merge into".into(),
+            });
         }
     };
     Ok(MergedTensor { site, value })

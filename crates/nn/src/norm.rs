@@ -34,7 +34,14 @@ impl Norm {
     ) -> Norm {
         let mut vector = |v: Tensor, suffix: &str| {
             let (kind, value) = (Kind::Vector { len: v.len() }, Value::Vector(v.clone()));
-            let id = sites.add_value(format!("{path}.{suffix}"), Role::Norm, layer, kind, value, format!("{tensor}.{suffix}"));
+            let id = sites.add_value(
+                format!("{path}.{suffix}"),
+                Role::Norm,
+                layer,
+                kind,
+                value,
+                format!("{tensor}.{suffix}"),
+            );
             (v, id)
         };
         let gain = vector(gain, "weight");

@@ -322,8 +322,7 @@ impl Pass {
             let (residual, input) = (rows(s.residual, cx)?, rows(s.input, cx)?);
             // The norm of this route: its gain may be patched too.
             let own = |x: &Tensor| norm.map_or_else(|| Ok(x.clone()), |n| n.forward(x, cx));
-            let own: Option<&crate::patch::RowsFn<'_>> =
-                if norm.is_some() { Some(&own) } else { s.norm };
+            let own: Option<&crate::patch::RowsFn<'_>> = if norm.is_some() { Some(&own) } else { s.norm };
             let mut output = output.clone();
             for patch in patches {
                 if let Patch::Sublayer(p) = patch {

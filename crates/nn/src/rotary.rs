@@ -111,10 +111,19 @@ impl Rotary {
                 };
                 (plain(self.theta).into_iter().map(stretch).collect(), 1.0)
             }
-            RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, mscale, truncate } => {
+            RopeScaling::Yarn {
+                factor,
+                original,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+                mscale,
+                truncate,
+            } => {
                 let frequencies = plain(self.theta);
                 let ramp = self.yarn_ramp(*original, *beta_fast, *beta_slow, *truncate);
-                let mixed = frequencies.iter().zip(ramp).map(|(f, r)| f / factor * r + f * (1.0 - r)).collect();
+                let mixed =
+                    frequencies.iter().zip(ramp).map(|(f, r)| f / factor * r + f * (1.0 - r)).collect();
                 let temperature = |m: f64| if *factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
                 let derived = match mscale {
                     Some((m, all)) => temperature(*m) / temperature(*all),
@@ -128,7 +137,8 @@ impl Rotary {
     /// 0 where a dimension is kept, 1 where it is stretched.
     fn yarn_ramp(&self, original: usize, fast: f64, slow: f64, truncate: bool) -> Vec<f64> {
         let dimension = |rotations: f64| {
-            self.dim as f64 * (original as f64 / (rotations * std::f64::consts::TAU)).ln() / (2.0 * self.theta.ln())
+            self.dim as f64 * (original as f64 / (rotations * std::f64::consts::TAU)).ln()
+                / (2.0 * self.theta.ln())
         };
         let (mut low, mut high) = (dimension(fast), dimension(slow));
         if truncate {

@@ -218,7 +218,14 @@ fn dead_error(sites: &Sites, names: Vec<String>, all: bool) -> TargetError {
             }
         }
     }
-    TargetError::Dead { names, all, kind: "linear weight", total: linear.len(), note: notes.join(", "), suggestion }
+    TargetError::Dead {
+        names,
+        all,
+        kind: "linear weight",
+        total: linear.len(),
+        note: notes.join(", "),
+        suggestion,
+    }
 }
 
 #[cfg(test)]
@@ -228,7 +235,9 @@ mod tests {
     fn sites() -> Sites {
         let mut s = Sites::default();
         for layer in 0..3 {
-            for (name, role) in [("self_attn.q_proj", Role::Q), ("self_attn.v_proj", Role::V), ("mlp.down_proj", Role::Down)] {
+            for (name, role) in
+                [("self_attn.q_proj", Role::Q), ("self_attn.v_proj", Role::V), ("mlp.down_proj", Role::Down)]
+            {
                 let kind = Kind::Linear { out: 4, inn: 4, transposed: false };
                 s.add(format!("model.layers.{layer}.{name}"), role, Some(layer), kind);
             }

@@ -32,7 +32,9 @@ pub enum Error {
         message: String,
     },
     /// Tensor contents were read by the host where that would stall a device.
-    #[error("tensor contents were read on the host inside a step; keep the value on the device until the step is logged")]
+    #[error(
+        "tensor contents were read on the host inside a step; keep the value on the device until the step is logged"
+    )]
     HostRead,
     /// A gradient was asked of something that has none.
     #[error("backward: {0}")]
@@ -43,6 +45,10 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// A shape error, built the same way everywhere.
-pub(crate) fn shape_error<T>(op: &'static str, expected: impl Into<String>, found: impl Into<String>) -> Result<T> {
+pub(crate) fn shape_error<T>(
+    op: &'static str,
+    expected: impl Into<String>,
+    found: impl Into<String>,
+) -> Result<T> {
     Err(Error::Shape { op, expected: expected.into(), found: found.into() })
 }

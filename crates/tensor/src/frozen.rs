@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use crate::cpu::gemm::{Precision, RowSource};
 use crate::cpu::gemm::{PackedMatrix, streamed_backward, streamed_forward};
+pub use crate::cpu::gemm::{Precision, RowSource};
 use crate::error::Result;
 use crate::tensor::Tensor;
 

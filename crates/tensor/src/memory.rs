@@ -39,7 +39,9 @@ impl Free {
     fn keep(&mut self, buffer: Vec<f32>, limit: usize) {
         let bytes = buffer.len() * 4;
         while self.bytes + bytes > limit {
-            let Some((&other, _)) = self.by_size.iter().rev().find(|(size, _)| **size != buffer.len()) else { break };
+            let Some((&other, _)) = self.by_size.iter().rev().find(|(size, _)| **size != buffer.len()) else {
+                break;
+            };
             self.take_of(other);
         }
         if self.bytes + bytes <= limit {
@@ -125,6 +127,10 @@ mod tests {
         assert_eq!(free.take(64).map(|b| b.len()), Some(100));
         assert!(free.take(20).is_none(), "three times what is needed is too much");
         free.keep(vec![0.0; 500], 1000);
-        assert_eq!((free.take(60).map(|b| b.len()), free.bytes), (None, 0), "nothing beyond the limit is kept");
+        assert_eq!(
+            (free.take(60).map(|b| b.len()), free.bytes),
+            (None, 0),
+            "nothing beyond the limit is kept"
+        );
     }
 }

@@ -26,7 +26,14 @@ impl Moments {
 impl AdamW {
     /// The `step`-th update (from 1) of `param` with `grad·scale`. Where `scale` (one element, on the device) is not
     /// finite nothing changes.
-    pub fn update(&self, param: &Param, grad: &Tensor, scale: &Tensor, step: u64, moments: &mut Moments) -> Result<()> {
+    pub fn update(
+        &self,
+        param: &Param,
+        grad: &Tensor,
+        scale: &Tensor,
+        step: u64,
+        moments: &mut Moments,
+    ) -> Result<()> {
         grad.expect_shape("adamw", param.value().shape())?;
         moments.m.expect_shape("adamw", grad.shape())?;
         moments.v.expect_shape("adamw", grad.shape())?;

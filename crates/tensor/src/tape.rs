@@ -114,7 +114,10 @@ impl Tensor {
                 }
                 let backward = node.backward.lock().map_err(|_| poisoned())?.take();
                 let Some(backward) = backward else {
-                    return Err(Error::Backward(format!("{} was already passed; run forward again", node.name)));
+                    return Err(Error::Backward(format!(
+                        "{} was already passed; run forward again",
+                        node.name
+                    )));
                 };
                 backward(dy, &mut sink)?;
             }

@@ -32,7 +32,13 @@ pub struct Tensor {
 
 impl std::fmt::Debug for Tensor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Tensor({:?} {:?}{})", self.dtype(), self.shape, if self.node.is_some() { ", on tape" } else { "" })
+        write!(
+            f,
+            "Tensor({:?} {:?}{})",
+            self.dtype(),
+            self.shape,
+            if self.node.is_some() { ", on tape" } else { "" }
+        )
     }
 }
 
@@ -191,7 +197,8 @@ impl Tensor {
         let row: usize = self.shape[1..].iter().product();
         let mut shape = self.shape.clone();
         shape[0] = end - start;
-        let out = Tensor { shape, buffer: self.buffer.clone(), offset: self.offset + start * row, node: None };
+        let out =
+            Tensor { shape, buffer: self.buffer.clone(), offset: self.offset + start * row, node: None };
         let (edge, whole) = (self.edge(), self.shape.clone());
         Ok(out.on_tape("rows_between", &[self], move |dy, sink| {
             let mut buffer = Buffer::f32(whole.iter().product());

@@ -22,7 +22,11 @@ pub fn close(found: &Tensor, expected: &Tensor, tolerance: f32) {
     assert_eq!(found.shape(), expected.shape());
     let (a, b) = (found.to_vec().expect("readable"), expected.to_vec().expect("readable"));
     let largest = b.iter().fold(1e-6f32, |m, v| m.max(v.abs()));
-    let worst = a.iter().zip(&b).map(|(x, y)| (x - y).abs()).fold(0.0f32, |m, d| if d.is_nan() { d } else { m.max(d) });
+    let worst = a
+        .iter()
+        .zip(&b)
+        .map(|(x, y)| (x - y).abs())
+        .fold(0.0f32, |m, d| if d.is_nan() { d } else { m.max(d) });
     assert!(worst <= tolerance * largest, "differ by {worst:e}, largest value {largest:e}");
 }
 
@@ -58,7 +62,8 @@ pub fn check_gradients(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor
             param.set(input.clone())?;
             let error = (gradient[i] as f64 - expected).abs();
             if error.is_nan() || error > 3e-3 * largest as f64 {
-                let message = format!("input {index}, element {i}: gradient {}, difference {expected}", gradient[i]);
+                let message =
+                    format!("input {index}, element {i}: gradient {}, difference {expected}", gradient[i]);
                 return Err(Error::Value { op: "check_gradients", message });
             }
         }

@@ -118,7 +118,7 @@ fn page(entry: &Entry) -> String {
     text.push_str("\nsettings\n");
     let widest = info.fields.iter().map(|field| field.name.len()).max().unwrap_or(0);
     for field in info.fields {
-        let default = field.default.map_or("must be given".into(), |text| format!("default {text}"));
+        let default = field.default.map_or("by the model or form".into(), |text| format!("default {text}"));
         text.push_str(&format!("  {:widest$}  {}\n", field.name, field.doc));
         text.push_str(&format!("  {:widest$}  {}; {default}\n", "", takes(field)));
     }

@@ -17,7 +17,10 @@ impl FileRows {
     /// `tensor` must be [rows, columns] in f32, f16 or bf16.
     pub fn new(name: &str, tensor: &RawTensor) -> Result<FileRows> {
         let [rows, columns] = tensor.shape[..] else {
-            return Err(Error::Mismatch(vec![format!("{name}: expected a matrix, found {:?}", tensor.shape)]));
+            return Err(Error::Mismatch(vec![format!(
+                "{name}: expected a matrix, found {:?}",
+                tensor.shape
+            )]));
         };
         // Reading nothing shows whether the element type can be read at all.
         tensor.rows_f32(0..0, &mut []).map_err(|e| Error::Mismatch(vec![format!("{name}: {e}")]))?;

@@ -102,7 +102,9 @@ impl Nf4 {
     /// Quantizes the rows of `source`, a few at a time.
     pub fn quantize(source: &dyn RowSource, block: usize, double: bool) -> Result<Nf4> {
         if !block.is_power_of_two() || !(32..=4096).contains(&block) {
-            return Err(Error::Unsupported(format!("NF4 blocks hold a power of two from 32 to 4096 elements, not {block}")));
+            return Err(Error::Unsupported(format!(
+                "NF4 blocks hold a power of two from 32 to 4096 elements, not {block}"
+            )));
         }
         let (out, inn) = source.shape();
         let total = out * inn;

@@ -110,11 +110,13 @@ fn broadcast_strides(of: &[usize], to: &[usize]) -> Vec<usize> {
 /// y = f(a, b), operands as (elements, shape), broadcast to `shape`.
 pub fn binary(f: Binary, a: (&[f32], &[usize]), b: (&[f32], &[usize]), shape: &[usize], y: &mut [f32]) {
     if a.1 == shape && b.1 == shape {
-        y.par_chunks_mut(CHUNK).zip(a.0.par_chunks(CHUNK).zip(b.0.par_chunks(CHUNK))).for_each(|(y, (a, b))| {
-            for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
-                *y = apply(f, a, b);
-            }
-        });
+        y.par_chunks_mut(CHUNK).zip(a.0.par_chunks(CHUNK).zip(b.0.par_chunks(CHUNK))).for_each(
+            |(y, (a, b))| {
+                for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+                    *y = apply(f, a, b);
+                }
+            },
+        );
         return;
     }
     let Some(&inner) = shape.last() else { return y[0] = apply(f, a.0[0], b.0[0]) };

@@ -80,9 +80,18 @@ impl Kernels for Cpu {
     fn softmax_backward(&self, y: &Tensor, dy: &Tensor, dx: &mut Buffer) {
         primitives::softmax_backward(y.f32(), dy.f32(), y.width(), dx.as_f32_mut());
     }
-    fn norm(&self, n: Norm, x: &Tensor, gain: &Tensor, bias: Option<&Tensor>, y: &mut Buffer, stats: &mut Buffer) {
+    fn norm(
+        &self,
+        n: Norm,
+        x: &Tensor,
+        gain: &Tensor,
+        bias: Option<&Tensor>,
+        y: &mut Buffer,
+        stats: &mut Buffer,
+    ) {
         let (rows, x, gain, y) = (x.rows(), x.f32(), Some(gain.f32()), y.as_f32_mut());
-        let (mean, rstd) = stats.as_f32_mut().split_at_mut(if matches!(n, Norm::Layer { .. }) { rows } else { 0 });
+        let (mean, rstd) =
+            stats.as_f32_mut().split_at_mut(if matches!(n, Norm::Layer { .. }) { rows } else { 0 });
         match n {
             Norm::Layer { eps } => norm::layer_norm(x, gain, bias.map(Tensor::f32), eps, y, mean, rstd),
             Norm::Rms { eps } => norm::rms_norm(x, gain, eps, y, rstd),
@@ -103,7 +112,15 @@ impl Kernels for Cpu {
             Norm::Rms { .. } => norm::rms_norm_backward(x, dy, gain, g.stats.f32(), wanted),
         }
     }
-    fn rope(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, positions: &Tensor, inverse: bool, y: &mut Buffer) {
+    fn rope(
+        &self,
+        x: &Tensor,
+        cos: &Tensor,
+        sin: &Tensor,
+        positions: &Tensor,
+        inverse: bool,
+        y: &mut Buffer,
+    ) {
         let tables = rope::Tables { cos: cos.f32(), sin: sin.f32(), half: cos.width() };
         let turn = if inverse { rope::Turn::Inverse } else { rope::Turn::Forward };
         rope::rotate(x.f32(), x.dim(1), positions.i32(), tables, turn, y.as_f32_mut());
@@ -123,14 +140,28 @@ impl Kernels for Cpu {
     fn silu_mul(&self, gate: &Tensor, up: &Tensor, y: &mut Buffer) {
         math::silu_mul(gate.f32(), up.f32(), y.as_f32_mut());
     }
-    fn silu_mul_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, dgate: &mut Buffer, dup: &mut Buffer) {
+    fn silu_mul_backward(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        dy: &Tensor,
+        dgate: &mut Buffer,
+        dup: &mut Buffer,
+    ) {
         math::silu_mul_backward(gate.f32(), up.f32(), dy.f32(), dgate.as_f32_mut(), dup.as_f32_mut());
     }
     fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, loss: &mut Buffer, lse: &mut Buffer) {
         let (loss, lse) = (loss.as_f32_mut(), lse.as_f32_mut());
         cross_entropy::forward(logits.f32(), labels.i64(), logits.width(), loss, lse).expect(CHECKED);
     }
-    fn cross_entropy_backward(&self, logits: &Tensor, labels: &Tensor, lse: &Tensor, dloss: &Tensor, dx: &mut Buffer) {
+    fn cross_entropy_backward(
+        &self,
+        logits: &Tensor,
+        labels: &Tensor,
+        lse: &Tensor,
+        dloss: &Tensor,
+        dx: &mut Buffer,
+    ) {
         let (lse, scale, dx) = (lse.f32(), dloss.f32(), dx.as_f32_mut());
         cross_entropy::backward(logits.f32(), labels.i64(), logits.width(), lse, scale, dx).expect(CHECKED);
     }
@@ -159,7 +190,12 @@ impl Kernels for Cpu {
 /// What a kernel reports only if the operation did not check the labels.
 const CHECKED: &str = "labels were checked by the operation";
 
-fn attention_inputs<'a>(a: &'a Attention, q: &'a Tensor, k: &'a Tensor, v: &'a Tensor) -> attention::Inputs<'a> {
+fn attention_inputs<'a>(
+    a: &'a Attention,
+    q: &'a Tensor,
+    k: &'a Tensor,
+    v: &'a Tensor,
+) -> attention::Inputs<'a> {
     attention::Inputs {
         q: q.f32(),
         k: k.f32(),

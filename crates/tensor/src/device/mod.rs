@@ -54,7 +54,15 @@ pub(crate) trait Kernels {
     /// dx = y·(dy − Σ y·dy).
     fn softmax_backward(&self, y: &Tensor, dy: &Tensor, dx: &mut Buffer);
     /// Norm of rows; `stats` receives what backward needs.
-    fn norm(&self, n: Norm, x: &Tensor, gain: &Tensor, bias: Option<&Tensor>, y: &mut Buffer, stats: &mut Buffer);
+    fn norm(
+        &self,
+        n: Norm,
+        x: &Tensor,
+        gain: &Tensor,
+        bias: Option<&Tensor>,
+        y: &mut Buffer,
+        stats: &mut Buffer,
+    );
     /// Gradients of a norm; gains and biases only where wanted.
     fn norm_backward(&self, n: Norm, g: NormBackward<'_>);
     /// Rotary embedding of x [tokens, heads, dim]; `inverse` rotates back.
@@ -66,11 +74,25 @@ pub(crate) trait Kernels {
     /// y = silu(gate) · up.
     fn silu_mul(&self, gate: &Tensor, up: &Tensor, y: &mut Buffer);
     /// Gradients of `silu_mul`.
-    fn silu_mul_backward(&self, gate: &Tensor, up: &Tensor, dy: &Tensor, dgate: &mut Buffer, dup: &mut Buffer);
+    fn silu_mul_backward(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        dy: &Tensor,
+        dgate: &mut Buffer,
+        dup: &mut Buffer,
+    );
     /// loss[i] = −log softmax(logits[i])[labels[i]], 0 where the label is −100; `lse` [rows] is kept for backward.
     fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, loss: &mut Buffer, lse: &mut Buffer);
     /// dlogits[i] = dloss[i] · (softmax(logits[i]) − onehot).
-    fn cross_entropy_backward(&self, logits: &Tensor, labels: &Tensor, lse: &Tensor, dloss: &Tensor, dx: &mut Buffer);
+    fn cross_entropy_backward(
+        &self,
+        logits: &Tensor,
+        labels: &Tensor,
+        lse: &Tensor,
+        dloss: &Tensor,
+        dx: &mut Buffer,
+    );
     /// y = x · keep / (1 − p), keep drawn from (seed, stream, element).
     fn dropout(&self, p: f32, seed: u64, stream: u64, x: &Tensor, y: &mut Buffer);
     /// y[0] += Σ x².

@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use crate::cpu::attention::{AttentionSpec, Span};
 use crate::device::{AttentionBackward, Buffer, Kernels, cpu};
 use crate::error::{Error, Result, shape_error};
-pub use crate::cpu::attention::{AttentionSpec, Span};
 use crate::tape::Edge;
 use crate::tensor::{DType, Tensor};
 
@@ -71,7 +71,11 @@ fn check(a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
     }
     v.expect_shape("attention", k.shape())?;
     let fits = q.shape().len() == 3 && k.shape().len() == 3 && q.shape()[1..] == [s.heads, s.dim];
-    if !fits || k.shape()[1..] != [s.kv_heads, s.dim] || s.kv_heads == 0 || !s.heads.is_multiple_of(s.kv_heads) {
+    if !fits
+        || k.shape()[1..] != [s.kv_heads, s.dim]
+        || s.kv_heads == 0
+        || !s.heads.is_multiple_of(s.kv_heads)
+    {
         let expected = format!("q [queries, {}, {}], k [keys, {}, {}]", s.heads, s.dim, s.kv_heads, s.dim);
         return shape_error("attention", expected, format!("q {:?}, k {:?}", q.shape(), k.shape()));
     }
@@ -85,7 +89,11 @@ fn check(a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
     }
     let (queries, keys) = a.spans.ends();
     if queries > q.dim(0) || keys > k.dim(0) {
-        return shape_error("attention", format!("{queries} queries, {keys} keys"), format!("{}, {}", q.dim(0), k.dim(0)));
+        return shape_error(
+            "attention",
+            format!("{queries} queries, {keys} keys"),
+            format!("{}, {}", q.dim(0), k.dim(0)),
+        );
     }
     Ok(())
 }

@@ -87,7 +87,8 @@ impl Tensor {
         cpu().unary(Unary::Scale(c), self, &mut y);
         let edge = self.edge();
         // Nothing of x is needed, so nothing of it is kept.
-        Ok(Tensor::new(self.shape(), y).on_tape("scale", &[self], move |dy, sink| sink.add(&edge, dy.scale(c)?)))
+        Ok(Tensor::new(self.shape(), y)
+            .on_tape("scale", &[self], move |dy, sink| sink.add(&edge, dy.scale(c)?)))
     }
 
     /// a + b.
@@ -182,7 +183,9 @@ mod tests {
         let x = sample(&[3, 5], 1).unary(Unary::Shift(0.03)).unwrap();
         let positive = x.unary(Unary::Square).unwrap().unary(Unary::Shift(0.5)).unwrap();
         use Unary::*;
-        for f in [Scale(-1.5), Shift(2.0), Exp, Square, Relu, Silu, Gelu, GeluTanh, QuickGelu, Sigmoid, Tanh, Abs] {
+        for f in
+            [Scale(-1.5), Shift(2.0), Exp, Square, Relu, Silu, Gelu, GeluTanh, QuickGelu, Sigmoid, Tanh, Abs]
+        {
             check_gradients(&[x.clone()], |v| v[0].unary(f)).unwrap_or_else(|e| panic!("{f:?}: {e}"));
         }
         for f in [Log, Sqrt, Recip] {
@@ -207,12 +210,19 @@ mod tests {
 
     #[test]
     fn binary_broadcasts_and_differentiates() {
-        let shapes: [(&[usize], &[usize]); 6] =
-            [(&[2, 3], &[2, 3]), (&[2, 3], &[3]), (&[2, 3], &[2, 1]), (&[4, 1, 3], &[2, 1]), (&[2, 3], &[]), (&[3], &[2, 3])];
+        let shapes: [(&[usize], &[usize]); 6] = [
+            (&[2, 3], &[2, 3]),
+            (&[2, 3], &[3]),
+            (&[2, 3], &[2, 1]),
+            (&[4, 1, 3], &[2, 1]),
+            (&[2, 3], &[]),
+            (&[3], &[2, 3]),
+        ];
         for (sa, sb) in shapes {
             let a = sample(sa, 2);
             let b = sample(sb, 3).unary(Unary::Square).unwrap().unary(Unary::Shift(0.4)).unwrap();
-            let ops: [fn(&Tensor, &Tensor) -> Result<Tensor>; 4] = [Tensor::add, Tensor::sub, Tensor::mul, Tensor::div];
+            let ops: [fn(&Tensor, &Tensor) -> Result<Tensor>; 4] =
+                [Tensor::add, Tensor::sub, Tensor::mul, Tensor::div];
             for op in ops {
                 check_gradients(&[a.clone(), b.clone()], |v| op(&v[0], &v[1])).unwrap();
             }

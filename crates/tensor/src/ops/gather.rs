@@ -40,7 +40,11 @@ impl Tensor {
         self.expect_f32("scatter_add")?;
         check_index("scatter_add", index, rows)?;
         if self.shape().first() != Some(&index.len()) {
-            return shape_error("scatter_add", format!("{} rows", index.len()), format!("{:?}", self.shape()));
+            return shape_error(
+                "scatter_add",
+                format!("{} rows", index.len()),
+                format!("{:?}", self.shape()),
+            );
         }
         let mut shape = self.shape().to_vec();
         shape[0] = rows;
@@ -48,7 +52,8 @@ impl Tensor {
         cpu().fill(0.0, &mut y);
         cpu().scatter_add_rows(self, index, &mut y);
         let (edge, index) = (self.edge(), index.clone());
-        Ok(Tensor::new(shape, y).on_tape("scatter_add", &[self], move |dy, sink| sink.add(&edge, dy.gather(&index)?)))
+        Ok(Tensor::new(shape, y)
+            .on_tape("scatter_add", &[self], move |dy, sink| sink.add(&edge, dy.gather(&index)?)))
     }
 }
 

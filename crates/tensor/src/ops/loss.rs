@@ -13,14 +13,19 @@ pub const IGNORED: i64 = -100;
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     logits.expect_f32("cross_entropy")?;
     if logits.shape().len() != 2 || labels.len() != logits.dim(0) {
-        return shape_error("cross_entropy", format!("[{}, classes]", labels.len()), format!("{:?}", logits.shape()));
+        return shape_error(
+            "cross_entropy",
+            format!("[{}, classes]", labels.len()),
+            format!("{:?}", logits.shape()),
+        );
     }
     if labels.dtype() != DType::I64 {
         return Err(Error::DType { op: "cross_entropy", expected: "I64", found: labels.dtype() });
     }
     let classes = logits.dim(1);
     if let Some(bad) = labels.i64().iter().find(|&&l| l != IGNORED && (l < 0 || l as usize >= classes)) {
-        let message = format!("label {bad} is outside 0..{classes} (and is not {IGNORED}, which marks no loss)");
+        let message =
+            format!("label {bad} is outside 0..{classes} (and is not {IGNORED}, which marks no loss)");
         return Err(Error::Value { op: "cross_entropy", message });
     }
     let mut loss = Buffer::f32(labels.len());

@@ -90,7 +90,8 @@ mod tests {
         let scaled = centred.mul(&inverse_root(&over(&centred.unary(Unary::Square).unwrap()))).unwrap();
         let composed = scaled.mul(&g).unwrap().add(&b).unwrap();
         close(&layer_norm(&x, &g, &b, 1e-5).unwrap(), &composed, 1e-5);
-        let composed = x.mul(&inverse_root(&over(&x.unary(Unary::Square).unwrap()))).unwrap().mul(&g).unwrap();
+        let composed =
+            x.mul(&inverse_root(&over(&x.unary(Unary::Square).unwrap()))).unwrap().mul(&g).unwrap();
         close(&rms_norm(&x, &g, 1e-5).unwrap(), &composed, 1e-5);
     }
 

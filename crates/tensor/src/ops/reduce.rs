@@ -17,7 +17,11 @@ impl Tensor {
         let mut padded = vec![1; rank - shape.len()];
         padded.extend_from_slice(shape);
         if padded.iter().zip(self.shape()).any(|(&to, &from)| to != from && to != 1) {
-            return shape_error("sum_to", format!("a shape that broadcasts to {:?}", self.shape()), format!("{shape:?}"));
+            return shape_error(
+                "sum_to",
+                format!("a shape that broadcasts to {:?}", self.shape()),
+                format!("{shape:?}"),
+            );
         }
         let mut y = Buffer::f32(padded.iter().product());
         cpu().sum_to(self, &padded, &mut y);

@@ -18,7 +18,10 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, positions: &Tensor) -> Resul
         return Err(Error::DType { op: "rope", expected: "I32", found: positions.dtype() });
     }
     if let Some(p) = positions.i32().iter().find(|&&p| p < 0 || p as usize >= cos.dim(0)) {
-        return Err(Error::Value { op: "rope", message: format!("position {p} is outside 0..{}", cos.dim(0)) });
+        return Err(Error::Value {
+            op: "rope",
+            message: format!("position {p} is outside 0..{}", cos.dim(0)),
+        });
     }
     rotate(x, cos, sin, positions, false)
 }
@@ -27,8 +30,9 @@ fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, positions: &Tensor, inverse: b
     let mut y = Buffer::f32(x.len());
     cpu().rope(x, cos, sin, positions, inverse, &mut y);
     let (edge, cos, sin, positions) = (x.edge(), cos.clone(), sin.clone(), positions.clone());
-    Ok(Tensor::new(x.shape(), y)
-        .on_tape("rope", &[x], move |dy, sink| sink.add(&edge, rotate(&dy, &cos, &sin, &positions, !inverse)?)))
+    Ok(Tensor::new(x.shape(), y).on_tape("rope", &[x], move |dy, sink| {
+        sink.add(&edge, rotate(&dy, &cos, &sin, &positions, !inverse)?)
+    }))
 }
 
 #[cfg(test)]
@@ -39,7 +43,8 @@ mod tests {
     #[test]
     fn rotates_pairs() {
         let angles: Vec<f32> = (0..5 * 2).map(|i| (i / 2) as f32 * [1.0, 0.1][i % 2]).collect();
-        let table = |f: fn(f32) -> f32| Tensor::from_vec(angles.iter().map(|&a| f(a)).collect(), [5, 2]).unwrap();
+        let table =
+            |f: fn(f32) -> f32| Tensor::from_vec(angles.iter().map(|&a| f(a)).collect(), [5, 2]).unwrap();
         let (cos, sin) = (table(f32::cos), table(f32::sin));
         let positions = Tensor::from_i32(vec![3, 0, 4], [3]).unwrap();
         let x = sample(&[3, 2, 6], 1);

@@ -10,7 +10,11 @@ impl Tensor {
         let mut seen = order.to_vec();
         seen.sort_unstable();
         if seen != (0..self.shape().len()).collect::<Vec<_>>() {
-            return shape_error("permute", format!("an order of {} dimensions", self.shape().len()), format!("{order:?}"));
+            return shape_error(
+                "permute",
+                format!("an order of {} dimensions", self.shape().len()),
+                format!("{order:?}"),
+            );
         }
         self.expect_f32("permute")?;
         let shape: Vec<usize> = order.iter().map(|&d| self.shape()[d]).collect();
@@ -33,7 +37,11 @@ impl Tensor {
     /// `len` slices of dimension `dim` from `start` on.
     pub fn narrow(&self, dim: usize, start: usize, len: usize) -> Result<Tensor> {
         if dim >= self.shape().len() || start + len > self.shape()[dim] {
-            return shape_error("narrow", format!("inside {:?}", self.shape()), format!("{start}+{len} of dimension {dim}"));
+            return shape_error(
+                "narrow",
+                format!("inside {:?}", self.shape()),
+                format!("{start}+{len} of dimension {dim}"),
+            );
         }
         if dim == 0 {
             return self.rows_between(start, start + len);
@@ -62,7 +70,11 @@ impl Tensor {
         rows.expect_f32("write_rows")?;
         let fits = self.shape().len() == rows.shape().len() && self.shape().get(1..) == rows.shape().get(1..);
         if !fits || at + rows.dim(0) > self.dim(0) {
-            return shape_error("write_rows", format!("rows inside {:?}", self.shape()), format!("{:?} at {at}", rows.shape()));
+            return shape_error(
+                "write_rows",
+                format!("rows inside {:?}", self.shape()),
+                format!("{:?} at {at}", rows.shape()),
+            );
         }
         let width: usize = self.shape()[1..].iter().product();
         cpu().copy_block(rows, self.own(), at * width);
@@ -98,7 +110,11 @@ pub fn cat(parts: &[&Tensor], dim: usize) -> Result<Tensor> {
         let agrees = part.shape().len() == shape.len()
             && part.shape().iter().zip(first.shape()).enumerate().all(|(d, (a, b))| d == dim || a == b);
         if !agrees {
-            return shape_error("cat", format!("{:?} but for dimension {dim}", first.shape()), format!("{:?}", part.shape()));
+            return shape_error(
+                "cat",
+                format!("{:?} but for dimension {dim}", first.shape()),
+                format!("{:?}", part.shape()),
+            );
         }
         shape[dim] += part.shape()[dim];
     }
@@ -139,12 +155,16 @@ mod tests {
         for (dim, start, len) in [(0, 1, 1), (1, 1, 2), (2, 0, 3)] {
             check_gradients(&[x.clone()], |v| v[0].narrow(dim, start, len)).unwrap();
             let rest = x.shape()[dim] - start - len;
-            let (a, b, c) =
-                (x.narrow(dim, 0, start).unwrap(), x.narrow(dim, start, len).unwrap(), x.narrow(dim, start + len, rest).unwrap());
+            let (a, b, c) = (
+                x.narrow(dim, 0, start).unwrap(),
+                x.narrow(dim, start, len).unwrap(),
+                x.narrow(dim, start + len, rest).unwrap(),
+            );
             assert_eq!(cat(&[&a, &b, &c], dim).unwrap().to_vec().unwrap(), v);
         }
         check_gradients(&[sample(&[2, 3], 1), sample(&[2, 2], 2)], |v| cat(&[&v[0], &v[1]], 1)).unwrap();
-        check_gradients(&[sample(&[2, 3], 1), sample(&[1, 3], 2)], |v| cat(&[&v[0], &v[1], &v[0]], 0)).unwrap();
+        check_gradients(&[sample(&[2, 3], 1), sample(&[1, 3], 2)], |v| cat(&[&v[0], &v[1], &v[0]], 0))
+            .unwrap();
         assert!(x.permute(&[0, 0, 1]).is_err() && x.narrow(2, 3, 2).is_err() && cat(&[&x, &y], 0).is_err());
     }
 }
