@@ -32,7 +32,7 @@ impl Sampler {
         Sampler { choice, random: Random::new(seed, STREAM, 0) }
     }
 
-    /// The next token by `logits` [vocabulary]; `None` where no logit is a finite number.
+    /// The next token by `logits`, shape `[vocabulary]`; `None` where no logit is a finite number.
     pub fn next(&mut self, logits: &[f32]) -> Option<u32> {
         let best = greedy(logits)?;
         if self.choice.temperature == 0.0 {

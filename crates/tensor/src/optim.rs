@@ -91,7 +91,7 @@ mod tests {
         let before = p.value().to_vec().unwrap();
         let mut moments = Moments::zeros(&p);
         for max_norm in [0.0, 1.0] {
-            let (norm, scale) = clip(&[p.clone()], &gradients, max_norm);
+            let (norm, scale) = clip(std::slice::from_ref(&p), &gradients, max_norm);
             assert!(!norm.item().unwrap().is_finite());
             RULE.update(&p, gradients.get(&p).unwrap(), &scale, 1, &mut moments).unwrap();
         }
@@ -105,7 +105,7 @@ mod tests {
         let mut gradients = Gradients::default();
         gradients.set(&p, Tensor::from_vec(vec![3.0, 4.0], [2]).unwrap());
         for (max_norm, expected) in [(1.0, 0.2), (10.0, 1.0), (0.0, 1.0)] {
-            let (norm, scale) = clip(&[p.clone()], &gradients, max_norm);
+            let (norm, scale) = clip(std::slice::from_ref(&p), &gradients, max_norm);
             assert_eq!(norm.item().unwrap(), 5.0);
             assert!((scale.item().unwrap() - expected).abs() < 1e-6);
         }

@@ -251,7 +251,7 @@ fn measure(engine: &Engine, probes: &Probes) -> Outcome<Measured> {
     Ok(Measured { logits, loss })
 }
 
-/// −log softmax(row)[id], in f64.
+/// −log softmax of `row` at `id`, in f64.
 fn negative_log_likelihood(row: &[f32], id: usize) -> f64 {
     let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = row.iter().map(|x| f64::from(x - largest).exp()).sum();

@@ -56,7 +56,7 @@ mod tests {
             assert!((loss[row] + logp[row * 5 + label]).abs() < 1e-5);
         }
         assert_eq!(loss[1], 0.0);
-        check_gradients(&[x.clone()], |v| cross_entropy(&v[0], &labels)).unwrap();
+        check_gradients(std::slice::from_ref(&x), |v| cross_entropy(&v[0], &labels)).unwrap();
         assert!(cross_entropy(&x, &Tensor::from_i64(vec![5, 0, 0, 0], [4]).unwrap()).is_err());
     }
 }

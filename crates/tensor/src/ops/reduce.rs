@@ -61,7 +61,7 @@ mod tests {
     fn sums_differentiate() {
         let x = sample(&[2, 3, 4], 5);
         for shape in [&[2, 3, 4][..], &[3, 4], &[4], &[1, 3, 1], &[2, 1, 1], &[]] {
-            check_gradients(&[x.clone()], |v| v[0].sum_to(shape)).unwrap();
+            check_gradients(std::slice::from_ref(&x), |v| v[0].sum_to(shape)).unwrap();
         }
         assert!(x.sum_to(&[2]).is_err());
         let total: f32 = x.to_vec().unwrap().iter().sum();

@@ -151,9 +151,9 @@ mod tests {
         assert_eq!(y.shape(), [4, 2, 3]);
         let (v, w) = (x.to_vec().unwrap(), y.to_vec().unwrap());
         assert_eq!(w[(3 * 2 + 1) * 3 + 2], v[(3 + 2) * 4 + 3]);
-        check_gradients(&[x.clone()], |v| v[0].permute(&[1, 2, 0])).unwrap();
+        check_gradients(std::slice::from_ref(&x), |v| v[0].permute(&[1, 2, 0])).unwrap();
         for (dim, start, len) in [(0, 1, 1), (1, 1, 2), (2, 0, 3)] {
-            check_gradients(&[x.clone()], |v| v[0].narrow(dim, start, len)).unwrap();
+            check_gradients(std::slice::from_ref(&x), |v| v[0].narrow(dim, start, len)).unwrap();
             let rest = x.shape()[dim] - start - len;
             let (a, b, c) = (
                 x.narrow(dim, 0, start).unwrap(),
