@@ -9,7 +9,7 @@
 //! Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247; He et al. 2022, arXiv:2110.04366; the
 //! variants and the file form are those of AdapterHub's `adapters` 1.3.
 //!
-//! W_d [r, width], b_d [r], W_u [width, r], b_u [width]; own norms [width]; a learned s [1] or [width].
+//! W_d [r, width], b_d `[r]`, W_u [width, r], b_u `[width]`; own norms `[width]`; a learned s `[1]` or `[width]`.
 
 mod file;
 

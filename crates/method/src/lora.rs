@@ -6,7 +6,7 @@
 //!
 //! Hu et al. 2022, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; DoRA: Liu et al. 2024, arXiv:2402.09353.
 //!
-//! A [rank, in], B [out, rank], m [out]; of a table with `rows` rows: A [rank, rows], B [width, rank], W′ = W + s·(B·A)ᵀ.
+//! A [rank, in], B [out, rank], m `[out]`; of a table with `rows` rows: A [rank, rows], B [width, rank], W′ = W + s·(B·A)ᵀ.
 
 use engraft_nn::{Base, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, WeightPatch};
 use engraft_tensor::ops::Unary;
@@ -380,7 +380,7 @@ fn site_weight(site: &Site) -> Result<Tensor> {
     }
 }
 
-/// ‖row‖ of every row of w [out, in]: [out].
+/// ‖row‖ of every row of w [out, in]: `[out]`.
 fn row_norms(w: &Tensor) -> Result<Tensor> {
     let out = w.dim(0);
     Ok(w.unary(Unary::Square)?.sum_to(&[out, 1])?.unary(Unary::Sqrt)?.reshape([out])?)
@@ -438,7 +438,7 @@ struct Dora {
 }
 
 impl Dora {
-    /// m/‖W + s·B·A‖ [out]; the norm is a constant to the gradient.
+    /// m/‖W + s·B·A‖ `[out]`; the norm is a constant to the gradient.
     fn gain(&self, changed: &Tensor) -> Result<Tensor> {
         Ok(self.magnitude.get().div(&no_grad(|| row_norms(&changed.detach()))?)?)
     }

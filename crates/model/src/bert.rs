@@ -392,7 +392,7 @@ impl Bert {
         Ok((mixed(&self.words.forward(&pad, &self.sites, &all)?, &h, &from)?, all))
     }
 
-    /// Rows of the position table, `I64` [rows]; `plain` is the pass before prefixes and prompts moved its tokens.
+    /// Rows of the position table, `I64` `[rows]`; `plain` is the pass before prefixes and prompts moved its tokens.
     fn position_ids(&self, plain: &Pass, all: &Pass) -> engraft_nn::Result<Tensor> {
         let (layout, before) = (all.layout(), plain.layout());
         let mut ids: Vec<i64> = Vec::with_capacity(layout.tokens());

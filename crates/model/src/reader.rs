@@ -144,7 +144,7 @@ impl<'a> Reader<'a> {
         Ok(Arc::new(weight))
     }
 
-    /// The vector `name` [len].
+    /// The vector `name` `[len]`.
     pub fn vector(&mut self, name: &str, len: usize) -> Result<Tensor> {
         let Some(raw) = self.take(name, &[len]) else { return Ok(Tensor::zeros([0])) };
         self.bytes.vectors += 4 * len;

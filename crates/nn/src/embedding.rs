@@ -6,7 +6,7 @@ use engraft_tensor::Tensor;
 
 use crate::{Base, Kind, Pass, Patched, Result, Role, SiteId, Sites, Value, Weight};
 
-/// ids [tokens] → rows [tokens, width].
+/// ids `[tokens]` → rows [tokens, width].
 #[derive(Clone)]
 pub struct Embedding {
     weight: Arc<Weight>,
@@ -33,7 +33,7 @@ impl Embedding {
         &self.weight
     }
 
-    /// ids `I64` [tokens] → [tokens, width].
+    /// ids `I64` `[tokens]` → [tokens, width].
     pub fn forward(&self, ids: &Tensor, sites: &Sites, cx: &Pass) -> Result<Tensor> {
         if !cx.patched(self.site) {
             return self.weight.lookup(ids);

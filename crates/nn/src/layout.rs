@@ -95,7 +95,7 @@ impl Layout {
         &self.positions
     }
 
-    /// Position of each row, `I32` [tokens].
+    /// Position of each row, `I32` `[tokens]`.
     pub fn positions_tensor(&self) -> &Tensor {
         &self.positions_tensor
     }

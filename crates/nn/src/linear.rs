@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::{Base, Kind, Pass, Patch, Result, Role, Site, SiteId, Sites, Value, Weight, WeightPatch};
 
-/// y = x·Wᵀ + b with frozen W [out, in] and b [out].
+/// y = x·Wᵀ + b with frozen W [out, in] and b `[out]`.
 #[derive(Clone)]
 pub struct Linear {
     weight: Arc<Weight>,

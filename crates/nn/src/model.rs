@@ -67,9 +67,9 @@ pub struct ModelInfo {
 /// A packed batch of tokens.
 #[derive(Clone)]
 pub struct Inputs {
-    /// Token ids, `I64` [tokens].
+    /// Token ids, `I64` `[tokens]`.
     pub ids: Tensor,
-    /// Token types, `I64` [tokens]; zeros if absent.
+    /// Token types, `I64` `[tokens]`; zeros if absent.
     pub type_ids: Option<Tensor>,
     /// The sequences; positions are the tokens' columns in their padded rows.
     pub layout: Layout,

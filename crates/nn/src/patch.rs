@@ -10,7 +10,7 @@ pub trait Base {
     fn shape(&self) -> (usize, usize);
     /// x [tokens, in] → x·Wᵀ [tokens, out], without bias.
     fn forward(&self, x: &Tensor) -> Result<Tensor>;
-    /// ids [tokens] → rows of W [tokens, width].
+    /// ids `[tokens]` → rows of W [tokens, width].
     fn lookup(&self, ids: &Tensor) -> Result<Tensor>;
     /// W [out, in].
     fn dense(&self) -> Result<Tensor>;
@@ -26,7 +26,7 @@ pub trait WeightPatch: Send + Sync {
         Ok(x.matmul_t(&self.weight(base)?)?)
     }
 
-    /// ids [tokens] → rows of W′ [tokens, width].
+    /// ids `[tokens]` → rows of W′ [tokens, width].
     fn lookup(&self, ids: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
         Ok(self.weight(base)?.gather(ids)?)
     }
@@ -91,7 +91,7 @@ pub trait KeyValuePatch: Send + Sync {
     /// The rows.
     fn rows(&self) -> Result<KeyValues>;
     /// `None`: the rows join the sequence's own in one softmax and tokens move by `count` positions (prefix tuning).
-    /// A gate [heads]: the rows are attended to in a softmax of their own, whose result is scaled by the gate and
+    /// A gate `[heads]`: the rows are attended to in a softmax of their own, whose result is scaled by the gate and
     /// added, and positions stay (LLaMA-Adapter).
     fn gate(&self) -> Option<Tensor> {
         None

@@ -1,6 +1,6 @@
 //! From values to places on an axis, and the round numbers beside it.
 //!
-//! A [`Range`] maps `lo..=hi` to 0..=1, linearly or by logarithm. Steps between ticks are 1, 2 or 5 times a power of ten.
+//! A `Range` maps `lo..=hi` to 0..=1, linearly or by logarithm. Steps between ticks are 1, 2 or 5 times a power of ten.
 
 use crate::human;
 

@@ -4,7 +4,7 @@
 //! gradient, is recorded on the tape ([`tape`]). Frozen weights ([`frozen`]) are not tensors: they are packed once, are
 //! multiplied by, and never get a gradient.
 //!
-//! Everything a device must do is listed in one place, [`device::Kernels`].
+//! Everything a device must do is listed in one place, `device::Kernels`.
 
 pub mod cpu;
 pub mod device;

@@ -1,4 +1,4 @@
-//! What a device must do: hold buffers and run the kernels listed in [`Kernels`].
+//! What a device must do: hold buffers and run the kernels listed in `Kernels`.
 //!
 //! The list is the whole surface that another device implements. Calls are in order but need not have finished when
 //! they return: no kernel returns a number to the host, scalars such as the clipping factor stay on the device, and
@@ -82,7 +82,7 @@ pub(crate) trait Kernels {
         dgate: &mut Buffer,
         dup: &mut Buffer,
     );
-    /// loss[i] = −log softmax(logits[i])[labels[i]], 0 where the label is −100; `lse` [rows] is kept for backward.
+    /// loss[i] = −log softmax(logits[i])[labels[i]], 0 where the label is −100; `lse` `[rows]` is kept for backward.
     fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, loss: &mut Buffer, lse: &mut Buffer);
     /// dlogits[i] = dloss[i] · (softmax(logits[i]) − onehot).
     fn cross_entropy_backward(

@@ -14,9 +14,9 @@ use crate::tensor::{DType, Tensor};
 pub struct Spans {
     /// Rows of queries and of keys of each sequence.
     pub spans: Arc<[Span]>,
-    /// Position of each query row, `I32` [queries].
+    /// Position of each query row, `I32` `[queries]`.
     pub query_positions: Tensor,
-    /// Position of each key row, `I32` [keys].
+    /// Position of each key row, `I32` `[keys]`.
     pub key_positions: Tensor,
 }
 

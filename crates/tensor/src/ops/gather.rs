@@ -19,7 +19,7 @@ fn check_index(op: &'static str, index: &Tensor, rows: usize) -> Result<()> {
 }
 
 impl Tensor {
-    /// y[i] = x[index[i]] along the first dimension; index [n] → y [n, …].
+    /// y`[i]` = x[index`[i]`] along the first dimension; index `[n]` → y [n, …].
     pub fn gather(&self, index: &Tensor) -> Result<Tensor> {
         self.expect_f32("gather")?;
         if self.shape().is_empty() {
@@ -35,7 +35,7 @@ impl Tensor {
             .on_tape("gather", &[self], move |dy, sink| sink.add(&edge, dy.scatter_add(&index, rows)?)))
     }
 
-    /// y[index[i]] += x[i] on `rows` rows of zeros.
+    /// y[index`[i]`] += x`[i]` on `rows` rows of zeros.
     pub fn scatter_add(&self, index: &Tensor, rows: usize) -> Result<Tensor> {
         self.expect_f32("scatter_add")?;
         check_index("scatter_add", index, rows)?;
@@ -62,7 +62,7 @@ pub fn embed_shape(table: &dyn RowSource, ids: &Tensor) -> [usize; 2] {
     [ids.len(), table.shape().1]
 }
 
-/// Rows of a frozen table; ids [n] → [n, width]. No gradient goes to the table.
+/// Rows of a frozen table; ids `[n]` → [n, width]. No gradient goes to the table.
 pub fn embed(table: &Arc<dyn RowSource>, ids: &Tensor) -> Result<Tensor> {
     check_index("embedding", ids, table.shape().0)?;
     let shape = embed_shape(table.as_ref(), ids);

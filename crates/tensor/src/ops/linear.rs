@@ -7,7 +7,7 @@ use crate::error::{Result, shape_error};
 use crate::frozen::FrozenMatrix;
 use crate::tensor::Tensor;
 
-/// y = x·Wᵀ + bias; x [.., in], W [out, in], bias [out] → y [.., out].
+/// y = x·Wᵀ + bias; x [.., in], W [out, in], bias `[out]` → y [.., out].
 ///
 /// The gradient of x is dy·W; a bias on the tape (BitFit) gets the column sums of dy. Neither x nor y is kept.
 pub fn frozen_linear(x: &Tensor, w: &Arc<FrozenMatrix>, bias: Option<&Tensor>) -> Result<Tensor> {

@@ -4,7 +4,7 @@ use crate::device::{Buffer, Kernels, cpu};
 use crate::error::{Result, shape_error};
 use crate::tensor::Tensor;
 
-/// y[b] = op(a[b]) · op(b[b]) for `batch` matrices; `m`, `k`, `n` after transposition.
+/// y`[b]` = op(a`[b]`) · op(b`[b]`) for `batch` matrices; `m`, `k`, `n` after transposition.
 #[derive(Clone, Copy, Debug)]
 pub struct Product {
     /// Number of independent products.

@@ -19,12 +19,12 @@ pub enum Norm {
     },
 }
 
-/// gain·(x − mean)/√(var + eps) + bias; x [.., width], gain and bias [width].
+/// gain·(x − mean)/√(var + eps) + bias; x [.., width], gain and bias `[width]`.
 pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
     norm(Norm::Layer { eps }, x, gain, Some(bias))
 }
 
-/// gain·x/√(mean x² + eps); x [.., width], gain [width].
+/// gain·x/√(mean x² + eps); x [.., width], gain `[width]`.
 pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: f32) -> Result<Tensor> {
     norm(Norm::Rms { eps }, x, gain, None)
 }
