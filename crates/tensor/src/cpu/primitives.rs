@@ -244,7 +244,7 @@ pub fn permute(x: &[f32], shape: &[usize], order: &[usize], y: &mut [f32]) {
     });
 }
 
-/// y`[i]` = x[index`[i]`] by rows.
+/// `y[i] = x[index[i]]` by rows.
 pub fn gather_rows(x: &[f32], index: &[i64], y: &mut [f32]) {
     if y.is_empty() {
         return;
@@ -255,7 +255,7 @@ pub fn gather_rows(x: &[f32], index: &[i64], y: &mut [f32]) {
     });
 }
 
-/// y[index`[i]`] += x`[i]` by rows, in order of i.
+/// `y[index[i]] += x[i]` by rows, in order of i.
 pub fn scatter_add_rows(x: &[f32], index: &[i64], y: &mut [f32]) {
     if x.is_empty() {
         return;

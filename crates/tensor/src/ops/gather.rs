@@ -19,7 +19,7 @@ fn check_index(op: &'static str, index: &Tensor, rows: usize) -> Result<()> {
 }
 
 impl Tensor {
-    /// y`[i]` = x[index`[i]`] along the first dimension; index `[n]` → y [n, …].
+    /// `y[i] = x[index[i]]` along the first dimension; index `[n]` → y [n, …].
     pub fn gather(&self, index: &Tensor) -> Result<Tensor> {
         self.expect_f32("gather")?;
         if self.shape().is_empty() {
@@ -35,7 +35,7 @@ impl Tensor {
             .on_tape("gather", &[self], move |dy, sink| sink.add(&edge, dy.scatter_add(&index, rows)?)))
     }
 
-    /// y[index`[i]`] += x`[i]` on `rows` rows of zeros.
+    /// `y[index[i]] += x[i]` on `rows` rows of zeros.
     pub fn scatter_add(&self, index: &Tensor, rows: usize) -> Result<Tensor> {
         self.expect_f32("scatter_add")?;
         check_index("scatter_add", index, rows)?;
