@@ -7,7 +7,7 @@ use crate::tensor::{DType, Tensor};
 /// The label of rows that have no loss.
 pub const IGNORED: i64 = -100;
 
-/// −log softmax(logits`[i]`)[labels`[i]`] of every row; logits [rows, classes], labels `[rows]` → `[rows]`.
+/// −log softmax of `logits[i]` at `labels[i]`, for every row; logits [rows, classes], labels `[rows]` → `[rows]`.
 ///
 /// Rows labelled −100 give 0 and no gradient.
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
