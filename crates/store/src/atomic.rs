@@ -20,6 +20,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Replaces the file `path` by `body` on a given disk.
 pub fn write_atomic_on(disk: &dyn Disk, path: &Path, body: &Body) -> Result<()> {
+    let path = &replaceable(path)?;
     let aside = write_aside(disk, path, body)?;
     if let Err(e) = disk.rename(&aside, path) {
         discard(disk, &aside);
@@ -27,6 +28,25 @@ pub fn write_atomic_on(disk: &dyn Disk, path: &Path, body: &Body) -> Result<()> 
     }
     let dir = parent(path);
     disk.sync_dir(dir).map_err(|e| Error::io("sync", dir, e))
+}
+
+/// The file to replace: `path`, or what it links to. A device, a directory or a pipe is never replaced by a file.
+fn replaceable(path: &Path) -> Result<PathBuf> {
+    let Ok(meta) = path.symlink_metadata() else { return Ok(path.to_owned()) };
+    let target = match meta.is_symlink() {
+        true => path.canonicalize().map_err(|e| Error::io("follow the link", path, e))?,
+        false => path.to_owned(),
+    };
+    let kind =
+        if meta.is_symlink() { target.metadata().map_err(|e| Error::io("read", path, e))? } else { meta };
+    if kind.is_file() {
+        return Ok(target);
+    }
+    let found = if kind.is_dir() { "a directory" } else { "a device or pipe" };
+    Err(Error::malformed(
+        path,
+        format!("expected a regular file to write to, found {found}; nothing was changed"),
+    ))
 }
 
 /// Writes and syncs `body` beside `path`; on any error the new file is removed.
@@ -109,6 +129,23 @@ pub(crate) fn random_name() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn links_are_followed_and_what_is_no_file_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (real, link) = (dir.path().join("real"), dir.path().join("link"));
+        std::fs::write(&real, b"one").unwrap();
+        std::os::unix::fs::symlink("real", &link).unwrap();
+        write_atomic(&link, b"two").unwrap();
+        assert_eq!(std::fs::read(&real).unwrap(), b"two");
+        assert!(link.symlink_metadata().unwrap().is_symlink());
+        let socket = dir.path().join("socket");
+        let _held = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        for (path, found) in [(dir.path().to_owned(), "a directory"), (socket, "a device or pipe")] {
+            let e = write_atomic(&path, b"x").unwrap_err().to_string();
+            assert!(e.contains(found), "{e}");
+        }
+    }
 
     #[test]
     fn replaces_and_leaves_nothing_else() {
