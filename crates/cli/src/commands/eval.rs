@@ -190,7 +190,8 @@ fn data_recipe(args: &Args, adapter: Option<&Path>) -> Outcome<String> {
     }
     let method = match adapter {
         Some(adapter) => format!("from = {}", quoted(&absolute(adapter)?.to_string_lossy())),
-        None => "name = \"bitfit\"".into(),
+        // A recipe has a method; this one fits every model and takes no part.
+        None => "name = \"lora\"\nrank = 1\ntargets = \"all-linear\"".into(),
     };
     text.push_str(&format!("[method]\n{method}\n"));
     text.push_str(&format!("[data]\nformat = {}\npath = {path}\neval_path = {path}\n", quoted(&format)));
