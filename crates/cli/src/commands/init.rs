@@ -61,7 +61,6 @@ fn demo(model: &str, dir: &Path, cx: &Context) -> Outcome {
     let text = Draft {
         model: model_for(model, &recipe),
         task: ("sequence-classification", "14 intents of requests to a help desk".into()),
-        head: Some("classifier"),
         data: vec![
             ("format", "\"csv\"".into(), String::new()),
             ("path", "\"train.csv\"".into(), "1009 requests".into()),
@@ -224,7 +223,6 @@ fn excerpt(content: &Content) -> String {
 struct Draft {
     model: String,
     task: (&'static str, String),
-    head: Option<&'static str>,
     data: Vec<(&'static str, String, String)>,
     learning_rate: &'static str,
     epochs: u32,
@@ -267,7 +265,6 @@ fn draft(
     Draft {
         model: model_for(model, out),
         task: (task, reason),
-        head: (classes > 0).then_some("classifier"),
         data: lines,
         learning_rate: if encoder { "1e-3" } else { "2e-4" },
         epochs: 3,
@@ -308,10 +305,7 @@ impl Draft {
         text += &own("name", quoted("lora"), "`engraft methods` shows the others");
         text += &own("rank", "8".into(), "the numbers a weight may move in");
         text += &own("alpha", "16".into(), "twice the rank is a usual start");
-        text += &own("targets", quoted("all-linear"), "every linear weight but the head");
-        if let Some(head) = self.head {
-            text += &own("train_also", format!("[{}]", quoted(head)), "the new head");
-        }
+        text += &own("targets", quoted("all-linear"), "every linear weight; a new head is trained besides");
         text += "\n[data]\n";
         text.extend(self.data.iter().map(line));
         text += "\n[train]\n";
@@ -371,7 +365,6 @@ mod tests {
         let draft = Draft {
             model: "a\"b\\c\n".into(),
             task: ("causal-lm", "why".into()),
-            head: None,
             data: vec![("path", quoted("é\u{7f}\""), String::new())],
             learning_rate: "2e-4",
             epochs: 3,
