@@ -8,6 +8,15 @@ use signal_hook::flag;
 
 use crate::failure::code;
 
+/// The signal of a file that grows beyond `ulimit -f`, on Linux and macOS.
+const SIGXFSZ: i32 = 25;
+
+/// Lets a write beyond `ulimit -f` fail with an error that can be told, rather than end the process without a word.
+pub fn survive_file_limit() {
+    // Without the handler the signal keeps its way of ending the process: nothing else depends on it.
+    let _ = flag::register(SIGXFSZ, Arc::default());
+}
+
 /// Whether and by what the process was asked to stop.
 pub struct Stop {
     asked: Arc<AtomicBool>,
