@@ -8,7 +8,7 @@ use engraft_store::hub::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::environment::Environment;
-use crate::failure::{BeforeWork, Outcome};
+use crate::failure::{BeforeWork, Failure, Outcome};
 use crate::ui::Ui;
 
 /// The surroundings of a command.
@@ -24,6 +24,10 @@ pub struct Context {
 impl Context {
     /// The directory of a model or adapter given as a path or Hub id, downloaded if it is not in the cache.
     pub fn resolve(&self, name: &str) -> Outcome<PathBuf> {
+        if name.is_empty() {
+            let message = "expected a directory or a Hub id, found an empty name";
+            return Err(Failure::before_work(message));
+        }
         let bar = if self.ui.is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
         let style = ProgressStyle::with_template("{msg} {bytes}/{total_bytes} {bytes_per_sec} {eta} left");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));

@@ -43,19 +43,19 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
     /// Spread of the draws; 0 always takes the most probable token
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = not_negative)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = not_negative, allow_negative_numbers = true)]
     temperature: f64,
     /// Draws from the K most probable tokens; 0 from all
     #[arg(long, value_name = "K", default_value_t = 0)]
     top_k: usize,
     /// Draws from the fewest tokens that hold this much probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share, allow_negative_numbers = true)]
     top_p: f64,
     /// Decides the draws
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Ends before this text; may be given several times
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = some_text)]
     stop: Vec<String>,
     /// Prints one JSON object at the end instead of the text as it is made
     #[arg(long)]
@@ -65,6 +65,10 @@ pub struct Args {
 fn not_negative(text: &str) -> Result<f64, String> {
     let found = text.parse::<f64>().ok().filter(|value| value.is_finite() && *value >= 0.0);
     found.ok_or_else(|| "expected a number of at least 0".into())
+}
+
+fn some_text(text: &str) -> Result<String, String> {
+    if text.is_empty() { Err("expected some text".into()) } else { Ok(text.to_owned()) }
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -141,6 +145,12 @@ fn encode(args: &Args, tokenizer: &Tokenizer, text: &str) -> Outcome<Vec<u32>> {
     }
     let now =
         SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|time| i64::try_from(time.as_secs()).ok());
+    if tokenizer.templates.is_empty() {
+        return Err(Failure::before_work(
+            "--chat needs the model's chat template, and the model has none; put the one it was trained with into its \
+             directory as chat_template.jinja, or leave --chat out",
+        ));
+    }
     let template = ChatTemplate::of(tokenizer, None, now)?;
     let system = args.system.iter().map(|text| Message::new("system", text));
     let messages: Vec<Message> = system.chain([Message::new("user", text)]).collect();
