@@ -54,6 +54,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
 
 /// The inputs as read: one example a row, and the width of a padded row.
 struct Given {
+    path: PathBuf,
     examples: Vec<Example>,
     /// Column of each token, by example.
     columns: Vec<Vec<usize>>,
@@ -91,6 +92,15 @@ impl Given {
         };
         let (mask, types) = (side("attention_mask")?, side("token_type_ids")?);
         let positions = side("position_ids")?;
+        if let Some(at) = mask.iter().flatten().position(|value| !matches!(value, 0 | 1)) {
+            let found = mask.iter().flatten().nth(at).copied().unwrap_or_default();
+            return Err(Failure::before_work(format!(
+                "{}: `attention_mask`: expected 0 or 1, found {found} in row {}, column {} (from 0)",
+                path.display(),
+                at / width.max(1),
+                at % width.max(1)
+            )));
+        }
         let tensors = Tensors {
             rows,
             width,
@@ -111,11 +121,26 @@ impl Given {
                 );
             }
         }
-        Ok(Given { examples, columns, width })
+        Ok(Given { path: path.to_owned(), examples, columns, width })
+    }
+
+    /// Refuses ids that the model's embedding does not have.
+    fn check_ids(&self, vocabulary: usize) -> Outcome {
+        for (row, (example, columns)) in self.examples.iter().zip(&self.columns).enumerate() {
+            let bad = example.ids.iter().zip(columns).find(|(id, _)| **id as usize >= vocabulary);
+            if let Some((id, column)) = bad {
+                return Err(Failure::before_work(format!(
+                    "{}: `input_ids`: expected ids below {vocabulary}, found {id} in row {row}, column {column} (from 0)",
+                    self.path.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// All logits with their shape.
     fn logits(&self, engine: &Engine) -> Outcome<(Vec<f32>, Vec<usize>)> {
+        self.check_ids(engine.model.info().vocabulary)?;
         let info = engine.model.info();
         let (rows, outputs) = (self.examples.len(), info.outputs);
         let by_row = info.task.per_sequence();
