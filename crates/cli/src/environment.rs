@@ -19,6 +19,8 @@ pub struct Environment {
     pub offline: bool,
     /// `ENGRAFT_THREADS`.
     pub threads: Option<usize>,
+    /// What `ENGRAFT_THREADS` holds where that is not a number of threads.
+    pub bad_threads: Option<String>,
     /// The locale writes UTF-8 (`LC_ALL`, `LC_CTYPE`, `LANG`).
     pub utf8: bool,
     /// `HF_TOKEN`.
@@ -43,19 +45,29 @@ fn switched_on(name: &str) -> bool {
     text(name).is_some_and(|value| !matches!(value.to_lowercase().as_str(), "0" | "false" | "no" | "off"))
 }
 
+/// Most threads that may be asked for.
+const THREADS_MAX: usize = 4096;
+
+fn threads(text: &str) -> Option<usize> {
+    text.trim().parse().ok().filter(|n| (1..=THREADS_MAX).contains(n))
+}
+
 impl Environment {
     /// Reads the process's environment.
     pub fn read() -> Environment {
         let [hub_cache, hf_home, xdg, home] = ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"].map(text);
         let locale = text("LC_ALL").or_else(|| text("LC_CTYPE")).or_else(|| text("LANG")).unwrap_or_default();
         let locale = locale.to_lowercase();
+        let given = text("ENGRAFT_THREADS");
+        let threads = given.as_deref().and_then(threads);
         Environment {
             no_color: text("NO_COLOR").is_some(),
             force_color: switched_on("FORCE_COLOR"),
             dumb_terminal: text("TERM").is_some_and(|term| term == "dumb"),
             cache: cache_dir(hub_cache.as_deref(), hf_home.as_deref(), xdg.as_deref(), home.as_deref()),
             offline: switched_on("HF_HUB_OFFLINE"),
-            threads: text("ENGRAFT_THREADS").and_then(|value| value.parse().ok()).filter(|n| *n > 0),
+            bad_threads: given.filter(|_| threads.is_none()),
+            threads,
             utf8: locale.contains("utf-8") || locale.contains("utf8"),
             token: text("HF_TOKEN").map(Secret),
         }
@@ -75,6 +87,14 @@ impl Environment {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn threads_are_a_positive_number() {
+        assert_eq!(threads("2"), Some(2));
+        for bad in ["0", "-1", "two", "1.5", "99999999"] {
+            assert_eq!(threads(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn the_token_cannot_be_printed() {

@@ -72,6 +72,7 @@ struct Global {
 }
 
 fn main() -> ExitCode {
+    stop::survive_file_limit();
     let environment = Environment::read();
     let command = Cli::command().color(clap_color(&environment));
     let cli = match command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
@@ -85,6 +86,10 @@ fn main() -> ExitCode {
     let global = &cli.global;
     let ui = Ui::new(global.color, global.quiet, global.verbose, &environment);
     let outcome = limits(&global.limit).and_then(|limits| {
+        if let Some(found) = &environment.bad_threads {
+            let message = format!("ENGRAFT_THREADS: expected a number of threads from 1 on, found `{found}`");
+            return Err(Failure::before_work(message));
+        }
         if let Some(threads) = environment.threads {
             set_threads(threads);
         }
