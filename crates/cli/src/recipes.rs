@@ -23,7 +23,7 @@ pub fn read(path: &Path, sets: &[String]) -> Outcome<Recipe> {
         read.map_err(|e| Failure::before_work(format!("cannot read the recipe from standard input: {e}")))?;
         (bytes, "standard input".to_owned())
     } else {
-        (read_capped(path, "recipe", RECIPE_MAX).before_work()?, path.display().to_string())
+        (file(path)?, path.display().to_string())
     };
     if bytes.len() as u64 > RECIPE_MAX {
         return Err(Failure::before_work(format!(
@@ -31,6 +31,35 @@ pub fn read(path: &Path, sets: &[String]) -> Outcome<Recipe> {
         )));
     }
     Recipe::parse_bytes(&bytes, &name, sets, &method_specs()).map_err(Failure::problems)
+}
+
+/// The bytes of a recipe's file.
+fn file(path: &Path) -> Outcome<Vec<u8>> {
+    match read_capped(path, "recipe", RECIPE_MAX) {
+        // No recipe is so long: there is no limit to raise.
+        Err(engraft_store::Error::Limit { found, .. }) => Err(Failure::before_work(format!(
+            "{} has {found} bytes and a recipe at most {RECIPE_MAX}: that is no recipe",
+            path.display()
+        ))),
+        Err(engraft_store::Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            Err(Failure::before_work(missing(path)))
+        }
+        read => read.before_work(),
+    }
+}
+
+/// What was expected where a recipe is not there.
+fn missing(path: &Path) -> String {
+    let dir = path.parent().filter(|_| path.ends_with("plan.toml")).filter(|dir| dir.is_dir());
+    match dir {
+        Some(dir) => format!(
+            "{}: expected a recipe or the directory of a run, found a directory without plan.toml",
+            dir.display()
+        ),
+        None => {
+            format!("{}: expected a recipe or the directory of a run, found nothing there", path.display())
+        }
+    }
 }
 
 /// The recipe of what the user named: a run directory means its plan.
