@@ -9,7 +9,7 @@ use engraft_train::{Evaluation, RunOptions, Session, SessionOptions, Status};
 use serde_json::{Value, json};
 
 use crate::context::Context;
-use crate::failure::{BeforeWork, Failure, Outcome};
+use crate::failure::{BeforeWork, Failure, Outcome, code};
 use crate::progress::Progress;
 use crate::recipes::{default_out, file_of, read, shell};
 use crate::stop::Stop;
@@ -184,9 +184,22 @@ fn command(args: &Args, out: &Path, resume: bool) -> String {
     words.join(" ")
 }
 
+/// A run that another process holds or that is not that of the recipe was refused before any work.
+fn at_start(error: engraft_train::Error) -> Failure {
+    let refused = matches!(
+        error,
+        engraft_train::Error::Resume(_) | engraft_train::Error::Store(engraft_store::Error::Locked { .. })
+    );
+    let mut failure = Failure::from(error);
+    if refused {
+        failure.code = code::BEFORE_WORK;
+    }
+    failure
+}
+
 /// Says what to try after a loss that is not finite: a tenth of the learning rate.
 fn not_finite_help(error: engraft_train::Error, args: &Args, session: &Session) -> Failure {
-    let engraft_train::Error::NotFinite(found) = &error else { return error.into() };
+    let engraft_train::Error::NotFinite(found) = &error else { return at_start(error) };
     let rate = human::number(session.plan.train.learning_rate / 10.0, 2);
     let sets = args.set.iter().filter(|set| !set.starts_with("train.learning_rate"));
     let sets: String = sets.map(|set| format!(" --set {}", shell(set))).collect();
