@@ -44,7 +44,7 @@ impl Section {
     pub fn differs(&self, key: &str) -> bool {
         self.entries
             .iter()
-            .any(|entry| entry.field.name == key && entry.field.default.as_ref() != Some(&entry.value))
+            .any(|entry| entry.field.name == key && entry.field.read_default().as_ref() != Some(&entry.value))
     }
 
     /// The values as one JSON object.
@@ -383,7 +383,7 @@ fn default(table: &str, field: &FieldSpec, pairs: &[Pair]) -> Option<Value> {
     let given_way = EXCLUSIVE.iter().filter(|row| row.0 == table).any(|&(_, first, second, _)| {
         (field.name == first && written(second)) || (field.name == second && written(first))
     });
-    field.default.clone().filter(|_| !given_way)
+    field.read_default().filter(|_| !given_way)
 }
 
 /// The typed recipe. A failure here means that table and structs disagree, which a test rules out; it is still
@@ -473,6 +473,7 @@ pub(crate) fn found(value: &Tree) -> &'static str {
         Tree::Float(_) => "a decimal number",
         Tree::Text(_) => "a string",
         Tree::Date => "a date",
+        Tree::Unread => "something unreadable",
         Tree::List(_) => "a list",
         Tree::Table(_) => "a table",
     }

@@ -190,7 +190,8 @@ fn train_length() -> Vec<FieldSpec> {
             "Micro-batches an optimizer step.",
         )
         .or(1),
-        key("learning_rate", NOT_NEGATIVE, "Highest learning rate.").or(2e-4),
+        key("learning_rate", FieldKind::Float { min: ABOVE_ZERO, max: 10.0 }, "Highest learning rate.")
+            .or(2e-4),
         key("weight_decay", NOT_NEGATIVE, "Decoupled decay of the trained weights.").or(0.0),
         key("schedule", FieldKind::OneOf(&["constant", "linear", "cosine"]), "The rate after the warm-up.")
             .or("linear"),

@@ -18,6 +18,9 @@ const LONGEST: usize = 256;
 impl Checker<'_> {
     /// The value of the key at `path` in plain form, paths resolved; `None` after reporting what is wrong.
     pub(crate) fn read(&mut self, path: &str, field: &FieldSpec, node: &Node) -> Option<Value> {
+        if matches!(node.value, Tree::Unread) {
+            return None;
+        }
         match &field.kind {
             FieldKind::Bool => match node.value {
                 Tree::Bool(flag) => Some(flag.into()),

@@ -73,6 +73,15 @@ impl FieldSpec {
         self.default = Some(default.into()).filter(|value| !value.is_null());
         self
     }
+
+    /// The default as a recipe that writes it would be read: a number of a `Float` key is a decimal number.
+    pub(crate) fn read_default(&self) -> Option<Value> {
+        let default = self.default.clone()?;
+        match (&self.kind, default.as_f64()) {
+            (FieldKind::Float { .. }, Some(number)) => Some(number.into()),
+            _ => Some(default),
+        }
+    }
 }
 
 /// A method as a recipe sees it: its name and the settings it takes beside the keys every method shares.
@@ -108,5 +117,18 @@ impl Origin {
             Origin::Default => "default",
             Origin::Found => "found",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_default_of_a_decimal_key_reads_as_if_written() {
+        let alpha = FieldSpec::new("alpha", FieldKind::Float { min: 0.0, max: 1e9 }, "").or(16);
+        assert_eq!(alpha.read_default().unwrap().to_string(), "16.0");
+        let rank = FieldSpec::new("rank", FieldKind::Int { min: 1, max: 64 }, "").or(8);
+        assert_eq!(rank.read_default().unwrap().to_string(), "8");
     }
 }

@@ -30,6 +30,8 @@ pub(crate) enum Tree {
     Float(f64),
     Text(String),
     Date,
+    /// What cannot be held; its mistake is reported already.
+    Unread,
     List(Vec<Node>),
     Table(Vec<Pair>),
 }
@@ -135,13 +137,13 @@ impl Reader<'_> {
         Node { value: tree, place }
     }
 
-    /// A number too large for 64 bits is read as a float, which every range of whole numbers refuses.
+    /// A number too large for 64 bits is reported here and nowhere else.
     fn integer(&mut self, number: &toml::de::DeInteger<'_>, place: &Place) -> Tree {
         match i64::from_str_radix(number.as_str(), number.radix()) {
             Ok(value) => Tree::Int(value),
             Err(_) => {
                 self.problems.push(Problem::new("a number too large for 64 bits").label(place.clone(), ""));
-                Tree::Int(0)
+                Tree::Unread
             }
         }
     }

@@ -87,7 +87,7 @@ fn a_negative_rate() {
     wrong(
         &[("1e-3", "-1e-3")],
         &[],
-        r#"error: `train.learning_rate` must be at least 0, found -0.001
+        r#"error: `train.learning_rate` must be greater than 0, found -0.001
   --> recipe.toml:32:17
    |
 32 | learning_rate = -1e-3
