@@ -38,6 +38,7 @@ pub(crate) static BERT: Architecture = Architecture {
     ],
     prefix: "bert.",
     trunk: &["BertModel"],
+    heads: &["cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs."],
     build,
 };
 
@@ -52,6 +53,7 @@ pub(crate) static ROBERTA: Architecture = Architecture {
     ],
     prefix: "roberta.",
     trunk: &["RobertaModel"],
+    heads: &["lm_head.", "classifier.", "qa_outputs."],
     build,
 };
 

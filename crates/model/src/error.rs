@@ -28,6 +28,16 @@ pub enum Error {
         /// What was found, and what can be read.
         message: String,
     },
+    /// The architecture has no head for the task that was asked for.
+    #[error("the task {task} is not one of {architecture} models; theirs are {}", offered.join(", "))]
+    Task {
+        /// What was asked for.
+        task: &'static str,
+        /// `model_type` of the model.
+        architecture: &'static str,
+        /// Its tasks.
+        offered: Vec<&'static str>,
+    },
     /// The tensors of the files are not those that `config.json` asks for.
     #[error("{0}")]
     Tensors(Mismatch),

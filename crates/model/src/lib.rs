@@ -34,6 +34,8 @@ pub struct Architecture {
     prefix: &'static str,
     /// The class that is the trunk alone, whose files have no prefix.
     trunk: &'static [&'static str],
+    /// What the tensors of its heads begin with, whichever task they serve.
+    heads: &'static [&'static str],
     build: Build,
 }
 
@@ -204,8 +206,9 @@ fn task(
     match wanted {
         Some(task) if offered(task) => Ok(task),
         Some(task) => {
-            let message = format!("{} has no head for {}", architecture.name, task.name());
-            Err(Error::Architecture { path: path.to_owned(), message })
+            let mut offered: Vec<&str> = architecture.classes.iter().map(|(_, task)| task.name()).collect();
+            offered.dedup();
+            Err(Error::Task { task: task.name(), architecture: architecture.name, offered })
         }
         None => {
             let known: Vec<&str> = architecture.classes.iter().map(|(name, _)| *name).collect();
@@ -243,24 +246,19 @@ impl Architecture {
         if task == Task::Embedding { "" } else { self.prefix }
     }
 
-    /// Tensors that no part of the model used: those of the trunk are mismatches; the others (heads of other tasks, buffers)
-    /// are given back.
+    /// Tensors that no part of the model used: heads of other tasks are given back, buffers are passed over, all others
+    /// are mismatches.
     fn check_extra(&self, weights: &Weights, prefixes: &Prefixes, dry: &mut Reader<'_>) -> Vec<String> {
         let buffer = |n: &str| n.ends_with("position_ids") || n.ends_with("rotary_emb.inv_freq");
         let pooler = |n: &str| n.strip_prefix(prefixes.file).is_some_and(|n| n.starts_with("pooler."));
-        let in_trunk = |n: &str| match prefixes.file {
-            "" => ["embeddings.", "encoder.", "embed_tokens.", "layers.", "norm."]
-                .iter()
-                .any(|m| n.starts_with(m)),
-            prefix => n.starts_with(prefix),
-        };
+        let head = |n: &str| self.heads.iter().any(|head| n.starts_with(head));
         let mut unused = Vec::new();
         for (name, tensor) in weights.iter().filter(|(n, _)| !dry.used.contains(*n) && !buffer(n)) {
-            if in_trunk(name) && !pooler(name) {
-                let (tensor_name, found) = (name.to_owned(), format!("{:?}", tensor.shape));
-                dry.rows.push(MismatchRow { tensor: tensor_name, expected: "nothing".into(), found });
-            } else {
+            if head(name) || pooler(name) {
                 unused.push(name.to_owned());
+            } else {
+                let (tensor, found) = (name.to_owned(), format!("{:?}", tensor.shape));
+                dry.rows.push(MismatchRow { tensor, expected: "nothing".into(), found });
             }
         }
         unused

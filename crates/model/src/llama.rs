@@ -19,6 +19,9 @@ use crate::reader::Reader;
 use crate::rope::{Rope, Tables};
 use crate::{Architecture, Head, Result};
 
+/// The heads of `transformers`' classes for causal models: words, sequence or token classes, spans.
+const HEADS: &[&str] = &["lm_head.weight", "score.weight", "score.bias", "qa_outputs."];
+
 /// Llama.
 pub(crate) static LLAMA: Architecture = Architecture {
     name: "llama",
@@ -28,6 +31,7 @@ pub(crate) static LLAMA: Architecture = Architecture {
     ],
     prefix: "model.",
     trunk: &["LlamaModel"],
+    heads: HEADS,
     build: |a, c, r, head| build(a, Family { kv_heads: None, ..OTHERS }, c, r, head),
 };
 
@@ -40,6 +44,7 @@ pub(crate) static MISTRAL: Architecture = Architecture {
     ],
     prefix: "model.",
     trunk: &["MistralModel"],
+    heads: HEADS,
     build: |a, c, r, head| {
         build(a, Family { kv_heads: Some(8), window: Window::Everywhere, ..OTHERS }, c, r, head)
     },
@@ -54,6 +59,7 @@ pub(crate) static QWEN2: Architecture = Architecture {
     ],
     prefix: "model.",
     trunk: &["Qwen2Model"],
+    heads: HEADS,
     build: |a, c, r, head| build(a, Family { qkv_bias: true, window: Window::ByLayer, ..OTHERS }, c, r, head),
 };
 
@@ -66,6 +72,7 @@ pub(crate) static QWEN3: Architecture = Architecture {
     ],
     prefix: "model.",
     trunk: &["Qwen3Model"],
+    heads: HEADS,
     build: |a, c, r, head| {
         let family = Family { head_dim: Some(128), head_norms: true, window: Window::ByLayer, ..OTHERS };
         build(a, family, c, r, head)

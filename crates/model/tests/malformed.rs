@@ -119,6 +119,30 @@ fn tensors_that_do_not_fit_are_listed_together() {
 }
 
 #[test]
+fn tensors_of_nothing_known_are_refused() {
+    let dir = copy("extra", "llama", |_| ());
+    let path = dir.join("model.safetensors");
+    let whole = fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&whole[8..8 + length]).unwrap();
+    let end = whole.len() - 8 - length;
+    for (index, name) in ["lm_head.bias", "extra.tensor", "qa_outputs.bias"].iter().enumerate() {
+        let offsets = [end + 4 * index, end + 4 * index + 4];
+        header[name] = json!({ "dtype": "F32", "shape": [1], "data_offsets": offsets });
+    }
+    let header = header.to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.extend_from_slice(&whole[8 + length..]);
+    bytes.extend_from_slice(&[0; 12]);
+    fs::write(&path, bytes).unwrap();
+    let Error::Tensors(mismatch) = error(&dir, &LoadOptions::default()) else { panic!("another error") };
+    let mut names: Vec<&str> = mismatch.rows.iter().map(|row| row.tensor.as_str()).collect();
+    names.sort();
+    assert_eq!(names, ["extra.tensor", "lm_head.bias"], "a head of another task is passed over");
+}
+
+#[test]
 fn cut_and_damaged_files() {
     let dir = copy("cut", "bert", |_| ());
     let whole = fs::read(dir.join("model.safetensors")).unwrap();
