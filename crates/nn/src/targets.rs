@@ -196,6 +196,8 @@ fn compile(pattern: &str) -> Result<Regex, TargetError> {
 
 /// Python's `re.fullmatch`.
 fn whole(pattern: &str) -> Result<Regex, TargetError> {
+    // Alone first, so that a mistake is shown in what was written.
+    compile(pattern)?;
     compile(&format!("^(?:{pattern})$"))
 }
 
