@@ -125,7 +125,7 @@ fn loss_section(events: &Events) -> Section {
 
 fn fold(total: usize, what: &str) -> String {
     if total > ROWS_MAX {
-        format!("As a table (every {}th of {total} {what})", total.div_ceil(ROWS_MAX))
+        format!("As a table (one in {} of {total} {what})", total.div_ceil(ROWS_MAX))
     } else {
         "As a table".to_string()
     }
