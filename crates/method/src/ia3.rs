@@ -83,7 +83,7 @@ fn read_feedforward(r: &mut Reader<'_>) -> Feedforward {
         r.problem(format!("`feedforward_modules`: expected a pattern or a list of names, found {value}"));
         return Feedforward::Down;
     };
-    match Regex::new(&format!("^(?:{text})$")) {
+    match Regex::new(text).and_then(|_| Regex::new(&format!("^(?:{text})$"))) {
         Ok(regex) => Feedforward::Pattern(text.into(), regex),
         Err(e) => {
             r.problem(format!("`feedforward_modules`: `{text}` is not a valid pattern: {e}"));

@@ -17,6 +17,8 @@ use crate::read::{Pattern, Reader, number};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
+/// The largest rank that a recipe may ask for: above it a matrix is better trained whole.
+const RECIPE_RANK_MAX: usize = 1024;
 
 /// What is trained, and how it starts.
 #[derive(Clone, Debug)]
@@ -71,7 +73,7 @@ static INFO: Info = Info {
     fields: &[
         Field {
             name: "rank",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
+            kind: FieldKind::Int { min: 1, max: RECIPE_RANK_MAX as i64 },
             default: Some("8"),
             doc: "Inner size r of the product.",
         },
@@ -138,7 +140,7 @@ pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let mut r = Reader::settings(settings, INFO.fields);
     let lora = Lora {
-        rank: r.count("rank", 8, RANK_MAX),
+        rank: r.count("rank", 8, RECIPE_RANK_MAX),
         alpha: r.float("alpha", 16.0),
         root_scaling: r.flag("rslora", false),
         dropout: r.dropout("dropout"),

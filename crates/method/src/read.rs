@@ -107,7 +107,7 @@ impl<'a> Reader<'a> {
         };
         let mut patterns = Vec::new();
         for (text, value) in map {
-            let whole = Regex::new(&format!(r"^(?:.*\.)?(?:{text})$"));
+            let whole = Regex::new(&text).and_then(|_| Regex::new(&format!(r"^(?:.*\.)?(?:{text})$")));
             match (whole, value.as_f64().filter(|v| *v > 0.0)) {
                 (Ok(regex), Some(number)) => patterns.push(Pattern { text, regex, number }),
                 (Err(e), _) => self.problem(format!("`{key}`: `{text}` is not a valid pattern: {e}")),
