@@ -151,6 +151,7 @@ fn read(data: &Path, sniff: &Sniff, task: Task) -> engraft_data::Result<Rows> {
     let options = ReadOptions {
         header: sniff.header,
         columns: sniff.columns.clone(),
+        lines: task == Task::Masked,
         ..ReadOptions::new(sniff.format, task.need())
     };
     engraft_data::read(data, &options)
