@@ -52,6 +52,18 @@ pub enum Error {
         /// What was expected and found.
         message: String,
     },
+    /// A column that was named does not exist.
+    #[error("{}:{line}: {message}", path.display())]
+    Column {
+        /// The data file.
+        path: PathBuf,
+        /// The line (from 1), or for a JSON list the item (from 1).
+        line: usize,
+        /// The name that was given.
+        column: String,
+        /// Which there are.
+        message: String,
+    },
     /// A data file, option or array as a whole cannot be used.
     #[error("{place}: {message}")]
     Data {

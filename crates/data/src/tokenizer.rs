@@ -243,6 +243,11 @@ impl Tokenizer {
         &self.path
     }
 
+    /// Special tokens put around a text, or a pair of texts.
+    pub fn added(&self, pair: bool) -> usize {
+        self.inner.get_post_processor().map_or(0, |post| post.added_tokens(pair))
+    }
+
     /// Cuts to `max_length` and puts the special tokens around; also the number of tokens cut off.
     fn finish(
         &self,
@@ -250,7 +255,7 @@ impl Tokenizer {
         second: Option<tokenizers::Encoding>,
         max_length: usize,
     ) -> tokenizers::Result<(tokenizers::Encoding, usize)> {
-        let added = self.inner.get_post_processor().map_or(0, |post| post.added_tokens(second.is_some()));
+        let added = self.added(second.is_some());
         let before = first.len() + second.as_ref().map_or(0, |second| second.len());
         let room = max_length.checked_sub(added).filter(|room| *room > 0).ok_or_else(|| {
             format!("max_length is {max_length}, but {added} special tokens are added; raise data.max_length")

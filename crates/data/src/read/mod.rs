@@ -102,6 +102,22 @@ pub struct Columns {
     pub tags: Option<String>,
 }
 
+impl Columns {
+    /// Every field with the column given for it.
+    pub fn pairs(&self) -> [(&'static str, &Option<String>); 8] {
+        [
+            ("text", &self.text),
+            ("text_pair", &self.text_pair),
+            ("label", &self.label),
+            ("prompt", &self.prompt),
+            ("completion", &self.completion),
+            ("messages", &self.messages),
+            ("tokens", &self.tokens),
+            ("tags", &self.tags),
+        ]
+    }
+}
+
 /// How to read a data file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ReadOptions {
@@ -280,11 +296,23 @@ fn each(
     records.into_iter().map(row).collect()
 }
 
+/// Opens a file; a directory or pipe is an error, never a wait.
+fn open_regular(path: &Path) -> Result<File> {
+    let io = |source| Error::Io { path: path.into(), source };
+    let kind = std::fs::metadata(path).map_err(io)?.file_type();
+    if !kind.is_file() {
+        let found = if kind.is_dir() { "a directory" } else { "a pipe or device" };
+        let message = format!("expected a file, found {found}; name one regular file");
+        return Err(Error::Data { place: path.display().to_string(), message });
+    }
+    File::open(path).map_err(io)
+}
+
 /// The bytes of a file of at most `limit` bytes.
 pub(crate) fn read_limited(path: &Path, limit: u64, help: &'static str) -> Result<Vec<u8>> {
     let io = |source| Error::Io { path: path.into(), source };
     let mut bytes = Vec::new();
-    File::open(path).map_err(io)?.take(limit + 1).read_to_end(&mut bytes).map_err(io)?;
+    open_regular(path)?.take(limit + 1).read_to_end(&mut bytes).map_err(io)?;
     if bytes.len() as u64 > limit {
         return Err(Error::TooLarge {
             what: path.display().to_string(),
@@ -306,12 +334,17 @@ pub(crate) struct Source {
 impl Source {
     pub fn open(path: &Path) -> Result<Source> {
         let io = |source| Error::Io { path: path.into(), source };
-        let mut file = BufReader::new(File::open(path).map_err(io)?);
+        let mut file = BufReader::new(open_regular(path)?);
         let packed = file.fill_buf().map_err(io)?.starts_with(&[0x1F, 0x8B]);
         let inner: Box<dyn Read> =
             if packed { Box::new(flate2::bufread::MultiGzDecoder::new(file)) } else { Box::new(file) };
         let mut reader = BufReader::with_capacity(1 << 16, Limited { inner, left: FILE_LIMIT });
-        if reader.fill_buf().map_err(io)?.starts_with(b"\xEF\xBB\xBF") {
+        let start = reader.fill_buf().map_err(io)?;
+        if start.starts_with(b"\xFF\xFE") || start.starts_with(b"\xFE\xFF") {
+            let message = "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8".into();
+            return Err(Error::Data { place: path.display().to_string(), message });
+        }
+        if start.starts_with(b"\xEF\xBB\xBF") {
             reader.consume(3);
         }
         Ok(Source { path: path.into(), reader: Box::new(reader), line: 0 })

@@ -40,6 +40,17 @@ pub(super) fn records(source: Source, format: Format, header: bool) -> Result<Ve
             if let Some(twice) = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name)) {
                 return Err(fail(line, format!("two columns are called `{}`; rename one", twice.1)));
             }
+            if let (true, [only]) = (header, &names[..])
+                && let Some(other) = [';', '\t'].into_iter().find(|other| only.contains(*other))
+            {
+                let expected = format.name();
+                return Err(fail(
+                    line,
+                    format!(
+                        "the columns are separated by {other:?}, which {expected} is not; convert the file, or set data.format = \"tsv\" for tabs"
+                    ),
+                ));
+            }
             if header {
                 continue;
             }

@@ -37,6 +37,8 @@ fn broken_rows_name_their_line_and_what_to_do() {
     let csv = |bytes: &[u8]| error("a.csv", bytes, Format::Csv, Need::Label);
     assert!(csv(b"text,label\na,b\nc\n").contains("a.csv:3: expected 2 columns"));
     assert!(csv(b"text,label\na,b\n\xFFc,d\n").contains("a.csv:3: not UTF-8 from byte 1"));
+    assert!(csv(b"\xFF\xFEt\0,\0").contains("is UTF-16"));
+    assert!(csv(b"text;label\na;b\n").contains("separated by ';'"));
     assert!(csv(b"text,text\na,b\n").contains("two columns are called `text`"));
     assert!(csv(b"text,kind\na,b\n").contains("set data.columns.label to one of `text`, `kind`"));
     assert!(csv(b"text,label\na, \n").contains("the label is empty"));
@@ -186,4 +188,12 @@ fn real_files_are_read_and_recognised() {
         let rows = read(&path, &options).unwrap();
         assert_eq!(rows.rows.len(), if format == Format::Text { 1 } else { count }, "{part}");
     }
+}
+
+#[test]
+fn a_directory_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = ReadOptions::new(Format::Text, Need::Text);
+    let error = read(directory.path(), &options).unwrap_err().to_string();
+    assert!(error.contains("expected a file, found a directory"), "{error}");
 }
