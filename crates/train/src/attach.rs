@@ -242,6 +242,13 @@ fn dead_targets(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error) 
     if problem.labels.is_empty() {
         problem = recipe.problem_at(&at, problem.title).saying(count);
     }
+    if let (Some(recipe::Targets::Pattern(pattern)), "targets") = (&table.targets, key) {
+        if strsim::damerau_levenshtein(pattern, "all-linear") <= 2 {
+            return problem.help("did you mean `targets = \"all-linear\"`?");
+        }
+        problem =
+            problem.note("a string is a pattern that a whole path must match; a list holds names of modules");
+    }
     // The roles that nearly every recipe wants; all of them where the model has none of these.
     let parts: Vec<&str> = note.split(", ").collect();
     let usual = |part: &&str| ["role q ", "role v ", "role qkv "].iter().any(|r| part.starts_with(r));

@@ -42,10 +42,15 @@ impl Session {
     /// [`crate::Error::Recipe`] with all mistakes that the recipe, the model and the data show together; a model that cannot be
     /// read.
     pub fn open(recipe: &Recipe, options: &mut SessionOptions<'_>) -> Result<Session> {
-        let model_dir = model_dir(recipe, options)?;
+        let missing = missing_files(recipe);
+        let model_dir = match model_dir(recipe, options) {
+            Ok(dir) => dir,
+            Err(problem) => return Err(recipe.problems([vec![problem], missing].concat()).into()),
+        };
         let config = read_config(&model_dir.join("config.json"), &options.limits)?;
         let task = decide_task(recipe, &config);
         let (tokenizer, max_length) = tokenizer(recipe, &model_dir, &config)?;
+        let too_long = too_long(recipe, &config);
         let reading = Reading {
             task,
             data: &recipe.data,
@@ -55,9 +60,12 @@ impl Session {
             known: known_labels(&config),
             now: options.now,
         };
-        let mut problems = Vec::new();
         let fault = |fault: crate::read::Fault| vec![recipe.problem_at(fault.key, fault.error.to_string())];
-        let examples = keep(reading.examples().map_err(fault), &mut problems);
+        let mut problems: Vec<Problem> = too_long.into_iter().collect();
+        let examples = match missing.is_empty() {
+            true => keep(reading.examples().map_err(fault), &mut problems),
+            false => keep(Err(missing), &mut problems),
+        };
         let classes = classes(recipe, task, examples.as_ref(), &config);
         let loaded = load_model(
             recipe,
@@ -83,6 +91,7 @@ impl Session {
         let fingerprint = Fingerprint::new(base, of_data(&examples.train));
         let mut notes = attached.notes;
         notes.extend(examples.train.report.guesses.iter().cloned());
+        notes.extend(doubts(recipe, &examples));
         Ok(Session {
             objective: Objective::of(loaded.model.info().task)?,
             plan,
@@ -117,12 +126,42 @@ fn load_model(
 ) -> Result<Loaded> {
     match load(dir, options) {
         Ok(loaded) => Ok(loaded),
+        Err(e @ engraft_model::Error::Task { .. }) => {
+            problems.push(recipe.problem_at("task", e.to_string()));
+            Err(recipe.problems(std::mem::take(problems)).into())
+        }
         Err(e) if problems.is_empty() => Err(e.into()),
         Err(e) => {
             problems.push(Problem::new(e.to_string()));
             Err(recipe.problems(std::mem::take(problems)).into())
         }
     }
+}
+
+/// What can be trained but hardly is what was meant.
+fn doubts(recipe: &Recipe, examples: &Examples) -> Vec<String> {
+    let mut doubts = Vec::new();
+    let rate = recipe.train.learning_rate;
+    if rate > 1.0 {
+        doubts.push(format!(
+            "train.learning_rate is {rate}; rates above 1 hardly ever train, 1e-5 to 1e-2 is usual"
+        ));
+    }
+    let classes: std::collections::BTreeSet<i64> = examples
+        .train
+        .examples
+        .iter()
+        .filter_map(|e| match &e.labels {
+            Labels::Class(class) => Some(i64::from(*class)),
+            _ => None,
+        })
+        .collect();
+    if classes.len() == 1 {
+        doubts.push(
+            "all rows have the same label, so there is nothing to tell apart; check the label column".into(),
+        );
+    }
+    doubts
 }
 
 /// What the plan needs to know of model and data.
@@ -164,12 +203,30 @@ fn classes(
 }
 
 /// The model's directory: the path of the recipe, else a Hub id.
-fn model_dir(recipe: &Recipe, options: &mut SessionOptions<'_>) -> Result<PathBuf> {
+fn model_dir(recipe: &Recipe, options: &mut SessionOptions<'_>) -> std::result::Result<PathBuf, Problem> {
     if recipe.model_path.is_dir() {
         return Ok(recipe.model_path.clone());
     }
     let found = options.hub.resolve(&recipe.model.value, None, options.progress);
-    found.map_err(|e| recipe.problems(vec![recipe.problem_at("model", e.to_string())]).into())
+    found.map_err(|e| recipe.problem_at("model", e.to_string()))
+}
+
+/// Data files that are not there, both at once.
+fn missing_files(recipe: &Recipe) -> Vec<Problem> {
+    let files = [("data.path", Some(&recipe.data.path)), ("data.eval_path", recipe.data.eval_path.as_ref())];
+    let files = files.into_iter().filter_map(|(key, path)| Some((key, path?)));
+    let fault = |(key, path): (&str, &PathBuf)| {
+        let error = std::fs::metadata(path).err()?;
+        Some(recipe.problem_at(key, format!("cannot read {}: {error}", path.display())))
+    };
+    files.filter_map(fault).collect()
+}
+
+/// More tokens a row than the model has positions.
+fn too_long(recipe: &Recipe, config: &Value) -> Option<Problem> {
+    let (asked, limit) = (recipe.data.max_length?, absolute_length(config)?);
+    let title = format!("`data.max_length` is {asked}, the model takes {limit} tokens");
+    (asked > limit).then(|| recipe.problem_at("data.max_length", title).saying(format!("at most {limit}")))
 }
 
 /// The tokenizer where the data are text, and the tokens a row.
@@ -186,13 +243,6 @@ fn tokenizer(recipe: &Recipe, dir: &Path, config: &Value) -> Result<(Option<Toke
     let named = tokenizer.as_ref().and_then(|t| t.model_max_length).filter(|n| *n > 1);
     let length = model.unwrap_or(usize::MAX).min(named.unwrap_or(usize::MAX));
     let length = if length == usize::MAX { 1024 } else { length };
-    if let (Some(asked), Some(limit)) = (recipe.data.max_length, absolute_length(config))
-        && asked > limit
-    {
-        let title = format!("`data.max_length` is {asked}, the model takes {limit} tokens");
-        let problem = recipe.problem_at("data.max_length", title).saying(format!("at most {limit}"));
-        return Err(recipe.problems(vec![problem]).into());
-    }
     Ok((tokenizer, recipe.data.max_length.unwrap_or(length.clamp(1, 1024))))
 }
 

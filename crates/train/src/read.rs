@@ -16,6 +16,18 @@ use crate::{Error, Result};
 
 const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
 
+/// The recipe's keys of [`Columns::pairs`], in their order.
+const COLUMN_KEYS: [&str; 8] = [
+    "data.columns.text",
+    "data.columns.text_pair",
+    "data.columns.label",
+    "data.columns.prompt",
+    "data.columns.completion",
+    "data.columns.messages",
+    "data.columns.tokens",
+    "data.columns.tags",
+];
+
 /// The examples of a recipe.
 pub(crate) struct Examples {
     pub train: Dataset,
@@ -131,9 +143,40 @@ impl Reading<'_> {
         }
     }
 
+    /// The rows of a file; a column that is not there belongs to the key that names it.
+    fn rows(&self, key: &'static str, path: &Path, task: DataTask) -> Read<Rows> {
+        let options = self.options(task);
+        read(path, &options).map_err(|error| {
+            let given = |column: &str| {
+                let named = |(_, name): &(&str, &Option<String>)| name.as_deref() == Some(column);
+                options.columns.pairs().iter().position(named).map(|index| COLUMN_KEYS[index])
+            };
+            let column = match &error {
+                engraft_data::Error::Column { column, .. } => given(column),
+                _ => None,
+            };
+            Fault { key: column.unwrap_or(key), error: Box::new(error.into()) }
+        })
+    }
+
+    /// Room for a token beside the special ones.
+    fn room(&self, tokenizer: &Tokenizer, task: DataTask) -> Result<()> {
+        let added = tokenizer.added(false);
+        // Blocks are cut from one run of tokens, and conversations bring their own.
+        if self.max_length > added || matches!(task, DataTask::Causal | DataTask::Completion) {
+            return Ok(());
+        }
+        Err(Error::Setup(format!(
+            "`data.max_length` is {}, and {added} special tokens are added to each row; set {} or more",
+            self.max_length,
+            added + 1
+        )))
+    }
+
     fn text(&self, tokenizer: &Tokenizer) -> Read<Examples> {
         let task = at("task", data_task(self.task, self.data))?;
-        let rows = at("data.path", read(&self.data.path, &self.options(task)))?;
+        at("data.max_length", self.room(tokenizer, task))?;
+        let rows = self.rows("data.path", &self.data.path, task)?;
         // Text cut into blocks has no rows to hold out: the blocks are.
         let by_rows = task != DataTask::Causal;
         let (rows, held) = match self.data.eval_fraction {
@@ -160,7 +203,7 @@ impl Reading<'_> {
         let labels = train.labels.clone();
         let mut eval = None;
         if let Some(path) = &self.data.eval_path {
-            let rows = at("data.eval_path", read(path, &self.options(task)))?;
+            let rows = self.rows("data.eval_path", path, task)?;
             eval = Some(encoded("data.eval_path", &rows, labels.clone())?);
         } else if let Some(held) = held {
             eval = Some(encoded("data.eval_fraction", &held, labels.clone())?);
