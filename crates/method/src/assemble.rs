@@ -220,6 +220,8 @@ fn same(a: &Tensor, b: &Tensor) -> Result<bool> {
 }
 
 /// `adapter_config.json` and the tensors of its file. `base_model` is the base as the user named it.
+///
+/// `peft` wants the tensors of a classifier in every file; one that is not trained is written as it is in the model.
 pub fn save_adapter(
     adapter: &Adapter,
     methods: &[Chosen],
@@ -233,21 +235,52 @@ pub fn save_adapter(
         let (key, copies) = file_names(methods, &p.name);
         tensors.extend(copies.into_iter().chain([key]).map(|key| (key, p.param.value())));
     }
-    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut train_also = train_also.to_vec();
     let config = match methods {
         [(method, targets)] => {
-            config(method.as_ref(), targets.as_ref(), train_also, base_model, sites, info)?
+            let kept = peft::kept_classifier(method.info().peft_type, info.task, sites, adapter);
+            if let Some((name, kept)) = kept {
+                train_also.push(name.to_owned());
+                for site in kept {
+                    tensors.push((method.file_name(&own_name(site)), own_value(site)?));
+                }
+            }
+            let map = config(method.as_ref(), targets.as_ref(), &train_also, base_model, sites, info)?;
+            for site in peft::copied_tables(&map, sites, adapter) {
+                let key = format!("base_model.model.{}.base_layer.weight", site.path);
+                if tensors.iter().all(|(name, _)| *name != key) {
+                    tensors.push((key, own_value(site)?));
+                }
+            }
+            map
         }
         several => {
             let of = |(m, t): &Chosen| {
                 Ok(Value::Object(config(m.as_ref(), t.as_ref(), &[], base_model, sites, info)?))
             };
-            let mut union = peft::write_header(UNION, base_model, info, train_also);
+            let mut union = peft::write_header(UNION, base_model, info, &train_also);
             union.insert("methods".into(), json!(several.iter().map(of).collect::<Result<Vec<_>>>()?));
             union
         }
     };
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
     Ok((Value::Object(config), tensors))
+}
+
+/// The name of a site's tensor in a model's own files.
+fn own_name(site: &Site) -> String {
+    if site.is_weight() { format!("{}.weight", site.path) } else { site.path.clone() }
+}
+
+/// The model's value at a site.
+fn own_value(site: &Site) -> Result<Tensor> {
+    match &site.value {
+        Frozen::Weight(weight) => weight.dense(),
+        Frozen::Vector(vector) => Ok(vector.clone()),
+        Frozen::None => {
+            Err(Error::Site { path: site.path.clone(), message: "expected a tensor, found none".into() })
+        }
+    }
 }
 
 fn config(
@@ -269,6 +302,7 @@ fn config(
     if let Some(targets) = targets {
         let by_layer = map.contains_key("layers_to_transform");
         map.extend(peft::write_targets(&targets, method, sites, by_layer)?);
+        peft::agree_on_feedforward(&mut map, sites, &chosen);
     }
     Ok(map)
 }
@@ -276,7 +310,7 @@ fn config(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{attached, chosen, config, frozen, names, stir, survives_saving, toy};
+    use crate::testing::{attached, chosen, config, frozen, names, rows_of, stir, survives_saving, toy};
     use engraft_tensor::testing::{close, sample};
 
     #[test]
@@ -295,6 +329,68 @@ mod tests {
         let written = config(&union, &["head"]);
         assert_eq!(written["peft_type"], "ENGRAFT_UNION");
         assert_eq!(written["methods"].as_array().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn an_embedding_under_lora_is_in_the_file_as_peft_has_it() {
+        let (sites, info) = toy();
+        let mut sites = Arc::try_unwrap(sites).ok().unwrap();
+        let table = sample(&[11, 6], 8);
+        let weight = Arc::new(engraft_nn::Weight::table(rows_of(&table), None));
+        engraft_nn::Embedding::declare(
+            &mut sites,
+            ("model.embed_tokens", "model.embed_tokens"),
+            Role::Embed,
+            weight,
+        );
+        let sites = Arc::new(sites);
+        let methods = [(chosen("lora", json!({})).0, Some(Targets::names(["embed_tokens"])))];
+        let a = attach(&methods, &[], &sites, &info, 1).unwrap();
+        let (config, tensors) = save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        let key = "base_model.model.model.embed_tokens.base_layer.weight";
+        close(&tensors.iter().find(|t| t.0 == key).unwrap().1, &table, 0.0);
+        let loaded = load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
+        assert_eq!(loaded.adapter.params().len(), 2, "an equal copy is no base of its own");
+    }
+
+    #[test]
+    fn a_classifier_that_is_not_trained_is_in_the_file() {
+        let (sites, mut info) = toy();
+        let mut sites = Arc::try_unwrap(sites).ok().unwrap();
+        let weight = frozen("head");
+        let source = Arc::new(engraft_nn::Weight::table(rows_of(&weight), None));
+        let bias = Some(sample(&[3], 4));
+        engraft_nn::Linear::declare(
+            &mut sites,
+            ("classifier", "classifier"),
+            Role::Head,
+            None,
+            source,
+            bias.clone(),
+        );
+        let sites = Arc::new(sites);
+        info.task = engraft_nn::Task::SequenceClassification;
+        for (name, level) in [("lora", ".model"), ("ia3", ".model"), ("prompt", ""), ("prefix", "")] {
+            let methods = [chosen(name, json!({}))];
+            let a = attach(&methods, &[], &sites, &info, 1).unwrap();
+            let (config, tensors) = save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+            assert_eq!(config["modules_to_save"], json!(["classifier"]), "{name}");
+            let held = |end: &str| {
+                let key = methods[0].0.file_name(&format!("classifier.{end}"));
+                assert!(key.starts_with("base_model.") && (level.is_empty() || key.contains(level)), "{key}");
+                tensors.iter().find(|t| t.0 == key).unwrap().1.clone()
+            };
+            close(&held("weight"), &weight, 0.0);
+            close(&held("bias"), bias.as_ref().unwrap(), 0.0);
+            let loaded = load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
+            let again =
+                save_adapter(&loaded.adapter, &loaded.methods, &loaded.train_also, "b", &sites, &info);
+            assert_eq!(again.unwrap().0, config);
+            let whole = attach(&methods, &["classifier".into()], &sites, &info, 1).unwrap();
+            let also = ["classifier".to_string()];
+            let trained = save_adapter(&whole.adapter, &methods, &also, "b", &sites, &info).unwrap();
+            assert_eq!(trained.1.len(), tensors.len());
+        }
     }
 
     #[test]

@@ -233,6 +233,15 @@ mod tests {
         let written = config(&[chosen("ia3", json!({}))], &[]);
         assert_eq!(written["target_modules"], json!(["down", "k", "v"]));
         assert_eq!(written["feedforward_modules"], json!(["down"]));
+        let targets = Some(engraft_nn::Targets::names(["attn.k", "mlp.down"]));
+        let mixed = config(&[(chosen("ia3", json!({})).0, targets)], &[]);
+        let paths = ["layers.0.attn.k", "layers.0.mlp.down", "layers.1.attn.k", "layers.1.mlp.down"];
+        assert_eq!(mixed["target_modules"], json!(paths));
+        assert_eq!(
+            mixed["feedforward_modules"],
+            json!([paths[1], paths[3]]),
+            "the same texts as the targets"
+        );
         let named = from_file(&with(written.clone(), json!({ "feedforward_modules": ".*down" }))).unwrap();
         assert!(named.is_some());
         assert!(from_file(&with(written.clone(), json!({ "feedforward_modules": 3 }))).is_err());

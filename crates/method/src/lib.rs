@@ -77,6 +77,11 @@ pub trait Method: Send + Sync {
         Ok(())
     }
 
+    /// Whether training can go on from a saved adapter: an error where its file holds only what a forward needs.
+    fn trains_on(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// After training, before the adapter is saved.
     fn finish(&self, _adapter: &Adapter) -> Result<()> {
         Ok(())

@@ -1,6 +1,8 @@
 //! The part of `adapter_config.json` that every method of `peft` has: targets, modules trained as a whole, the header.
 
-use engraft_nn::{LayerChoice, Matcher, ModelInfo, Result, SiteId, Sites, Targets, Task};
+use engraft_nn::{
+    Adapter, LayerChoice, Matcher, ModelInfo, Result, Site, SiteId, Sites, Targets, Task, Value as Frozen,
+};
 use serde_json::{Map, Value, json};
 
 use crate::Method;
@@ -116,6 +118,68 @@ fn module_names(targets: &Targets, method: &dyn Method, sites: &Sites) -> Result
         return Ok(names);
     }
     Ok(chosen.iter().map(path).collect())
+}
+
+/// Lists of `feedforward_modules` must be among `target_modules`, text by text: where they are not, both become paths.
+pub(crate) fn agree_on_feedforward(map: &mut Map<String, Value>, sites: &Sites, chosen: &[SiteId]) {
+    let list = |key: &str| map.get(key).and_then(texts);
+    let (Some(targets), Some(feedforward)) = (list("target_modules"), list("feedforward_modules")) else {
+        return;
+    };
+    if feedforward.iter().all(|name| targets.contains(name)) {
+        return;
+    }
+    let paths: Vec<&str> = chosen.iter().map(|id| sites.get(*id).path.as_str()).collect();
+    let of: Vec<&str> =
+        paths.iter().copied().filter(|p| feedforward.iter().any(|end| p.ends_with(end.as_str()))).collect();
+    map.insert("feedforward_modules".into(), json!(of));
+    map.insert("target_modules".into(), json!(paths));
+    map.insert("exclude_modules".into(), Value::Null);
+}
+
+/// The tables below a LoRA of which `peft` saves a copy: those called so, where the targets name one of them.
+pub(crate) fn copied_tables<'s>(
+    map: &Map<String, Value>,
+    sites: &'s Sites,
+    adapter: &Adapter,
+) -> Vec<&'s Site> {
+    const TABLES: [&str; 2] = ["embed_tokens", "lm_head"];
+    let named = match map.get("target_modules") {
+        Some(Value::Array(names)) => names.iter().any(|n| TABLES.iter().any(|t| n == t)),
+        Some(Value::String(text)) => TABLES.iter().any(|t| text.contains(t)),
+        _ => false,
+    };
+    if !named || map.get("peft_type").and_then(Value::as_str) != Some("LORA") {
+        return Vec::new();
+    }
+    let copied = |s: &&Site| s.is_weight() && TABLES.contains(&s.module()) && !adapter.at(s.id).is_empty();
+    sites.iter().filter(copied).collect()
+}
+
+/// What `peft` trains and saves with an adapter of a classifier, whatever the configuration says.
+const CLASSIFIERS: &[&str] = &["classifier", "score"];
+
+/// The classifier that a file of `peft_type` must hold although the adapter leaves it as it is: `peft` asks for its
+/// tensors by the task alone. `None` where there is none, or where the adapter holds or changes it itself.
+pub(crate) fn kept_classifier<'s>(
+    peft_type: &str,
+    task: Task,
+    sites: &'s Sites,
+    adapter: &Adapter,
+) -> Option<(&'static str, Vec<&'s Site>)> {
+    let classifies = matches!(task, Task::SequenceClassification | Task::TokenClassification);
+    if !classifies || !["LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING"].contains(&peft_type) {
+        return None;
+    }
+    CLASSIFIERS.iter().find_map(|name| {
+        let inside = |s: &&Site| {
+            s.path.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        let kept: Vec<&Site> =
+            sites.iter().filter(|s| !matches!(s.value, Frozen::None)).filter(inside).collect();
+        let untouched = !kept.is_empty() && kept.iter().all(|s| adapter.at(s.id).is_empty());
+        untouched.then_some((*name, kept))
+    })
 }
 
 /// The keys of every configuration.

@@ -18,6 +18,8 @@ use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 struct Prefix {
     tokens: usize,
     zero: bool,
+    /// The file holds what `peft`'s projection made of its rows.
+    projected: bool,
 }
 
 static INFO: Info = Info {
@@ -55,7 +57,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let tokens = r.count("tokens", 20, TOKENS_MAX);
     let zero = r.one_of("init", &[("random", false), ("zero", true)]);
     r.finish()?;
-    Ok(Box::new(Prefix { tokens, zero }))
+    Ok(Box::new(Prefix { tokens, zero, projected: false }))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
@@ -65,15 +67,16 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let tokens = read_prompt_keys(&mut r);
-    r.must_be_off(&["prefix_projection"]);
+    // Saved are the projected rows: all that a forward needs.
+    let projected = r.flag("prefix_projection", false);
     r.ignore(&["encoder_hidden_size"]);
     let zero = r.text("init_weights").is_some_and(|s| s == "zero");
     r.finish()?;
-    Ok(Some(Loaded { method: Box::new(Prefix { tokens, zero }), targets: None, train_also }))
+    Ok(Some(Loaded { method: Box::new(Prefix { tokens, zero, projected }), targets: None, train_also }))
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Prefix { tokens: 3, zero: false })
+    Box::new(Prefix { tokens: 3, zero: false, projected: false })
 }
 
 impl Method for Prefix {
@@ -109,9 +112,17 @@ impl Method for Prefix {
         let own = json!({
             "encoder_hidden_size": width, "init_weights": if self.zero { json!("zero") } else { Value::Null },
             "num_attention_heads": model.info.kv_heads, "num_layers": model.info.layers, "num_transformer_submodules": 1,
-            "num_virtual_tokens": self.tokens, "prefix_projection": false, "token_dim": width,
+            "num_virtual_tokens": self.tokens, "prefix_projection": self.projected, "token_dim": width,
         });
         own.as_object().cloned().unwrap_or_default()
+    }
+
+    fn trains_on(&self) -> Result<()> {
+        if self.projected {
+            let message = "`prefix_projection` is true: the file holds what the projection made, not the projection, so this adapter can be used but not trained on; start a new one with method `prefix`";
+            return Err(Error::Unsupported(message.into()));
+        }
+        Ok(())
     }
 
     fn file_name(&self, name: &str) -> String {
@@ -174,6 +185,11 @@ mod tests {
         survives_saving(&[chosen("prefix", json!({ "init": "zero" }))], &["head"]);
         let written = config(&[chosen("prefix", json!({}))], &[]);
         assert_eq!((&written["token_dim"], &written["num_layers"]), (&json!(4), &json!(2)));
-        assert!(from_file(&with(written, json!({ "prefix_projection": true }))).is_err());
+        let one = |projected: bool| {
+            let changed = with(written.clone(), json!({ "prefix_projection": projected }));
+            from_file(&changed).unwrap().unwrap().method
+        };
+        assert!(one(false).trains_on().is_ok());
+        assert!(one(true).trains_on().is_err(), "the projection is not in the file");
     }
 }

@@ -30,6 +30,11 @@ fn rows(out: usize, inn: usize, seed: u64) -> Rows {
     Rows(sample(&[out, inn], seed).to_vec().unwrap(), inn)
 }
 
+/// A matrix as the source of a weight.
+pub fn rows_of(t: &Tensor) -> Arc<dyn RowSource + Send> {
+    Arc::new(Rows(t.to_vec().unwrap(), t.width()))
+}
+
 pub fn toy() -> (Arc<Sites>, ModelInfo) {
     let mut s = Sites::default();
     let table = Arc::new(Weight::table(Arc::new(rows(11, 6, 1)), None));
