@@ -2,7 +2,7 @@
 //!
 //! h ← norm(h + O·attend(Q·h, K·h, V·h)); h ← norm(h + W₂·act(W₁·h)). The input is the norm of the sum of token, type and
 //! position embeddings; a soft prompt comes first and gets type and position like real tokens. BERT's positions are the
-//! tokens' columns; RoBERTa's count real tokens from `pad_token_id` + 1 (given embeddings: columns, as `transformers` does).
+//! tokens' columns; RoBERTa's count tokens other than padding from `pad_token_id` + 1 (given embeddings: columns, as `transformers` does).
 //!
 //! Heads: BERT classifies tanh(W·h₀) of the first row, RoBERTa has that layer in its head; tokens are classified by one
 //! matrix; the masked-word head shares the word embedding; a sentence embedding is the mean of its real tokens' states.
@@ -268,14 +268,16 @@ impl Top {
             let transform = ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm");
             (transform.0, transform.1, "cls.predictions.decoder", "cls.predictions.bias")
         };
-        let dense = r.linear(dense, Role::Head, None, (s.width, s.width), true)?;
+        // `peft`'s all-linear leaves out the output embedding alone.
+        let dense = r.linear(dense, Role::Pool, None, (s.width, s.width), true)?;
         let norm = r.norm(norm, None, s.width, s.eps, true)?;
         let (weight, tensor) = r.decoder(decoder, words, (s.vocabulary, s.width))?;
-        // Some files call the bias `decoder.bias`, many hold it under both names.
+        // Many files hold the bias under both names, one of them for the other; an untied head adds `decoder.bias`.
         let inner = format!("{decoder}.bias");
-        let bias_name = if !r.has(bias) && r.has(&inner) { inner.clone() } else { bias.to_owned() };
+        let own = r.has(&inner) && (!s.tied || !r.has(bias) || !r.same(&inner, bias));
+        let bias_name = if own { inner.clone() } else { bias.to_owned() };
         let values = r.vector(&bias_name, s.vocabulary)?;
-        r.used.insert(inner);
+        r.used.extend([inner, bias.to_owned()]);
         let bias = Some((values, (bias, bias_name.as_str())));
         let decoder = Linear::declare_named(&mut r.sites, (decoder, &tensor), Role::Head, None, weight, bias);
         let activation = if roberta { Unary::Gelu } else { s.activation };
@@ -371,7 +373,8 @@ impl Bert {
                 mixed(&other, &self.types.forward(ids, &self.sites, plain)?, &of_token)?
             }
         };
-        let positions = self.positions.forward(&self.position_ids(plain, &all)?, &self.sites, &all)?;
+        let positions = self.position_ids(inputs.ids.ids()?, plain, &all)?;
+        let positions = self.positions.forward(&positions, &self.sites, &all)?;
         let h = self.norm.forward(&h.add(&types)?.add(&positions)?, &all)?;
         Ok((h, all))
     }
@@ -394,8 +397,24 @@ impl Bert {
         Ok((mixed(&self.words.forward(&pad, &self.sites, &all)?, &h, &from)?, all))
     }
 
-    /// Rows of the position table, `I64` `[rows]`; `plain` is the pass before prefixes and prompts moved its tokens.
-    fn position_ids(&self, plain: &Pass, all: &Pass) -> engraft_nn::Result<Tensor> {
+    /// RoBERTa's numbers of the tokens `rows`, whose columns are `columns`: padding has that before the first, the others
+    /// count what is no padding. Columns that a mask dropped count where they lie between tokens (a mask over words) and do
+    /// not before the first (padding on the left): their ids are not known here.
+    fn numbers(&self, ids: &[i64], columns: &[i32], moved: i64) -> Vec<i64> {
+        let first = columns.first().map_or(0, |&c| i64::from(c));
+        let mut padding = 0;
+        let number = |(&id, &column): (&i64, &i32)| match id == self.pad {
+            true => {
+                padding += 1;
+                -1
+            }
+            false => i64::from(column) - first - padding + moved,
+        };
+        ids.iter().zip(columns).map(number).collect()
+    }
+
+    /// Rows of the position table, `I64` [rows]; `plain` is the pass before prefixes and prompts moved its tokens.
+    fn position_ids(&self, tokens: &[i64], plain: &Pass, all: &Pass) -> engraft_nn::Result<Tensor> {
         let (layout, before) = (all.layout(), plain.layout());
         let mut ids: Vec<i64> = Vec::with_capacity(layout.tokens());
         for (i, (s, &virtual_count)) in layout.sequences().iter().zip(layout.virtual_counts()).enumerate() {
@@ -410,7 +429,8 @@ impl Bert {
             }
             if self.roberta && (padded || virtual_count == 0) {
                 // Only the number among real tokens counts, and how far a prefix moved them.
-                ids.extend((0..layout.seen(i).len() as i64).map(|n| n + moved));
+                let rows = before.sequences()[i].clone();
+                ids.extend(self.numbers(&tokens[rows.clone()], &before.positions()[rows], moved));
             } else {
                 ids.extend(layout.positions()[layout.seen(i)].iter().map(|&p| i64::from(p)));
             }

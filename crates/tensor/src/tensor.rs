@@ -169,6 +169,14 @@ impl Tensor {
         Ok(self.f32().to_vec())
     }
 
+    /// Whole numbers that came from the host (ids), where they lie.
+    pub fn ids(&self) -> Result<&[i64]> {
+        match self.dtype() {
+            DType::I64 => Ok(self.i64()),
+            found => Err(Error::DType { op: "ids", expected: "I64", found }),
+        }
+    }
+
     /// The only element of a scalar, read on the host. [`Error::HostRead`] inside a step.
     pub fn item(&self) -> Result<f32> {
         if self.len() != 1 {
