@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use engraft_nn::{
-    Attend, Embedding, Inputs, Kind, Linear, Model, ModelInfo, Norm, Output, Pass, Role, SiteId, Sites,
-    Sublayer, Task,
+    Attend, Embedding, Inputs, Kind, Layout, Linear, Model, ModelInfo, Norm, Output, Pass, Role, SiteId,
+    Sites, Sublayer, Task,
 };
 use engraft_tensor::Tensor;
 use engraft_tensor::cpu::attention::AttentionSpec;
@@ -270,7 +270,7 @@ fn build(
         head_dim: s.dim,
         vocabulary: s.vocabulary,
         outputs,
-        max_positions: s.positions,
+        max_positions: rope.reach(s.positions),
     };
     let sites = Arc::new(std::mem::take(&mut r.sites));
     Ok(Arc::new(Llama { info, sites, embed, prompt, layers, norm, head: lm_head, head_site, rope }))
@@ -393,8 +393,12 @@ impl Model for Llama {
         let cx = cx.with_prefixes(&self.sites)?;
         let h = self.embed.forward(&inputs.ids, &self.sites, &cx)?;
         let (mut h, cx) = cx.with_prompts(self.prompt, &h)?;
-        let longest = cx.layout().positions().iter().max().map_or(1, |p| (p + 1).max(1));
-        let tables = self.rope.tables(longest as usize)?;
+        let longest =
+            |layout: &Layout| layout.positions().iter().max().map_or(1, |p| (p + 1).max(1) as usize);
+        // Padding counts too, as in `transformers`; prompts and prefixes move it like the tokens.
+        let (given, moved) = (longest(&inputs.layout), longest(cx.layout()));
+        let padded = inputs.layout.columns().unwrap_or(0) + moved.saturating_sub(given);
+        let tables = self.rope.tables(moved.max(padded))?;
         for layer in &self.layers {
             let (this, sites, tables) = (layer.clone(), self.sites.clone(), tables.clone());
             h = cx.block(&self.sites, layer.site, &h, move |h, cx| this.forward(h, &sites, &tables, cx))?;

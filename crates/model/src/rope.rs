@@ -18,6 +18,8 @@ pub(crate) type Tables = (Tensor, Tensor);
 /// Rotary embedding of a model.
 pub(crate) struct Rope {
     rotary: Rotary,
+    /// The trained length, where `config.json` names it.
+    original: Option<usize>,
     kept: Mutex<Option<Tables>>,
 }
 
@@ -42,7 +44,20 @@ impl Rope {
         let inner = c.number(&key("rope_theta"));
         let theta = inner.or_else(|| c.number("rope_theta")).unwrap_or(10_000.0);
         let scaling = Self::scaling(c, &key, positions, dim);
-        Rope { rotary: Rotary { theta, dim, scaling }, kept: Mutex::new(None) }
+        let named = c.count("original_max_position_embeddings");
+        let original = named.or_else(|| c.count(&key("original_max_position_embeddings")));
+        Rope { rotary: Rotary { theta, dim, scaling }, original, kept: Mutex::new(None) }
+    }
+
+    /// Positions that a model with `positions` in its `config.json` is made for. `dynamic` and `linear` stretch the trained
+    /// length, which `dynamic` keeps there; `yarn` and `llama3` write the stretched length themselves.
+    pub fn reach(&self, positions: usize) -> usize {
+        let stretched = |factor: f64, from: usize| (from as f64 * factor.max(1.0)) as usize;
+        match (&self.rotary.scaling, self.original) {
+            (RopeScaling::Dynamic { factor, original }, _) => stretched(*factor, *original),
+            (RopeScaling::Linear { factor }, Some(original)) => positions.max(stretched(*factor, original)),
+            _ => positions,
+        }
     }
 
     fn scaling(

@@ -16,6 +16,8 @@ pub struct Layout {
     padded: Arc<[bool]>,
     positions: Arc<[i32]>,
     positions_tensor: Tensor,
+    /// Length of the rows with their padding, where it is known.
+    columns: Option<usize>,
 }
 
 impl Layout {
@@ -50,7 +52,18 @@ impl Layout {
             virtual_counts: virtual_counts.into(),
             positions: positions.into(),
             positions_tensor,
+            columns: None,
         })
+    }
+
+    /// Says how long the rows were before their padding was dropped: `dynamic` rotary scaling counts padding.
+    pub fn with_columns(self, columns: usize) -> Self {
+        Layout { columns: Some(columns), ..self }
+    }
+
+    /// Length of the rows with their padding; `None` where they had none.
+    pub fn columns(&self) -> Option<usize> {
+        self.columns
     }
 
     /// Says of which sequences the virtual rows are padding: they see their sequence and nobody sees them.
