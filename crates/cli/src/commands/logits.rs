@@ -59,6 +59,8 @@ struct Given {
     /// Column of each token, by example.
     columns: Vec<Vec<usize>>,
     width: usize,
+    /// Whether `position_ids` were given.
+    positioned: bool,
 }
 
 impl Given {
@@ -114,14 +116,14 @@ impl Given {
             |row: usize, column: &usize| mask.as_ref().is_none_or(|mask| mask[row * width + column] != 0);
         let columns: Vec<Vec<usize>> =
             (0..rows).map(|row| (0..width).filter(|column| kept(row, column)).collect()).collect();
-        if let Some(positions) = positions {
+        if let Some(positions) = &positions {
             for (row, (example, columns)) in examples.iter_mut().zip(&columns).enumerate() {
                 example.positions = Some(
                     columns.iter().map(|c| position(positions[row * width + c])).collect::<Outcome<_>>()?,
                 );
             }
         }
-        Ok(Given { path: path.to_owned(), examples, columns, width })
+        Ok(Given { path: path.to_owned(), examples, columns, width, positioned: positions.is_some() })
     }
 
     /// Refuses ids that the model's embedding does not have.
@@ -153,7 +155,7 @@ impl Given {
         let mut first = 0;
         while first < rows {
             let last = first + self.rows_within(first, most);
-            let part = engine.logits(&pack(&self.examples[first..last])?)?.to_vec()?;
+            let part = engine.logits(&self.padded(&self.examples[first..last])?)?.to_vec()?;
             if by_row {
                 values[first * outputs..last * outputs].copy_from_slice(&part);
             } else {
@@ -166,6 +168,13 @@ impl Given {
             first = last;
         }
         Ok((values, shape))
+    }
+
+    /// The examples packed, with the length that their rows had; given positions say all that there is.
+    fn padded(&self, examples: &[Example]) -> engraft_nn::Result<Inputs> {
+        let inputs = pack(examples)?;
+        let layout = if self.positioned { inputs.layout } else { inputs.layout.with_columns(self.width) };
+        Ok(Inputs { layout, ..inputs })
     }
 
     /// How many rows from `first` on hold at most `most` tokens; at least one.
