@@ -17,6 +17,7 @@ use crate::engine::Engine;
 use crate::failure::{Failure, Outcome};
 
 /// Where a tensor of the merged model comes from.
+#[derive(Clone)]
 enum Source<'a> {
     /// The file, unchanged.
     File(&'a RawTensor),
@@ -78,6 +79,7 @@ impl<'a> Merge<'a> {
             }
         }
         merge.untie_unchanged_heads(engine, &patched, weights, &own_name);
+        merge.give_untied_decoder_its_bias(engine);
         merge.add_new(engine, weights);
         Ok(merge)
     }
@@ -102,6 +104,20 @@ impl<'a> Merge<'a> {
                 // The embedding stays and the head has changed: `new` gave the head a name of its own.
                 self.untied = Some(own_name(other));
             }
+        }
+    }
+
+    /// The bias of a masked-word head lies beside its decoder; once untied, the decoder has one of that value in itself.
+    fn give_untied_decoder_its_bias(&mut self, engine: &Engine) {
+        let Some(decoder) = self.untied.as_deref().and_then(|name| name.strip_suffix(".decoder.weight"))
+        else {
+            return;
+        };
+        let (outer, inner) = (format!("{decoder}.bias"), format!("{decoder}.decoder.bias"));
+        let bias = engine.model.sites().iter().find(|site| site.path == outer);
+        let source = bias.and_then(|site| self.tensors.get(site.tensor.as_deref()?)).cloned();
+        if let Some(source) = source {
+            self.tensors.insert(inner, source);
         }
     }
 
