@@ -120,7 +120,12 @@ fn saved(
         return Err(recipe.problem_at(&at, "a saved adapter cannot be one of several methods yet"));
     }
     let Some(from) = &table.from else { return Err(recipe.problem_at(&at, "`from` is missing")) };
-    open_adapter(model, &from.value, &Limits::default()).map_err(|e| recipe.problem_at(&at, e.to_string()))
+    let problem = |text: String| recipe.problem_at(&at, text);
+    let adapter = open_adapter(model, &from.value, &Limits::default()).map_err(|e| problem(e.to_string()))?;
+    for (method, _) in &adapter.methods {
+        method.trains_on().map_err(|e| problem(e.to_string()))?;
+    }
+    Ok(adapter)
 }
 
 /// A method with its targets, all of which exist.

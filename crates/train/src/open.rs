@@ -49,6 +49,7 @@ impl Session {
         };
         let config = read_config(&model_dir.join("config.json"), &options.limits)?;
         let task = decide_task(recipe, &config);
+        classes_only(recipe, task, &config)?;
         let (tokenizer, max_length) = tokenizer(recipe, &model_dir, &config)?;
         let too_long = too_long(recipe, &config);
         let reading = Reading {
@@ -200,6 +201,27 @@ fn classes(
         // The data could not be read: any head will do to find the other mistakes.
         (None, _) => own,
     })
+}
+
+/// An error for a classifier that `transformers` would train on something else than one class a row: scores, or several
+/// classes at once.
+fn classes_only(recipe: &Recipe, task: recipe::Task, config: &Value) -> Result<()> {
+    if task != recipe::Task::SequenceClassification {
+        return Ok(());
+    }
+    let kind = config.get("problem_type").and_then(Value::as_str);
+    let has_head =
+        config["architectures"][0].as_str().is_some_and(|c| c.ends_with("ForSequenceClassification"));
+    let title = match kind {
+        Some("single_label_classification") => return Ok(()),
+        Some(other) => format!("`problem_type` of config.json is `{other}`, which is not trained yet"),
+        None if has_head && config_classes(config) == Some(1) => {
+            "the model's head has one output (`num_labels` = 1: regression), which is not trained yet".into()
+        }
+        None => return Ok(()),
+    };
+    let help = "trained are classes, one a row: take a base without this head, or set `problem_type` = \"single_label_classification\" and the labels in config.json";
+    Err(recipe.problems(vec![recipe.problem_at("model", title).help(help)]).into())
 }
 
 /// The model's directory: the path of the recipe, else a Hub id.
