@@ -73,6 +73,7 @@ struct Global {
 
 fn main() -> ExitCode {
     stop::survive_file_limit();
+    quiet_fenced_panics();
     let environment = Environment::read();
     let command = Cli::command().color(clap_color(&environment));
     let cli = match command.try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
@@ -102,6 +103,16 @@ fn main() -> ExitCode {
             ExitCode::from(failure.code)
         }
     }
+}
+
+/// A panic inside a library that becomes an error is told by that error alone.
+fn quiet_fenced_panics() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !engraft_data::is_fenced() {
+            usual(panic);
+        }
+    }));
 }
 
 /// The colour of help and of mistakes in the arguments, which are shown before the arguments are known.
@@ -149,6 +160,16 @@ mod tests {
     #[test]
     fn the_arguments_are_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn examples_are_not_wrapped() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            for line in help.lines().filter(|line| line.starts_with("  ")) {
+                assert!(line.chars().count() <= 80, "{line}");
+            }
+        }
     }
 
     #[test]

@@ -5,7 +5,6 @@
 //! those; a program that renders templates it does not trust for others does so in a process with a memory limit.
 
 use std::fmt::Write as _;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, State, Value};
@@ -113,7 +112,7 @@ fn too_long() -> minijinja::Error {
 
 /// Runs `call` into the template library; its panic is an error in words.
 fn fenced<T>(call: impl FnOnce() -> std::result::Result<T, minijinja::Error>) -> Result<T> {
-    match catch_unwind(AssertUnwindSafe(call)) {
+    match crate::fence::fenced(call) {
         Ok(result) => result.map_err(|error| fail(error.to_string())),
         Err(_) => Err(fail("the template library failed inside; the template is malformed")),
     }

@@ -5,7 +5,6 @@
 //! switched off: cutting is counted by the tasks, padding does not exist.
 
 use std::collections::HashSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -279,7 +278,7 @@ impl Tokenizer {
 
 /// Runs `call` into the tokenizer library; its panic is an error in words.
 fn fenced<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(call)) {
+    match crate::fence::fenced(call) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(error.to_string()),
         Err(panic) => {

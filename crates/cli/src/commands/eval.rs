@@ -20,10 +20,13 @@ use crate::specs::method_specs;
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  engraft eval runs/quickstart                                  the run's adapter on its evaluation data
+  engraft eval runs/quickstart
   engraft eval recipe.toml --adapter runs/a/adapter
-  engraft eval --model DIR --adapter runs/a/adapter --data test.csv --format csv --task sequence-classification
-  engraft eval runs/quickstart --json --fail-if 'accuracy < 0.9'     exit code 3 if so")]
+  engraft eval --model DIR --adapter runs/a/adapter --data test.csv \\
+      --format csv --task sequence-classification
+  engraft eval runs/quickstart --json --fail-if 'accuracy < 0.9'
+
+A run is scored with its adapter on its evaluation data.")]
 pub struct Args {
     /// A run directory or a recipe; its evaluation data are used
     #[arg(required_unless_present = "model", conflicts_with_all = ["model", "data"])]

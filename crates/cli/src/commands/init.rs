@@ -24,7 +24,7 @@ const LENGTH_MAX: usize = 1024;
 #[command(after_help = "\
 Examples:
   engraft init chat.jsonl --model models/qwen3-0.6b --out recipe.toml
-  engraft init tickets.csv --model sentence-transformers/all-MiniLM-L6-v2 --out recipe.toml
+  engraft init tickets.csv --model sentence-transformers/all-MiniLM-L6-v2
   engraft init --demo && engraft train demo/recipe.toml")]
 pub struct Args {
     /// A data file: csv, tsv, jsonl, chat, alpaca, sharegpt or plain text

@@ -27,7 +27,8 @@ const LOGITS_MAX: usize = 1 << 28;
 #[command(after_help = "\
 Examples:
   engraft logits --model DIR --inputs in.safetensors --out out.safetensors
-  engraft logits --model DIR --adapter runs/a/adapter --inputs in.safetensors --out out.safetensors --dtype bf16
+  engraft logits --model DIR --adapter runs/a/adapter \\
+      --inputs in.safetensors --out out.safetensors --dtype bf16
 
 The input file holds input_ids [B, T] and may hold attention_mask, token_type_ids, position_ids.")]
 pub struct Args {
