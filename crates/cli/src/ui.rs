@@ -1,5 +1,6 @@
 //! The terminal: results on standard output, everything else on standard error.
 
+use std::borrow::Cow;
 use std::io::{ErrorKind, IsTerminal, Write};
 
 use serde_json::{Map, Value};
@@ -26,6 +27,7 @@ pub struct Ui {
     terminal: bool,
     quiet: bool,
     verbose: u8,
+    utf8: bool,
 }
 
 const RED: &str = "\u{1b}[1;31m";
@@ -40,7 +42,14 @@ impl Ui {
             Some((_, columns)) => columns.into(),
             None => 100,
         };
-        Ui { color: wants_color(choice, environment, terminal), width, terminal, quiet, verbose }
+        Ui {
+            color: wants_color(choice, environment, terminal),
+            width,
+            terminal,
+            quiet,
+            verbose,
+            utf8: environment.utf8,
+        }
     }
 
     /// Columns of the terminal, 100 where there is none.
@@ -91,11 +100,21 @@ impl Ui {
 
     /// Text on standard error as it is. A closed standard error is nobody listening.
     pub fn raw(&self, text: &str) {
-        let _ = std::io::stderr().lock().write_all(text.as_bytes());
+        let _ = std::io::stderr().lock().write_all(self.signs(text).as_bytes());
     }
 
-    /// A part of the result on standard output, at once.
+    /// A part of the result in words on standard output, at once.
     pub fn print(&self, text: &str) {
+        self.stream(&self.signs(text));
+    }
+
+    /// The text with signs that the locale can show.
+    fn signs<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        if self.utf8 || text.is_ascii() { Cow::Borrowed(text) } else { Cow::Owned(ascii_signs(text)) }
+    }
+
+    /// A part of the result on standard output as it is: text of a model, or of a file for a program.
+    pub fn stream(&self, text: &str) {
         let mut out = std::io::stdout().lock();
         let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
         match written {
@@ -117,8 +136,35 @@ impl Ui {
             Value::Object(fields) => object.extend(fields),
             other => drop(object.insert("value".into(), other)),
         }
-        self.print(&format!("{}\n", Value::Object(object)));
+        self.stream(&format!("{}\n", Value::Object(object)));
     }
+}
+
+/// The program's own signs in ASCII. Letters of data and names stay what they are.
+fn ascii_signs(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '→' => out.push_str("->"),
+            '←' => out.push_str("<-"),
+            '…' => out.push_str("..."),
+            '‖' => out.push_str("||"),
+            '×' => out.push('x'),
+            '≥' => out.push_str(">="),
+            '≤' => out.push_str("<="),
+            '─' | '━' | '–' | '−' => out.push('-'),
+            '│' | '┃' => out.push('|'),
+            '·' => out.push('.'),
+            '‘' | '’' => out.push('\''),
+            '“' | '”' => out.push('"'),
+            '▼' => out.push('v'),
+            '▲' => out.push('^'),
+            '′' => out.push('\''),
+            '\u{2500}'..='\u{257f}' => out.push('+'),
+            other => out.push(other),
+        }
+    }
+    out
 }
 
 /// `--color`, then `NO_COLOR`, then `FORCE_COLOR`, then the terminal.
@@ -135,6 +181,14 @@ fn wants_color(choice: ColorChoice, environment: &Environment, terminal: bool) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn signs_have_ascii_forms_and_letters_stay() {
+        assert_eq!(
+            ascii_signs("loss 5.1 → 3.2 …  q_proj ×24  ┌─┐ é"),
+            "loss 5.1 -> 3.2 ...  q_proj x24  +-+ é"
+        );
+    }
 
     #[test]
     fn the_option_wins_over_the_environment_and_no_color_over_force_color() {

@@ -51,7 +51,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     }
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "engraft", &mut text);
-    cx.ui.print(&String::from_utf8_lossy(&text));
+    cx.ui.stream(&String::from_utf8_lossy(&text));
     Ok(())
 }
 
@@ -59,7 +59,7 @@ fn manual(args: &Args, cx: &Context) -> Outcome {
     let Some(dir) = &args.out else {
         let mut page = Vec::new();
         clap_mangen::Man::new(Cli::command()).render(&mut page)?;
-        cx.ui.print(&String::from_utf8_lossy(&page));
+        cx.ui.stream(&String::from_utf8_lossy(&page));
         return Ok(());
     };
     std::fs::create_dir_all(dir).map_err(|e| engraft_store::Error::io("create", dir, e)).before_work()?;

@@ -25,8 +25,9 @@ const PROMPT_MAX: u64 = 16 << 20;
 #[command(after_help = "\
 Examples:
   engraft generate --model DIR --prompt 'Once upon a time'
-  engraft generate --model DIR --adapter runs/a/adapter --chat --prompt 'Who are you?' --temperature 0.7 --top-p 0.9
-  echo 'a long text' | engraft generate --model DIR --prompt - --max-tokens 64 --json")]
+  engraft generate --model DIR --adapter runs/a/adapter --chat \\
+      --prompt 'Who are you?' --temperature 0.7 --top-p 0.9
+  echo 'a long text' | engraft generate --model DIR --prompt - --json")]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
@@ -93,7 +94,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let show = |text: &str, whole: &mut String| {
         whole.push_str(text);
         if !args.json {
-            cx.ui.print(text);
+            cx.ui.stream(text);
         }
     };
     let started = Instant::now();
@@ -117,7 +118,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
             "text": whole, "end": end.name(), "prompt_tokens": prompt.len(), "tokens": tokens, "seconds": seconds,
         }));
     } else {
-        cx.ui.print("\n");
+        cx.ui.stream("\n");
         let counts =
             format!("{} prompt tokens, {tokens} written, {}", prompt.len(), human::duration(seconds));
         cx.ui.say(&format!("{counts}, {} tokens/s", human::count(speed)));

@@ -44,7 +44,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let recipe = read(&file_of(&args.recipe), &args.set)?;
     let session = open(&recipe, cx)?;
     if args.resolved {
-        cx.ui.print(&session.plan.to_toml());
+        cx.ui.stream(&session.plan.to_toml());
         return Ok(());
     }
     let sizes = estimate(&session);

@@ -14,7 +14,7 @@ pub struct Args {}
 
 /// Prints the schema.
 pub fn run(_args: &Args, cx: &Context) -> Outcome {
-    cx.ui.print(&text());
+    cx.ui.stream(&text());
     Ok(())
 }
 
