@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::context::Context;
 use crate::failure::{BeforeWork, Failure, Outcome, code};
+use crate::machine;
 use crate::progress::Progress;
 use crate::recipes::{default_out, file_of, read, shell};
 use crate::stop::Stop;
@@ -83,6 +84,10 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         cx.ui.raw(&format!("resume  {}\n", command(args, &out, true)));
         return Err(Failure::said(stop.code()));
     }
+    let mut outcome = outcome;
+    if outcome.before.is_none() && args.resume {
+        outcome.before = before(&out);
+    }
     finish(args, &session, &outcome, cx);
     Ok(())
 }
@@ -117,6 +122,15 @@ fn refuse_existing(out: &Path, resume: bool) -> Outcome {
             "{} holds a run already; go on with it by --resume, or choose another --out (nothing was changed)",
             out.display()
         );
+        return Err(Failure::before_work(message));
+    }
+    let above = out.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("."));
+    if !above.is_dir() {
+        let message = format!("{}: expected a directory to write to, found something else", above.display());
+        return Err(Failure::before_work(message));
+    }
+    if !machine::writable(above) {
+        let message = format!("{} cannot be written to; choose another --out", above.display());
         return Err(Failure::before_work(message));
     }
     if resume && !out.is_dir() {
@@ -216,6 +230,14 @@ fn headline(before: Option<&Evaluation>, after: Option<&Evaluation>, per_row: bo
     let names: &[&str] = if per_row { &["accuracy"] } else { &["perplexity"] };
     let metric = |name: &&str| Some(change(name, before.metric(name)?, after.metric(name)?));
     names.iter().filter_map(metric).chain([change("eval loss", before.loss, after.loss)]).collect()
+}
+
+/// The evaluation before training, which an earlier part of the run logged.
+fn before(run: &Path) -> Option<Evaluation> {
+    // Only a line of the summary is lost where the log cannot be read; the run itself has read and written it.
+    let events = engraft_train::run_data(run).ok()?.events?;
+    let eval = events.evals.into_iter().find(|eval| eval.step == 0)?;
+    Some(Evaluation { loss: eval.loss?, labels: 0, metrics: eval.metrics })
 }
 
 fn finish(args: &Args, session: &Session, outcome: &engraft_train::Outcome, cx: &Context) {
