@@ -1,7 +1,7 @@
 //! Recipes as the commands are given them: a file, a run directory, or standard input.
 
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use engraft_recipe::Recipe;
 use engraft_store::json::read_capped;
@@ -30,7 +30,25 @@ pub fn read(path: &Path, sets: &[String]) -> Outcome<Recipe> {
             "{name} has more than {RECIPE_MAX} bytes: that is no recipe"
         )));
     }
-    Recipe::parse_bytes(&bytes, &name, sets, &method_specs()).map_err(Failure::problems)
+    let mut recipe = Recipe::parse_bytes(&bytes, &name, sets, &method_specs()).map_err(Failure::problems)?;
+    recipe.model_path = straight(&recipe.model_path);
+    Ok(recipe)
+}
+
+/// The path without `.` and `..` where it leads to the same place: it is written into plans and adapters.
+fn straight(path: &Path) -> PathBuf {
+    let same =
+        |other: &PathBuf| matches!((path.canonicalize(), other.canonicalize()), (Ok(a), Ok(b)) if a == b);
+    let Ok(absolute) = std::path::absolute(path) else { return path.to_owned() };
+    let mut short = PathBuf::new();
+    for part in absolute.components() {
+        match part {
+            Component::ParentDir => drop(short.pop()),
+            part => short.push(part),
+        }
+    }
+    // Beyond a symbolic link `..` may lead elsewhere.
+    if same(&short) { short } else { path.to_owned() }
 }
 
 /// The bytes of a recipe's file.
@@ -106,6 +124,19 @@ mod tests {
         std::fs::write(demo.join("recipe.toml"), "").unwrap();
         assert_eq!(default_out(&demo.join("recipe.toml")), Path::new("runs/demo"));
         assert_eq!(default_out(Path::new("-")), Path::new("runs/run"));
+    }
+
+    #[test]
+    fn paths_are_made_straight_where_they_stay_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        std::fs::create_dir_all(root.join("a/b")).unwrap();
+        std::fs::create_dir(root.join("m")).unwrap();
+        assert_eq!(straight(&root.join("a/../m")), root.join("m"));
+        std::os::unix::fs::symlink(root.join("a/b"), root.join("l")).unwrap();
+        std::fs::create_dir(root.join("a/m")).unwrap();
+        assert_eq!(straight(&root.join("l/../m")), root.join("l/../m"));
+        assert_eq!(straight(Path::new("no/such/../model")), Path::new("no/such/../model"));
     }
 
     #[test]
