@@ -183,6 +183,7 @@ impl Rules<'_> {
         let number = |key| self.value("train", key).and_then(Value::as_u64);
         if let (Some(steps), Some(warmup)) = (number("steps"), number("warmup_steps"))
             && warmup > steps
+            && self.pair("train", "warmup_ratio").is_none()
             && let Some(place) = self.place("train.warmup_steps")
         {
             let mut problem =

@@ -31,8 +31,8 @@ pub(super) fn rows(records: Vec<Record>, options: &ReadOptions, rows: &mut Rows)
     let fail = |line, message| Error::Row { path: rows.path.clone(), line, message };
     let mut guesses = Vec::new();
     let plan = plan(first, options, &mut guesses).map_err(|message| {
-        let names = options.columns.pairs().into_iter().filter_map(|(_, name)| name.clone());
-        match names.into_iter().find(|name| first.get(name).is_err_and(|words| words == message)) {
+        let mut names = options.columns.pairs().into_iter().filter_map(|(_, name)| name.clone());
+        match names.find(|name| first.get(name).is_err_and(|words| words == message)) {
             Some(column) => Error::Column { path: rows.path.clone(), line: first.line, column, message },
             None => fail(first.line, message),
         }
