@@ -189,7 +189,7 @@ fn another_task_gets_a_new_head() {
     let refused = |name: &str, task, labels| {
         engraft_model::load(&dir.join(name), &options(task, labels)).err().unwrap().to_string()
     };
-    assert!(refused("llama", Task::MaskedLm, None).contains("no head for masked-lm"));
+    assert!(refused("llama", Task::MaskedLm, None).contains("masked-lm is not one of llama models"));
     assert!(refused("bert_encoder", Task::SequenceClassification, None).contains("labels"));
     assert!(refused("bert_encoder", Task::MaskedLm, None).contains("cls.predictions.bias"));
 }
