@@ -238,7 +238,7 @@ fn missing_files(recipe: &Recipe) -> Vec<Problem> {
     let files = [("data.path", Some(&recipe.data.path)), ("data.eval_path", recipe.data.eval_path.as_ref())];
     let files = files.into_iter().filter_map(|(key, path)| Some((key, path?)));
     let fault = |(key, path): (&str, &PathBuf)| {
-        let error = std::fs::metadata(path).err()?;
+        let error = path.metadata().err()?;
         Some(recipe.problem_at(key, format!("cannot read {}: {error}", path.display())))
     };
     files.filter_map(fault).collect()

@@ -38,7 +38,8 @@ const WEIGHT_ENDS: [&str; 10] =
 #[command(after_help = "\
 Examples:
   engraft merge --model DIR --adapter runs/a/adapter --out merged
-  engraft merge --model DIR --adapter runs/a/adapter --out merged --probe held-out.txt --json")]
+  engraft merge --model DIR --adapter runs/a/adapter --out merged \\
+    --probe held-out.txt --json")]
 pub struct Args {
     /// A model directory in Hugging Face form, or a Hub id
     #[arg(long, value_name = "MODEL")]

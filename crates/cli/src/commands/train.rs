@@ -20,8 +20,8 @@ use crate::stop::Stop;
 #[command(after_help = "\
 Examples:
   engraft train recipe.toml
-  engraft train recipe.toml --set train.learning_rate=2e-4 --set method.rank=16 --out runs/b
-  engraft train recipe.toml --check         two steps of everything; nothing is left behind
+  engraft train recipe.toml --set method.rank=16 --out runs/b
+  engraft train recipe.toml --check        two steps of everything
   engraft train recipe.toml --resume        goes on where the run was cut off
 
 The first Ctrl-C finishes the step, saves and prints how to go on; the second leaves at once.")]
