@@ -9,7 +9,8 @@ use crate::specs::method_specs;
 #[command(after_help = "\
 Examples:
   engraft schema > engraft.schema.json
-  Put `#:schema ./engraft.schema.json` on a recipe's first line, and editors complete and check it.")]
+  Put `#:schema ./engraft.schema.json` on a recipe's first line,
+  and editors complete and check it.")]
 pub struct Args {}
 
 /// Prints the schema.
