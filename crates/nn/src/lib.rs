@@ -32,7 +32,7 @@ pub use layout::Layout;
 pub use linear::{Linear, Patched};
 pub use merge::{MergedTensor, mergeable_sites, merged_tensor, merged_tensors};
 pub use model::{Inputs, Model, ModelInfo, Output, Task};
-pub use norm::{Norm, NormKind};
+pub use norm::Norm;
 pub use pass::{Mode, Pass, Route};
 pub use patch::{
     Base, BlockPatch, HeadPatch, KeyValuePatch, KeyValues, Patch, PromptPatch, RowsFn, Sublayer,

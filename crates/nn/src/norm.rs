@@ -5,15 +5,6 @@ use engraft_tensor::{Tensor, ops};
 use crate::linear::patched_vector;
 use crate::{Kind, Pass, Result, Role, SiteId, Sites, Value};
 
-/// Which norm.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum NormKind {
-    /// Mean and variance, gain and bias.
-    Layer,
-    /// Mean square, gain only.
-    Rms,
-}
-
 /// A norm over the last dimension.
 #[derive(Clone)]
 pub struct Norm {
@@ -47,11 +38,6 @@ impl Norm {
         let gain = vector(gain, "weight");
         let bias = bias.map(|b| vector(b, "bias"));
         Norm { eps, gain, bias }
-    }
-
-    /// Layer norm if there is a bias, else RMS norm.
-    pub fn kind(&self) -> NormKind {
-        if self.bias.is_some() { NormKind::Layer } else { NormKind::Rms }
     }
 
     /// x [.., width] → [.., width]; rows of x are the rows of the pass, or `heads` times as many.
