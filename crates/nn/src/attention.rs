@@ -31,7 +31,7 @@ impl Attend {
             }
             None => self.gathered(k, v, cx)?,
         };
-        let y = attention(&Attention { spans, spec: self.spec }, q, &keys, &values)?;
+        let y = attention(&Attention { spans, spec: self.spec, bias: None }, q, &keys, &values)?;
         self.gated(q, y, cx)
     }
 
@@ -112,7 +112,7 @@ impl Attend {
                     key_positions: Tensor::from_i32(vec![0; copies], [copies])?,
                 };
                 let (keys, values) = (rows.keys.gather(&index)?, rows.values.gather(&index)?);
-                let extra = attention(&Attention { spans, spec }, &q, &keys, &values)?;
+                let extra = attention(&Attention { spans, spec, bias: None }, &q, &keys, &values)?;
                 y = y.add(&extra.mul(&gate.reshape([1, spec.heads, 1])?)?)?;
             }
             Ok(y)

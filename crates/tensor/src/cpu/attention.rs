@@ -53,6 +53,16 @@ pub struct AttentionSpec {
     pub window: Option<usize>,
 }
 
+/// What is added to the scaled score of a query and a key, by how far the key lies behind or ahead (T5's relative
+/// positions).
+#[derive(Clone, Copy, Debug)]
+pub struct Bias<'a> {
+    /// `[heads, distances]`
+    pub values: &'a [f32],
+    /// `kv_pos − q_pos` of the first column.
+    pub first: i32,
+}
+
 /// What attention reads, in both directions.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
@@ -70,6 +80,8 @@ pub struct Inputs<'a> {
     pub kv_pos: &'a [i32],
     /// Heads, scale and mask.
     pub spec: AttentionSpec,
+    /// Added to the scores.
+    pub bias: Option<Bias<'a>>,
 }
 
 /// A pointer that parallel units write through, each to rows and heads of its own.
@@ -117,7 +129,39 @@ impl Inputs<'_> {
             (q_end, kv_end) = (q.end, kv.end);
             let ordered = self.q_pos[q.clone()].is_sorted() && self.kv_pos[kv.clone()].is_sorted();
             assert!(!s.causal || ordered, "attention: positions fall inside {span:?}");
+            self.check_bias(span);
         }
+    }
+
+    /// Panics unless the bias has a column for every distance inside `span`.
+    fn check_bias(&self, span: &Span) {
+        let Some(bias) = self.bias else { return };
+        let ends = |positions: &[i32]| Some((*positions.iter().min()?, *positions.iter().max()?));
+        let (Some(q), Some(kv)) = (ends(&self.q_pos[span.q.clone()]), ends(&self.kv_pos[span.kv.clone()]))
+        else {
+            return;
+        };
+        let distances = bias.values.len() / self.spec.heads;
+        let (nearest, farthest) = (i64::from(kv.0) - i64::from(q.1), i64::from(kv.1) - i64::from(q.0));
+        assert!(
+            nearest >= i64::from(bias.first) && farthest < i64::from(bias.first) + distances as i64,
+            "attention: {distances} biases from distance {} on do not cover {nearest}..={farthest}",
+            bias.first
+        );
+    }
+
+    /// Adds the biases of one row and head to its raw scores with the keys from row `key` of k on, scaling them first;
+    /// gives the factor that is still to be applied.
+    #[inline(always)]
+    fn add_bias(&self, scores: &mut [f32], row: usize, head: usize, key: usize) -> f32 {
+        let Some(bias) = self.bias else { return self.spec.scale };
+        let distances = bias.values.len() / self.spec.heads;
+        let values = &bias.values[head * distances..][..distances];
+        let origin = self.q_pos[row] + bias.first;
+        for (score, &at) in scores.iter_mut().zip(&self.kv_pos[key..]) {
+            *score = *score * self.spec.scale + values[(at - origin) as usize];
+        }
+        1.0
     }
 
     /// The visible keys of each of `rows`, counted from the span's first key; both ends grow with the row.
@@ -225,8 +269,10 @@ fn forward_body<const L: usize>(
             let each = scores.chunks_exact_mut(width).zip(sums.chunks_exact_mut(dim));
             for (i, (scores, sums)) in live.clone().zip(each) {
                 let (a, b) = visible[i];
+                let known = &mut scores[..to - from];
+                let scale = x.add_bias(known, rows.start + i, head * group + g, span.kv.start + from);
                 mask(scores, a.max(from) - from, b.min(to).saturating_sub(from), f32::NEG_INFINITY);
-                let shrink = state[g * count + i].take_in::<L>(scores, x.spec.scale);
+                let shrink = state[g * count + i].take_in::<L>(scores, scale);
                 if shrink != 1.0 {
                     sums.iter_mut().for_each(|sum| *sum *= shrink);
                 }

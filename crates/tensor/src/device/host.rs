@@ -134,6 +134,7 @@ impl Kernels for Cpu {
             dq: g.dq.map(Buffer::as_f32_mut),
             dk: g.dk.map(Buffer::as_f32_mut),
             dv: g.dv.map(Buffer::as_f32_mut),
+            dbias: g.dbias.map(Buffer::as_f32_mut),
         };
         attention::backward(&inputs, g.y.f32(), g.lse.f32(), g.dy.f32(), wanted);
     }
@@ -204,5 +205,6 @@ fn attention_inputs<'a>(
         q_pos: a.spans.query_positions.i32(),
         kv_pos: a.spans.key_positions.i32(),
         spec: a.spec,
+        bias: a.bias.as_ref().map(|b| attention::Bias { values: b.values.f32(), first: b.first }),
     }
 }

@@ -125,6 +125,7 @@ pub(crate) struct AttentionBackward<'a> {
     pub dq: Option<&'a mut Buffer>,
     pub dk: Option<&'a mut Buffer>,
     pub dv: Option<&'a mut Buffer>,
+    pub dbias: Option<&'a mut Buffer>,
 }
 
 /// What [`Kernels::adamw`] changes.

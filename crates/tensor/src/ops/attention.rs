@@ -29,6 +29,25 @@ pub struct Attention {
     pub spans: Spans,
     /// Heads, widths, scale, masks.
     pub spec: AttentionSpec,
+    /// Added to the scaled scores. It must cover every distance that occurs in a sequence: a programmer's error else.
+    pub bias: Option<RelativeBias>,
+}
+
+/// A number for each distance of a key from a query (T5's relative positions).
+#[derive(Clone, Debug)]
+pub struct RelativeBias {
+    /// [heads, distances]; differentiable.
+    pub values: Tensor,
+    /// Key position − query position of the first column.
+    pub first: i32,
+}
+
+impl Attention {
+    /// The same with nothing on the tape.
+    fn detached(&self) -> Attention {
+        let bias = self.bias.as_ref().map(|b| RelativeBias { values: b.values.detach(), first: b.first });
+        Attention { spans: self.spans.clone(), spec: self.spec, bias }
+    }
 }
 
 impl Spans {
@@ -39,7 +58,7 @@ impl Spans {
     }
 }
 
-/// softmax(scale·q·kᵀ)·v within each sequence; q [queries, heads, dim], k and v [keys, kv_heads, dim] → shape of q.
+/// softmax(scale·q·kᵀ + bias)·v within each sequence; q [queries, heads, dim], k and v [keys, kv_heads, dim] → shape of q.
 pub fn attention(a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     check(a, q, k, v)?;
     let mut y = Buffer::f32(q.len());
@@ -47,17 +66,20 @@ pub fn attention(a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Te
     cpu().attention(a, q, k, v, &mut y, &mut lse);
     let y = Tensor::new(q.shape(), y);
     let lse = Tensor::new([q.dim(0), q.dim(1)], lse);
-    let edges = [q.edge(), k.edge(), v.edge()];
-    let (a, kept) = (a.clone(), [q.detach(), k.detach(), v.detach(), y.clone()]);
-    Ok(y.on_tape("attention", &[q, k, v], move |dy, sink| {
-        let [q, k, v, y] = &kept;
-        let buffer = |edge: &Edge, of: &Tensor| edge.wanted().then(|| Buffer::f32(of.len()));
-        let mut d = [buffer(&edges[0], q), buffer(&edges[1], k), buffer(&edges[2], v)];
-        let [dq, dk, dv] = d.each_mut().map(Option::as_mut);
-        cpu().attention_backward(&a, AttentionBackward { q, k, v, y, lse: &lse, dy: &dy, dq, dk, dv });
-        for ((edge, d), shape) in edges.iter().zip(d).zip([q.shape(), k.shape(), v.shape()]) {
+    // Where there is no bias, q stands in for it and nobody wants its gradient.
+    let bias = a.bias.as_ref().map(|b| &b.values);
+    let edges = [q.edge(), k.edge(), v.edge(), bias.map_or(Edge(None), Tensor::edge)];
+    let inputs: Vec<&Tensor> = [q, k, v].into_iter().chain(bias).collect();
+    let (a, kept) = (a.detached(), [q, k, v, bias.unwrap_or(q), &y].map(Tensor::detach));
+    Ok(y.on_tape("attention", &inputs, move |dy, sink| {
+        let [q, k, v, bias, y] = &kept;
+        let of = [q, k, v, bias];
+        let mut d = [0, 1, 2, 3].map(|i| edges[i].wanted().then(|| Buffer::f32(of[i].len())));
+        let [dq, dk, dv, dbias] = d.each_mut().map(Option::as_mut);
+        cpu().attention_backward(&a, AttentionBackward { q, k, v, y, lse: &lse, dy: &dy, dq, dk, dv, dbias });
+        for ((edge, d), of) in edges.iter().zip(d).zip(of) {
             if let Some(d) = d {
-                sink.add(edge, Tensor::new(shape, d))?;
+                sink.add(edge, Tensor::new(of.shape(), d))?;
             }
         }
         Ok(())
@@ -70,6 +92,13 @@ fn check(a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         t.expect_f32("attention")?;
     }
     v.expect_shape("attention", k.shape())?;
+    if let Some(RelativeBias { values, .. }) = &a.bias {
+        values.expect_f32("attention bias")?;
+        if values.shape().len() != 2 || values.dim(0) != s.heads {
+            let expected = format!("[{}, distances]", s.heads);
+            return shape_error("attention bias", expected, format!("{:?}", values.shape()));
+        }
+    }
     let fits = q.shape().len() == 3 && k.shape().len() == 3 && q.shape()[1..] == [s.heads, s.dim];
     if !fits
         || k.shape()[1..] != [s.kv_heads, s.dim]
@@ -114,7 +143,12 @@ mod tests {
                 key_positions: Tensor::from_i32(vec![0, 1, 2, 3, 0, 1], [6]).unwrap(),
             },
             spec: AttentionSpec { heads: 4, kv_heads: 2, dim: 3, scale: 0.6, causal, window },
+            bias: None,
         }
+    }
+
+    fn biased(a: &Attention, values: &Tensor) -> Attention {
+        Attention { bias: Some(RelativeBias { values: values.clone(), first: -4 }), ..a.clone() }
     }
 
     /// The same from primitives: scores of every pair, hidden ones at −∞, one sequence and head after another.
@@ -137,7 +171,17 @@ mod tests {
                 })
                 .collect();
             let hidden = Tensor::from_vec(hidden, [span.q.len(), span.kv.len()]).unwrap();
-            let scores = q.matmul_t(&k).unwrap().scale(s.scale).unwrap().add(&hidden).unwrap();
+            let mut scores = q.matmul_t(&k).unwrap().scale(s.scale).unwrap().add(&hidden).unwrap();
+            if let Some(bias) = &a.bias {
+                let pairs = span.q.clone().flat_map(|i| span.kv.clone().map(move |j| (i, j)));
+                let (q_pos, k_pos) = (a.spans.query_positions.i32(), a.spans.key_positions.i32());
+                let index: Vec<i64> =
+                    pairs.map(|(i, j)| i64::from(k_pos[j] - q_pos[i] - bias.first)).collect();
+                let index = Tensor::from_i64(index.clone(), [index.len()]).unwrap();
+                let of_head = bias.values.narrow(0, h, 1).unwrap().reshape([bias.values.dim(1), 1]).unwrap();
+                let added = of_head.gather(&index).unwrap().reshape([span.q.len(), span.kv.len()]).unwrap();
+                scores = scores.add(&added).unwrap();
+            }
             scores.softmax().unwrap().matmul(&v).unwrap().reshape([span.q.len(), 1, s.dim]).unwrap()
         };
         let sequence = |span: &Span| {
@@ -156,6 +200,11 @@ mod tests {
             let [q, k, v] = &inputs;
             close(&attention(&a, q, k, v).unwrap(), &composed(&a, q, k, v), 1e-5);
             check_gradients(&inputs, |t| attention(&a, &t[0], &t[1], &t[2])).unwrap();
+            let values = sample(&[4, 9], 4);
+            let with = biased(&a, &values);
+            close(&attention(&with, q, k, v).unwrap(), &composed(&with, q, k, v), 1e-5);
+            let all = [q.clone(), k.clone(), v.clone(), values];
+            check_gradients(&all, |t| attention(&biased(&a, &t[3]), &t[0], &t[1], &t[2])).unwrap();
         }
     }
 
@@ -166,5 +215,7 @@ mod tests {
         assert!(attention(&a, &k, &k, &k).is_err());
         assert!(attention(&a, &q, &k.rows_between(0, 5).unwrap(), &k.rows_between(0, 5).unwrap()).is_err());
         assert!(attention(&a, &q.unary(Unary::Exp).unwrap(), &q, &q).is_err());
+        assert!(attention(&a, &q, &k, &k).is_ok());
+        assert!(attention(&biased(&a, &sample(&[3, 9], 4)), &q, &k, &k).is_err());
     }
 }

@@ -18,7 +18,7 @@ mod rope;
 mod shape;
 mod softmax;
 
-pub use attention::{Attention, Spans, attention};
+pub use attention::{Attention, RelativeBias, Spans, attention};
 pub use elementwise::{Binary, Unary};
 pub use gated::silu_mul;
 pub use gather::{embed, embed_shape};

@@ -26,6 +26,8 @@ pub struct Gradients<'a> {
     pub dk: Option<&'a mut [f32]>,
     /// `[Tk, kv_heads, dim]`
     pub dv: Option<&'a mut [f32]>,
+    /// `[heads, distances]`
+    pub dbias: Option<&'a mut [f32]>,
 }
 
 /// A part of the work: some rows against some keys of one span, and what of it is written.
@@ -65,14 +67,44 @@ pub fn backward(inputs: &Inputs, y: &[f32], lse: &[f32], dy: &[f32], wanted: Gra
             Shared(gradient.as_mut_ptr())
         })
     };
-    let Gradients { dq, dk, dv } = wanted;
+    let Gradients { dq, dk, dv, dbias } = wanted;
     let (dq, dk, dv) = (share(dq, q), share(dk, k), share(dv, k));
     let dim = inputs.spec.dim;
     let mut delta = vec![0.0; lse.len()];
     let given = y.par_chunks(64 * dim).zip(dy.par_chunks(64 * dim));
     delta.par_chunks_mut(64).zip(given).for_each(|(delta, (y, dy))| row_dots(y, dy, dim, delta));
+    let kept = Kept { lse, dy, delta: &delta };
     let units = units(inputs, dq, dk, dv);
-    units.into_par_iter().for_each(|unit| backward_unit(inputs, Kept { lse, dy, delta: &delta }, unit));
+    units.into_par_iter().for_each(|unit| backward_unit(inputs, kept, unit));
+    if let Some(dbias) = dbias {
+        bias_gradient(inputs, kept, dbias);
+    }
+}
+
+/// `dbias[head, distance] = Σ p·(dy·vᵀ − δ)` over the pairs at that distance, each head in the order of the rows. Only
+/// runs that train the biases themselves need it, so the scores are simply made once more.
+fn bias_gradient(x: &Inputs, kept: Kept, dbias: &mut [f32]) {
+    let Some(bias) = x.bias else { return dbias.fill(0.0) };
+    assert_eq!(dbias.len(), bias.values.len(), "attention: dbias is not [heads, distances]");
+    let dim = x.spec.dim;
+    let dot = |a: &[f32], b: &[f32]| sum_pairs(&a[..dim], &b[..dim], |a, b| a * b);
+    let head_sums = |(head, sums): (usize, &mut [f32])| {
+        sums.fill(0.0);
+        for span in x.spans {
+            for (row, (start, end)) in span.q.clone().zip(x.visible(span, span.q.clone())) {
+                let (at, cell) = (x.q_at(row, head), row * x.spec.heads + head);
+                for key in span.kv.start + start..span.kv.start + end {
+                    let kv = x.kv_at(key, head / x.group());
+                    let mut score = [dot(&x.q[at..], &x.k[kv..])];
+                    let scale = x.add_bias(&mut score, row, head, key);
+                    let share = (score[0] * scale - kept.lse[cell]).exp();
+                    let distance = (x.kv_pos[key] - x.q_pos[row] - bias.first) as usize;
+                    sums[distance] += share * (dot(&kept.dy[at..], &x.v[kv..]) - kept.delta[cell]);
+                }
+            }
+        }
+    };
+    dbias.par_chunks_mut(bias.values.len() / x.spec.heads).enumerate().for_each(head_sums);
 }
 
 /// The parts, cut by shapes alone: each sequence and key head, or, when these are few and long, rows for dq and keys for
@@ -212,8 +244,9 @@ fn block_gradients<const L: usize>(
         let (a, b) = visible[rows.start + i];
         let at = (row + i) * x.spec.heads + head;
         let (lse, delta) = (kept.lse[at], kept.delta[at]);
+        let scale = x.add_bias(&mut shares[..n], row + i, head, unit.span.kv.start + keys.start);
         for share in &mut *shares {
-            *share = exp::<L>(*share * x.spec.scale - lse);
+            *share = exp::<L>(*share * scale - lse);
         }
         let (start, stop) = (a.max(keys.start) - keys.start, b.min(keys.end).saturating_sub(keys.start));
         mask(shares, start, stop, 0.0);

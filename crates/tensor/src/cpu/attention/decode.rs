@@ -87,9 +87,10 @@ fn part_body<const L: usize>(x: &Inputs, span: &Span, keys: Range<usize>) -> Par
         let start = from - span.kv.start;
         for (cell, scores) in scores.chunks_exact_mut(TILE).enumerate() {
             let (a, b) = visible[cell / heads];
+            let scale = x.add_bias(&mut scores[..to - from], span.q.start + cell / heads, cell % heads, from);
             let end = b.min(to - span.kv.start).saturating_sub(start);
             mask(scores, a.max(start) - start, end, f32::NEG_INFINITY);
-            let shrink = found.state[cell].take_in::<L>(scores, x.spec.scale);
+            let shrink = found.state[cell].take_in::<L>(scores, scale);
             if shrink != 1.0 {
                 found.sums[cell * dim..][..dim].iter_mut().for_each(|sum| *sum *= shrink);
             }

@@ -12,6 +12,8 @@ struct Case {
     q_pos: Vec<i32>,
     kv_pos: Vec<i32>,
     spec: AttentionSpec,
+    /// `[heads, distances]` and the first distance; empty for none.
+    bias: (Vec<f32>, i32),
 }
 
 const SPEC: AttentionSpec =
@@ -41,7 +43,14 @@ fn case(spec: AttentionSpec, lengths: &[(usize, usize)]) -> Case {
         q_pos,
         kv_pos,
         spec,
+        bias: (vec![], 0),
     }
+}
+
+/// The same with a bias for every distance from −`reach` to `reach`.
+fn with_bias(case: Case, reach: i32) -> Case {
+    let distances = 2 * reach as usize + 1;
+    Case { bias: (random(5, case.spec.heads * distances), -reach), ..case }
 }
 
 struct Found {
@@ -50,12 +59,24 @@ struct Found {
     dq: Vec<f32>,
     dk: Vec<f32>,
     dv: Vec<f32>,
+    dbias: Vec<f32>,
 }
 
 impl Case {
     fn inputs(&self) -> Inputs<'_> {
         let Case { q, k, v, spans, q_pos, kv_pos, spec, .. } = self;
-        Inputs { q, k, v, spans, q_pos, kv_pos, spec: *spec }
+        let (values, first) = (&self.bias.0[..], self.bias.1);
+        let bias = (!values.is_empty()).then_some(Bias { values, first });
+        Inputs { q, k, v, spans, q_pos, kv_pos, spec: *spec, bias }
+    }
+
+    /// What is added to the score of row `q` and key `kv` at head `h`.
+    fn bias_at(&self, h: usize, q: usize, kv: usize) -> f64 {
+        let distances = self.bias.0.len() / self.spec.heads;
+        if distances == 0 {
+            return 0.0;
+        }
+        f64::from(self.bias.0[h * distances + (self.kv_pos[kv] - self.q_pos[q] - self.bias.1) as usize])
     }
 
     fn run(&self) -> Found {
@@ -63,9 +84,16 @@ impl Case {
         forward(&self.inputs(), &mut y, &mut lse);
         let (mut dq, mut dk, mut dv) =
             (vec![9.0; self.q.len()], vec![9.0; self.k.len()], vec![9.0; self.k.len()]);
-        let wanted = Gradients { dq: Some(&mut dq), dk: Some(&mut dk), dv: Some(&mut dv) };
+        let mut dbias = vec![9.0; self.bias.0.len()];
+        let biased = !dbias.is_empty();
+        let wanted = Gradients {
+            dq: Some(&mut dq),
+            dk: Some(&mut dk),
+            dv: Some(&mut dv),
+            dbias: biased.then_some(&mut dbias[..]),
+        };
         backward(&self.inputs(), &y, &lse, &self.dy, wanted);
-        Found { y, lse, dq, dk, dv }
+        Found { y, lse, dq, dk, dv, dbias }
     }
 
     fn sees(&self, q: usize, kv: usize) -> bool {
@@ -80,7 +108,7 @@ impl Case {
         let score = |j: usize| {
             let key = (j * s.kv_heads + h / group) * s.dim;
             let dot: f64 = (0..s.dim).map(|d| self.q[at + d] as f64 * self.k[key + d] as f64).sum();
-            if self.sees(i, j) { dot * s.scale as f64 } else { f64::NEG_INFINITY }
+            if self.sees(i, j) { dot * s.scale as f64 + self.bias_at(h, i, j) } else { f64::NEG_INFINITY }
         };
         let scores: Vec<f64> = span.kv.clone().map(score).collect();
         let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -91,13 +119,15 @@ impl Case {
         (scores.iter().map(|s| (s - top).exp() / sum).collect(), top + sum.ln())
     }
 
-    /// y, lse, dq, dk, dv by the definition, in f64.
-    fn reference(&self) -> [Vec<f64>; 5] {
+    /// y, lse, dq, dk, dv, dbias by the definition, in f64.
+    fn reference(&self) -> [Vec<f64>; 6] {
         let s = self.spec;
         let group = s.heads / s.kv_heads;
         let mut y = vec![0.0; self.q.len()];
         let mut lse = vec![f64::NEG_INFINITY; self.q_pos.len() * s.heads];
         let (mut dq, mut dk, mut dv) = (y.clone(), vec![0.0; self.k.len()], vec![0.0; self.k.len()]);
+        let mut dbias = vec![0.0; self.bias.0.len()];
+        let distances = self.bias.0.len() / s.heads;
         for (span, h) in self.spans.iter().flat_map(|span| (0..s.heads).map(move |h| (span, h))) {
             for i in span.q.clone() {
                 let at = (i * s.heads + h) * s.dim;
@@ -109,7 +139,12 @@ impl Case {
                 };
                 let mean: f64 = weights.iter().enumerate().map(|(j, w)| w * dw(j)).sum();
                 for (j, w) in weights.iter().enumerate() {
-                    let ds = w * (dw(j) - mean) * s.scale as f64;
+                    let slope = w * (dw(j) - mean);
+                    let ds = slope * s.scale as f64;
+                    if distances > 0 {
+                        let behind = self.kv_pos[span.kv.start + j] - self.q_pos[i];
+                        dbias[h * distances + (behind - self.bias.1) as usize] += slope;
+                    }
                     for d in 0..s.dim {
                         y[at + d] += w * self.v[key(j) + d] as f64;
                         dv[key(j) + d] += w * self.dy[at + d] as f64;
@@ -119,19 +154,20 @@ impl Case {
                 }
             }
         }
-        [y, lse, dq, dk, dv]
+        [y, lse, dq, dk, dv, dbias]
     }
 
     fn check(&self) {
-        let Found { y, lse, dq, dk, dv } = self.run();
-        for ((name, found), truth) in
-            [("y", y), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)].into_iter().zip(self.reference())
-        {
+        let Found { y, lse, dq, dk, dv, dbias } = self.run();
+        let found = [("y", y), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv), ("dbias", dbias)];
+        for ((name, found), truth) in found.into_iter().zip(self.reference()) {
+            // A bias' gradient is a sum over hundreds of pairs.
+            let tolerance = if name == "dbias" { 1e-4 } else { 1e-5 };
             for (at, (&found, truth)) in found.iter().zip(truth).enumerate() {
                 let same = found as f64 == truth;
                 let error = (found as f64 - truth).abs();
                 assert!(
-                    same || error < 1e-5 * (1.0 + truth.abs()),
+                    same || error < tolerance * (1.0 + truth.abs()),
                     "{name}[{at}] = {found}, expected {truth}; {:?}, {} spans",
                     self.spec,
                     self.spans.len()
@@ -150,6 +186,7 @@ fn values_and_gradients_equal_the_definition() {
         {
             let spec = AttentionSpec { heads, kv_heads, dim, causal, window, scale: 0.4 };
             case(spec, &ragged).check();
+            with_bias(case(spec, &ragged), 200).check();
         }
     }
 }
@@ -157,6 +194,7 @@ fn values_and_gradients_equal_the_definition() {
 #[test]
 fn a_long_sequence_that_is_cut_for_more_cores() {
     case(AttentionSpec { window: Some(150), ..SPEC }, &[(600, 600)]).check();
+    with_bias(case(AttentionSpec { causal: false, ..SPEC }, &[(300, 330)]), 400).check();
     case(SPEC, &[(300, 330)]).check();
     case(AttentionSpec { causal: false, ..SPEC }, &[(10, 530)]).check();
 }
@@ -196,6 +234,12 @@ fn gradients_equal_finite_differences() {
             assert!((gradient[at] as f64 - slope).abs() < 2e-4, "{at}: {}, expected {slope}", gradient[at]);
         }
     }
+}
+
+#[test]
+#[should_panic(expected = "do not cover")]
+fn a_bias_that_lacks_distances_is_refused() {
+    with_bias(case(SPEC, &[(9, 9)]), 7).run();
 }
 
 #[test]
