@@ -172,6 +172,7 @@ fn task_of(files: &AdapterFiles) -> Option<Task> {
         "SEQ_CLS" => Some(Task::SequenceClassification),
         "TOKEN_CLS" => Some(Task::TokenClassification),
         "FEATURE_EXTRACTION" => Some(Task::Embedding),
+        "SEQ_2_SEQ_LM" => Some(Task::Seq2Seq),
         _ => None,
     }
 }

@@ -91,11 +91,8 @@ fn check(engine: &Engine, prompt: &[u32]) -> Outcome {
 /// The logits after `ids`, which stand at positions from `first` on.
 fn next_logits(engine: &Engine, ids: &[u32], first: usize, cache: &Arc<Mutex<KvCache>>) -> Outcome<Vec<f32>> {
     let positions = (first..first + ids.len()).map(|p| p as i32).collect();
-    let inputs = Inputs {
-        ids: Tensor::from_i64(ids.iter().map(|id| i64::from(*id)).collect(), [ids.len()])?,
-        type_ids: None,
-        layout: Layout::new(&[ids.len()], positions)?,
-    };
+    let tokens = Tensor::from_i64(ids.iter().map(|id| i64::from(*id)).collect(), [ids.len()])?;
+    let inputs = Inputs::tokens(tokens, None, Layout::new(&[ids.len()], positions)?);
     let out = engine.cached_features(&inputs, cache)?;
     let last = out.features.rows() as i64 - 1;
     let logits = no_grad(|| {

@@ -232,6 +232,8 @@ fn describe_head(config: &mut Map<String, Value>, engine: &Engine) {
         Task::TokenClassification => "ForTokenClassification",
         Task::MaskedLm => "ForMaskedLM",
         Task::CausalLm => "ForCausalLM",
+        Task::ImageClassification => "ForImageClassification",
+        Task::Seq2Seq => "ForConditionalGeneration",
         Task::Embedding => return,
     };
     // `BertModel` → `BertForSequenceClassification`.
@@ -241,7 +243,7 @@ fn describe_head(config: &mut Map<String, Value>, engine: &Engine) {
     if let Some(stem) = stem {
         config.insert("architectures".into(), json!([format!("{stem}{head}")]));
     }
-    if matches!(info.task, Task::SequenceClassification | Task::TokenClassification) {
+    if info.task.is_classification() {
         let has =
             config.get("id2label").and_then(Value::as_object).is_some_and(|map| map.len() == info.outputs);
         if !has {

@@ -194,7 +194,8 @@ pub(crate) fn write_header(
         Task::SequenceClassification => Some("SEQ_CLS"),
         Task::TokenClassification => Some("TOKEN_CLS"),
         Task::Embedding => Some("FEATURE_EXTRACTION"),
-        Task::MaskedLm => None,
+        Task::Seq2Seq => Some("SEQ_2_SEQ_LM"),
+        Task::MaskedLm | Task::ImageClassification => None,
     };
     let modules = if train_also.is_empty() { Value::Null } else { json!(train_also) };
     let header = json!({

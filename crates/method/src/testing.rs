@@ -75,6 +75,7 @@ pub fn toy() -> (Arc<Sites>, ModelInfo) {
         vocabulary: 11,
         outputs: 3,
         max_positions: 32,
+        picture: None,
     };
     (Arc::new(s), info)
 }

@@ -207,6 +207,7 @@ fn build(
         head_dim: s.width / s.heads,
         vocabulary: s.vocabulary,
         outputs,
+        picture: None,
         max_positions: s.positions - s.first_position,
     };
     let sites = Arc::new(std::mem::take(&mut r.sites));
@@ -250,7 +251,7 @@ impl Top {
             },
             Task::TokenClassification => Top::Tokens(r.head("classifier", Role::Head, labels, true)?),
             Task::MaskedLm => return Ok((Self::words(roberta, s, words, r)?, s.vocabulary)),
-            Task::Embedding | Task::CausalLm => {
+            Task::Embedding | Task::CausalLm | Task::Seq2Seq | Task::ImageClassification => {
                 if r.has(&format!("{}.weight", r.name(pooler))) {
                     r.linear(pooler, Role::Pool, None, square, true)?;
                 }
@@ -357,12 +358,13 @@ impl Layer {
 impl Bert {
     /// Embedded input, prompts included, and the pass that describes its rows.
     fn embedded(&self, inputs: &Inputs, plain: &Pass) -> engraft_nn::Result<(Tensor, Pass)> {
-        let words = self.words.forward(&inputs.ids, &self.sites, plain)?;
-        let (h, all) = plain.with_prefixes(&self.sites)?.with_prompts(self.prompt, &words)?;
+        let words = self.words.forward(inputs.ids()?, &self.sites, plain)?;
+        let first = self.layers[0].attend.site();
+        let (h, all) = plain.with_prefixes(first)?.with_prompts(self.prompt, &words)?;
         let (h, all) = self.padded(h, all, plain)?;
         let rows = all.layout().tokens();
         let zeros = || Tensor::from_i64(vec![0; rows], [rows]);
-        let types = match (&inputs.type_ids, all.layout().real_rows()) {
+        let types = match (inputs.types(), all.layout().real_rows()) {
             (None, _) => self.types.forward(&zeros()?, &self.sites, &all)?,
             (Some(ids), None) => self.types.forward(ids, &self.sites, &all)?,
             (Some(ids), Some(real)) => {
@@ -373,7 +375,7 @@ impl Bert {
                 mixed(&other, &self.types.forward(ids, &self.sites, plain)?, &of_token)?
             }
         };
-        let positions = self.position_ids(inputs.ids.ids()?, plain, &all)?;
+        let positions = self.position_ids(inputs.ids()?.ids()?, plain, &all)?;
         let positions = self.positions.forward(&positions, &self.sites, &all)?;
         let h = self.norm.forward(&h.add(&types)?.add(&positions)?, &all)?;
         Ok((h, all))

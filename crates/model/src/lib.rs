@@ -128,7 +128,7 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<Loaded> {
     let class_task = class_task(&path, &config, architecture)?;
     let task = task(&path, architecture, class_task, options)?;
     let mut c = Config::new(&path, &config);
-    let labels = if is_classification(task) { labels(&mut c, class_task == Some(task), options) } else { 0 };
+    let labels = if task.is_classification() { labels(&mut c, class_task == Some(task), options) } else { 0 };
     let head = Head { task, labels };
     let weights = Weights::open(dir, &options.limits)?;
     let prefixes = architecture.prefixes(&weights, task);
@@ -150,10 +150,6 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<Loaded> {
         bytes: Bytes { mapped, ..reader.bytes },
         config,
     })
-}
-
-fn is_classification(task: Task) -> bool {
-    matches!(task, Task::SequenceClassification | Task::TokenClassification)
 }
 
 /// The architecture that `model_type` names.

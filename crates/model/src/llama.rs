@@ -270,6 +270,7 @@ fn build(
         head_dim: s.dim,
         vocabulary: s.vocabulary,
         outputs,
+        picture: None,
         max_positions: rope.reach(s.positions),
     };
     let sites = Arc::new(std::mem::take(&mut r.sites));
@@ -390,8 +391,8 @@ impl Model for Llama {
 
     fn features(&self, inputs: &Inputs, cx: &Pass) -> engraft_nn::Result<Output> {
         inputs.layout.expect_filled()?;
-        let cx = cx.with_prefixes(&self.sites)?;
-        let h = self.embed.forward(&inputs.ids, &self.sites, &cx)?;
+        let cx = cx.with_prefixes(self.layers[0].attend.site())?;
+        let h = self.embed.forward(inputs.ids()?, &self.sites, &cx)?;
         let (mut h, cx) = cx.with_prompts(self.prompt, &h)?;
         let longest =
             |layout: &Layout| layout.positions().iter().max().map_or(1, |p| (p + 1).max(1) as usize);

@@ -10,8 +10,8 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use engraft_nn::weight::{FileRows, Storage};
-use engraft_nn::{Embedding, Init, Linear, Norm, Role, Sites, Weight};
+use engraft_nn::weight::{FileRows, Storage, TransposedRows};
+use engraft_nn::{Convolution, Embedding, Init, Linear, Norm, Parameter, Role, Sites, Weight};
 use engraft_store::{Dtype, RawTensor, Weights};
 use engraft_tensor::Tensor;
 use engraft_tensor::frozen::RowSource;
@@ -142,6 +142,71 @@ impl<'a> Reader<'a> {
         let weight = Weight::matrix(&FileRows::new(name, &raw)?, storage, self.options.precision)?;
         self.count(part, weight.bytes());
         Ok(Arc::new(weight))
+    }
+
+    /// A linear layer whose matrix the file holds as [in, out] (GPT-2's `Conv1D`), with bias.
+    pub fn linear_transposed(
+        &mut self,
+        path: &str,
+        role: Role,
+        layer: Option<usize>,
+        (out, inn): (usize, usize),
+    ) -> Result<Linear> {
+        let name = self.name(path);
+        let tensor = format!("{name}.weight");
+        let weight = match self.take(&tensor, &[inn, out]) {
+            None => Weight::table(Arc::new(Absent((out, inn))), None),
+            Some(raw) => {
+                let rows = TransposedRows::new(&tensor, &raw)?;
+                Weight::matrix(&rows, self.options.storage, self.options.precision)?
+            }
+        };
+        self.count(Part::Block, weight.bytes());
+        let bias = self.vector(&format!("{name}.bias"), out)?;
+        let weight = Arc::new(weight.stored_transposed());
+        Ok(Linear::declare(&mut self.sites, (path, &name), role, layer, weight, Some(bias)))
+    }
+
+    /// A convolution over patches of `size` × `size` pixels, with or without bias.
+    pub fn convolution(
+        &mut self,
+        path: &str,
+        out: usize,
+        (channels, size): (usize, usize),
+        bias: bool,
+    ) -> Result<Convolution> {
+        let name = self.name(path);
+        let (tensor, shape) = (format!("{name}.weight"), (out, channels * size * size));
+        let weight = match self.take(&tensor, &[out, channels, size, size]) {
+            None => Weight::table(Arc::new(Absent(shape)), None),
+            Some(raw) => {
+                let rows = FileRows::flattened(&tensor, &raw, shape)?;
+                Weight::matrix(&rows, Storage::Dense, self.options.precision)?
+            }
+        };
+        self.count(Part::Embedding, weight.bytes());
+        let bias = if bias { Some(self.vector(&format!("{name}.bias"), out)?) } else { None };
+        Ok(Convolution::declare(&mut self.sites, (path, &name), (channels, size), Arc::new(weight), bias))
+    }
+
+    /// A bare parameter of the file's `shape` (a class token, learned positions, a layer scale), seen as a vector.
+    pub fn parameter(
+        &mut self,
+        path: &str,
+        role: Role,
+        layer: Option<usize>,
+        shape: &[usize],
+    ) -> Result<Parameter> {
+        let name = self.name(path);
+        let len = shape.iter().product();
+        let value = match self.take(&name, shape) {
+            None => Tensor::zeros([0]),
+            Some(raw) => {
+                self.bytes.vectors += 4 * len;
+                Tensor::from_vec(raw.to_f32()?, [len])?
+            }
+        };
+        Ok(Parameter::declare(&mut self.sites, (path, &name), role, layer, value))
     }
 
     /// The vector `name` `[len]`.

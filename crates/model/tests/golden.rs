@@ -90,7 +90,7 @@ fn greedy(model: &dyn Model, prompt: &[i64], steps: usize, stop: Option<i64>) ->
         let fresh = &all[fed..];
         let layout = Layout::new(&[fresh.len()], (fed as i32..all.len() as i32).collect()).unwrap();
         let ids = Tensor::from_i64(fresh.to_vec(), [fresh.len()]).unwrap();
-        let inputs = Inputs { ids, type_ids: None, layout: layout.clone() };
+        let inputs = Inputs::tokens(ids, None, layout.clone());
         let cx = Pass::new(layout, None).cached(cache.clone());
         let logits = no_grad(|| model.forward(&inputs, &cx)).unwrap().to_vec().unwrap();
         let last = &logits[logits.len() - model.info().outputs..];

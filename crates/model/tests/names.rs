@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use common::*;
 use engraft_model::{Error, LoadOptions, Loaded, load};
+use engraft_nn::Inputs;
 use engraft_store::{Dtype, Entry, Weights, write_safetensors};
 use engraft_tensor::{Tensor, no_grad};
 
@@ -103,8 +104,9 @@ fn too_long_and_unknown_inputs_are_errors() {
     assert!(text(&[5; 41]).contains("needs 41 positions") && text(&[5; 41]).contains("has 40"));
     assert!(text(&[5, 103]).contains("103"));
     assert!(text(&[]).contains("empty"));
-    let mut inputs = batch(&[&[5, 6]]);
-    inputs.type_ids = Some(Tensor::from_i64(vec![0, 2], [2]).unwrap());
+    let plain = batch(&[&[5, 6]]);
+    let types = Tensor::from_i64(vec![0, 2], [2]).unwrap();
+    let inputs = Inputs::tokens(plain.ids().unwrap().clone(), Some(types), plain.layout);
     let cx = engraft_nn::Pass::new(inputs.layout.clone(), None);
     assert!(no_grad(|| model.forward(&inputs, &cx)).is_err(), "type 2 of 2");
     assert!(matches!(

@@ -2,9 +2,10 @@
 
 use engraft_tensor::Tensor;
 use engraft_tensor::cpu::attention::{AttentionSpec, Span};
-use engraft_tensor::ops::{Attention, Spans, attention, cat};
+use engraft_tensor::ops::{Attention, RelativeBias, Spans, attention, cat};
 
-use crate::{KeyValuePatch, Kind, Pass, Patch, Result, Role, SiteId, Sites};
+use crate::cache::Attended;
+use crate::{KeyValuePatch, Kind, Layout, Pass, Patch, Result, Role, SiteId, Sites};
 
 /// The attention of one layer: its heads, what is visible, its key-and-value site.
 #[derive(Clone)]
@@ -17,34 +18,91 @@ pub struct Attend {
 impl Attend {
     /// Declares the key-and-value site `path`.
     pub fn declare(sites: &mut Sites, path: &str, layer: usize, spec: AttentionSpec) -> Attend {
+        Self::declare_as(sites, path, Role::Attention, layer, spec)
+    }
+
+    /// Declares the key-and-value site `path` of a cross-attention.
+    pub fn declare_cross(sites: &mut Sites, path: &str, layer: usize, spec: AttentionSpec) -> Attend {
+        Self::declare_as(sites, path, Role::CrossAttention, layer, spec)
+    }
+
+    fn declare_as(sites: &mut Sites, path: &str, role: Role, layer: usize, spec: AttentionSpec) -> Attend {
         let kind = Kind::KeyValue { heads: spec.kv_heads, dim: spec.dim };
-        let site = sites.add(path, Role::Attention, Some(layer), kind);
+        let site = sites.add(path, role, Some(layer), kind);
         Attend { spec, site, layer }
+    }
+
+    /// The key-and-value site.
+    pub fn site(&self) -> SiteId {
+        self.site
     }
 
     /// q [tokens, heads, dim], k and v [tokens, kv_heads, dim] (rotated already) → [tokens, heads, dim].
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor, cx: &Pass) -> Result<Tensor> {
+        self.forward_biased(q, k, v, None, cx)
+    }
+
+    /// [`Attend::forward`] with a number added to each score by the distance of key and query.
+    pub fn forward_biased(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        bias: Option<RelativeBias>,
+        cx: &Pass,
+    ) -> Result<Tensor> {
         let (keys, values, spans) = match cx.cache() {
             Some(mut cache) => {
                 let prefixes = cx.prefixes(self.site)?;
                 cache.extend(self.layer, k, v, &prefixes, cx)?
             }
-            None => self.gathered(k, v, cx)?,
+            None => {
+                let found = self.gathered(k, v, cx.layout(), cx)?;
+                let spans = spans_of(&found, cx.layout());
+                (found.keys, found.values, spans)
+            }
         };
-        let y = attention(&Attention { spans, spec: self.spec, bias: None }, q, &keys, &values)?;
+        let y = attention(&Attention { spans, spec: self.spec, bias }, q, &keys, &values)?;
         self.gated(q, y, cx)
     }
 
-    /// Keys and values with the prefix of each sequence before them.
-    fn gathered(&self, k: &Tensor, v: &Tensor, cx: &Pass) -> Result<(Tensor, Tensor, Spans)> {
-        let layout = cx.layout();
-        let positions = layout.positions_tensor();
+    /// q [target tokens, heads, dim] attends to what `memory` holds → [target tokens, heads, dim]. Under a cache, keys and
+    /// values are made once, and `memory` is not needed again.
+    pub fn forward_cross(
+        &self,
+        q: &Tensor,
+        memory: Option<&Memory>,
+        keys_and_values: impl FnOnce(&Memory) -> Result<(Tensor, Tensor)>,
+        cx: &Pass,
+    ) -> Result<Tensor> {
+        let kept = cx.cache().and_then(|cache| cache.source(self.layer));
+        let found = match (kept, memory) {
+            (Some(kept), _) => kept,
+            (None, Some(memory)) => {
+                let (k, v) = keys_and_values(memory)?;
+                let found = self.gathered(&k, &v, memory.pass.layout(), cx)?;
+                if let Some(mut cache) = cx.cache() {
+                    cache.keep_source(self.layer, found.clone());
+                }
+                found
+            }
+            (None, None) => {
+                let message = "cross-attention has nothing to read: the source was not encoded";
+                return Err(crate::Error::Unsupported(message.into()));
+            }
+        };
+        let spans = spans_of(&found, cx.layout());
+        let y = attention(&Attention { spans, spec: self.spec, bias: None }, q, &found.keys, &found.values)?;
+        self.gated(q, y, cx)
+    }
+
+    /// Keys and values, laid out as `layout` says, with the prefix of each sequence before them.
+    fn gathered(&self, k: &Tensor, v: &Tensor, layout: &Layout, cx: &Pass) -> Result<Attended> {
         let prefixes = cx.prefixes(self.site)?;
         if prefixes.iter().all(Option::is_none) {
-            let span = |(i, s): (usize, &std::ops::Range<usize>)| Span { q: s.clone(), kv: layout.seen(i) };
-            let spans = layout.sequences().iter().enumerate().map(span).collect();
-            let spans = Spans { spans, query_positions: positions.clone(), key_positions: positions.clone() };
-            return Ok((k.clone(), v.clone(), spans));
+            let seen = (0..layout.sequences().len()).map(|i| layout.seen(i)).collect();
+            let positions = layout.positions_tensor().clone();
+            return Ok(Attended { keys: k.clone(), values: v.clone(), positions, seen });
         }
         // All prefixes first, then the tokens; each sequence picks its rows.
         let (mut keys, mut values, mut starts, mut at) = (vec![], vec![], vec![], 0);
@@ -58,26 +116,25 @@ impl Attend {
         }
         keys.push(k.clone());
         values.push(v.clone());
-        let (mut index, mut key_positions, mut spans) = (vec![], vec![], vec![]);
+        let (mut index, mut positions, mut seen) = (vec![], vec![], vec![]);
         for ((route, prefix), start) in cx.routes().iter().zip(&prefixes).zip(starts) {
             let count = prefix.as_ref().map_or(0, |p| p.keys.dim(0));
             for number in route.sequences.clone() {
-                let (begin, seen) = (index.len(), layout.seen(number));
+                let (begin, own) = (index.len(), layout.seen(number));
                 index.extend((start..start + count).map(|i| i as i64));
-                index.extend(seen.clone().map(|i| (at + i) as i64));
-                key_positions.extend(0..count as i32);
-                key_positions.extend_from_slice(&layout.positions()[seen]);
-                spans.push(Span { q: layout.sequences()[number].clone(), kv: begin..index.len() });
+                index.extend(own.clone().map(|i| (at + i) as i64));
+                positions.extend(0..count as i32);
+                positions.extend_from_slice(&layout.positions()[own]);
+                seen.push(begin..index.len());
             }
         }
         let index = Tensor::from_i64(index.clone(), [index.len()])?;
         let pick = |parts: &[Tensor]| -> Result<Tensor> {
             Ok(cat(&parts.iter().collect::<Vec<_>>(), 0)?.gather(&index)?)
         };
-        let rows = key_positions.len();
-        let key_positions = Tensor::from_i32(key_positions, [rows])?;
-        let spans = Spans { spans: spans.into(), query_positions: positions.clone(), key_positions };
-        Ok((pick(&keys)?, pick(&values)?, spans))
+        let rows = positions.len();
+        let positions = Tensor::from_i32(positions, [rows])?;
+        Ok(Attended { keys: pick(&keys)?, values: pick(&values)?, positions, seen })
     }
 
     /// Adds what gated rows give in a softmax of their own.
@@ -120,6 +177,25 @@ impl Attend {
     }
 }
 
+/// What the decoder of an encoder–decoder model reads: the encoder's states and the pass that describes their rows.
+#[derive(Clone)]
+pub struct Memory {
+    /// [source tokens, width].
+    pub states: Tensor,
+    /// The encoder's pass.
+    pub pass: Pass,
+}
+
+/// The queries of each sequence of `layout` over the keys it sees.
+fn spans_of(found: &Attended, layout: &Layout) -> Spans {
+    let pairs = layout.sequences().iter().zip(&found.seen);
+    Spans {
+        spans: pairs.map(|(q, kv)| Span { q: q.clone(), kv: kv.clone() }).collect(),
+        query_positions: layout.positions_tensor().clone(),
+        key_positions: found.positions.clone(),
+    }
+}
+
 fn key_value_patches(patches: &[Patch]) -> impl Iterator<Item = &dyn KeyValuePatch> {
     patches.iter().filter_map(|p| match p {
         Patch::KeyValue(p) => Some(p.as_ref()),
@@ -153,101 +229,5 @@ impl Pass {
             std::iter::repeat_n(count, r.sequences.len())
         };
         self.routes().iter().flat_map(of_route).collect()
-    }
-}
-
-/// Keys and values of the tokens so far, for generation. Each sequence owns `capacity` rows of one buffer a layer.
-pub struct KvCache {
-    capacity: usize,
-    sequences: usize,
-    layers: Vec<CachedLayer>,
-}
-
-#[derive(Clone, Default)]
-struct CachedLayer {
-    keys: Option<Tensor>,
-    values: Option<Tensor>,
-    lengths: Vec<usize>,
-    positions: Vec<i32>,
-}
-
-impl KvCache {
-    /// Room for `capacity` rows of each of `sequences` sequences in each of `layers` layers.
-    pub fn new(layers: usize, sequences: usize, capacity: usize) -> Self {
-        KvCache { capacity, sequences, layers: vec![CachedLayer::default(); layers] }
-    }
-
-    /// Whether nothing has been stored yet.
-    pub fn is_empty(&self) -> bool {
-        self.layers.iter().all(|l| l.keys.is_none())
-    }
-
-    /// Appends the rows of this pass and gives all rows so far with the spans of its sequences.
-    fn extend(
-        &mut self,
-        layer: usize,
-        k: &Tensor,
-        v: &Tensor,
-        prefixes: &[Option<crate::KeyValues>],
-        cx: &Pass,
-    ) -> Result<(Tensor, Tensor, Spans)> {
-        let (capacity, sequences) = (self.capacity, self.sequences);
-        let store = &mut self.layers[layer];
-        let fresh = store.keys.is_none();
-        if fresh {
-            let shape = [sequences * capacity, k.dim(1), k.dim(2)];
-            store.keys = Some(Tensor::zeros(shape));
-            store.values = Some(Tensor::zeros(shape));
-            store.lengths = vec![0; sequences];
-            store.positions = vec![0; sequences * capacity];
-        }
-        let mut spans = Vec::new();
-        for (route, prefix) in cx.routes().iter().zip(prefixes) {
-            for (i, s) in cx.layout().sequences()[route.sequences.clone()].iter().enumerate() {
-                let number = cx.first_sequence() + route.sequences.start + i;
-                if let (true, Some(rows)) = (store.lengths[number] == 0, prefix) {
-                    let counted: Vec<i32> = (0..rows.keys.dim(0) as i32).collect();
-                    store.append(number, capacity, &rows.keys, &rows.values, &counted)?;
-                }
-                let (k, v) = (k.rows_between(s.start, s.end)?, v.rows_between(s.start, s.end)?);
-                store.append(number, capacity, &k, &v, &cx.layout().positions()[s.clone()])?;
-                let begin = number * capacity;
-                spans.push(Span { q: s.clone(), kv: begin..begin + store.lengths[number] });
-            }
-        }
-        let key_positions = Tensor::from_i32(store.positions.clone(), [sequences * capacity])?;
-        let query_positions = cx.layout().positions_tensor().clone();
-        let spans = Spans { spans: spans.into(), query_positions, key_positions };
-        let missing = || crate::Error::Unsupported("the key-value cache has no buffer".into());
-        Ok((store.keys.clone().ok_or_else(missing)?, store.values.clone().ok_or_else(missing)?, spans))
-    }
-}
-
-impl CachedLayer {
-    fn append(
-        &mut self,
-        sequence: usize,
-        capacity: usize,
-        k: &Tensor,
-        v: &Tensor,
-        positions: &[i32],
-    ) -> Result<()> {
-        let length = self.lengths[sequence];
-        if length + positions.len() > capacity {
-            let message = format!(
-                "the key-value cache holds {capacity} tokens a sequence; {} are needed",
-                length + positions.len()
-            );
-            return Err(crate::Error::Unsupported(message));
-        }
-        let at = sequence * capacity + length;
-        for (buffer, rows) in [(&mut self.keys, k), (&mut self.values, v)] {
-            if let Some(buffer) = buffer {
-                buffer.write_rows(at, rows)?;
-            }
-        }
-        self.positions[at..at + positions.len()].copy_from_slice(positions);
-        self.lengths[sequence] += positions.len();
-        Ok(())
     }
 }

@@ -120,6 +120,9 @@ impl<'a> Builder<'a> {
     pub fn replace_as(&mut self, site: SiteId, name: &str) -> Result<Param> {
         let site = self.sites.get(site);
         let start = match (&site.kind, &site.value) {
+            (Kind::Convolution { shape, .. }, Value::Weight(w)) => {
+                crate::Base::dense(w.as_ref())?.reshape(*shape)?
+            }
             (Kind::Linear { .. } | Kind::Embedding { .. }, Value::Weight(w)) => {
                 crate::Base::dense(w.as_ref())?
             }

@@ -6,6 +6,8 @@
 mod adapter;
 mod attention;
 mod builder;
+mod cache;
+mod convolution;
 mod embedding;
 mod error;
 mod init;
@@ -14,6 +16,7 @@ mod linear;
 mod merge;
 mod model;
 mod norm;
+mod parameter;
 mod pass;
 mod patch;
 mod replace;
@@ -23,22 +26,25 @@ mod targets;
 pub mod weight;
 
 pub use adapter::{Adapter, NamedParam};
-pub use attention::{Attend, KvCache};
+pub use attention::{Attend, Memory};
 pub use builder::Builder;
+pub use cache::KvCache;
+pub use convolution::Convolution;
 pub use embedding::Embedding;
 pub use error::{Error, Result};
 pub use init::Init;
 pub use layout::Layout;
 pub use linear::{Linear, Patched};
 pub use merge::{MergedTensor, mergeable_sites, merged_tensor, merged_tensors};
-pub use model::{Inputs, Model, ModelInfo, Output, Task};
+pub use model::{Inputs, Model, ModelInfo, Output, Picture, Source, Target, Task};
 pub use norm::Norm;
+pub use parameter::Parameter;
 pub use pass::{Mode, Pass, Route};
 pub use patch::{
     Base, BlockPatch, HeadPatch, KeyValuePatch, KeyValues, Patch, PromptPatch, RowsFn, Sublayer,
     SublayerPatch, VectorPatch, WeightPatch,
 };
 pub use replace::Replacement;
-pub use site::{Kind, Role, Site, SiteId, Sites, Value};
+pub use site::{Kind, Role, Site, SiteId, Sites, Stack, Value};
 pub use targets::{LayerChoice, Matcher, Resolution, TargetError, Targets};
 pub use weight::Weight;

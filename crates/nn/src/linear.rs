@@ -40,6 +40,34 @@ impl Linear {
     ) -> Linear {
         let (out, inn) = weight.shape();
         let kind = Kind::Linear { out, inn, transposed: weight.transposed() };
+        Self::declare_kind(sites, (path, tensor), role, layer, kind, weight, bias)
+    }
+
+    /// The matrix of a convolution on windows of `channels` × `size` × `size` numbers.
+    pub(crate) fn declare_convolution(
+        sites: &mut Sites,
+        (path, tensor): (&str, &str),
+        role: Role,
+        (channels, size): (usize, usize),
+        weight: Arc<Weight>,
+        bias: Option<Tensor>,
+    ) -> Linear {
+        let (out, inn) = weight.shape();
+        let kind = Kind::Convolution { out, inn, shape: [out, channels, size, size] };
+        let names = (format!("{path}.bias"), format!("{tensor}.bias"));
+        let bias = bias.map(|b| (b, (names.0.as_str(), names.1.as_str())));
+        Self::declare_kind(sites, (path, &format!("{tensor}.weight")), role, None, kind, weight, bias)
+    }
+
+    fn declare_kind(
+        sites: &mut Sites,
+        (path, tensor): (&str, &str),
+        role: Role,
+        layer: Option<usize>,
+        kind: Kind,
+        weight: Arc<Weight>,
+        bias: Option<(Tensor, (&str, &str))>,
+    ) -> Linear {
         let site = sites.add_value(path, role, layer, kind, Value::Weight(weight.clone()), tensor);
         let bias = bias.map(|(b, (path, tensor))| {
             let (kind, value) = (Kind::Vector { len: b.len() }, Value::Vector(b.clone()));

@@ -47,7 +47,11 @@ fn merged<'a>(site: &'a Site, patches: &[Patch], cx: &Pass) -> Result<MergedTens
     let value = match &site.value {
         Value::Weight(w) => {
             let value = Patched::new(w.as_ref(), patches, site, cx).dense()?;
-            if matches!(site.kind, Kind::Linear { transposed: true, .. }) { value.t()? } else { value }
+            match site.kind {
+                Kind::Linear { transposed: true, .. } => value.t()?,
+                Kind::Convolution { shape, .. } => value.reshape(shape)?,
+                _ => value,
+            }
         }
         Value::Vector(v) => patched_vector(v, patches)?,
         Value::None => {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use engraft_tensor::Tensor;
 
-use crate::{Layout, Pass, Result, Sites};
+use crate::{Error, Layout, Pass, Result, Sites};
 
 /// What a model's head computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +19,10 @@ pub enum Task {
     TokenClassification,
     /// Mean-pooled sentence embedding [sequences, width].
     Embedding,
+    /// Logits of the next target token [target tokens, vocabulary], given a source.
+    Seq2Seq,
+    /// Logits [pictures, labels].
+    ImageClassification,
 }
 
 impl Task {
@@ -30,12 +34,19 @@ impl Task {
             Task::SequenceClassification => "sequence-classification",
             Task::TokenClassification => "token-classification",
             Task::Embedding => "embedding",
+            Task::Seq2Seq => "seq2seq",
+            Task::ImageClassification => "image-classification",
         }
     }
 
     /// Whether the output has a row a sequence, not a row a token.
     pub fn per_sequence(self) -> bool {
-        matches!(self, Task::SequenceClassification | Task::Embedding)
+        matches!(self, Task::SequenceClassification | Task::Embedding | Task::ImageClassification)
+    }
+
+    /// Whether what it tells apart are classes of the data, so that the head may be made anew.
+    pub fn is_classification(self) -> bool {
+        matches!(self, Task::SequenceClassification | Task::TokenClassification | Task::ImageClassification)
     }
 }
 
@@ -62,17 +73,104 @@ pub struct ModelInfo {
     pub outputs: usize,
     /// Longest input the model was made for, in tokens.
     pub max_positions: usize,
+    /// Size of the pictures that it reads.
+    pub picture: Option<Picture>,
 }
 
-/// A packed batch of tokens.
+/// Size of a picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Picture {
+    pub channels: usize,
+    pub height: usize,
+    pub width: usize,
+}
+
+/// What a model reads: a packed batch.
 #[derive(Clone)]
 pub struct Inputs {
-    /// Token ids, `I64` `[tokens]`.
-    pub ids: Tensor,
-    /// Token types, `I64` `[tokens]`; zeros if absent.
-    pub type_ids: Option<Tensor>,
-    /// The sequences; positions are the tokens' columns in their padded rows.
+    /// The sequences; positions are the tokens' columns in their padded rows. A picture is a sequence of one row, until
+    /// its model cuts it into patches.
     pub layout: Layout,
+    /// What the sequences are made of.
+    pub source: Source,
+    /// What the decoder of an encoder–decoder model reads, a sequence for each of the source's.
+    pub target: Option<Target>,
+}
+
+/// What the sequences of a batch are made of.
+#[derive(Clone)]
+pub enum Source {
+    /// Words.
+    Tokens {
+        /// Token ids, `I64` `[tokens]`.
+        ids: Tensor,
+        /// Token types, `I64` `[tokens]`; zeros if absent.
+        types: Option<Tensor>,
+    },
+    /// Pictures [pictures, channels, height, width].
+    Pixels(Tensor),
+}
+
+/// A packed batch of target tokens.
+#[derive(Clone)]
+pub struct Target {
+    /// Token ids, `I64` `[target tokens]`.
+    pub ids: Tensor,
+    /// The sequences.
+    pub layout: Layout,
+}
+
+impl Inputs {
+    /// Words: ids `I64` `[tokens]` and, where the model has them, their types.
+    pub fn tokens(ids: Tensor, types: Option<Tensor>, layout: Layout) -> Inputs {
+        Inputs { layout, source: Source::Tokens { ids, types }, target: None }
+    }
+
+    /// Pictures [pictures, channels, height, width].
+    pub fn pixels(pixels: Tensor) -> Result<Inputs> {
+        let layout = Layout::counted(&vec![1; pixels.dim(0)])?;
+        Ok(Inputs { layout, source: Source::Pixels(pixels), target: None })
+    }
+
+    /// The same with a target for each sequence.
+    pub fn with_target(self, ids: Tensor, layout: Layout) -> Inputs {
+        Inputs { target: Some(Target { ids, layout }), ..self }
+    }
+
+    /// Token ids, for models that read words.
+    pub fn ids(&self) -> Result<&Tensor> {
+        match &self.source {
+            Source::Tokens { ids, .. } => Ok(ids),
+            Source::Pixels(_) => {
+                Err(Error::Unsupported("this model reads tokens; these are pictures".into()))
+            }
+        }
+    }
+
+    /// Token types, where they were given.
+    pub fn types(&self) -> Option<&Tensor> {
+        match &self.source {
+            Source::Tokens { types, .. } => types.as_ref(),
+            Source::Pixels(_) => None,
+        }
+    }
+
+    /// Pictures, for models that read them.
+    pub fn pictures(&self) -> Result<&Tensor> {
+        match &self.source {
+            Source::Pixels(pixels) => Ok(pixels),
+            Source::Tokens { .. } => {
+                Err(Error::Unsupported("this model reads pictures; these are tokens".into()))
+            }
+        }
+    }
+
+    /// The target, for encoder–decoder models.
+    pub fn target(&self) -> Result<&Target> {
+        let absent = || Error::Unsupported("this model needs decoder inputs beside its inputs".into());
+        self.target.as_ref().ok_or_else(absent)
+    }
 }
 
 /// What the trunk computes: features and the pass that describes their rows (prompts add rows).

@@ -107,6 +107,25 @@ impl Pass {
         Pass { cache: Some(cache), ..self }
     }
 
+    /// The same pass without its cache: what is computed once and not continued (an encoder).
+    pub fn uncached(self) -> Self {
+        Pass { cache: None, ..self }
+    }
+
+    /// Whether a cache already holds earlier tokens.
+    pub fn continues(&self) -> bool {
+        self.cache().is_some_and(|cache| !cache.is_empty())
+    }
+
+    /// The same sequences and routes over other rows: a picture's patches, a decoder's tokens.
+    pub fn over(&self, layout: Layout) -> Result<Pass> {
+        let (found, expected) = (layout.sequences().len(), self.layout.sequences().len());
+        if found != expected {
+            return Err(Error::Unsupported(format!("expected rows of {expected} sequences, found {found}")));
+        }
+        Ok(Pass { layout, ..self.clone() })
+    }
+
     /// The rows of the batch.
     pub fn layout(&self) -> &Layout {
         &self.layout
@@ -261,12 +280,10 @@ impl Pass {
         Ok((rows, Pass { layout, ..self.clone() }))
     }
 
-    /// The pass with tokens moved by the prefixes of their adapters (see [`crate::KeyValuePatch::gate`]).
-    pub fn with_prefixes(&self, sites: &Sites) -> Result<Pass> {
-        let Some(first) = sites.of_kind(|k| matches!(k, crate::Kind::KeyValue { .. })).next() else {
-            return Ok(self.clone());
-        };
-        let counts = self.prefix_counts(first.id);
+    /// The pass with tokens moved by the prefixes that their adapters have at `first`, the keys and values of the first
+    /// self-attention (see [`crate::KeyValuePatch::gate`]).
+    pub fn with_prefixes(&self, first: SiteId) -> Result<Pass> {
+        let counts = self.prefix_counts(first);
         if counts.iter().all(|&n| n == 0) {
             return Ok(self.clone());
         }
@@ -376,7 +393,12 @@ impl Pass {
             return run(h, self);
         }
         let site = sites.get(id);
-        self.by_route(id, h, |h, patches, cx| wrap(h, patches, &|h| run(h, cx), site, cx))
+        self.by_route(id, h, |h, patches, cx| {
+            nested(h, patches, &|h| run(h, cx), &|patch, h, inner| match patch {
+                Patch::Block(p) => Some(p.around(h, inner, site, cx)),
+                _ => None,
+            })
+        })
     }
 }
 
@@ -393,38 +415,28 @@ impl Pass {
             return run(features, self);
         }
         let site = sites.get(id);
-        self.by_route(id, features, |x, patches, cx| wrap_head(x, patches, &|x| run(x, cx), site, cx))
+        self.by_route(id, features, |x, patches, cx| {
+            nested(x, patches, &|x| run(x, cx), &|patch, x, inner| match patch {
+                Patch::Head(p) => Some(p.logits(x, inner, site, cx)),
+                _ => None,
+            })
+        })
     }
 }
 
-/// `run` inside the head patches, the first patch outermost.
-fn wrap_head(
-    features: &Tensor,
-    patches: &[Patch],
-    run: &dyn Fn(&Tensor) -> Result<Tensor>,
-    site: &crate::Site,
-    cx: &Pass,
-) -> Result<Tensor> {
-    match patches.split_first() {
-        None => run(features),
-        Some((Patch::Head(p), rest)) => p.logits(features, &|x| wrap_head(x, rest, run, site, cx), site, cx),
-        Some((_, rest)) => wrap_head(features, rest, run, site, cx),
-    }
-}
+/// A function on rows.
+type Run<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
 
-/// `run` inside the block patches, the first patch outermost.
-fn wrap(
-    h: &Tensor,
+/// `run` inside the patches that `enter` takes, the first patch outermost.
+fn nested(
+    x: &Tensor,
     patches: &[Patch],
-    run: &dyn Fn(&Tensor) -> Result<Tensor>,
-    site: &crate::Site,
-    cx: &Pass,
+    run: &Run<'_>,
+    enter: &dyn Fn(&Patch, &Tensor, &Run<'_>) -> Option<Result<Tensor>>,
 ) -> Result<Tensor> {
-    match patches.split_first() {
-        None => run(h),
-        Some((Patch::Block(p), rest)) => p.around(h, &|h| wrap(h, rest, run, site, cx), site, cx),
-        Some((_, rest)) => wrap(h, rest, run, site, cx),
-    }
+    let Some((first, rest)) = patches.split_first() else { return run(x) };
+    let inner = |x: &Tensor| nested(x, rest, run, enter);
+    enter(first, x, &inner).unwrap_or_else(|| inner(x))
 }
 
 /// The prompt rows of a route, joined: [count, width].

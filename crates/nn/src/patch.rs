@@ -142,7 +142,7 @@ impl Patch {
         use crate::Kind;
         matches!(
             (self, kind),
-            (Patch::Weight(_), Kind::Linear { .. } | Kind::Embedding { .. })
+            (Patch::Weight(_), Kind::Linear { .. } | Kind::Convolution { .. } | Kind::Embedding { .. })
                 | (Patch::Vector(_), Kind::Vector { .. })
                 | (Patch::Sublayer(_), Kind::Sublayer { .. })
                 | (Patch::Block(_), Kind::Block { .. })

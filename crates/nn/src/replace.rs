@@ -8,8 +8,10 @@ use crate::{Base, Result, VectorPatch, WeightPatch};
 pub struct Replacement(pub Param);
 
 impl WeightPatch for Replacement {
-    fn weight(&self, _base: &dyn Base) -> Result<Tensor> {
-        Ok(self.0.get())
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        // A convolution's P has the shape of the file.
+        let (rows, width) = base.shape();
+        Ok(self.0.get().reshape([rows, width])?)
     }
 }
 

@@ -31,6 +31,8 @@ pub enum Role {
     CrossK,
     CrossV,
     CrossO,
+    /// The cross-attention sublayer, and its keys and values.
+    CrossAttention,
     /// Norm gain or bias.
     Norm,
     /// Bias of a linear layer.
@@ -39,6 +41,10 @@ pub enum Role {
     Embed,
     PositionEmbed,
     TypeEmbed,
+    /// The projection of a picture's patches.
+    PatchEmbed,
+    /// The factor on a sublayer's output (layer scale).
+    Scale,
     /// A pooling layer between blocks and head.
     Pool,
     /// A matrix of the head.
@@ -75,11 +81,14 @@ impl Role {
         (Role::CrossK, "cross.k"),
         (Role::CrossV, "cross.v"),
         (Role::CrossO, "cross.o"),
+        (Role::CrossAttention, "cross.attention"),
         (Role::Norm, "norm"),
         (Role::Bias, "bias"),
         (Role::Embed, "embed"),
         (Role::PositionEmbed, "embed.position"),
         (Role::TypeEmbed, "embed.type"),
+        (Role::PatchEmbed, "embed.patch"),
+        (Role::Scale, "scale"),
         (Role::Pool, "pool"),
         (Role::Head, "head"),
         (Role::Attention, "attention"),
@@ -100,6 +109,15 @@ pub enum Kind {
         inn: usize,
         /// Stored as [in, out] (GPT-2's `Conv1D`).
         transposed: bool,
+    },
+    /// A frozen convolution over windows that do not overlap (a picture's patches): a matrix [out, in] on the windows.
+    Convolution {
+        /// Kernels.
+        out: usize,
+        /// Numbers in a window.
+        inn: usize,
+        /// Shape in the model's file, whose first number is `out`.
+        shape: [usize; 4],
     },
     /// A frozen table [rows, width] that is looked up.
     Embedding {
@@ -155,6 +173,18 @@ pub enum Value {
     None,
 }
 
+/// The half of an encoder–decoder model that a site belongs to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stack {
+    /// The model has one stack of blocks.
+    #[default]
+    Only,
+    /// What reads the source.
+    Encoder,
+    /// What writes the target.
+    Decoder,
+}
+
 /// A named place of a model.
 #[derive(Clone)]
 pub struct Site {
@@ -165,6 +195,8 @@ pub struct Site {
     pub path: String,
     /// What it does.
     pub role: Role,
+    /// The half of the model it belongs to.
+    pub stack: Stack,
     /// Number of the block it belongs to.
     pub layer: Option<usize>,
     /// What may be attached.
@@ -178,7 +210,7 @@ pub struct Site {
 impl Site {
     /// Whether it is a matrix or a table.
     pub fn is_weight(&self) -> bool {
-        matches!(self.kind, Kind::Linear { .. } | Kind::Embedding { .. })
+        matches!(self.kind, Kind::Linear { .. } | Kind::Convolution { .. } | Kind::Embedding { .. })
     }
 
     /// Last component of the path.
@@ -189,13 +221,30 @@ impl Site {
 
 /// The sites of a model.
 #[derive(Clone, Default)]
-pub struct Sites(Vec<Site>);
+pub struct Sites {
+    all: Vec<Site>,
+    stack: Stack,
+}
 
 impl Sites {
+    /// The half of the model that the sites declared from here on belong to.
+    pub fn set_stack(&mut self, stack: Stack) {
+        self.stack = stack;
+    }
+
     /// Declares a site and returns its index.
     pub fn add(&mut self, path: impl Into<String>, role: Role, layer: Option<usize>, kind: Kind) -> SiteId {
-        let id = SiteId(self.0.len());
-        self.0.push(Site { id, path: path.into(), role, layer, kind, value: Value::None, tensor: None });
+        let (id, stack) = (SiteId(self.all.len()), self.stack);
+        self.all.push(Site {
+            id,
+            path: path.into(),
+            role,
+            stack,
+            layer,
+            kind,
+            value: Value::None,
+            tensor: None,
+        });
         id
     }
 
@@ -210,26 +259,26 @@ impl Sites {
         tensor: impl Into<String>,
     ) -> SiteId {
         let id = self.add(path, role, layer, kind);
-        self.0[id.0].value = value;
-        self.0[id.0].tensor = Some(tensor.into());
+        self.all[id.0].value = value;
+        self.all[id.0].tensor = Some(tensor.into());
         id
     }
 
     /// Says that the file calls the tensor of the site `path` otherwise (old names of norms).
     pub fn set_tensor(&mut self, path: &str, tensor: impl Into<String>) {
-        if let Some(site) = self.0.iter_mut().find(|s| s.path == path) {
+        if let Some(site) = self.all.iter_mut().find(|s| s.path == path) {
             site.tensor = Some(tensor.into());
         }
     }
 
     /// All sites in order of declaration (that is, of the forward pass).
     pub fn iter(&self) -> impl Iterator<Item = &Site> {
-        self.0.iter()
+        self.all.iter()
     }
 
     /// The site of an index that this model gave.
     pub fn get(&self, id: SiteId) -> &Site {
-        &self.0[id.0]
+        &self.all[id.0]
     }
 
     /// The vector site `path.bias` of a linear layer, if it has a bias.

@@ -185,6 +185,19 @@ impl RawTensor {
         widen(self.dtype, bytes, out)
     }
 
+    /// The same elements in another shape.
+    ///
+    /// # Errors
+    /// A shape of another number of elements.
+    pub fn reshaped(&self, shape: &[usize]) -> Result<RawTensor> {
+        let count = |shape: &[usize]| shape.iter().try_fold(1usize, |all, n| all.checked_mul(*n));
+        if count(shape) != count(&self.shape) {
+            let message = format!("a tensor of shape {:?} cannot be seen as {shape:?}", self.shape);
+            return Err(Error::Request(message));
+        }
+        Ok(RawTensor { shape: shape.to_vec(), ..self.clone() })
+    }
+
     /// All elements of an i64 or i32 tensor; another type is an error.
     pub fn to_i64(&self) -> Result<Vec<i64>> {
         let bytes = self.bytes();

@@ -49,7 +49,7 @@ impl Batch {
             false => None,
         };
         let layout = Layout::new(&lengths, positions)?;
-        let inputs = Inputs { ids: Tensor::from_i64(ids, [tokens])?, type_ids, layout };
+        let inputs = Inputs::tokens(Tensor::from_i64(ids, [tokens])?, type_ids, layout);
         Ok(Batch { inputs, labels, rows: examples.iter().map(|e| e.row).collect() })
     }
 

@@ -79,7 +79,7 @@ fn metrics(objective: Objective, loss: f64, confusion: &Confusion) -> BTreeMap<S
     let named = |list: &[(&str, f64)]| list.iter().map(|(name, value)| (name.to_string(), *value)).collect();
     match objective {
         // `best_metric = "accuracy"` of a language model means its tokens.
-        Objective::CausalLm | Objective::MaskedLm => {
+        Objective::CausalLm | Objective::MaskedLm | Objective::Seq2Seq => {
             let accuracy = confusion.accuracy();
             named(&[("perplexity", loss.exp()), ("accuracy", accuracy), ("token_accuracy", accuracy)])
         }

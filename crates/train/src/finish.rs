@@ -161,7 +161,7 @@ fn answer_text(session: &Session, tokenizer: &Tokenizer, ids: &[i64]) -> Result<
         Objective::SequenceClassification | Objective::TokenClassification => {
             clipped(&ids.iter().map(name).collect::<Vec<_>>().join(" "))
         }
-        Objective::CausalLm | Objective::MaskedLm => {
+        Objective::CausalLm | Objective::MaskedLm | Objective::Seq2Seq => {
             let ids: Vec<u32> = ids.iter().filter_map(|id| u32::try_from(*id).ok()).collect();
             clipped(&tokenizer.decode(&ids, false)?)
         }

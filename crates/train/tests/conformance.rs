@@ -175,7 +175,7 @@ impl Setting<'_> {
         let count: usize = lengths.iter().sum();
         let ids = (first..first + count).map(|i| 5 + (i as i64 * 37 + 11) % (vocabulary - 6)).collect();
         let layout = Layout::counted(lengths).unwrap();
-        Inputs { ids: Tensor::from_i64(ids, [count]).unwrap(), type_ids: None, layout }
+        Inputs::tokens(Tensor::from_i64(ids, [count]).unwrap(), None, layout)
     }
 
     fn logits(&self, adapter: Option<&Arc<Adapter>>) -> std::result::Result<Tensor, String> {

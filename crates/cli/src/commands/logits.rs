@@ -213,5 +213,5 @@ pub fn pack(examples: &[Example]) -> engraft_nn::Result<Inputs> {
         true => Some(Tensor::from_i64(examples.iter().flat_map(types).collect(), [tokens])?),
         false => None,
     };
-    Ok(Inputs { ids: Tensor::from_i64(ids, [tokens])?, type_ids, layout })
+    Ok(Inputs::tokens(Tensor::from_i64(ids, [tokens])?, type_ids, layout))
 }

@@ -62,7 +62,7 @@ pub fn read_batch(path: &Path) -> Batch {
     let layout = Layout::new(&lengths, positions).unwrap();
     let vector = |v: Vec<i64>| Tensor::from_i64(v.clone(), [v.len()]).unwrap();
     let type_ids = all_types.is_some().then(|| vector(types));
-    Batch { inputs: Inputs { ids: vector(ids), type_ids, layout }, places }
+    Batch { inputs: Inputs::tokens(vector(ids), type_ids, layout), places }
 }
 
 /// The expected logits of each row that counts: all sequences, or the tokens at `places`.
@@ -101,9 +101,5 @@ pub fn batch(sequences: &[&[i64]]) -> Inputs {
     let lengths: Vec<usize> = sequences.iter().map(|s| s.len()).collect();
     let ids: Vec<i64> = sequences.concat();
     let count = ids.len();
-    Inputs {
-        ids: Tensor::from_i64(ids, [count]).unwrap(),
-        type_ids: None,
-        layout: Layout::counted(&lengths).unwrap(),
-    }
+    Inputs::tokens(Tensor::from_i64(ids, [count]).unwrap(), None, Layout::counted(&lengths).unwrap())
 }

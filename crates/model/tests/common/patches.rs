@@ -100,7 +100,7 @@ pub fn probe(
     let sites: Vec<SiteId> = model.sites().iter().filter(|s| choose(s)).map(|s| s.id).collect();
     assert!(!sites.is_empty(), "no site chosen in {}", model.info().architecture);
     let shape: Vec<usize> = match model.sites().get(sites[0]).kind {
-        Kind::Linear { out, inn, .. } => vec![out, inn],
+        Kind::Linear { out, inn, .. } | Kind::Convolution { out, inn, .. } => vec![out, inn],
         Kind::Embedding { rows, width } => vec![rows, width],
         Kind::Vector { len } => vec![len],
         Kind::Sublayer { width } | Kind::Block { width } => vec![width],
@@ -115,7 +115,7 @@ pub fn probe(
         let (heads, dim) = (model.info().kv_heads, model.info().head_dim);
         let p = Box::new(Probe { param: param.clone(), heads, dim, gate });
         let patch = match model.sites().get(id).kind {
-            Kind::Linear { .. } | Kind::Embedding { .. } => Patch::Weight(p),
+            Kind::Linear { .. } | Kind::Convolution { .. } | Kind::Embedding { .. } => Patch::Weight(p),
             Kind::Vector { .. } => Patch::Vector(p),
             Kind::Sublayer { .. } => Patch::Sublayer(p),
             Kind::Block { .. } => Patch::Block(p),

@@ -10,7 +10,7 @@ use engraft_tensor::{Tensor, ops};
 
 use crate::{Base, Result};
 
-pub use file::FileRows;
+pub use file::{FileRows, TransposedRows};
 pub use nf4::Nf4;
 
 /// How the base is kept in memory.

@@ -3,6 +3,7 @@
 
 mod causal_lm;
 mod masked_lm;
+mod seq2seq;
 mod sequence_classification;
 mod token_classification;
 
@@ -24,7 +25,9 @@ pub enum Objective {
     CausalLm,
     /// The hidden tokens.
     MaskedLm,
-    /// A class a sequence.
+    /// The next token of the target.
+    Seq2Seq,
+    /// A class a sequence, or a picture.
     SequenceClassification,
     /// A class a token.
     TokenClassification,
@@ -46,7 +49,8 @@ impl Objective {
         match task {
             Task::CausalLm => Ok(Objective::CausalLm),
             Task::MaskedLm => Ok(Objective::MaskedLm),
-            Task::SequenceClassification => Ok(Objective::SequenceClassification),
+            Task::Seq2Seq => Ok(Objective::Seq2Seq),
+            Task::SequenceClassification | Task::ImageClassification => Ok(Objective::SequenceClassification),
             Task::TokenClassification => Ok(Objective::TokenClassification),
             Task::Embedding => Err(Error::Setup(
                 "sentence embeddings are computed, not trained; set task = \"sequence-classification\" to train classes"
@@ -73,6 +77,7 @@ impl Objective {
         match self {
             Objective::CausalLm => causal_lm::rows(layout, labels),
             Objective::MaskedLm => masked_lm::rows(layout, labels),
+            Objective::Seq2Seq => seq2seq::rows(layout, labels),
             Objective::TokenClassification => token_classification::rows(layout, labels),
             Objective::SequenceClassification => sequence_classification::rows(labels),
         }
