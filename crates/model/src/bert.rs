@@ -15,14 +15,16 @@
 use std::sync::Arc;
 
 use engraft_nn::{
-    Attend, Embedding, Error as NnError, Inputs, Kind, Linear, Model, ModelInfo, Norm, Output, Pass, Role,
-    SiteId, Sites, Sublayer, Task,
+    Attend, Embedding, Inputs, Kind, Linear, Model, ModelInfo, Norm, Output, Pass, Role, SiteId, Sites,
+    Sublayer, Task,
 };
 use engraft_tensor::Tensor;
 use engraft_tensor::cpu::attention::AttentionSpec;
 use engraft_tensor::ops::{Unary, cat};
 
 use crate::config::Config;
+use crate::pooling;
+use crate::positions::Numbering;
 use crate::reader::Reader;
 use crate::{Architecture, Head, Result};
 
@@ -132,10 +134,7 @@ struct Bert {
     layers: Vec<Arc<Layer>>,
     top: Top,
     head_site: SiteId,
-    roberta: bool,
-    first_position: usize,
-    /// The id of padding.
-    pad: i64,
+    numbering: Numbering,
 }
 
 /// What lies above the blocks.
@@ -211,7 +210,12 @@ fn build(
         max_positions: s.positions - s.first_position,
     };
     let sites = Arc::new(std::mem::take(&mut r.sites));
-    let (first_position, pad) = (s.first_position, s.pad as i64);
+    let numbering = Numbering {
+        by_token: roberta,
+        first: s.first_position as i64,
+        pad: s.pad as i64,
+        reach: info.max_positions,
+    };
     Ok(Arc::new(Bert {
         info,
         sites,
@@ -223,9 +227,7 @@ fn build(
         layers,
         top,
         head_site,
-        roberta,
-        first_position,
-        pad,
+        numbering,
     }))
 }
 
@@ -375,7 +377,7 @@ impl Bert {
                 mixed(&other, &self.types.forward(ids, &self.sites, plain)?, &of_token)?
             }
         };
-        let positions = self.position_ids(inputs.ids()?.ids()?, plain, &all)?;
+        let positions = self.numbering.rows(inputs.ids()?.ids()?, plain, &all)?;
         let positions = self.positions.forward(&positions, &self.sites, &all)?;
         let h = self.norm.forward(&h.add(&types)?.add(&positions)?, &all)?;
         Ok((h, all))
@@ -395,71 +397,8 @@ impl Bert {
             return Ok((h, all));
         }
         let (from, all) = all.with_padding(&which)?;
-        let pad = Tensor::from_i64(vec![self.pad; from.len()], [from.len()])?;
+        let pad = Tensor::from_i64(vec![self.numbering.pad; from.len()], [from.len()])?;
         Ok((mixed(&self.words.forward(&pad, &self.sites, &all)?, &h, &from)?, all))
-    }
-
-    /// RoBERTa's numbers of the tokens `rows`, whose columns are `columns`: padding has that before the first, the others
-    /// count what is no padding. Columns that a mask dropped count where they lie between tokens (a mask over words) and do
-    /// not before the first (padding on the left): their ids are not known here.
-    fn numbers(&self, ids: &[i64], columns: &[i32], moved: i64) -> Vec<i64> {
-        let first = columns.first().map_or(0, |&c| i64::from(c));
-        let mut padding = 0;
-        let number = |(&id, &column): (&i64, &i32)| match id == self.pad {
-            true => {
-                padding += 1;
-                -1
-            }
-            false => i64::from(column) - first - padding + moved,
-        };
-        ids.iter().zip(columns).map(number).collect()
-    }
-
-    /// Rows of the position table, `I64` [rows]; `plain` is the pass before prefixes and prompts moved its tokens.
-    fn position_ids(&self, tokens: &[i64], plain: &Pass, all: &Pass) -> engraft_nn::Result<Tensor> {
-        let (layout, before) = (all.layout(), plain.layout());
-        let mut ids: Vec<i64> = Vec::with_capacity(layout.tokens());
-        for (i, (s, &virtual_count)) in layout.sequences().iter().zip(layout.virtual_counts()).enumerate() {
-            let first = |positions: &[i32], at: usize| positions.get(at).map_or(0, |&p| i64::from(p));
-            let token = s.start + virtual_count;
-            let moved =
-                first(layout.positions(), token) - first(before.positions(), before.sequences()[i].start);
-            let padded = layout.is_padded(i);
-            if padded {
-                // Column 0; RoBERTa gives all padding the position before the first.
-                ids.push(if self.roberta { -1 } else { moved });
-            }
-            if self.roberta && (padded || virtual_count == 0) {
-                // Only the number among real tokens counts, and how far a prefix moved them.
-                let rows = before.sequences()[i].clone();
-                ids.extend(self.numbers(&tokens[rows.clone()], &before.positions()[rows], moved));
-            } else {
-                ids.extend(layout.positions()[layout.seen(i)].iter().map(|&p| i64::from(p)));
-            }
-        }
-        if let Some(last) = ids.iter().max().filter(|&&last| last >= self.info.max_positions as i64) {
-            let (longest, needed) = (self.info.max_positions, last + 1);
-            let message =
-                format!("the input needs {needed} positions, prompts included; the model has {longest}");
-            return Err(NnError::Unsupported(format!("{message}: cut rows with `data.max_length`")));
-        }
-        ids.iter_mut().for_each(|id| *id += self.first_position as i64);
-        Ok(Tensor::from_i64(ids, [layout.tokens()])?)
-    }
-
-    /// The mean of each sequence's real rows [sequences, width].
-    fn means(&self, h: &Tensor, cx: &Pass) -> engraft_nn::Result<Tensor> {
-        let layout = cx.layout();
-        let (mut rows, mut owners, mut shares) = (vec![], vec![], vec![]);
-        for (i, (s, &prompt)) in layout.sequences().iter().zip(layout.virtual_counts()).enumerate() {
-            rows.extend((s.start + prompt..s.end).map(|r| r as i64));
-            owners.extend(std::iter::repeat_n(i as i64, s.len() - prompt));
-            shares.push(1.0 / (s.len() - prompt).max(1) as f32);
-        }
-        let (count, sequences) = (rows.len(), shares.len());
-        let real = h.gather(&Tensor::from_i64(rows, [count])?)?;
-        let sums = real.scatter_add(&Tensor::from_i64(owners, [count])?, sequences)?;
-        Ok(sums.mul(&Tensor::from_vec(shares, [sequences, 1])?)?)
     }
 }
 
@@ -498,7 +437,7 @@ impl Model for Bert {
             Top::Pooled { pooler, .. } => {
                 pooler.forward(&first(&h)?, &self.sites, &pass)?.unary(Unary::Tanh)?
             }
-            Top::Mean => self.means(&h, &cx)?,
+            Top::Mean => pooling::means(&h, &cx)?,
             _ => first(&h)?,
         };
         Ok(Output { features, pass })

@@ -6,9 +6,14 @@
 mod bert;
 mod config;
 mod error;
+mod gpt2;
 mod llama;
+mod pooling;
+mod positions;
 mod reader;
+mod relative;
 mod rope;
+mod t5;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -51,8 +56,16 @@ pub(crate) struct Head {
 }
 
 /// Every architecture.
-pub static ARCHITECTURES: &[&Architecture] =
-    &[&llama::LLAMA, &llama::MISTRAL, &llama::QWEN2, &llama::QWEN3, &bert::BERT, &bert::ROBERTA];
+pub static ARCHITECTURES: &[&Architecture] = &[
+    &llama::LLAMA,
+    &llama::MISTRAL,
+    &llama::QWEN2,
+    &llama::QWEN3,
+    &gpt2::GPT2,
+    &t5::T5,
+    &bert::BERT,
+    &bert::ROBERTA,
+];
 
 /// How a model is loaded.
 #[derive(Clone, Debug)]
@@ -245,7 +258,8 @@ impl Architecture {
     /// Tensors that no part of the model used: heads of other tasks are given back, buffers are passed over, all others
     /// are mismatches.
     fn check_extra(&self, weights: &Weights, prefixes: &Prefixes, dry: &mut Reader<'_>) -> Vec<String> {
-        let buffer = |n: &str| n.ends_with("position_ids") || n.ends_with("rotary_emb.inv_freq");
+        let buffers = ["position_ids", "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
+        let buffer = |n: &str| buffers.iter().any(|end| n.ends_with(end));
         let pooler = |n: &str| n.strip_prefix(prefixes.file).is_some_and(|n| n.starts_with("pooler."));
         let head = |n: &str| self.heads.iter().any(|head| n.starts_with(head));
         let mut unused = Vec::new();

@@ -15,6 +15,7 @@ use engraft_tensor::cpu::attention::AttentionSpec;
 use engraft_tensor::ops::{Unary, rope, silu_mul};
 
 use crate::config::Config;
+use crate::pooling;
 use crate::reader::Reader;
 use crate::rope::{Rope, Tables};
 use crate::{Architecture, Head, Result};
@@ -408,11 +409,7 @@ impl Model for Llama {
         if !self.info.task.per_sequence() {
             return Ok(Output { features, pass: cx });
         }
-        // A causal classifier reads the last token of each sequence.
-        let rows: Vec<i64> = cx.layout().sequences().iter().map(|s| s.end as i64 - 1).collect();
-        let pass = cx.select(&rows)?;
-        let count = rows.len();
-        Ok(Output { features: features.gather(&Tensor::from_i64(rows, [count])?)?, pass })
+        pooling::lasts(&features, &cx)
     }
 
     fn logits(&self, features: &Tensor, cx: &Pass) -> engraft_nn::Result<Tensor> {

@@ -289,19 +289,51 @@ impl<'a> Reader<'a> {
         &mut self,
         path: &str,
         role: Role,
+        shape: (usize, usize),
+        tied: bool,
+    ) -> Result<Embedding> {
+        let module = self.name(path);
+        self.table((path, &module), role, shape, tied)
+    }
+
+    /// The table `module` of the files as the site `path`.
+    fn table(
+        &mut self,
+        (path, module): (&str, &str),
+        role: Role,
         (rows, width): (usize, usize),
         tied: bool,
     ) -> Result<Embedding> {
-        let name = self.name(path);
-        let weight = match self.take(&format!("{name}.weight"), &[rows, width]) {
+        let name = format!("{module}.weight");
+        let weight = match self.take(&name, &[rows, width]) {
             None => Weight::table(Arc::new(Absent((rows, width))), None),
             Some(raw) => {
-                let source = FileRows::new(&format!("{name}.weight"), &raw)?;
+                let source = FileRows::new(&name, &raw)?;
                 Weight::table(Arc::new(source), tied.then_some(self.options.precision))
             }
         };
         self.count(Part::Embedding, weight.bytes());
-        Ok(Embedding::declare(&mut self.sites, (path, &name), role, Arc::new(weight)))
+        Ok(Embedding::declare(&mut self.sites, (path, module), role, Arc::new(weight)))
+    }
+
+    /// The table at `path` that several modules share: the files call it `shared`, or hold a copy under each path.
+    pub fn shared_embedding(
+        &mut self,
+        path: &str,
+        shared: &str,
+        role: Role,
+        shape: (usize, usize),
+        tied: bool,
+    ) -> Result<Embedding> {
+        let (own, common) = (self.name(path), self.name(shared));
+        let (own_name, common_name) = (format!("{own}.weight"), format!("{common}.weight"));
+        if self.has(&own_name) && self.has(&common_name) && !self.same(&own_name, &common_name) {
+            let (expected, found) = (format!("the values of {common_name}"), "other values".into());
+            self.rows.push(MismatchRow { tensor: own_name.clone(), expected, found });
+        }
+        let module = if self.has(&common_name) || !self.has(&own_name) { common } else { own };
+        self.used.insert(own_name);
+        self.table((path, &module), role, shape, tied)
     }
 
     /// The weight of a language-model head: the embedding's where `tied`, else one of its own.

@@ -39,11 +39,30 @@ impl Attend {
 
     /// q [tokens, heads, dim], k and v [tokens, kv_heads, dim] (rotated already) → [tokens, heads, dim].
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor, cx: &Pass) -> Result<Tensor> {
-        self.forward_biased(q, k, v, None, cx)
+        self.attended(q, k, v, None, cx)
     }
 
-    /// [`Attend::forward`] with a number added to each score by the distance of key and query.
+    /// [`Attend::forward`] with as many key heads as query heads and a number added to each score by the distance of key
+    /// and query; `bias` gives those of a pass, whose adapters may change them.
     pub fn forward_biased(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        bias: &dyn Fn(&Pass) -> Result<RelativeBias>,
+        cx: &Pass,
+    ) -> Result<Tensor> {
+        if let [_] = cx.routes() {
+            return self.attended(q, k, v, Some(bias(cx)?), cx);
+        }
+        let heads = self.spec.heads;
+        cx.by_route(self.site, &cat(&[q, k, v], 1)?, |all, _, cx| {
+            let part = |i: usize| all.narrow(1, i * heads, heads);
+            self.attended(&part(0)?, &part(1)?, &part(2)?, Some(bias(cx)?), cx)
+        })
+    }
+
+    fn attended(
         &self,
         q: &Tensor,
         k: &Tensor,

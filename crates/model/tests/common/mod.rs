@@ -38,13 +38,23 @@ pub fn tensors(path: &Path) -> Weights {
     Weights::open_file(path, &Limits::default()).unwrap()
 }
 
-/// The tokens that `attention_mask` keeps; positions are columns.
+/// The inputs of a file, packed; places are those of the target where there is one.
 pub fn read_batch(path: &Path) -> Batch {
     let file = tensors(path);
+    let (ids, types, layout, places) = packed(&file, "input_ids", "attention_mask");
+    let inputs = Inputs::tokens(ids, types, layout);
+    if file.get("decoder_input_ids").is_none() {
+        return Batch { inputs, places };
+    }
+    let (ids, _, layout, places) = packed(&file, "decoder_input_ids", "decoder_attention_mask");
+    Batch { inputs: inputs.with_target(ids, layout), places }
+}
+
+/// The tokens that a mask keeps, with their types, positions (columns) and places.
+fn packed(file: &Weights, ids: &str, mask: &str) -> (Tensor, Option<Tensor>, Layout, Vec<(usize, usize)>) {
     let ints = |name: &str| file.get(name).map(|t| t.to_i64().unwrap());
-    let shape = file.get("input_ids").unwrap().shape.clone();
-    let (all, mask, all_types) =
-        (ints("input_ids").unwrap(), ints("attention_mask").unwrap(), ints("token_type_ids"));
+    let shape = file.get(ids).unwrap().shape.clone();
+    let (all, mask, all_types) = (ints(ids).unwrap(), ints(mask).unwrap(), ints("token_type_ids"));
     let (mut ids, mut types, mut positions, mut lengths, mut places) =
         (vec![], vec![], vec![], vec![], vec![]);
     for row in 0..shape[0] {
@@ -61,8 +71,7 @@ pub fn read_batch(path: &Path) -> Batch {
     }
     let layout = Layout::new(&lengths, positions).unwrap();
     let vector = |v: Vec<i64>| Tensor::from_i64(v.clone(), [v.len()]).unwrap();
-    let type_ids = all_types.is_some().then(|| vector(types));
-    Batch { inputs: Inputs::tokens(vector(ids), type_ids, layout), places }
+    (vector(ids), all_types.is_some().then(|| vector(types)), layout, places)
 }
 
 /// The expected logits of each row that counts: all sequences, or the tokens at `places`.
