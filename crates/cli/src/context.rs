@@ -1,12 +1,15 @@
 //! What every command is given: the terminal, the limits on files, the environment.
 
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 
+use engraft_data::TemplateOptions;
 use engraft_report::human;
 use engraft_store::Limits;
 use engraft_store::hub::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::commands::template_worker;
 use crate::environment::Environment;
 use crate::failure::{BeforeWork, Failure, Outcome};
 use crate::ui::Ui;
@@ -48,5 +51,12 @@ impl Context {
         let resolved = self.environment.hub().resolve(name, None, &mut report);
         bar.finish_and_clear();
         resolved.before_work()
+    }
+
+    /// What chat templates are given: the time, and a process of this program that renders them.
+    pub fn templates(&self) -> Outcome<TemplateOptions> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
+        let now = now.and_then(|time| i64::try_from(time.as_secs()).ok());
+        Ok(TemplateOptions { now, worker: Some(template_worker::worker()?) })
     }
 }

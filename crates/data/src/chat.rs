@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::read::Message;
-use crate::template::ChatTemplate;
+use crate::template::{Beginning, ChatTemplate};
 use crate::tokenizer::{Encoding, Tokenizer};
 
 /// A conversation as ids.
@@ -50,14 +50,16 @@ pub fn encode_conversation(
     messages: &[Message],
 ) -> Result<Conversation> {
     let shield = Shield::new(tokenizer, messages)?;
-    let whole = template.render(&shield.messages, false)?;
+    let answers: Vec<usize> = (0..messages.len()).filter(|at| messages[*at].role == "assistant").collect();
+    let mut renderings = template.renderings(&shield.messages, beginnings(&answers, messages.len()))?;
+    let whole = renderings.next()?;
     let mut spans: Vec<Range<usize>> = Vec::new();
-    for (at, message) in messages.iter().enumerate() {
-        if message.role == "assistant" {
-            let span = answer(template, &shield.messages, at, &whole)?;
-            let end = turn_end(&whole[span.clone()], tokenizer);
-            spans.push(shield.bare(&whole[..span.start])..shield.bare(&whole[..span.start + end]));
-        }
+    for at in answers {
+        let before = renderings.next()?;
+        let through = if at + 1 == messages.len() { None } else { Some(renderings.next()?) };
+        let span = answer(&before, through.as_deref().unwrap_or(&whole), at, &whole)?;
+        let end = turn_end(&whole[span.clone()], tokenizer);
+        spans.push(shield.bare(&whole[..span.start])..shield.bare(&whole[..span.start + end]));
     }
     let (text, encoding) = shield.encode(tokenizer, &whole)?;
     let inside =
@@ -66,11 +68,21 @@ pub fn encode_conversation(
     Ok(Conversation { text, encoding, trained })
 }
 
+/// What is rendered of a conversation of `count` messages: the whole, then what lies before each of `answers` and what
+/// goes up to it, unless that is the whole again.
+fn beginnings(answers: &[usize], count: usize) -> Vec<Beginning> {
+    let before = |at: &usize| Beginning { messages: *at, prompt: true };
+    let through = |at: &usize| Beginning { messages: *at + 1, prompt: false };
+    let mut wanted = vec![Beginning { messages: count, prompt: false }];
+    for at in answers {
+        wanted.push(before(at));
+        wanted.extend((*at + 1 < count).then(|| through(at)));
+    }
+    wanted
+}
+
 /// Where the answer `at` lies in the whole rendering.
-fn answer(template: &ChatTemplate, messages: &[Message], at: usize, whole: &str) -> Result<Range<usize>> {
-    let before = template.render(&messages[..at], true)?;
-    let through =
-        if at + 1 == messages.len() { whole.to_owned() } else { template.render(&messages[..=at], false)? };
+fn answer(before: &str, through: &str, at: usize, whole: &str) -> Result<Range<usize>> {
     let fail = |what: &str| Error::Template {
         message: format!(
             "{what} message {}, so it cannot be told which tokens are its answer; use a template that keeps earlier \
@@ -78,10 +90,10 @@ fn answer(template: &ChatTemplate, messages: &[Message], at: usize, whole: &str)
             at + 1
         ),
     };
-    if !whole.starts_with(&through) {
+    if !whole.starts_with(through) {
         return Err(fail("later messages change how the template writes"));
     }
-    if !through.starts_with(&before) {
+    if !through.starts_with(before) {
         return Err(fail("the generation prompt is not how the template begins"));
     }
     Ok(before.len()..through.len())

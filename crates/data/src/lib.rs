@@ -27,6 +27,8 @@ pub use example::{Dataset, Example, IGNORED, Labels, Report};
 pub use fence::is_fenced;
 pub use read::{Columns, Content, Format, Message, Need, ReadOptions, Row, Rows, Sniff, read, sniff};
 pub use task::{EncodeOptions, Task, encode, mask};
-pub use template::ChatTemplate;
+pub use template::{
+    ChatTemplate, MEMORY_LIMIT as TEMPLATE_MEMORY, TemplateOptions, Worker, serve as serve_template,
+};
 pub use tensors::Tensors;
 pub use tokenizer::{Encoding, NamedTemplate, Tokenizer};

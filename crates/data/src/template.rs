@@ -2,7 +2,11 @@
 //!
 //! The source is foreign code, so it is rendered without a loader, with only the variables that `transformers` gives,
 //! with limits on its length, its steps and its output. Values that grow inside one expression are not bounded by
-//! those; a program that renders templates it does not trust for others does so in a process with a memory limit.
+//! those: where there is a [`Worker`], a template that is not the plain one is compiled and rendered in a process with
+//! limits on memory and time, with the same result. Without one (a test, another program) all happens in this process.
+
+mod wire;
+mod worker;
 
 use std::fmt::Write as _;
 
@@ -12,6 +16,9 @@ use minijinja::{Environment, ErrorKind, State, Value};
 use crate::clock;
 use crate::error::{Error, Result, not_among};
 use crate::read::Message;
+use crate::template::wire::Setup;
+use crate::template::worker::{Answers, Apart};
+pub use crate::template::worker::{MEMORY_LIMIT, Worker, serve};
 use crate::tokenizer::Tokenizer;
 
 /// The longest template source, in bytes.
@@ -20,6 +27,8 @@ pub const SOURCE_LIMIT: u64 = 1 << 20;
 const FUEL: u64 = 1_000_000;
 /// The longest output of one rendering, in bytes; also of all that it captures in blocks on the way, times eight.
 const OUTPUT_LIMIT: usize = 8 << 20;
+/// The longest error, in bytes: a template may raise one with any text.
+const ERROR_LIMIT: usize = 4096;
 /// 26 July 2024, the date that Llama's templates take when they are given none: training must not depend on the day.
 const FIXED_DATE: i64 = 1_721_952_000;
 
@@ -27,35 +36,65 @@ const FIXED_DATE: i64 = 1_721_952_000;
 const PLAIN: &str = "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\
 {{ eos_token if message.role == 'assistant' }}\n{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}";
 
-/// A compiled chat template with the tokens it may name.
+/// What a template is given besides messages.
+#[derive(Clone, Debug, Default)]
+pub struct TemplateOptions {
+    /// The time it may ask for, in seconds since 1970 (UTC), or none for a fixed date, so that a run gives the same
+    /// bits on any day.
+    pub now: Option<i64>,
+    /// The process that renders it; none to render it in this one, without a limit on memory.
+    pub worker: Option<Worker>,
+}
+
+/// A chat template, ready to render.
 pub struct ChatTemplate {
-    environment: Environment<'static>,
-    bos: String,
-    eos: String,
+    place: Place,
+}
+
+/// Where a template is rendered.
+enum Place {
+    Here(Compiled),
+    Apart(Apart),
+}
+
+/// A beginning of a conversation, to be rendered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Beginning {
+    /// How many messages of it.
+    pub messages: usize,
+    /// Whether it ends where an answer begins.
+    pub prompt: bool,
 }
 
 impl ChatTemplate {
-    /// Compiles `source`. `bos` and `eos` are the tokens it may name; `now` is the time it may ask for, in seconds
-    /// since 1970 (UTC), or none for a fixed date, so that a run gives the same bits on any day.
+    /// Compiles `source`. `bos` and `eos` are the tokens it may name.
     ///
     /// # Errors
-    /// A source that is too long, or not Jinja.
-    pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>, now: Option<i64>) -> Result<ChatTemplate> {
+    /// A source that is too long, or not Jinja; a worker that cannot be started.
+    pub fn new(
+        source: &str,
+        bos: Option<&str>,
+        eos: Option<&str>,
+        options: &TemplateOptions,
+    ) -> Result<ChatTemplate> {
         if source.len() as u64 > SOURCE_LIMIT {
             let (what, help) = ("the chat template".into(), "check that data.template names a template");
             return Err(Error::TooLarge { what, found: source.len() as u64, limit: SOURCE_LIMIT, help });
         }
-        let now = now.unwrap_or(FIXED_DATE);
-        let source = without_generation_tags(source);
-        let environment = fenced(|| environment(source, now))?;
-        Ok(ChatTemplate { environment, bos: bos.unwrap_or("").into(), eos: eos.unwrap_or("").into() })
+        let (bos, eos) = (bos.unwrap_or("").to_owned(), eos.unwrap_or("").to_owned());
+        let setup = Setup { source: source.to_owned(), bos, eos, now: options.now };
+        let place = match &options.worker {
+            Some(worker) => Place::Apart(Apart::new(worker, &setup)?),
+            None => Place::Here(Compiled::new(setup)?),
+        };
+        Ok(ChatTemplate { place })
     }
 
     /// The template of `tokenizer` called `name` (its default without a name).
     ///
     /// # Errors
-    /// The tokenizer has none, or none of that name.
-    pub fn of(tokenizer: &Tokenizer, name: Option<&str>, now: Option<i64>) -> Result<ChatTemplate> {
+    /// The tokenizer has none, or none of that name; as [`ChatTemplate::new`].
+    pub fn of(tokenizer: &Tokenizer, name: Option<&str>, options: &TemplateOptions) -> Result<ChatTemplate> {
         let names: Vec<&str> = tokenizer.templates.iter().map(|template| template.name.as_str()).collect();
         if names.is_empty() {
             let message = "the model has no chat template; set data.template to a template file of the format it was \
@@ -65,15 +104,17 @@ impl ChatTemplate {
         let wanted = name.unwrap_or(names[0]);
         let found = tokenizer.templates.iter().find(|template| template.name == wanted);
         let found = found.ok_or_else(|| fail(not_among("chat template", wanted, &names)))?;
-        ChatTemplate::new(&found.source, tokenizer.bos.as_deref(), tokenizer.eos.as_deref(), now)
+        ChatTemplate::new(&found.source, tokenizer.bos.as_deref(), tokenizer.eos.as_deref(), options)
     }
 
-    /// The plain form: a line `User: …` or `Assistant: …` for each message, the end token after each answer.
+    /// The plain form: a line `User: …` or `Assistant: …` for each message, the end token after each answer. It is
+    /// rendered in this process: its source is known.
     ///
     /// # Errors
     /// None in practice; the source is compiled like any other.
     pub fn plain(tokenizer: &Tokenizer) -> Result<ChatTemplate> {
-        ChatTemplate::new(PLAIN, tokenizer.bos.as_deref(), tokenizer.eos.as_deref(), None)
+        let (bos, eos) = (tokenizer.bos.as_deref(), tokenizer.eos.as_deref());
+        ChatTemplate::new(PLAIN, bos, eos, &TemplateOptions::default())
     }
 
     /// The text of `messages`; with `add_generation_prompt` ending where an answer begins.
@@ -81,9 +122,71 @@ impl ChatTemplate {
     /// # Errors
     /// What the template raises, and its limits.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let whole = Beginning { messages: messages.len(), prompt: add_generation_prompt };
+        self.renderings(messages, vec![whole])?.next()
+    }
+
+    /// The texts of `beginnings` of `messages`, one after another. To ask for all at once spares a worker's time.
+    pub(crate) fn renderings(
+        &self,
+        messages: &[Message],
+        beginnings: Vec<Beginning>,
+    ) -> Result<Renderings<'_>> {
+        Ok(match &self.place {
+            Place::Here(template) => {
+                Renderings::Here(template, Compiled::values(messages), beginnings.into_iter())
+            }
+            Place::Apart(apart) => Renderings::Apart(apart.renderings(messages, &beginnings)?),
+        })
+    }
+}
+
+/// Texts that were asked for, in their order.
+pub(crate) enum Renderings<'a> {
+    Here(&'a Compiled, Vec<Value>, std::vec::IntoIter<Beginning>),
+    Apart(Answers<'a>),
+}
+
+impl Renderings<'_> {
+    /// The next text.
+    ///
+    /// # Errors
+    /// What the template raises, and its limits; also to take more than was asked for, or anything after an error.
+    pub fn next(&mut self) -> Result<String> {
+        let next = match self {
+            Renderings::Here(template, messages, beginnings) => {
+                beginnings.next().map(|beginning| template.render(messages, beginning))
+            }
+            Renderings::Apart(answers) => answers.next(),
+        };
+        next.unwrap_or_else(|| Err(fail("no further rendering was asked for")))
+    }
+}
+
+/// A template compiled in this process, with the tokens it may name.
+pub(crate) struct Compiled {
+    environment: Environment<'static>,
+    bos: String,
+    eos: String,
+}
+
+impl Compiled {
+    fn new(setup: Setup) -> Result<Compiled> {
+        let now = setup.now.unwrap_or(FIXED_DATE);
+        let source = without_generation_tags(&setup.source);
+        let environment = fenced(|| environment(source, now))?;
+        Ok(Compiled { environment, bos: setup.bos, eos: setup.eos })
+    }
+
+    /// Messages as the template sees them.
+    fn values(messages: &[Message]) -> Vec<Value> {
+        messages.iter().map(message_value).collect()
+    }
+
+    fn render(&self, messages: &[Value], beginning: Beginning) -> Result<String> {
         let context = Value::from_pairs([
-            ("messages", messages.iter().map(message_value).collect::<Value>()),
-            ("add_generation_prompt", Value::from(add_generation_prompt)),
+            ("messages", messages[..beginning.messages].iter().cloned().collect::<Value>()),
+            ("add_generation_prompt", Value::from(beginning.prompt)),
             ("bos_token", Value::from(self.bos.as_str())),
             ("eos_token", Value::from(self.eos.as_str())),
             ("tools", Value::from(())),
@@ -113,7 +216,14 @@ fn too_long() -> minijinja::Error {
 /// Runs `call` into the template library; its panic is an error in words.
 fn fenced<T>(call: impl FnOnce() -> std::result::Result<T, minijinja::Error>) -> Result<T> {
     match crate::fence::fenced(call) {
-        Ok(result) => result.map_err(|error| fail(error.to_string())),
+        Ok(result) => result.map_err(|error| {
+            let mut message = error.to_string();
+            if message.len() > ERROR_LIMIT {
+                message.truncate(message.floor_char_boundary(ERROR_LIMIT));
+                message.push('…');
+            }
+            fail(message)
+        }),
         Err(_) => Err(fail("the template library failed inside; the template is malformed")),
     }
 }

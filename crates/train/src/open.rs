@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use engraft_data::{Labels, Tokenizer};
+use engraft_data::{Labels, TemplateOptions, Tokenizer};
 use engraft_model::{LoadOptions, Loaded, load};
 use engraft_nn::Task;
 use engraft_nn::weight::Storage;
@@ -31,8 +31,8 @@ pub struct SessionOptions<'a> {
     pub working_dir: PathBuf,
     /// What files may ask for.
     pub limits: Limits,
-    /// Seconds since 1970, for chat templates that ask for the date.
-    pub now: Option<i64>,
+    /// What chat templates may ask for, and where they are rendered.
+    pub templates: TemplateOptions,
 }
 
 impl Session {
@@ -59,7 +59,7 @@ impl Session {
             max_length,
             seed: recipe.train.seed,
             known: known_labels(&config),
-            now: options.now,
+            templates: &options.templates,
         };
         let fault = |fault: crate::read::Fault| vec![recipe.problem_at(fault.key, fault.error.to_string())];
         let mut problems: Vec<Problem> = too_long.into_iter().collect();

@@ -5,7 +5,7 @@ use std::path::Path;
 use engraft_data::rng::Random;
 use engraft_data::{
     ChatTemplate, Columns, Dataset, EncodeOptions, Format, Labels, Need, ReadOptions, Rows, Task as DataTask,
-    Tensors, Tokenizer, encode, read, sniff,
+    TemplateOptions, Tensors, Tokenizer, encode, read, sniff,
 };
 use engraft_recipe as recipe;
 use engraft_recipe::{Data, Recipe, Task, Template};
@@ -125,8 +125,8 @@ pub(crate) struct Reading<'a> {
     pub seed: u64,
     /// `id2label` of the model's configuration, in order.
     pub known: Option<Vec<String>>,
-    /// Seconds since 1970, for templates that ask.
-    pub now: Option<i64>,
+    /// What chat templates may ask for, and where they are rendered.
+    pub templates: &'a TemplateOptions,
 }
 
 impl Reading<'_> {
@@ -256,13 +256,13 @@ impl Reading<'_> {
         Ok(match &self.data.template {
             _ if task != DataTask::Completion => None,
             Some(Template::Text(text)) if text == "plain" => Some(ChatTemplate::plain(tokenizer)?),
-            Some(Template::Text(text)) => Some(ChatTemplate::new(text, bos, eos, self.now)?),
+            Some(Template::Text(text)) => Some(ChatTemplate::new(text, bos, eos, self.templates)?),
             Some(Template::Path(path)) => {
                 let bytes = json::read_capped(path, "chat_template", TEMPLATE_BYTES_MAX)?;
-                Some(ChatTemplate::new(&String::from_utf8_lossy(&bytes), bos, eos, self.now)?)
+                Some(ChatTemplate::new(&String::from_utf8_lossy(&bytes), bos, eos, self.templates)?)
             }
             None if tokenizer.templates.is_empty() => None,
-            None => Some(ChatTemplate::of(tokenizer, None, self.now)?),
+            None => Some(ChatTemplate::of(tokenizer, None, self.templates)?),
         })
     }
 

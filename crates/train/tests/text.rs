@@ -5,6 +5,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::Log;
+use engraft_data::TemplateOptions;
 use engraft_recipe::{MethodSpec, Recipe};
 use engraft_store::Limits;
 use engraft_store::hub::Hub;
@@ -29,7 +30,7 @@ fn open(method: &str, data: &str, train: &str) -> engraft_train::Result<Session>
         progress: &mut |_| {},
         working_dir: root,
         limits: Limits::default(),
-        now: None,
+        templates: TemplateOptions::default(),
     };
     Session::open(&recipe, &mut options)
 }

@@ -50,9 +50,21 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         return Err(Failure::before_work("`--out` goes with `man`; completions are printed: redirect them"));
     }
     let mut text = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "engraft", &mut text);
+    clap_complete::generate(shell, &mut visible(), "engraft", &mut text);
     cx.ui.stream(&String::from_utf8_lossy(&text));
     Ok(())
+}
+
+/// The program's arguments without hidden commands, which the shells' completions would list.
+fn visible() -> clap::Command {
+    let whole = Cli::command();
+    let shown: Vec<clap::Command> =
+        whole.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
+    clap::Command::new("engraft")
+        .version(env!("CARGO_PKG_VERSION"))
+        .disable_help_subcommand(true)
+        .args(whole.get_arguments().cloned().collect::<Vec<_>>())
+        .subcommands(shown)
 }
 
 fn manual(args: &Args, cx: &Context) -> Outcome {

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::io::Read;
 use std::path::Path;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use engraft_data::{ChatTemplate, Message, Tokenizer, encode_prompt};
 use engraft_report::human;
@@ -82,7 +82,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let text = prompt(args)?;
     let engine = Engine::load(&args.model, cx)?;
     let tokenizer = Tokenizer::open(&engine.dir).before_work()?;
-    let prompt = encode(args, &tokenizer, &text).before_work()?;
+    let prompt = encode(args, &tokenizer, &text, cx).before_work()?;
     let most = room(args, &engine, prompt.len(), cx)?;
     let ends = ends(&engine, &tokenizer, cx).before_work()?;
     let choice = Choice { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p };
@@ -140,19 +140,17 @@ fn prompt(args: &Args) -> Outcome<String> {
     Ok(text)
 }
 
-fn encode(args: &Args, tokenizer: &Tokenizer, text: &str) -> Outcome<Vec<u32>> {
+fn encode(args: &Args, tokenizer: &Tokenizer, text: &str, cx: &Context) -> Outcome<Vec<u32>> {
     if !args.chat {
         return Ok(tokenizer.encode(text, true)?.ids);
     }
-    let now =
-        SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|time| i64::try_from(time.as_secs()).ok());
     if tokenizer.templates.is_empty() {
         return Err(Failure::before_work(
             "--chat needs the model's chat template, and the model has none; put the one it was trained with into its \
              directory as chat_template.jinja, or leave --chat out",
         ));
     }
-    let template = ChatTemplate::of(tokenizer, None, now)?;
+    let template = ChatTemplate::of(tokenizer, None, &cx.templates()?)?;
     let system = args.system.iter().map(|text| Message::new("system", text));
     let messages: Vec<Message> = system.chain([Message::new("user", text)]).collect();
     Ok(encode_prompt(tokenizer, &template, &messages)?.ids)

@@ -4,7 +4,7 @@ use std::path::{Component, Path, PathBuf};
 
 use engraft_data::{
     ChatTemplate, Content, Dataset, EncodeOptions, Format, Labels, Need, ReadOptions, Rows, Sniff, Task,
-    Tokenizer,
+    TemplateOptions, Tokenizer,
 };
 use engraft_store::{read_config, write_atomic};
 use serde_json::Value;
@@ -94,7 +94,9 @@ fn for_data(data: &Path, model: &str, out: &Path, cx: &Context) -> Outcome {
     let (task, name) = task(&sniff, &config)?;
     let limit = length_limit(&config, &tokenizer);
     let rows = read(data, &sniff, task).before_work()?;
-    let dataset = encode(&rows, &tokenizer, task, limit).before_work()?;
+    // A fixed date: what is written must not depend on the day.
+    let templates = TemplateOptions { now: None, ..cx.templates()? };
+    let dataset = encode(&rows, &tokenizer, task, limit, &templates).before_work()?;
     show(&sniff, &rows, &dataset, task, limit, cx);
     let max_length = dataset.report.length_99.next_power_of_two().clamp(16, limit);
     let text = draft(data, model, out, &sniff, &dataset, name, max_length).text(&data.display().to_string());
@@ -157,11 +159,17 @@ fn read(data: &Path, sniff: &Sniff, task: Task) -> engraft_data::Result<Rows> {
     engraft_data::read(data, &options)
 }
 
-fn encode(rows: &Rows, tokenizer: &Tokenizer, task: Task, limit: usize) -> engraft_data::Result<Dataset> {
+fn encode(
+    rows: &Rows,
+    tokenizer: &Tokenizer,
+    task: Task,
+    limit: usize,
+    templates: &TemplateOptions,
+) -> engraft_data::Result<Dataset> {
     let chat = rows.rows.iter().any(|row| matches!(row.content, Content::Chat(_)));
     let template = match chat {
         true if tokenizer.templates.is_empty() => Some(ChatTemplate::plain(tokenizer)?),
-        true => Some(ChatTemplate::of(tokenizer, None, None)?),
+        true => Some(ChatTemplate::of(tokenizer, None, templates)?),
         false => None,
     };
     let options =

@@ -12,6 +12,7 @@ mod methods;
 mod plan;
 mod report;
 mod schema;
+pub mod template_worker;
 mod train;
 
 use crate::context::Context;
@@ -46,6 +47,9 @@ pub enum Command {
     Schema(schema::Args),
     /// Prints shell completions or manual pages
     Completions(completions::Args),
+    /// Renders a chat template for another process of this program
+    #[command(name = template_worker::NAME, hide = true)]
+    TemplateWorker,
 }
 
 impl Command {
@@ -65,6 +69,7 @@ impl Command {
             Command::Doctor(args) => doctor::run(args, cx),
             Command::Schema(args) => schema::run(args, cx),
             Command::Completions(args) => completions::run(args, cx),
+            Command::TemplateWorker => template_worker::run(),
         }
     }
 }

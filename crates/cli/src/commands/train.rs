@@ -1,7 +1,7 @@
 //! `engraft train`: a recipe to a run directory.
 
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use engraft_recipe::Recipe;
 use engraft_report::human;
@@ -102,14 +102,12 @@ pub fn open(recipe: &Recipe, cx: &Context) -> Outcome<Session> {
         let _ = cx.resolve(&recipe.model.value);
     }
     let hub = cx.environment.hub();
-    let now =
-        SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|time| i64::try_from(time.as_secs()).ok());
     let mut options = SessionOptions {
         hub: &hub,
         progress: &mut |_| {},
         working_dir: std::env::current_dir().before_work()?,
         limits: cx.limits.clone(),
-        now,
+        templates: cx.templates()?,
     };
     Session::open(recipe, &mut options).before_work()
 }

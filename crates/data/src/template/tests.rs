@@ -32,7 +32,7 @@ fn messages() -> Vec<Message> {
 }
 
 fn template(source: &str) -> ChatTemplate {
-    ChatTemplate::new(source, Some("<bos>"), Some("<eos>"), None).unwrap()
+    ChatTemplate::new(source, Some("<bos>"), Some("<eos>"), &TemplateOptions::default()).unwrap()
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn what_templates_call_is_there() {
 #[test]
 fn a_model_without_a_template_says_what_to_set() {
     let tokenizer = byte_tokenizer();
-    let error = ChatTemplate::of(&tokenizer, None, None).err().unwrap().to_string();
+    let error = ChatTemplate::of(&tokenizer, None, &TemplateOptions::default()).err().unwrap().to_string();
     assert!(error.contains("data.template") && error.contains("plain"), "{error}");
     let plain = ChatTemplate::plain(&tokenizer).unwrap().render(&messages()[3..], false).unwrap();
     assert_eq!(plain, "<bos>User: And \"3+3\"?\n\nAssistant: 6<eos>\n");
@@ -151,7 +151,10 @@ fn bombs_end_in_errors() {
         assert!(error.is_err(), "{bomb} rendered {} bytes", error.unwrap_or_default().len());
     }
     let long = "x".repeat(SOURCE_LIMIT as usize + 1);
-    assert!(matches!(ChatTemplate::new(&long, None, None, None), Err(Error::TooLarge { .. })));
+    assert!(matches!(
+        ChatTemplate::new(&long, None, None, &TemplateOptions::default()),
+        Err(Error::TooLarge { .. })
+    ));
 }
 
 #[test]
@@ -163,7 +166,8 @@ fn mutants_of_a_template_are_errors_not_panics() {
         let source = if round % 2 == 0 { QWEN } else { LLAMA3 };
         let bytes = damaged(source.as_bytes(), &words, &mut random);
         let source = String::from_utf8_lossy(&bytes);
-        let rendered = ChatTemplate::new(&source, None, None, None).and_then(|t| t.render(&messages(), true));
+        let rendered = ChatTemplate::new(&source, None, None, &TemplateOptions::default())
+            .and_then(|t| t.render(&messages(), true));
         refused += usize::from(rendered.is_err());
     }
     assert!(refused > 300, "only {refused} of 2000 mutants refused: too mild");

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use engraft_data::TemplateOptions;
 use engraft_recipe::Recipe;
 use engraft_store::Limits;
 use engraft_store::hub::Hub;
@@ -31,7 +32,7 @@ pub fn session(text: &str) -> engraft_train::Result<Session> {
         progress: &mut |_| {},
         working_dir: PathBuf::from("/"),
         limits: Limits::default(),
-        now: None,
+        templates: TemplateOptions::default(),
     };
     Session::open(&recipe, &mut options)
 }
