@@ -78,7 +78,7 @@ fn build(
     let mut dead_targets = Vec::new();
     for (number, (method, targets)) in methods.iter().enumerate() {
         b.set_prefix(prefix(methods, number));
-        if let Some(targets) = targets.clone().or_else(|| method.default_targets()) {
+        if let Some(targets) = targets.clone().or_else(|| method.default_targets(sites)) {
             let targets = Targets { train_also: train_also.to_vec(), ..targets };
             let found = method.resolve(&targets, sites)?;
             dead_targets.extend(found.dead);
@@ -238,7 +238,7 @@ pub fn save_adapter(
     let mut train_also = train_also.to_vec();
     let config = match methods {
         [(method, targets)] => {
-            let kept = peft::kept_classifier(method.info().peft_type, info.task, sites, adapter);
+            let kept = peft::kept_classifier(method.peft_type(), info.task, sites, adapter);
             if let Some((name, kept)) = kept {
                 train_also.push(name.to_owned());
                 for site in kept {
@@ -291,14 +291,15 @@ fn config(
     sites: &Sites,
     info: &ModelInfo,
 ) -> Result<Map<String, Value>> {
-    let mut map = peft::write_header(method.info().peft_type, base_model, info, train_also);
-    let targets = targets.cloned().or_else(|| method.default_targets());
+    let mut map = peft::write_header(method.peft_type(), base_model, info, train_also);
+    let targets = targets.cloned().or_else(|| method.default_targets(sites));
     let targets = targets.map(|targets| Targets { train_also: train_also.to_vec(), ..targets });
     let chosen = match &targets {
         Some(targets) => method.resolve(targets, sites)?.sites,
         None => Vec::new(),
     };
     map.extend(method.config(&Described { info, sites, chosen: &chosen }));
+    peft::agree_on_storage(&mut map, sites, &chosen);
     if let Some(targets) = targets {
         let by_layer = map.contains_key("layers_to_transform");
         map.extend(peft::write_targets(&targets, method, sites, by_layer)?);

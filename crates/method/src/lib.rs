@@ -19,7 +19,9 @@ mod testing;
 
 use std::sync::Arc;
 
-use engraft_nn::{Adapter, Builder, ModelInfo, Output, Pass, Resolution, Result, SiteId, Sites, Targets};
+use engraft_nn::{
+    Adapter, Builder, ModelInfo, Output, Pass, Resolution, Result, Role, SiteId, Sites, Targets,
+};
 use engraft_tensor::{Gradients, Tensor};
 use serde_json::{Map, Value};
 
@@ -87,9 +89,19 @@ pub trait Method: Send + Sync {
         Ok(())
     }
 
-    /// The sites used when neither recipe nor file names any; `None` for methods that have sites of their own kind.
-    fn default_targets(&self) -> Option<Targets> {
-        self.info().default_roles.map(Targets::roles)
+    /// The sites used when neither recipe nor file names any; `None` for methods that have sites of their own kind. Where
+    /// queries, keys and values are one matrix, that matrix stands for each of them.
+    fn default_targets(&self, sites: &Sites) -> Option<Targets> {
+        let roles = self.info().default_roles?;
+        let has = |role: Role| sites.iter().any(|s| s.role == role);
+        let parts = [Role::Q, Role::K, Role::V];
+        if parts.iter().any(|&part| has(part)) || !has(Role::Qkv) {
+            return Some(Targets::roles(roles));
+        }
+        let mut fused: Vec<Role> =
+            roles.iter().map(|r| if parts.contains(r) { Role::Qkv } else { *r }).collect();
+        fused.dedup();
+        Some(Targets::roles(&fused))
     }
 
     /// The sites that `targets` choose for this method: weights, unless it lives elsewhere.
@@ -99,6 +111,11 @@ pub trait Method: Send + Sync {
 
     /// The method's own keys of `adapter_config.json`, those about targets and the header left out.
     fn config(&self, model: &Described<'_>) -> Map<String, Value>;
+
+    /// `peft_type` of its configuration.
+    fn peft_type(&self) -> &'static str {
+        self.info().peft_type
+    }
 
     /// Name in the adapter file of the parameter `name`.
     fn file_name(&self, name: &str) -> String {

@@ -1,7 +1,8 @@
 //! The part of `adapter_config.json` that every method of `peft` has: targets, modules trained as a whole, the header.
 
 use engraft_nn::{
-    Adapter, LayerChoice, Matcher, ModelInfo, Result, Site, SiteId, Sites, Targets, Task, Value as Frozen,
+    Adapter, Kind, LayerChoice, Matcher, ModelInfo, Result, Site, SiteId, Sites, Targets, Task,
+    Value as Frozen,
 };
 use serde_json::{Map, Value, json};
 
@@ -180,6 +181,19 @@ pub(crate) fn kept_classifier<'s>(
         let untouched = !kept.is_empty() && kept.iter().all(|s| adapter.at(s.id).is_empty());
         untouched.then_some((*name, kept))
     })
+}
+
+/// Says in `fan_in_fan_out` how the files hold the adapted matrices: as `peft` leaves it, what holds for the last of them.
+pub(crate) fn agree_on_storage(map: &mut Map<String, Value>, sites: &Sites, chosen: &[SiteId]) {
+    let linear = |id: &SiteId| match sites.get(*id).kind {
+        Kind::Linear { transposed, .. } => Some(transposed),
+        _ => None,
+    };
+    if let (Some(key), Some(transposed)) =
+        (map.get_mut("fan_in_fan_out"), chosen.iter().rev().find_map(linear))
+    {
+        *key = transposed.into();
+    }
 }
 
 /// The keys of every configuration.

@@ -5,22 +5,52 @@
 //!
 //! Li & Liang 2021, arXiv:2101.00190, trained directly as in P-tuning v2 (Liu et al. 2022, arXiv:2110.07602).
 //!
-//! One P [tokens, layers·2·kv_heads·dim], in the order key of layer 0, value of layer 0, key of layer 1 …
+//! One P [tokens, layers·2·kv_heads·dim], in the order key of layer 0, value of layer 0, key of layer 1 … In the decoder of
+//! an encoder–decoder model `peft` has layer i read parts 4i and 4i + 1 of the 2·layers parts, counted round, and so does
+//! this, with a file in `peft`'s form. Prefixes elsewhere (`at`) have a form of their own, in model order.
 
-use engraft_nn::{Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Patch, Result};
+use engraft_nn::{Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Patch, Result, Role, Site, Stack};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys};
+use crate::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
 use crate::read::Reader;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 struct Prefix {
     tokens: usize,
     zero: bool,
-    /// The file holds what `peft`'s projection made of its rows.
-    projected: bool,
+    /// The file holds what `peft`'s projection, of this inner width, made of its rows.
+    projected: Option<usize>,
+    /// Which attentions of an encoder–decoder model.
+    at: Vec<Place>,
 }
+
+/// An attention of an encoder–decoder model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Place {
+    Encoder,
+    Decoder,
+    Cross,
+}
+
+const PLACES: &[(&str, Place)] =
+    &[("encoder", Place::Encoder), ("decoder", Place::Decoder), ("cross", Place::Cross)];
+
+impl Place {
+    /// Where a key-and-value site lies; none in models of one stack.
+    fn of(site: &Site) -> Option<Place> {
+        match (site.stack, site.role) {
+            (Stack::Only, _) => None,
+            (_, Role::CrossAttention) => Some(Place::Cross),
+            (Stack::Encoder, _) => Some(Place::Encoder),
+            (Stack::Decoder, _) => Some(Place::Decoder),
+        }
+    }
+}
+
+/// `peft_type` where `peft` knows no such prefix.
+const OWN_TYPE: &str = "ENGRAFT_PREFIX";
 
 static INFO: Info = Info {
     name: "prefix",
@@ -46,6 +76,12 @@ static INFO: Info = Info {
             default: Some("\"random\""),
             doc: "Start as noise or as zeros.",
         },
+        Field {
+            name: "at",
+            kind: FieldKind::TextList,
+            default: Some("[\"decoder\"]"),
+            doc: "Which attentions of an encoder-decoder model: encoder, decoder, cross.",
+        },
     ],
 };
 
@@ -56,27 +92,46 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let mut r = Reader::settings(settings, INFO.fields);
     let tokens = r.count("tokens", 20, TOKENS_MAX);
     let zero = r.one_of("init", &[("random", false), ("zero", true)]);
+    let at = read_places(&mut r);
     r.finish()?;
-    Ok(Box::new(Prefix { tokens, zero, projected: false }))
+    Ok(Box::new(Prefix { tokens, zero, projected: None, at }))
+}
+
+/// `at`, in the order of [`PLACES`].
+fn read_places(r: &mut Reader<'_>) -> Vec<Place> {
+    let Some(names) = r.texts("at") else { return vec![Place::Decoder] };
+    for name in names.iter().filter(|name| !PLACES.iter().any(|(known, _)| known == *name)) {
+        r.problem(format!("`at`: expected encoder, decoder or cross, found {name}"));
+    }
+    if names.is_empty() {
+        r.problem("`at`: expected at least one of encoder, decoder and cross");
+    }
+    PLACES
+        .iter()
+        .filter(|(known, _)| names.iter().any(|name| name == known))
+        .map(|(_, place)| *place)
+        .collect()
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
+    let own = peft::is_type(config, OWN_TYPE);
+    let Some(map) = config.as_object().filter(|_| own || peft::is_type(config, INFO.peft_type)) else {
         return Ok(None);
     };
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
-    let tokens = read_prompt_keys(&mut r);
+    let (tokens, _) = read_prompt_keys(&mut r);
+    let at = if own { read_places(&mut r) } else { vec![Place::Decoder] };
     // Saved are the projected rows: all that a forward needs.
-    let projected = r.flag("prefix_projection", false);
-    r.ignore(&["encoder_hidden_size"]);
+    let inner = r.count("encoder_hidden_size", 1, usize::MAX);
+    let projected = r.flag("prefix_projection", false).then_some(inner);
     let zero = r.text("init_weights").is_some_and(|s| s == "zero");
     r.finish()?;
-    Ok(Some(Loaded { method: Box::new(Prefix { tokens, zero, projected }), targets: None, train_also }))
+    Ok(Some(Loaded { method: Box::new(Prefix { tokens, zero, projected, at }), targets: None, train_also }))
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Prefix { tokens: 3, zero: false, projected: false })
+    Box::new(Prefix { tokens: 3, zero: false, projected: None, at: vec![Place::Decoder] })
 }
 
 impl Method for Prefix {
@@ -85,40 +140,58 @@ impl Method for Prefix {
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
-        let sites = b.sites().of_kind(|k| matches!(k, Kind::KeyValue { .. }));
-        let places: Vec<_> = sites
+        let all = b.sites().of_kind(|k| matches!(k, Kind::KeyValue { .. }));
+        let wanted = all.filter(|s| Place::of(s).is_none_or(|place| self.at.contains(&place)));
+        let places: Vec<(&Site, usize, usize)> = wanted
             .filter_map(|s| match s.kind {
-                Kind::KeyValue { heads, dim } => Some((s.id, heads, dim)),
+                Kind::KeyValue { heads, dim } => Some((s, heads, dim)),
                 _ => None,
             })
             .collect();
-        if places.is_empty() {
-            return Err(Error::Unsupported("prefix tuning needs a model with attention".into()));
-        }
-        let columns = places.iter().map(|(_, heads, dim)| 2 * heads * dim).sum();
+        let Some((first, ..)) = places.first() else {
+            let message =
+                "prefix tuning needs attention to put its prefix before, and this model has none there";
+            return Err(Error::Unsupported(message.into()));
+        };
+        let round = first.stack != Stack::Only && !self.is_own_form();
+        let columns: usize = places.iter().map(|(_, heads, dim)| 2 * heads * dim).sum();
         let init = if self.zero { Init::Zeros } else { Init::Normal(1.0) };
         let param = b.param("prompt_embeddings", &[self.tokens, columns], init)?;
-        let mut first = 0;
-        for (id, heads, dim) in places {
-            let rows = Rows { param: param.clone(), count: self.tokens, heads, dim, first };
-            b.patch(id, Patch::KeyValue(Box::new(rows)))?;
-            first += 2 * heads * dim;
+        let mut before = 0;
+        for (i, &(site, heads, dim)) in places.iter().enumerate() {
+            let width = heads * dim;
+            let keys = if round { 4 * i * width % columns } else { before };
+            let values = if round { (4 * i + 1) * width % columns } else { before + width };
+            let rows = Rows { param: param.clone(), count: self.tokens, heads, dim, keys, values };
+            b.patch(site.id, Patch::KeyValue(Box::new(rows)))?;
+            before += 2 * width;
         }
         Ok(())
     }
 
+    fn peft_type(&self) -> &'static str {
+        if self.is_own_form() { OWN_TYPE } else { INFO.peft_type }
+    }
+
     fn config(&self, model: &Described<'_>) -> Map<String, Value> {
         let width = model.info.kv_heads * model.info.head_dim;
+        let submodules = submodules(model.sites);
         let own = json!({
-            "encoder_hidden_size": width, "init_weights": if self.zero { json!("zero") } else { Value::Null },
-            "num_attention_heads": model.info.kv_heads, "num_layers": model.info.layers, "num_transformer_submodules": 1,
-            "num_virtual_tokens": self.tokens, "prefix_projection": self.projected, "token_dim": width,
+            "encoder_hidden_size": self.projected.unwrap_or(width), "init_weights": if self.zero { json!("zero") } else { Value::Null },
+            "num_attention_heads": model.info.kv_heads, "num_layers": model.info.layers,
+            "num_transformer_submodules": submodules, "num_virtual_tokens": self.tokens,
+            "prefix_projection": self.projected.is_some(), "token_dim": width,
         });
-        own.as_object().cloned().unwrap_or_default()
+        let mut map = own.as_object().cloned().unwrap_or_default();
+        if self.is_own_form() {
+            let names = PLACES.iter().filter(|(_, place)| self.at.contains(place)).map(|(name, _)| *name);
+            map.insert("at".into(), names.collect());
+        }
+        map
     }
 
     fn trains_on(&self) -> Result<()> {
-        if self.projected {
+        if self.projected.is_some() {
             let message = "`prefix_projection` is true: the file holds what the projection made, not the projection, so this adapter can be used but not trained on; start a new one with method `prefix`";
             return Err(Error::Unsupported(message.into()));
         }
@@ -130,19 +203,27 @@ impl Method for Prefix {
     }
 }
 
-/// The part of one layer: columns `first..` of the parameter.
+impl Prefix {
+    /// Whether `peft` has no such prefix.
+    fn is_own_form(&self) -> bool {
+        self.at != [Place::Decoder]
+    }
+}
+
+/// The part of one layer.
 struct Rows {
     param: Param,
     count: usize,
     heads: usize,
     dim: usize,
-    first: usize,
+    /// First column of the keys, and of the values.
+    keys: usize,
+    values: usize,
 }
 
 impl Rows {
-    fn part(&self, number: usize) -> Result<Tensor> {
-        let width = self.heads * self.dim;
-        let columns = self.param.get().narrow(1, self.first + number * width, width)?;
+    fn part(&self, first: usize) -> Result<Tensor> {
+        let columns = self.param.get().narrow(1, first, self.heads * self.dim)?;
         Ok(columns.reshape([self.count, self.heads, self.dim])?)
     }
 }
@@ -153,7 +234,7 @@ impl KeyValuePatch for Rows {
     }
 
     fn rows(&self) -> Result<KeyValues> {
-        Ok(KeyValues { keys: self.part(0)?, values: self.part(1)? })
+        Ok(KeyValues { keys: self.part(self.keys)?, values: self.part(self.values)? })
     }
 }
 
@@ -191,5 +272,8 @@ mod tests {
         };
         assert!(one(false).trains_on().is_ok());
         assert!(one(true).trains_on().is_err(), "the projection is not in the file");
+        let wrong = json!({ "at": ["decoder", "head"] });
+        assert!(from_settings(wrong.as_object().unwrap()).is_err());
+        survives_saving(&[chosen("prefix", json!({ "at": ["cross", "encoder"] }))], &[]);
     }
 }

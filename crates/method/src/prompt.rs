@@ -5,10 +5,11 @@
 //!
 //! Lester et al. 2021, arXiv:2104.08691.
 //!
-//! P [tokens, width], saved as `prompt_embeddings`.
+//! P [tokens, width], saved as `prompt_embeddings`. In an encoder–decoder model the rows come before the encoder's input;
+//! `peft` makes as many again for the decoder and never reads them, so its files hold [2 · tokens, width].
 
 use engraft_nn::{
-    Base, Builder, Error, Init, Kind, Patch, PromptPatch, Result, Role, Sites, Value as Frozen,
+    Base, Builder, Error, Init, Kind, Patch, PromptPatch, Result, Role, Sites, Stack, Value as Frozen,
 };
 use engraft_tensor::cpu::random::Key;
 use engraft_tensor::{Param, Tensor};
@@ -21,6 +22,8 @@ pub(crate) const TOKENS_MAX: usize = 1 << 16;
 
 struct Prompt {
     tokens: usize,
+    /// Times that the file holds `tokens` rows, of which the first are used; `None` is what `peft` makes for the model.
+    submodules: Option<usize>,
     start: Start,
 }
 
@@ -81,7 +84,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
         _ => Start::Drawn,
     };
     r.finish()?;
-    Ok(Box::new(Prompt { tokens, start }))
+    Ok(Box::new(Prompt { tokens, submodules: None, start }))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
@@ -90,25 +93,33 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     };
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
-    let tokens = read_prompt_keys(&mut r);
+    let (tokens, submodules) = read_prompt_keys(&mut r);
     r.ignore(&["prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"]);
     let drawn = r.text("prompt_tuning_init").is_some_and(|s| s == "SAMPLE_VOCAB");
     r.finish()?;
     // The rows come from the file; how they started is only written back.
     let start = if drawn { Start::Drawn } else { Start::Noise };
-    Ok(Some(Loaded { method: Box::new(Prompt { tokens, start }), targets: None, train_also }))
+    Ok(Some(Loaded { method: Box::new(Prompt { tokens, submodules, start }), targets: None, train_also }))
 }
 
-/// The keys that all methods with virtual tokens have in `peft`; gives their number.
-pub(crate) fn read_prompt_keys(r: &mut Reader<'_>) -> usize {
+/// The keys that all methods with virtual tokens have in `peft`; gives their number and for how many halves of a model
+/// the file holds rows.
+pub(crate) fn read_prompt_keys(r: &mut Reader<'_>) -> (usize, Option<usize>) {
     r.ignore(&["token_dim", "num_attention_heads", "num_layers"]);
-    if r.count("num_transformer_submodules", 1, usize::MAX) != 1 {
-        r.problem("`num_transformer_submodules`: expected 1; encoder-decoder models are not supported");
+    let given = r.value("num_transformer_submodules").is_some();
+    let submodules = r.count("num_transformer_submodules", 1, usize::MAX);
+    if submodules > 2 {
+        r.problem(format!("`num_transformer_submodules`: expected 1 or 2, found {submodules}"));
     }
     if r.value("num_virtual_tokens").is_none() {
         r.problem("`num_virtual_tokens` is absent");
     }
-    r.count("num_virtual_tokens", 1, TOKENS_MAX)
+    (r.count("num_virtual_tokens", 1, TOKENS_MAX), given.then_some(submodules))
+}
+
+/// For how many halves of a model `peft` makes rows.
+pub(crate) fn submodules(sites: &Sites) -> usize {
+    if sites.iter().any(|s| s.stack == Stack::Decoder) { 2 } else { 1 }
 }
 
 /// In `peft`, adapters with virtual tokens keep the modules trained beside them one level higher than others do.
@@ -117,7 +128,7 @@ pub(crate) fn prompt_file_name(name: &str) -> String {
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Prompt { tokens: 3, start: Start::Given(vec![5, 7]) })
+    Box::new(Prompt { tokens: 3, submodules: None, start: Start::Given(vec![5, 7]) })
 }
 
 impl Method for Prompt {
@@ -130,25 +141,27 @@ impl Method for Prompt {
         let Some((site, Kind::Prompt { width })) = found.map(|s| (s, s.kind.clone())) else {
             return Err(Error::Unsupported("prompt tuning needs a model with an embedded input".into()));
         };
+        let count = self.tokens * self.submodules.unwrap_or_else(|| submodules(b.sites()));
         let init = match &self.start {
             Start::Noise => Init::Normal(1.0),
-            Start::Given(ids) => self.rows_of(ids, b.sites())?,
+            Start::Given(ids) => rows_of(ids, count, b.sites())?,
             Start::Drawn => {
                 let key = Key { seed: b.seed(), stream: self.tokens as u64 };
                 let vocabulary = b.info().vocabulary.max(1) as u64;
                 let ids: Vec<i64> =
-                    (0..self.tokens as u64).map(|i| (u64::from(key.bits(i)) % vocabulary) as i64).collect();
-                self.rows_of(&ids, b.sites())?
+                    (0..count as u64).map(|i| (u64::from(key.bits(i)) % vocabulary) as i64).collect();
+                rows_of(&ids, count, b.sites())?
             }
         };
-        let param = b.param("prompt_embeddings", &[self.tokens, width], init)?;
+        let param = b.param("prompt_embeddings", &[count, width], init)?;
         b.patch(site.id, Patch::Prompt(Box::new(Rows { param, count: self.tokens })))
     }
 
     fn config(&self, model: &Described<'_>) -> Map<String, Value> {
         let init = if matches!(self.start, Start::Drawn) { "SAMPLE_VOCAB" } else { "RANDOM" };
         let own = json!({
-            "num_attention_heads": model.info.heads, "num_layers": model.info.layers, "num_transformer_submodules": 1,
+            "num_attention_heads": model.info.heads, "num_layers": model.info.layers,
+            "num_transformer_submodules": self.submodules.unwrap_or_else(|| submodules(model.sites)),
             "num_virtual_tokens": self.tokens, "prompt_tuning_init": init, "prompt_tuning_init_text": null,
             "token_dim": model.info.width, "tokenizer_kwargs": null, "tokenizer_name_or_path": null,
         });
@@ -160,27 +173,25 @@ impl Method for Prompt {
     }
 }
 
-impl Prompt {
-    /// The embeddings of `ids`, repeated or cut to the number of rows.
-    fn rows_of(&self, ids: &[i64], sites: &Sites) -> Result<Init> {
-        let table = sites.iter().find_map(|s| match (&s.role, &s.value) {
-            (Role::Embed, Frozen::Weight(w)) => Some(w),
-            _ => None,
-        });
-        let Some(table) = table else {
-            return Err(Error::Unsupported(
-                "a prompt that starts as tokens needs a model with a token embedding".into(),
-            ));
-        };
-        let (rows, _) = table.shape();
-        if let Some(id) = ids.iter().find(|id| **id >= rows as i64) {
-            return Err(Error::Unsupported(format!(
-                "`init_ids`: expected ids below {rows}, the vocabulary; found {id}"
-            )));
-        }
-        let ids: Vec<i64> = ids.iter().copied().cycle().take(self.tokens).collect();
-        Ok(Init::Values(table.lookup(&Tensor::from_i64(ids, [self.tokens])?)?))
+/// The embeddings of `ids`, repeated or cut to `count` rows.
+fn rows_of(ids: &[i64], count: usize, sites: &Sites) -> Result<Init> {
+    let table = sites.iter().find_map(|s| match (&s.role, &s.value) {
+        (Role::Embed, Frozen::Weight(w)) => Some(w),
+        _ => None,
+    });
+    let Some(table) = table else {
+        return Err(Error::Unsupported(
+            "a prompt that starts as tokens needs a model with a token embedding".into(),
+        ));
+    };
+    let (rows, _) = table.shape();
+    if let Some(id) = ids.iter().find(|id| **id >= rows as i64) {
+        return Err(Error::Unsupported(format!(
+            "`init_ids`: expected ids below {rows}, the vocabulary; found {id}"
+        )));
     }
+    let ids: Vec<i64> = ids.iter().copied().cycle().take(count).collect();
+    Ok(Init::Values(table.lookup(&Tensor::from_i64(ids, [count])?)?))
 }
 
 struct Rows {
@@ -194,7 +205,9 @@ impl PromptPatch for Rows {
     }
 
     fn rows(&self) -> Result<Tensor> {
-        Ok(self.param.get())
+        let rows = self.param.get();
+        // What `peft` makes for the decoder is carried along and not used.
+        if rows.dim(0) == self.count { Ok(rows) } else { Ok(rows.narrow(0, 0, self.count)?) }
     }
 }
 
@@ -226,7 +239,7 @@ mod tests {
         assert_eq!((&written["token_dim"], &written["num_virtual_tokens"]), (&json!(6), &json!(20)));
         assert_eq!(prompt_file_name("classifier.weight"), "base_model.classifier.weight");
         for bad in [
-            json!({ "num_transformer_submodules": 2 }),
+            json!({ "num_transformer_submodules": 3 }),
             json!({ "num_virtual_tokens": null }),
             json!({ "odd": 1 }),
         ] {

@@ -176,7 +176,7 @@ fn build(
     c.finish()?;
     let both = head.task == Task::Seq2Seq;
     let tied = both && r.tied(s.tied, "lm_head", "shared");
-    r.sites.set_stack(Stack::Encoder);
+    r.sites.set_stack(if both { Stack::Encoder } else { Stack::Only });
     let encoder = Half::build("encoder", &s, false, r)?;
     let decoder = if both {
         r.sites.set_stack(Stack::Decoder);

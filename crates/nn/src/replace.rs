@@ -9,9 +9,13 @@ pub struct Replacement(pub Param);
 
 impl WeightPatch for Replacement {
     fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        let p = self.0.get();
+        if p.shape().len() == 2 {
+            return Ok(p);
+        }
         // A convolution's P has the shape of the file.
         let (rows, width) = base.shape();
-        Ok(self.0.get().reshape([rows, width])?)
+        Ok(p.reshape([rows, width])?)
     }
 }
 

@@ -142,8 +142,9 @@ fn method(
     };
     let method = (entry.from_settings)(&table.settings)
         .map_err(|e| vec![recipe.problem_at(&table.at, e.to_string())])?;
-    let targets = targets(recipe, table, method.default_targets())?;
-    let effective = targets.clone().or_else(|| method.default_targets());
+    let default = method.default_targets(model.sites());
+    let targets = targets(recipe, table, default.clone())?;
+    let effective = targets.clone().or(default);
     if let Some(effective) = effective {
         let effective = Targets { train_also: table.train_also.clone(), ..effective };
         let sites = model.sites();
