@@ -1,4 +1,4 @@
-//! Token by token: the prompt once, then one token a forward, with keys and values kept.
+//! Token by token: what is given once, then one token a forward, with keys and values kept.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
@@ -33,10 +33,82 @@ impl End {
     }
 }
 
+/// Texts being written side by side after the same prompt: one, or the beams of a search.
+pub struct Decoding<'a> {
+    engine: &'a Engine,
+    /// What an encoder reads; none for models that go on from the prompt itself.
+    source: Option<Vec<u32>>,
+    sequences: usize,
+    /// Tokens that each text has in the cache.
+    length: usize,
+    cache: Arc<Mutex<KvCache>>,
+}
+
+impl<'a> Decoding<'a> {
+    /// Room for `most` tokens in each of `sequences` texts after `prompt`; gives the tokens that are to be fed first: the
+    /// prompt, or, where an encoder reads the prompt, the decoder's start.
+    ///
+    /// # Errors
+    /// A model that does not generate, an empty prompt, a token outside the vocabulary.
+    pub fn new(
+        engine: &'a Engine,
+        prompt: &[u32],
+        sequences: usize,
+        most: usize,
+    ) -> Outcome<(Self, Vec<u32>)> {
+        check(engine, prompt)?;
+        let info = engine.model.info();
+        let (source, first) = match info.task {
+            Task::Seq2Seq => (Some(prompt.to_vec()), vec![start_token(engine)?]),
+            _ => (None, prompt.to_vec()),
+        };
+        let room = first.len().saturating_add(most).saturating_add(engine.virtual_rows());
+        let cache = Arc::new(Mutex::new(KvCache::new(info.layers, sequences, room)));
+        Ok((Decoding { engine, source, sequences, length: 0, cache }, first))
+    }
+
+    /// Feeds the next tokens of each text, as many to each, and gives the logits `[vocabulary]` after the last of them.
+    pub fn feed(&mut self, ids: &[&[u32]]) -> Outcome<Vec<Vec<f32>>> {
+        let each = ids.first().map_or(0, |ids| ids.len());
+        let positions = self.length..self.length + each;
+        let tokens = ids.concat();
+        let columns = (0..self.sequences).flat_map(|_| positions.clone().map(|p| p as i32)).collect();
+        let layout = Layout::new(&vec![each; self.sequences], columns)?;
+        let tokens = as_tensor(&tokens)?;
+        let inputs = match &self.source {
+            None => Inputs::tokens(tokens, None, layout),
+            Some(source) => {
+                let lengths = vec![source.len(); self.sequences];
+                let copies = as_tensor(&source.repeat(self.sequences))?;
+                Inputs::tokens(copies, None, Layout::counted(&lengths)?).with_target(tokens, layout)
+            }
+        };
+        let out = self.engine.cached_features(&inputs, &self.cache)?;
+        let lasts: Vec<i64> = out.pass.layout().sequences().iter().map(|s| s.end as i64 - 1).collect();
+        let logits = no_grad(|| {
+            let rows = out.features.gather(&Tensor::from_i64(lasts.clone(), [lasts.len()])?)?;
+            self.engine.model.logits(&rows, &out.pass.select(&lasts)?)
+        })?;
+        self.length += each;
+        let values = logits.to_vec()?;
+        Ok(values.chunks(logits.width()).map(<[f32]>::to_vec).collect())
+    }
+
+    /// Lets text i go on from text `order[i]`.
+    pub fn reorder(&mut self, order: &[usize]) -> Outcome {
+        let mut cache = self.cache.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        Ok(cache.reorder(order)?)
+    }
+}
+
+fn as_tensor(ids: &[u32]) -> Outcome<Tensor> {
+    Ok(Tensor::from_i64(ids.iter().map(|id| i64::from(*id)).collect(), [ids.len()])?)
+}
+
 /// Writes at most `most` tokens after `prompt`, handing each to `take`, which says whether to go on.
 ///
 /// # Errors
-/// A model that does not generate, an empty prompt, a token outside the vocabulary, logits that are not numbers.
+/// As [`Decoding::new`], and logits that are not numbers.
 pub fn generate(
     engine: &Engine,
     prompt: &[u32],
@@ -45,13 +117,10 @@ pub fn generate(
     sampler: &mut Sampler,
     take: &mut dyn FnMut(u32) -> Outcome<bool>,
 ) -> Outcome<End> {
-    let info = engine.model.info();
-    check(engine, prompt)?;
-    let room = prompt.len().saturating_add(most).saturating_add(engine.virtual_rows());
-    let cache = Arc::new(Mutex::new(KvCache::new(info.layers, 1, room)));
-    let mut logits = next_logits(engine, prompt, 0, &cache)?;
+    let (mut decoding, mut next) = Decoding::new(engine, prompt, 1, most)?;
     for written in 0..most {
-        let Some(id) = sampler.next(&logits) else {
+        let logits = decoding.feed(&[&next])?;
+        let Some(id) = logits.first().and_then(|logits| sampler.next(logits)) else {
             return Err(Failure::running(format!(
                 "the logits after {written} tokens are not finite numbers"
             )));
@@ -62,16 +131,14 @@ pub fn generate(
         if !take(id)? {
             return Ok(End::Stop);
         }
-        if written + 1 < most {
-            logits = next_logits(engine, &[id], prompt.len() + written, &cache)?;
-        }
+        next = vec![id];
     }
     Ok(End::Length)
 }
 
 fn check(engine: &Engine, prompt: &[u32]) -> Outcome {
     let info = engine.model.info();
-    if info.task != Task::CausalLm {
+    if !matches!(info.task, Task::CausalLm | Task::Seq2Seq) {
         let message =
             format!("{} does not generate text: its task is {}", engine.dir.display(), info.task.name());
         return Err(Failure::before_work(message));
@@ -88,18 +155,16 @@ fn check(engine: &Engine, prompt: &[u32]) -> Outcome {
     }
 }
 
-/// The logits after `ids`, which stand at positions from `first` on.
-fn next_logits(engine: &Engine, ids: &[u32], first: usize, cache: &Arc<Mutex<KvCache>>) -> Outcome<Vec<f32>> {
-    let positions = (first..first + ids.len()).map(|p| p as i32).collect();
-    let tokens = Tensor::from_i64(ids.iter().map(|id| i64::from(*id)).collect(), [ids.len()])?;
-    let inputs = Inputs::tokens(tokens, None, Layout::new(&[ids.len()], positions)?);
-    let out = engine.cached_features(&inputs, cache)?;
-    let last = out.features.rows() as i64 - 1;
-    let logits = no_grad(|| {
-        let row = out.features.gather(&Tensor::from_i64(vec![last], [1])?)?;
-        engine.model.logits(&row, &out.pass.select(&[last])?)
-    })?;
-    Ok(logits.to_vec()?)
+/// What a decoder begins with.
+fn start_token(engine: &Engine) -> Outcome<u32> {
+    let vocabulary = engine.model.info().vocabulary;
+    let id = engraft_train::decoder_start(&engine.config).filter(|id| (*id as usize) < vocabulary);
+    id.ok_or_else(|| {
+        Failure::before_work(format!(
+            "config.json of {} names no decoder_start_token_id or pad_token_id below {vocabulary}",
+            engine.dir.display()
+        ))
+    })
 }
 
 /// The tokens that end a text: `eos_token_id` of `generation_config.json`, of `config.json`, and the tokenizer's.

@@ -22,6 +22,7 @@ mod read;
 mod run;
 mod schedule;
 mod session;
+mod target;
 mod trainer;
 mod watch;
 
@@ -39,4 +40,5 @@ pub use open::SessionOptions;
 pub use run::{Outcome, RunOptions, Status, metric_name, train};
 pub use schedule::LearningRate;
 pub use session::Session;
+pub use target::{Shift, decoder_start};
 pub use trainer::{Stepped, Trainer};

@@ -6,10 +6,12 @@ use std::path::Path;
 use std::time::Instant;
 
 use engraft_data::{ChatTemplate, Message, Tokenizer, encode_prompt};
+use engraft_nn::Task;
 use engraft_report::human;
 use engraft_store::read_config;
 use serde_json::json;
 
+use crate::beam::{Search, search};
 use crate::context::Context;
 use crate::engine::{Engine, ModelArgs};
 use crate::failure::{BeforeWork, Failure, Outcome};
@@ -27,7 +29,10 @@ Examples:
   engraft generate --model DIR --prompt 'Once upon a time'
   engraft generate --model DIR --adapter runs/a/adapter --chat \\
       --prompt 'Who are you?' --temperature 0.7 --top-p 0.9
-  echo 'a long text' | engraft generate --model DIR --prompt - --json")]
+  echo 'a long text' | engraft generate --model DIR --prompt - --json
+  engraft generate --model T5 --prompt 'summarize: …' --beams 4
+
+An encoder-decoder model reads the prompt and writes its answer.")]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
@@ -55,6 +60,15 @@ pub struct Args {
     /// Decides the draws
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
+    /// Keeps the N most probable texts at every step and prints the best at the end
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64), conflicts_with = "temperature")]
+    beams: u64,
+    /// Power of the length that a text's log-probability is divided by
+    #[arg(long, value_name = "P", default_value_t = 1.0, requires = "beams", allow_negative_numbers = true)]
+    length_penalty: f64,
+    /// Ends the search as soon as N texts have ended
+    #[arg(long, requires = "beams")]
+    early_stopping: bool,
     /// Ends before this text; may be given several times
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = some_text)]
     stop: Vec<String>,
@@ -85,10 +99,17 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let prompt = encode(args, &tokenizer, &text, cx).before_work()?;
     let most = room(args, &engine, prompt.len(), cx)?;
     let ends = ends(&engine, &tokenizer, cx).before_work()?;
+    if args.beams > 1 {
+        return by_beams(args, &engine, &tokenizer, &prompt, most, &ends, cx);
+    }
     let choice = Choice { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p };
     let mut sampler = Sampler::new(choice, args.seed);
 
-    let mut stream = tokenizer.stream(true).after(&prompt)?;
+    let mut stream = tokenizer.stream(true);
+    // An encoder–decoder model's answer does not go on from its prompt.
+    if engine.model.info().task == Task::CausalLm {
+        stream = stream.after(&prompt)?;
+    }
     let mut stops = Stops::new(&args.stop);
     let (mut whole, mut tokens) = (String::new(), 0usize);
     let show = |text: &str, whole: &mut String| {
@@ -126,6 +147,58 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     Ok(())
 }
 
+/// The best text of a beam search, shown when it is found.
+fn by_beams(
+    args: &Args,
+    engine: &Engine,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    most: usize,
+    ends: &HashSet<u32>,
+    cx: &Context,
+) -> Outcome {
+    let by = Search {
+        beams: args.beams as usize,
+        length_penalty: args.length_penalty,
+        early_stopping: args.early_stopping,
+    };
+    let started = Instant::now();
+    let found = search(engine, prompt, most, ends, by)?;
+    let Some(best) = found.first() else {
+        return Err(Failure::running("the search found no text; raise --max-tokens"));
+    };
+    let end = if best.tokens.last().is_some_and(|id| ends.contains(id)) { End::Eos } else { End::Length };
+    let written = best.tokens.len() - usize::from(end == End::Eos);
+    let mut stream = tokenizer.stream(true);
+    if engine.model.info().task == Task::CausalLm {
+        stream = stream.after(prompt)?;
+    }
+    let mut text = String::new();
+    for id in &best.tokens[..written] {
+        text.push_str(&stream.push(*id)?);
+    }
+    text.push_str(&stream.finish()?);
+    let mut stops = Stops::new(&args.stop);
+    let (mut shown, stopped) = stops.push(&text);
+    if !stopped {
+        shown.push_str(&stops.finish());
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    if args.json {
+        let end = if stopped { End::Stop } else { end };
+        cx.ui.json(json!({
+            "text": shown, "end": end.name(), "prompt_tokens": prompt.len(), "tokens": written, "seconds": seconds,
+            "score": best.score,
+        }));
+        return Ok(());
+    }
+    cx.ui.stream(&shown);
+    cx.ui.stream("\n");
+    let counts = format!("{} prompt tokens, {written} written", prompt.len());
+    cx.ui.say(&format!("{counts}, score {:.4}, {}", best.score, human::duration(seconds)));
+    Ok(())
+}
+
 /// The prompt, from the arguments or standard input.
 fn prompt(args: &Args) -> Outcome<String> {
     if args.prompt != "-" {
@@ -158,6 +231,9 @@ fn encode(args: &Args, tokenizer: &Tokenizer, text: &str, cx: &Context) -> Outco
 
 /// How many tokens may be written: what was asked for, within what the model was made for.
 fn room(args: &Args, engine: &Engine, prompt: usize, cx: &Context) -> Outcome<usize> {
+    if engine.model.info().task == Task::Seq2Seq {
+        return Ok(args.max_tokens);
+    }
     let limit = engine.model.info().max_positions;
     let left = limit.saturating_sub(prompt);
     if left == 0 {
