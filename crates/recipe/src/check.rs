@@ -434,8 +434,12 @@ fn disagreement(error: serde_json::Error) -> Problem {
 }
 
 /// Jinja's braces or a line end make a text; anything else is a path.
+/// The word for the built-in template.
+const PLAIN_TEMPLATE: &str = "plain";
+
 fn template(text: &str, dir: &Path) -> Template {
-    match text.contains(['{', '\n']) {
+    // `plain` names the built-in form, for models without a template.
+    match text == PLAIN_TEMPLATE || text.contains(['{', '\n']) {
         true => Template::Text(text.to_owned()),
         false => Template::Path(dir.join(text)),
     }

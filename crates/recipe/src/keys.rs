@@ -139,7 +139,7 @@ fn data() -> TableSpec {
             key(
                 "template",
                 FieldKind::Text,
-                "Chat template: a path, or the text itself; the model's own when left out.",
+                "Chat template: a path, the text itself, or \"plain\"; the model's own when left out.",
             ),
             key("group_by_length", FieldKind::Bool, "Rows of like length share a batch: less padding.")
                 .or(false),

@@ -43,6 +43,7 @@ fn paths_are_relative_to_where_they_are_written() {
     assert_eq!(read(&["model=m".into()]).model_path, Path::new("m"));
     let template = |value: &str| read(&[format!("data.template={value}")]).data.template;
     assert_eq!(template("chat.jinja"), Some(Template::Path("chat.jinja".into())));
+    assert_eq!(template("plain"), Some(Template::Text("plain".into())), "the built-in form, not a file");
     assert_eq!(template("'{{ messages }}'"), Some(Template::Text("{{ messages }}".into())));
 }
 
