@@ -64,6 +64,14 @@ pub enum Error {
         /// Which there are.
         message: String,
     },
+    /// Several things are wrong with one place; all of them.
+    #[error("{place}: {}", listed(problems))]
+    Several {
+        /// The file, folder or option.
+        place: String,
+        /// Each as [`Error::Data`] says its one.
+        problems: Vec<String>,
+    },
     /// A data file, option or array as a whole cannot be used.
     #[error("{place}: {message}")]
     Data {
@@ -72,6 +80,20 @@ pub enum Error {
         /// What was expected and found, and what to do next.
         message: String,
     },
+}
+
+/// One problem behind its place; more below it, one a line (twenty at most, then a count).
+fn listed(problems: &[String]) -> String {
+    const SHOWN: usize = 20;
+    if let [only] = problems {
+        return only.clone();
+    }
+    let mut text = format!("{} problems", problems.len());
+    problems.iter().take(SHOWN).for_each(|problem| text.push_str(&format!("\n  {problem}")));
+    if problems.len() > SHOWN {
+        text.push_str(&format!("\n  … and {} more", problems.len() - SHOWN));
+    }
+    text
 }
 
 /// The nearest of `known` to `asked`, if within edit distance two.

@@ -2,14 +2,18 @@
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+
+use crate::images::Images;
 
 /// The label value that takes no part in the loss.
 pub const IGNORED: i64 = -100;
 
 /// What one example is trained towards.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub enum Labels {
     /// Nothing: for inference.
+    #[default]
     None,
     /// The class of the whole row, an index into [`Dataset::labels`].
     Class(u32),
@@ -18,17 +22,33 @@ pub enum Labels {
     /// One label for each token, `[ids.len()]`; [`IGNORED`] takes no part in the loss. For causal models they
     /// are the ids themselves, not shifted: the objective shifts.
     Tokens(Vec<i64>),
+    /// What the decoder of an encoder–decoder model learns to write.
+    Target(Target),
+}
+
+/// The decoder's side of an example, without padding.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Target {
+    /// What is to come out at each place, `[target tokens]`; [`IGNORED`] takes no part in the loss.
+    pub labels: Vec<i64>,
+    /// What the decoder reads at each place, `[target tokens]`; `None` means the labels moved right by one behind the
+    /// model's start token, ignored ones read as its padding token.
+    pub inputs: Option<Vec<u32>>,
+    /// Position of each place, `[target tokens]`; `None` means 0, 1, 2 …
+    pub positions: Option<Vec<u32>>,
 }
 
 /// One row as a model reads it, without padding.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Example {
-    /// Token ids, `[tokens]`.
+    /// Token ids, `[tokens]`; none where the model reads a picture.
     pub ids: Vec<u32>,
     /// Segment of each token, `[tokens]`; `None` means that all are 0.
     pub type_ids: Option<Vec<u32>>,
     /// Position of each token, `[tokens]`; `None` means 0, 1, 2 …
     pub positions: Option<Vec<u32>>,
+    /// The picture that the model reads, an index into [`Dataset::images`].
+    pub image: Option<usize>,
     /// What to train towards.
     pub labels: Labels,
     /// The line (from 1) of the row in its file, for messages; rows of tensors count from 0.
@@ -46,15 +66,19 @@ impl Example {
             Labels::Tokens(labels) => {
                 labels.iter().skip(usize::from(shifted)).filter(|label| **label != IGNORED).count()
             }
+            // The decoder's inputs are shifted already.
+            Labels::Target(target) => target.labels.iter().filter(|label| **label != IGNORED).count(),
         }
     }
 }
 
 /// The examples of one part (training, evaluation) of the data.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Dataset {
     /// In file order.
     pub examples: Vec<Example>,
+    /// The pictures that [`Example::image`] counts; a part that is held out shares them.
+    pub images: Option<Arc<Images>>,
     /// The names of the classes, for classification.
     pub labels: Option<Vec<String>>,
     /// What became of the rows.
@@ -91,7 +115,7 @@ pub struct Report {
     pub length_99: usize,
     /// The longest, in tokens.
     pub max_length: usize,
-    /// The share of tokens that take part in the loss, 0 to 1; for classes and scores the share of rows.
+    /// The share of labels that take part in the loss, 0 to 1; classes and scores are one a row.
     pub trained_share: f64,
     /// What was guessed, in words; each guess can be replaced by a setting.
     pub guesses: Vec<String>,
@@ -110,8 +134,12 @@ impl Report {
         (self.median_length, self.length_99, self.max_length) = (quantile(50), quantile(99), quantile(100));
         self.tokens = lengths.iter().sum();
         self.examples = examples.len();
-        let by_token = examples.iter().any(|example| matches!(example.labels, Labels::Tokens(_)));
-        let of = if by_token { self.tokens } else { examples.len() };
+        let places = |example: &Example| match &example.labels {
+            Labels::Tokens(labels) => labels.len(),
+            Labels::Target(target) => target.labels.len(),
+            Labels::None | Labels::Class(_) | Labels::Score(_) => 1,
+        };
+        let of: usize = examples.iter().map(places).sum();
         let trained: usize = examples.iter().map(|example| example.trained(shifted)).sum();
         self.trained_share = if of == 0 { 0.0 } else { trained as f64 / of as f64 };
         let mut seen = HashSet::new();
@@ -122,12 +150,13 @@ impl Report {
 /// 64 bits are enough to count duplicates: at a million rows a false one has a chance of 3e-8.
 fn fingerprint(example: &Example) -> u64 {
     let mut hasher = DefaultHasher::new();
-    example.ids.hash(&mut hasher);
+    (&example.ids, example.image).hash(&mut hasher);
     match &example.labels {
         Labels::None => 0u8.hash(&mut hasher),
         Labels::Class(class) => (1u8, class).hash(&mut hasher),
         Labels::Score(score) => (2u8, score.to_bits()).hash(&mut hasher),
         Labels::Tokens(labels) => (3u8, labels).hash(&mut hasher),
+        Labels::Target(target) => (4u8, &target.labels, &target.inputs).hash(&mut hasher),
     }
     hasher.finish()
 }
@@ -137,7 +166,7 @@ mod tests {
     use super::*;
 
     fn example(length: usize, labels: Labels) -> Example {
-        Example { ids: vec![7; length], type_ids: None, positions: None, labels, row: 1 }
+        Example { ids: vec![7; length], labels, row: 1, ..Example::default() }
     }
 
     #[test]

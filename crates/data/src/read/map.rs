@@ -14,6 +14,7 @@ pub(super) const LABEL: &[&str] =
     &["label", "labels", "category", "class", "intent", "target", "topic", "score"];
 pub(super) const PROMPT: &[&str] = &["prompt", "instruction", "question", "input"];
 pub(super) const COMPLETION: &[&str] = &["completion", "response", "answer", "output"];
+pub(super) const IMAGE: &[&str] = &["image", "file_name", "image_path", "filename", "path", "file"];
 pub(super) const WORDS: &[&str] = &["tokens", "words"];
 pub(super) const TAGS: &[&str] = &["tags", "ner_tags", "pos_tags", "labels"];
 
@@ -23,6 +24,7 @@ enum Plan {
     Words { words: String, tags: String },
     Completion { prompt: String, completion: String },
     Chat(String),
+    Image { image: String, label: String },
 }
 
 /// Maps `records` into `rows`, noting guesses there.
@@ -85,6 +87,10 @@ fn plan(
             words: find("tokens", &given.tokens, WORDS)?.ok_or_else(|| missing("tokens"))?,
             tags: find("tags", &given.tags, TAGS)?.ok_or_else(|| missing("tags"))?,
         }),
+        Need::Image => Ok(Plan::Image {
+            image: find("image", &given.image, IMAGE)?.ok_or_else(|| missing("image"))?,
+            label: find("label", &given.label, LABEL)?.ok_or_else(|| missing("label"))?,
+        }),
         Need::Completion => {
             if given.prompt.is_none()
                 && given.completion.is_none()
@@ -104,9 +110,7 @@ fn content(record: &Record, plan: &Plan) -> std::result::Result<Content, String>
     match plan {
         Plan::Text { text, pair, label } => {
             let label = optional(label)?;
-            if label.as_deref().is_some_and(|label| label.trim().is_empty()) {
-                return Err("the label is empty; give it one or take the row out".into());
-            }
+            label.as_deref().map_or(Ok(()), not_empty)?;
             Ok(Content::Text { text: record.text(text)?, pair: optional(pair)?, label })
         }
         Plan::Words { words, tags } => {
@@ -123,7 +127,19 @@ fn content(record: &Record, plan: &Plan) -> std::result::Result<Content, String>
         Plan::Completion { prompt, completion } => {
             Ok(Content::Completion { prompt: record.text(prompt)?, completion: record.text(completion)? })
         }
+        Plan::Image { image, label } => {
+            let label = record.text(label)?;
+            not_empty(&label)?;
+            Ok(Content::Image { path: record.text(image)?, label })
+        }
         Plan::Chat(column) => chat::messages(record.get(column)?, column).map(Content::Chat),
+    }
+}
+
+fn not_empty(label: &str) -> std::result::Result<(), String> {
+    match label.trim().is_empty() {
+        true => Err("the label is empty; give it one or take the row out".into()),
+        false => Ok(()),
     }
 }
 

@@ -20,6 +20,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, not_among};
 use crate::rng::Random;
+pub(crate) use json::kind;
 pub use sniff::{Sniff, sniff};
 
 /// The largest row, in bytes.
@@ -86,6 +87,8 @@ pub enum Need {
     Tags,
     /// A prompt with its completion, or a conversation.
     Completion,
+    /// The path of a picture, with a label.
+    Image,
 }
 
 /// Which column is what; those left out are looked for by their usual names.
@@ -100,11 +103,12 @@ pub struct Columns {
     pub messages: Option<String>,
     pub tokens: Option<String>,
     pub tags: Option<String>,
+    pub image: Option<String>,
 }
 
 impl Columns {
     /// Every field with the column given for it.
-    pub fn pairs(&self) -> [(&'static str, &Option<String>); 8] {
+    pub fn pairs(&self) -> [(&'static str, &Option<String>); 9] {
         [
             ("text", &self.text),
             ("text_pair", &self.text_pair),
@@ -114,6 +118,7 @@ impl Columns {
             ("messages", &self.messages),
             ("tokens", &self.tokens),
             ("tags", &self.tags),
+            ("image", &self.image),
         ]
     }
 }
@@ -168,6 +173,8 @@ pub enum Content {
     Words { words: Vec<String>, tags: Vec<String> },
     /// A prompt and what is learned to follow it.
     Completion { prompt: String, completion: String },
+    /// A picture file, by its path from the data file's directory, with a label.
+    Image { path: String, label: String },
     /// A conversation, of which the assistant's messages are learned.
     Chat(Vec<Message>),
 }
@@ -334,19 +341,26 @@ pub(crate) struct Source {
 impl Source {
     pub fn open(path: &Path) -> Result<Source> {
         let io = |source| Error::Io { path: path.into(), source };
-        let mut file = BufReader::new(open_regular(path)?);
-        let packed = file.fill_buf().map_err(io)?.starts_with(&[0x1F, 0x8B]);
-        let inner: Box<dyn Read> =
-            if packed { Box::new(flate2::bufread::MultiGzDecoder::new(file)) } else { Box::new(file) };
-        let mut reader = BufReader::with_capacity(1 << 16, Limited { inner, left: FILE_LIMIT });
-        let start = reader.fill_buf().map_err(io)?;
+        let mut source = Source::open_binary(path)?;
+        let start = source.reader.fill_buf().map_err(io)?;
         if start.starts_with(b"\xFF\xFE") || start.starts_with(b"\xFE\xFF") {
             let message = "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8".into();
             return Err(Error::Data { place: path.display().to_string(), message });
         }
         if start.starts_with(b"\xEF\xBB\xBF") {
-            reader.consume(3);
+            source.reader.consume(3);
         }
+        Ok(source)
+    }
+
+    /// A file that is no text: unpacked, at most [`FILE_LIMIT`] bytes.
+    pub fn open_binary(path: &Path) -> Result<Source> {
+        let io = |source| Error::Io { path: path.into(), source };
+        let mut file = BufReader::new(open_regular(path)?);
+        let packed = file.fill_buf().map_err(io)?.starts_with(&[0x1F, 0x8B]);
+        let inner: Box<dyn Read> =
+            if packed { Box::new(flate2::bufread::MultiGzDecoder::new(file)) } else { Box::new(file) };
+        let reader = BufReader::with_capacity(1 << 16, Limited { inner, left: FILE_LIMIT });
         Ok(Source { path: path.into(), reader: Box::new(reader), line: 0 })
     }
 

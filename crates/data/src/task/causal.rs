@@ -27,10 +27,9 @@ impl Maker<'_> {
         // One token alone has nothing before it to be predicted from.
         let blocks = blocks.filter(|(ids, _)| ids.len() > 1).map(|(ids, lines)| Example {
             ids: ids.to_vec(),
-            type_ids: None,
-            positions: None,
             labels: Labels::Tokens(ids.iter().map(|id| i64::from(*id)).collect()),
             row: lines[0],
+            ..Example::default()
         });
         Ok(blocks.collect())
     }

@@ -57,12 +57,12 @@ impl Maker<'_> {
         }
         self.cut(lost);
         let type_ids = encoding.type_ids.iter().any(|kind| *kind != 0).then_some(encoding.type_ids);
-        Ok(Example { ids: encoding.ids, type_ids, positions: None, labels, row: row.line })
+        Ok(Example { ids: encoding.ids, type_ids, labels, row: row.line, ..Example::default() })
     }
 }
 
 /// Different names, as numbers if all are, otherwise by code points.
-pub(super) fn sorted(found: impl Iterator<Item = String>) -> Vec<String> {
+pub(crate) fn sorted(found: impl Iterator<Item = String>) -> Vec<String> {
     let mut names: Vec<String> = found.collect();
     names.sort();
     names.dedup();

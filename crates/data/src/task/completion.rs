@@ -40,7 +40,7 @@ impl Maker<'_> {
                     let labels =
                         labels.map(|(id, trained)| if *trained { i64::from(*id) } else { IGNORED }).collect();
                     let (labels, row) = (Labels::Tokens(labels), row.line);
-                    Example { ids, type_ids: None, positions: None, labels, row }
+                    Example { ids, labels, row, ..Example::default() }
                 }
                 _ => return Err(self.unfit(row, "a prompt with a completion, or messages")),
             };
@@ -80,6 +80,6 @@ impl Maker<'_> {
                 *last = i64::from(eos);
             }
         }
-        Ok(Example { ids, type_ids: None, positions: None, labels: Labels::Tokens(labels), row })
+        Ok(Example { ids, labels: Labels::Tokens(labels), row, ..Example::default() })
     }
 }

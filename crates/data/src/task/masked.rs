@@ -64,7 +64,7 @@ mod tests {
         let ids: Vec<u32> = (10..1010).collect();
         let labels =
             Labels::Tokens(ids.iter().map(|id| if *id < 20 { IGNORED } else { i64::from(*id) }).collect());
-        let example = Example { ids, type_ids: None, positions: None, labels, row: 1 };
+        let example = Example { ids, labels, row: 1, ..Example::default() };
         let (mut predicted, mut hidden, mut kept) = (0, 0, 0);
         for epoch in 0..50 {
             let masked = mask(&example, 3, 7, 2000, 1, epoch);

@@ -6,6 +6,7 @@ mod completion;
 mod masked;
 mod tags;
 
+pub(crate) use classify::sorted;
 pub use masked::mask;
 
 use crate::error::Result;
@@ -90,7 +91,7 @@ pub fn encode(rows: &Rows, tokenizer: &Tokenizer, task: Task, options: &EncodeOp
     }
     refuse_untrained(&maker.report, options.allow_empty)?;
     maker.report.measure(&kept, task.shifted());
-    Ok(Dataset { examples: kept, labels: maker.labels, report: maker.report })
+    Ok(Dataset { examples: kept, images: None, labels: maker.labels, report: maker.report })
 }
 
 /// What the tasks share while they go over the rows.

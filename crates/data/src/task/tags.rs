@@ -39,13 +39,7 @@ impl Maker<'_> {
             });
             let labels = Labels::Tokens(labels.collect());
             self.cut(lost);
-            examples.push(Example {
-                ids: encoding.ids,
-                type_ids: None,
-                positions: None,
-                labels,
-                row: row.line,
-            });
+            examples.push(Example { ids: encoding.ids, labels, row: row.line, ..Example::default() });
         }
         self.labels = Some(names);
         Ok(examples)

@@ -3,6 +3,12 @@
 //! Masked places are dropped, and each token that is left keeps its column as its position, so that rows padded on the
 //! left and on the right give what the padded model gives at those places. A row without gaps has positions `None`.
 
+mod pixels;
+mod seq2seq;
+
+pub use pixels::PixelTensors;
+pub use seq2seq::Seq2SeqTensors;
+
 use crate::error::{Error, Result};
 use crate::example::{Dataset, Example, IGNORED, Labels, Report};
 
@@ -56,7 +62,7 @@ impl Tensors<'_> {
         }
         refuse_untrained(&report, allow_untrained)?;
         report.measure(&examples, shifted);
-        Ok(Dataset { examples, labels: None, report })
+        Ok(Dataset { examples, images: None, labels: None, report })
     }
 
     fn example(&self, row: usize, by_row: bool) -> Result<Example> {
@@ -92,6 +98,7 @@ impl Tensors<'_> {
             type_ids: self.token_type_ids.map(|types| take("token_type_ids", types)).transpose()?,
             positions: (kept.last() != Some(&(kept.len() - 1)))
                 .then(|| kept.iter().map(|column| *column as u32).collect()),
+            image: None,
             labels,
             row,
         })
