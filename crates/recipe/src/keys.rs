@@ -49,9 +49,16 @@ fn key(name: &'static str, kind: FieldKind, doc: &'static str) -> FieldSpec {
 }
 
 fn top() -> TableSpec {
-    let tasks =
-        &["auto", "causal-lm", "sequence-classification", "token-classification", "masked-lm", "embedding"]
-            as &[_];
+    let tasks = &[
+        "auto",
+        "causal-lm",
+        "seq2seq",
+        "sequence-classification",
+        "token-classification",
+        "masked-lm",
+        "image-classification",
+        "embedding",
+    ] as &[_];
     TableSpec {
         path: "",
         doc: "The model and what it is trained to do.",
@@ -110,15 +117,23 @@ fn method() -> TableSpec {
 }
 
 fn data() -> TableSpec {
-    let formats = &["csv", "tsv", "jsonl", "text", "chat", "alpaca", "sharegpt", "tensors"] as &[_];
+    let formats =
+        &["csv", "tsv", "jsonl", "text", "chat", "alpaca", "sharegpt", "tensors", "images", "idx", "npy"]
+            as &[_];
     TableSpec {
         path: "data",
         doc: "What it is trained on.",
         required: &["format", "path"],
         fields: vec![
             key("format", FieldKind::OneOf(formats), "The form of the files."),
-            key("path", FieldKind::Path, "The training file."),
+            key(
+                "path",
+                FieldKind::Path,
+                "The training file, or a folder with a folder of pictures for each class.",
+            ),
+            key("labels_path", FieldKind::Path, "The labels beside pictures in idx and npy files."),
             key("eval_path", FieldKind::Path, "The evaluation file."),
+            key("eval_labels_path", FieldKind::Path, "The labels beside the pictures of eval_path."),
             key(
                 "eval_fraction",
                 FieldKind::Float { min: ABOVE_ZERO, max: BELOW_ONE },
@@ -169,6 +184,7 @@ fn columns() -> TableSpec {
             column("messages", "The list of chat messages."),
             column("tokens", "The list of words."),
             column("tags", "The list of tags, one a word."),
+            column("image", "The path of a picture, from the file's folder."),
         ],
     }
 }

@@ -52,12 +52,17 @@ pub enum Task {
     Auto,
     /// The next token.
     CausalLm,
+    /// A target given a source.
+    #[serde(rename = "seq2seq")]
+    Seq2Seq,
     /// One class a row.
     SequenceClassification,
     /// One tag a word.
     TokenClassification,
     /// The hidden tokens.
     MaskedLm,
+    /// One class a picture.
+    ImageClassification,
     /// A vector a row.
     Embedding,
 }
@@ -137,8 +142,14 @@ pub enum Format {
     Alpaca,
     /// One list of conversations a line.
     Sharegpt,
-    /// Token ids in a safetensors file.
+    /// Token ids or pixel values in a safetensors file.
     Tensors,
+    /// A folder of pictures for each class.
+    Images,
+    /// Pictures and labels in two IDX files, as MNIST has them.
+    Idx,
+    /// Pictures and labels in two NumPy files.
+    Npy,
 }
 
 /// `[data.columns]`: which column is what.
@@ -160,6 +171,8 @@ pub struct Columns {
     pub tokens: Option<String>,
     /// The list of tags, one a word.
     pub tags: Option<String>,
+    /// The path of a picture.
+    pub image: Option<String>,
 }
 
 /// A chat template.
@@ -176,10 +189,14 @@ pub enum Template {
 pub struct Data {
     /// The form of the files.
     pub format: Format,
-    /// The training file.
+    /// The training file, or a folder of pictures.
     pub path: PathBuf,
+    /// The labels beside the pictures of idx and npy files.
+    pub labels_path: Option<PathBuf>,
     /// The evaluation file.
     pub eval_path: Option<PathBuf>,
+    /// The labels beside the pictures of `eval_path`.
+    pub eval_labels_path: Option<PathBuf>,
     /// Share of the training rows held out for evaluation, above 0 and below 1.
     pub eval_fraction: Option<f64>,
     /// New order of the rows in each epoch.

@@ -63,13 +63,14 @@ fn task_rules(
     if differs("packing") && !matches!(task, Task::CausalLm | Task::MaskedLm | Task::Auto) {
         refuse("data.packing", "a packed row would hold several answers");
     }
-    if differs("labels") && matches!(task, Task::CausalLm | Task::MaskedLm | Task::Embedding) {
+    if differs("labels") && matches!(task, Task::CausalLm | Task::Seq2Seq | Task::MaskedLm | Task::Embedding)
+    {
         refuse("data.labels", "this task has no classes");
     }
     let accuracy =
         sections.iter().find(|section| section.path == "train").and_then(|train| train.get("best_metric"));
     if matches!(accuracy.and_then(Value::as_str), Some("f1"))
-        && matches!(task, Task::CausalLm | Task::MaskedLm)
+        && matches!(task, Task::CausalLm | Task::Seq2Seq | Task::MaskedLm)
     {
         refuse("train.best_metric", "a metric of classes");
     }

@@ -1,9 +1,10 @@
 //! Examples to micro-batches: sequences one after another, without padding, each token at its own position.
 
-use engraft_data::{Batches, Dataset, Epoch, Example, IGNORED, Labels, Order, mask};
+use engraft_data::{Batches, Dataset, Epoch, Example, IGNORED, Images, Labels, Order, Target, mask};
 use engraft_nn::{Inputs, Layout};
 use engraft_tensor::Tensor;
 
+use crate::target::Shift;
 use crate::{Error, Result};
 
 /// What one forward takes and what its outputs should be.
@@ -16,40 +17,40 @@ pub struct Batch {
     pub rows: Vec<usize>,
 }
 
+/// What examples are packed with besides themselves.
+#[derive(Clone, Copy, Default)]
+pub struct Packing<'a> {
+    /// The pictures that examples count.
+    pub images: Option<&'a Images>,
+    /// How the labels of targets become decoder inputs.
+    pub shift: Option<Shift>,
+}
+
 impl Batch {
     /// Packs examples.
     ///
     /// # Errors
-    /// Examples whose labels are numbers rather than classes.
-    pub fn pack(examples: &[Example]) -> Result<Batch> {
-        let (mut ids, mut types, mut positions, mut labels) = (vec![], vec![], vec![], vec![]);
-        let lengths: Vec<usize> = examples.iter().map(|e| e.ids.len()).collect();
+    /// Examples whose labels are numbers rather than classes, pictures that cannot be read.
+    pub fn pack(examples: &[Example], with: Packing<'_>) -> Result<Batch> {
+        let pictures: Vec<usize> = examples.iter().filter_map(|e| e.image).collect();
+        let inputs = match with.images.filter(|_| !pictures.is_empty()) {
+            Some(images) => Inputs::pixels(pixels(images, &pictures)?)?,
+            None => tokens(examples)?,
+        };
+        let mut labels = vec![];
         for example in examples {
-            ids.extend(example.ids.iter().map(|&id| i64::from(id)));
-            match &example.type_ids {
-                Some(of) => types.extend(of.iter().map(|&t| i64::from(t))),
-                None => types.extend(std::iter::repeat_n(0, example.ids.len())),
-            }
-            match &example.positions {
-                Some(of) => positions.extend(of.iter().map(|&p| p as i32)),
-                None => positions.extend(0..example.ids.len() as i32),
-            }
             match &example.labels {
                 Labels::None => {}
                 Labels::Class(class) => labels.push(i64::from(*class)),
                 Labels::Tokens(of) => labels.extend(of),
+                Labels::Target(target) => labels.extend(&target.labels),
                 Labels::Score(_) => {
                     return Err(Error::Setup("regression is not trained yet; give classes as labels".into()));
                 }
             }
         }
-        let tokens = ids.len();
-        let type_ids = match examples.iter().any(|e| e.type_ids.is_some()) {
-            true => Some(Tensor::from_i64(types, [tokens])?),
-            false => None,
-        };
-        let layout = Layout::new(&lengths, positions)?;
-        let inputs = Inputs::tokens(Tensor::from_i64(ids, [tokens])?, type_ids, layout);
+        let targets: Vec<&Target> = examples.iter().filter_map(|e| target(&e.labels)).collect();
+        let inputs = if targets.is_empty() { inputs } else { with_targets(inputs, &targets, with.shift)? };
         Ok(Batch { inputs, labels, rows: examples.iter().map(|e| e.row).collect() })
     }
 
@@ -57,6 +58,69 @@ impl Batch {
     pub fn tokens(&self) -> usize {
         self.inputs.layout.tokens()
     }
+}
+
+fn target(labels: &Labels) -> Option<&Target> {
+    match labels {
+        Labels::Target(target) => Some(target),
+        _ => None,
+    }
+}
+
+/// Token ids, types and positions of examples, one after another.
+fn tokens(examples: &[Example]) -> Result<Inputs> {
+    let (mut ids, mut types, mut positions) = (vec![], vec![], vec![]);
+    let lengths: Vec<usize> = examples.iter().map(|e| e.ids.len()).collect();
+    for example in examples {
+        ids.extend(example.ids.iter().map(|&id| i64::from(id)));
+        match &example.type_ids {
+            Some(of) => types.extend(of.iter().map(|&t| i64::from(t))),
+            None => types.extend(std::iter::repeat_n(0, example.ids.len())),
+        }
+        match &example.positions {
+            Some(of) => positions.extend(of.iter().map(|&p| p as i32)),
+            None => positions.extend(0..example.ids.len() as i32),
+        }
+    }
+    let count = ids.len();
+    let types = match examples.iter().any(|e| e.type_ids.is_some()) {
+        true => Some(Tensor::from_i64(types, [count])?),
+        false => None,
+    };
+    Ok(Inputs::tokens(Tensor::from_i64(ids, [count])?, types, Layout::new(&lengths, positions)?))
+}
+
+/// The pictures `which` as [pictures, channels, height, width].
+fn pixels(images: &Images, which: &[usize]) -> Result<Tensor> {
+    let mut values = Vec::new();
+    for &index in which {
+        values.extend(images.pixels(index)?);
+    }
+    let (height, width) = which.first().map_or((0, 0), |&index| images.size(index));
+    Ok(Tensor::from_vec(values, [which.len(), images.channels(), height, width])?)
+}
+
+/// The inputs with what the decoder reads.
+fn with_targets(inputs: Inputs, targets: &[&Target], shift: Option<Shift>) -> Result<Inputs> {
+    let (mut ids, mut positions) = (vec![], vec![]);
+    for target in targets {
+        match (&target.inputs, shift) {
+            (Some(given), _) => ids.extend(given.iter().map(|&id| i64::from(id))),
+            (None, Some(shift)) => ids.extend(shift.inputs(&target.labels)),
+            (None, None) => {
+                let text =
+                    "config.json names no decoder_start_token_id, so the data must hold decoder_input_ids";
+                return Err(Error::Setup(text.into()));
+            }
+        }
+        match &target.positions {
+            Some(of) => positions.extend(of.iter().map(|&p| p as i32)),
+            None => positions.extend(0..target.labels.len() as i32),
+        }
+    }
+    let lengths: Vec<usize> = targets.iter().map(|t| t.labels.len()).collect();
+    let count = ids.len();
+    Ok(inputs.with_target(Tensor::from_i64(ids, [count])?, Layout::new(&lengths, positions)?))
 }
 
 /// What masked language modelling draws from.
@@ -90,6 +154,8 @@ pub struct FeedOptions {
     pub packed: Option<usize>,
     /// Draws masks.
     pub masking: Option<Masking>,
+    /// How the labels of targets become decoder inputs.
+    pub shift: Option<Shift>,
 }
 
 /// The micro-batches of every step, a function of the step's number: there is no state to save.
@@ -147,7 +213,7 @@ impl<'a> Feed<'a> {
                 self.options.masking.map_or_else(|| example.clone(), |m| m.apply(example, index, epoch))
             })
             .collect();
-        Batch::pack(&examples)
+        Batch::pack(&examples, Packing { images: self.data.images.as_deref(), shift: self.options.shift })
     }
 }
 
@@ -182,20 +248,15 @@ mod tests {
     fn data(lengths: &[usize]) -> Dataset {
         let example = |(row, &n): (usize, &usize)| Example {
             ids: (0..n as u32).collect(),
-            type_ids: None,
-            positions: None,
             labels: Labels::Class(row as u32),
             row,
+            ..Example::default()
         };
-        Dataset {
-            examples: lengths.iter().enumerate().map(example).collect(),
-            labels: None,
-            report: Default::default(),
-        }
+        Dataset { examples: lengths.iter().enumerate().map(example).collect(), ..Dataset::default() }
     }
 
     fn options(batch_size: usize, accumulation: usize) -> FeedOptions {
-        FeedOptions { batch_size, accumulation, order: Order::File, packed: None, masking: None }
+        FeedOptions { batch_size, accumulation, order: Order::File, packed: None, masking: None, shift: None }
     }
 
     #[test]

@@ -9,9 +9,10 @@ use engraft_nn::{Adapter, Model, Output, Pass};
 use engraft_tensor::{Tensor, no_grad, ops};
 use serde::Serialize;
 
-use crate::batch::{Batch, Masking};
+use crate::batch::{Batch, Masking, Packing};
 use crate::metrics::Confusion;
 use crate::objective::{Objective, parts};
+use crate::target::Shift;
 use crate::{Error, Result};
 
 /// What is evaluated.
@@ -26,6 +27,8 @@ pub struct Evaluated<'a> {
     pub batch_size: usize,
     /// Draws masks, for masked language models; the same ones in every evaluation.
     pub masking: Option<Masking>,
+    /// How the labels of targets become decoder inputs.
+    pub shift: Option<Shift>,
 }
 
 /// The result of an evaluation.
@@ -105,7 +108,13 @@ impl Evaluated<'_> {
             Some(masking) => masking.apply(&data.examples[i], i, 0),
             None => data.examples[i].clone(),
         };
-        Batch::pack(&indices.iter().map(example).collect::<Vec<Example>>())
+        let examples: Vec<Example> = indices.iter().map(example).collect();
+        Batch::pack(&examples, self.packing(data))
+    }
+
+    /// What examples of `data` are packed with.
+    pub(crate) fn packing<'d>(&self, data: &'d Dataset) -> Packing<'d> {
+        Packing { images: data.images.as_deref(), shift: self.shift }
     }
 
     pub(crate) fn predict(&self, objective: Objective, batch: &Batch) -> Result<Answers> {

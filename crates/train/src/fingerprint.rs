@@ -90,17 +90,24 @@ pub fn of_weights(weights: &Weights) -> String {
     hex(&hash.finalize())
 }
 
-/// Ids and labels of all examples.
+/// Ids, pictures and labels of all examples.
 pub fn of_data(data: &Dataset) -> String {
     let mut hash = Sha256::new();
     for example in &data.examples {
         hash.update((example.ids.len() as u64).to_le_bytes());
         example.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+        if let (Some(images), Some(index)) = (&data.images, example.image) {
+            hash.update(images.identity(index));
+        }
         match &example.labels {
             Labels::None => hash.update([0]),
             Labels::Class(class) => hash.update(class.to_le_bytes()),
             Labels::Score(score) => hash.update(score.to_le_bytes()),
             Labels::Tokens(labels) => labels.iter().for_each(|l| hash.update(l.to_le_bytes())),
+            Labels::Target(target) => {
+                target.labels.iter().for_each(|l| hash.update(l.to_le_bytes()));
+                target.inputs.iter().flatten().for_each(|id| hash.update(id.to_le_bytes()));
+            }
         }
     }
     hex(&hash.finalize())

@@ -137,7 +137,7 @@ fn eval_rows(session: &Session) -> Result<Option<Vec<EvalRow>>> {
     let apart = (data.examples.len() / ROWS).max(1);
     let mut rows = Vec::new();
     for example in data.examples.iter().step_by(apart).take(ROWS) {
-        let batch = Batch::pack(std::slice::from_ref(example))?;
+        let batch = Batch::pack(std::slice::from_ref(example), adapted.packing(data))?;
         let answer = |of: &Evaluated<'_>| of.predict(session.objective, &batch).map(|a| a.predicted);
         let (base, adapted) = (answer(&base)?, answer(&adapted)?);
         let text = |ids: Vec<i64>| answer_text(session, tokenizer, &ids);

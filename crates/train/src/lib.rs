@@ -35,6 +35,7 @@ pub use evaluate::{Evaluated, Evaluation, evaluate};
 pub use events::{DataEvent, EndEvent, EvalEvent, Event, Observer, StepEvent};
 pub use fingerprint::Fingerprint;
 pub use finish::run_data;
+pub use metrics::{Bleu, ExactMatch, Rouge, RougeScores};
 pub use objective::{Objective, is_prompted};
 pub use open::SessionOptions;
 pub use run::{Outcome, RunOptions, Status, metric_name, train};

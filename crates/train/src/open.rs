@@ -20,6 +20,7 @@ use crate::fingerprint::{Fingerprint, of_data, of_weights};
 use crate::objective::Objective;
 use crate::read::{Examples, Reading, config_classes, decide_task, known_labels};
 use crate::session::{Session, feed_options};
+use crate::target::Shift;
 
 /// What a session needs of its surroundings.
 pub struct SessionOptions<'a> {
@@ -60,6 +61,7 @@ impl Session {
             seed: recipe.train.seed,
             known: known_labels(&config),
             templates: &options.templates,
+            model: (&model_dir, &config),
         };
         let fault = |fault: crate::read::Fault| vec![recipe.problem_at(fault.key, fault.error.to_string())];
         let mut problems: Vec<Problem> = too_long.into_iter().collect();
@@ -95,6 +97,7 @@ impl Session {
         notes.extend(doubts(recipe, &examples));
         Ok(Session {
             objective: Objective::of(loaded.model.info().task)?,
+            shift: Shift::of(&config),
             plan,
             model: loaded.model,
             model_dir,
@@ -294,6 +297,8 @@ fn load_options(recipe: &Recipe, task: recipe::Task, labels: Option<usize>, limi
         recipe::Task::SequenceClassification => Some(Task::SequenceClassification),
         recipe::Task::TokenClassification => Some(Task::TokenClassification),
         recipe::Task::MaskedLm => Some(Task::MaskedLm),
+        recipe::Task::Seq2Seq => Some(Task::Seq2Seq),
+        recipe::Task::ImageClassification => Some(Task::ImageClassification),
         recipe::Task::Embedding => Some(Task::Embedding),
     };
     let storage = match recipe.base.quantize {
@@ -308,7 +313,7 @@ fn load_options(recipe: &Recipe, task: recipe::Task, labels: Option<usize>, limi
 }
 
 fn steps_per_epoch(recipe: &Recipe, examples: &Examples, max_length: usize) -> Result<u64> {
-    Ok(Feed::new(&examples.train, feed_options(&recipe.data, &recipe.train, max_length, None))?
+    Ok(Feed::new(&examples.train, feed_options(&recipe.data, &recipe.train, max_length, None, None))?
         .steps_per_epoch())
 }
 
@@ -330,6 +335,7 @@ fn misfits(recipe: &Recipe, examples: &Examples, loaded: &Loaded) -> Vec<Problem
         let highest = |labels: &Labels| match labels {
             Labels::Class(class) => Some(i64::from(*class)),
             Labels::Tokens(labels) => labels.iter().copied().max(),
+            Labels::Target(target) => target.labels.iter().copied().max(),
             _ => None,
         };
         let bad_label = data.examples.iter().find_map(|e| {
@@ -340,10 +346,17 @@ fn misfits(recipe: &Recipe, examples: &Examples, loaded: &Loaded) -> Vec<Problem
                 format!("row {row} has the label {label}; the model's head has {} outputs", info.outputs);
             problems.push(recipe.problem_at(key, title));
         }
-        let per_sequence = info.task.per_sequence();
-        let unfit = data.examples.iter().find(|e| matches!(e.labels, Labels::Class(_)) != per_sequence);
-        if let Some(example) = unfit {
-            let expected = if per_sequence { "one label a row" } else { "one label a token" };
+        let fits = |labels: &Labels| match labels {
+            Labels::Class(_) => info.task.per_sequence(),
+            Labels::Target(_) => info.task == Task::Seq2Seq,
+            _ => !info.task.per_sequence() && info.task != Task::Seq2Seq,
+        };
+        if let Some(example) = data.examples.iter().find(|e| !fits(&e.labels)) {
+            let expected = match info.task {
+                Task::Seq2Seq => "a target beside the source: a prompt and a completion",
+                task if task.per_sequence() => "one label a row",
+                _ => "one label a token",
+            };
             let title = format!("row {}: the task {} takes {expected}", example.row, info.task.name());
             problems.push(recipe.problem_at(key, title));
         }

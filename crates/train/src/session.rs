@@ -12,6 +12,7 @@ use crate::batch::{Feed, FeedOptions, Masking};
 use crate::evaluate::Evaluated;
 use crate::fingerprint::Fingerprint;
 use crate::objective::Objective;
+use crate::target::Shift;
 use crate::{Error, Result};
 
 /// What a recipe means on this machine. [`Session::open`] makes one; nothing has been written yet.
@@ -42,6 +43,8 @@ pub struct Session {
     pub labels: Option<Vec<String>>,
     /// What is minimised.
     pub objective: Objective,
+    /// How the labels of targets become decoder inputs, for encoder–decoder models.
+    pub shift: Option<Shift>,
     /// What fixes the bits of the run.
     pub fingerprint: Fingerprint,
     /// Facts worth telling: guesses about the data, sizes that differ.
@@ -51,7 +54,8 @@ pub struct Session {
 impl Session {
     /// How the training examples are batched.
     pub fn feed_options(&self) -> Result<FeedOptions> {
-        Ok(feed_options(&self.plan.data, &self.plan.train, self.plan.max_length, self.masking()?))
+        let masking = self.masking()?;
+        Ok(feed_options(&self.plan.data, &self.plan.train, self.plan.max_length, masking, self.shift))
     }
 
     /// The micro-batches of every step.
@@ -80,6 +84,7 @@ impl Session {
             methods: &self.methods,
             batch_size: self.plan.train.batch_size,
             masking: self.masking()?,
+            shift: self.shift,
         })
     }
 }
@@ -90,6 +95,7 @@ pub(crate) fn feed_options(
     train: &Train,
     max_length: usize,
     masking: Option<Masking>,
+    shift: Option<Shift>,
 ) -> FeedOptions {
     let seed = train.seed;
     let order = match (data.shuffle, data.group_by_length) {
@@ -104,5 +110,6 @@ pub(crate) fn feed_options(
         order,
         packed,
         masking,
+        shift,
     }
 }

@@ -126,7 +126,13 @@ fn is_encoder(config: &Value) -> bool {
 /// The task that data and model allow, and its name in recipes.
 fn task(sniff: &Sniff, config: &Value) -> Outcome<(Task, &'static str)> {
     let encoder = is_encoder(config);
+    let writes_answers = config.get("is_encoder_decoder").and_then(Value::as_bool) == Some(true);
     match sniff.need {
+        Need::Completion if writes_answers => Ok((Task::Seq2Seq, "seq2seq")),
+        Need::Image => Err(Failure::before_work(
+            "the rows name pictures; `init` writes recipes for text. Write one with task = \"image-classification\" and \
+             data.format = \"images\" (a folder for each class), \"idx\", \"npy\" or \"csv\"",
+        )),
         Need::Label => Ok((Task::Classify, "sequence-classification")),
         Need::Tags => Ok((Task::Tags, "token-classification")),
         Need::Text if encoder => Ok((Task::Masked, "masked-lm")),
@@ -221,6 +227,7 @@ fn excerpt(content: &Content) -> String {
         Content::Text { text, pair: Some(pair), .. } => format!("{} ‖ {}", cut(text), cut(pair)),
         Content::Words { words, .. } => cut(&words.join(" ")),
         Content::Completion { prompt, completion } => format!("{} ‖ {}", cut(prompt), cut(completion)),
+        Content::Image { path, .. } => path.clone(),
         Content::Chat(messages) => {
             let part = |m: &engraft_data::Message| format!("<{}> {}", m.role, cut(&m.content));
             messages.iter().take(3).map(part).collect::<Vec<_>>().join(" ‖ ")

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use engraft_data::{Example, Labels, Tokenizer};
+use engraft_data::{Example, Tokenizer};
 use engraft_model::LoadOptions;
 use engraft_nn::Task;
 use engraft_report::human;
@@ -203,8 +203,7 @@ struct Probes {
 }
 
 fn probes(args: &Args, engine: &Engine) -> Outcome<Probes> {
-    let example =
-        |ids: Vec<u32>| Example { ids, type_ids: None, positions: None, labels: Labels::None, row: 0 };
+    let example = |ids: Vec<u32>| Example { ids, ..Example::default() };
     if !engine.dir.join("tokenizer.json").is_file() {
         // Without a tokenizer any ids show whether the logits agree; they say nothing of perplexity.
         let vocabulary = engine.model.info().vocabulary as u64;

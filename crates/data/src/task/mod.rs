@@ -4,6 +4,7 @@ mod causal;
 mod classify;
 mod completion;
 mod masked;
+mod seq2seq;
 mod tags;
 
 pub(crate) use classify::sorted;
@@ -29,6 +30,8 @@ pub enum Task {
     Causal,
     /// The next token, on answers only.
     Completion,
+    /// The completion, by a decoder that reads what an encoder made of the prompt.
+    Seq2Seq,
     /// Hidden tokens; which are hidden is drawn anew in each epoch by [`mask`].
     Masked,
 }
@@ -40,7 +43,7 @@ impl Task {
             Task::Classify | Task::Regress => Need::Label,
             Task::Tags => Need::Tags,
             Task::Causal | Task::Masked => Need::Text,
-            Task::Completion => Need::Completion,
+            Task::Completion | Task::Seq2Seq => Need::Completion,
         }
     }
 
@@ -79,6 +82,7 @@ pub fn encode(rows: &Rows, tokenizer: &Tokenizer, task: Task, options: &EncodeOp
         Task::Tags => maker.tags()?,
         Task::Causal => maker.blocks()?,
         Task::Completion => maker.completions()?,
+        Task::Seq2Seq => maker.targets()?,
         Task::Masked => maker.masked()?,
     };
     let mut kept = Vec::with_capacity(examples.len());

@@ -1,11 +1,14 @@
 //! Data files to examples: which task they are for, which names the classes have, what is held out.
 
+mod pictures;
+mod tensors;
+
 use std::path::Path;
 
 use engraft_data::rng::Random;
 use engraft_data::{
-    ChatTemplate, Columns, Dataset, EncodeOptions, Format, Labels, Need, ReadOptions, Rows, Task as DataTask,
-    TemplateOptions, Tensors, Tokenizer, encode, read, sniff,
+    ChatTemplate, Columns, Dataset, EncodeOptions, Format, Need, ReadOptions, Rows, Task as DataTask,
+    TemplateOptions, Tokenizer, encode, read, sniff,
 };
 use engraft_recipe as recipe;
 use engraft_recipe::{Data, Recipe, Task, Template};
@@ -17,7 +20,7 @@ use crate::{Error, Result};
 const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
 
 /// The recipe's keys of [`Columns::pairs`], in their order.
-const COLUMN_KEYS: [&str; 8] = [
+const COLUMN_KEYS: [&str; 9] = [
     "data.columns.text",
     "data.columns.text_pair",
     "data.columns.label",
@@ -26,6 +29,7 @@ const COLUMN_KEYS: [&str; 8] = [
     "data.columns.messages",
     "data.columns.tokens",
     "data.columns.tags",
+    "data.columns.image",
 ];
 
 /// The examples of a recipe.
@@ -63,12 +67,16 @@ pub(crate) fn decide_task(recipe: &Recipe, config: &Value) -> Task {
         return Task::SequenceClassification;
     } else if has_head(&["ForTokenClassification"]) {
         return Task::TokenClassification;
+    } else if has_head(&["ForConditionalGeneration"]) {
+        return Task::Seq2Seq;
+    } else if has_head(&["ForImageClassification", "ForImageClassificationWithTeacher"]) {
+        return Task::ImageClassification;
     }
     // An encoder without a head of classes: the data say whether there are classes.
     match seems(&recipe.data) {
         Need::Label => Task::SequenceClassification,
         Need::Tags => Task::TokenClassification,
-        Need::Text | Need::Completion => Task::MaskedLm,
+        Need::Text | Need::Completion | Need::Image => Task::MaskedLm,
     }
 }
 
@@ -80,6 +88,7 @@ fn seems(data: &Data) -> Need {
             _ => Need::Text,
         },
         recipe::Format::Text => Need::Text,
+        recipe::Format::Images | recipe::Format::Idx | recipe::Format::Npy => Need::Image,
         recipe::Format::Chat | recipe::Format::Alpaca | recipe::Format::Sharegpt => Need::Completion,
         recipe::Format::Csv | recipe::Format::Tsv | recipe::Format::Jsonl => {
             let columns = &data.columns;
@@ -107,6 +116,12 @@ fn data_task(task: Task, data: &Data) -> Result<DataTask> {
         Task::MaskedLm => DataTask::Masked,
         Task::CausalLm if seems(data) == Need::Completion => DataTask::Completion,
         Task::CausalLm => DataTask::Causal,
+        Task::Seq2Seq => DataTask::Seq2Seq,
+        Task::ImageClassification => {
+            return Err(Error::Setup(
+                "pictures are read from data.format = \"images\", \"idx\", \"npy\" or \"tensors\"".into(),
+            ));
+        }
         Task::Embedding | Task::Auto => {
             return Err(Error::Setup(
                 "sentence embeddings are computed, not trained; set task = \"sequence-classification\" to train classes"
@@ -127,6 +142,8 @@ pub(crate) struct Reading<'a> {
     pub known: Option<Vec<String>>,
     /// What chat templates may ask for, and where they are rendered.
     pub templates: &'a TemplateOptions,
+    /// The model's directory and its `config.json`, for how pictures are processed.
+    pub model: (&'a Path, &'a Value),
 }
 
 impl Reading<'_> {
@@ -134,6 +151,11 @@ impl Reading<'_> {
     pub fn examples(&self) -> Read<Examples> {
         match (self.data.format, self.tokenizer) {
             (recipe::Format::Tensors, _) => self.tensors(),
+            _ if self.task == Task::ImageClassification => self.pictures(),
+            (recipe::Format::Images | recipe::Format::Idx | recipe::Format::Npy, _) => {
+                let text = "pictures go with task = \"image-classification\" and a model that reads them";
+                at("data.format", Err(Error::Setup(text.into())))
+            }
             (_, Some(tokenizer)) => self.text(tokenizer),
             (_, None) => {
                 let text =
@@ -229,7 +251,11 @@ impl Reading<'_> {
             recipe::Format::Chat => Format::Chat,
             recipe::Format::Alpaca => Format::Alpaca,
             recipe::Format::Sharegpt => Format::Sharegpt,
-            recipe::Format::Text | recipe::Format::Tensors => Format::Text,
+            recipe::Format::Text
+            | recipe::Format::Tensors
+            | recipe::Format::Images
+            | recipe::Format::Idx
+            | recipe::Format::Npy => Format::Text,
         };
         let c = &self.data.columns;
         let columns = Columns {
@@ -241,6 +267,7 @@ impl Reading<'_> {
             messages: c.messages.clone(),
             tokens: c.tokens.clone(),
             tags: c.tags.clone(),
+            image: c.image.clone(),
         };
         ReadOptions {
             format,
@@ -265,56 +292,6 @@ impl Reading<'_> {
             None => Some(ChatTemplate::of(tokenizer, None, self.templates)?),
         })
     }
-
-    fn tensors(&self) -> Read<Examples> {
-        let shifted = self.task == Task::CausalLm;
-        let mut train = at("data.path", self.tensor_file(&self.data.path, shifted))?;
-        let mut eval = None;
-        if let Some(path) = &self.data.eval_path {
-            eval = Some(at("data.eval_path", self.tensor_file(path, shifted))?);
-        } else if let Some(fraction) = self.data.eval_fraction {
-            eval = Some(at("data.eval_fraction", hold_out(&mut train, fraction, self.seed, shifted))?);
-        }
-        let class = matches!(self.task, Task::SequenceClassification | Task::TokenClassification);
-        let all = train.examples.iter().chain(eval.iter().flat_map(|e| &e.examples));
-        let highest = all.filter_map(|e| match &e.labels {
-            Labels::Class(class) => Some(i64::from(*class)),
-            Labels::Tokens(labels) => labels.iter().copied().max(),
-            _ => None,
-        });
-        let classes = highest.max().filter(|_| class).map(|highest| (highest + 1).max(1) as usize);
-        Ok(Examples { train, eval, labels: self.data.labels.clone().filter(|_| class), classes })
-    }
-
-    /// `input_ids`, `attention_mask`, `token_type_ids`, `labels` of a safetensors file.
-    fn tensor_file(&self, path: &Path, shifted: bool) -> Result<Dataset> {
-        let file = Weights::open_file(path, &Limits::default())?;
-        let ids = file.get("input_ids").ok_or_else(|| {
-            let names: Vec<&str> = file.names().take(10).collect();
-            Error::Setup(format!("{} holds no `input_ids` (there: {})", path.display(), names.join(", ")))
-        })?;
-        let [rows, width] = ids.shape[..] else {
-            let text = format!("{}: input_ids must be [rows, tokens], found {:?}", path.display(), ids.shape);
-            return Err(Error::Setup(text));
-        };
-        let array = |name: &str| file.get(name).map(|t| t.to_i64()).transpose();
-        let (mask, types, labels) = (array("attention_mask")?, array("token_type_ids")?, array("labels")?);
-        if labels.is_none() {
-            return Err(Error::Setup(format!(
-                "{} holds no `labels`, so there is nothing to learn",
-                path.display()
-            )));
-        }
-        let tensors = Tensors {
-            rows,
-            width,
-            input_ids: &ids.to_i64()?,
-            attention_mask: mask.as_deref(),
-            token_type_ids: types.as_deref(),
-            labels: labels.as_deref(),
-        };
-        Ok(tensors.dataset(shifted, self.data.allow_empty)?)
-    }
 }
 
 /// Takes a share of the examples out of `train`, drawn by `seed`.
@@ -330,7 +307,8 @@ fn hold_out(train: &mut Dataset, fraction: f64, seed: u64, shifted: bool) -> Res
     Random::new(seed, 3, 0).shuffle(&mut order);
     let mut out = vec![false; all];
     order[..held].iter().for_each(|&index| out[index] = true);
-    let mut eval = Dataset { examples: vec![], labels: train.labels.clone(), report: Default::default() };
+    let mut eval =
+        Dataset { images: train.images.clone(), labels: train.labels.clone(), ..Dataset::default() };
     let mut rest = Vec::with_capacity(all - held);
     for (example, out) in std::mem::take(&mut train.examples).into_iter().zip(out) {
         if out { eval.examples.push(example) } else { rest.push(example) }

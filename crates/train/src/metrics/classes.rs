@@ -1,4 +1,4 @@
-//! Numbers of an evaluation, from what was predicted and what was right.
+//! Accuracy, macro F1 and Matthews' correlation, from what was predicted and what was right.
 //!
 //! Macro F1 is the mean over the classes that occur (in labels or predictions), as scikit-learn's. Matthews'
 //! correlation for several classes: (c·s − Σ pₖtₖ) / √((s² − Σ pₖ²)(s² − Σ tₖ²)) (Gorodkin 2004).
@@ -71,5 +71,17 @@ mod tests {
         assert!((c.macro_f1() - (0.5 + 2.0 / 3.0 + 0.8) / 3.0).abs() < 1e-12);
         assert!((c.matthews() - 12.0 / (24.0f64 * 22.0).sqrt()).abs() < 1e-12);
         assert_eq!(Confusion::default().accuracy(), 0.0);
+        // scikit-learn 1.9.1, with two classes often mistaken.
+        let mut many = Confusion::default();
+        for i in 0..60 {
+            many.add(i * 7 % 5, if i % 3 == 0 { i * i % 6 } else { i * 7 % 5 });
+        }
+        for (found, expected) in [
+            (many.accuracy(), 0.7333333333333333),
+            (many.macro_f1(), 0.7466666666666667),
+            (many.matthews(), 0.6810052246069989),
+        ] {
+            assert!((found - expected).abs() < 1e-12, "{found} {expected}");
+        }
     }
 }
