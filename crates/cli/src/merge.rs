@@ -8,7 +8,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 
-use engraft_nn::{Adapter, Base, Kind, Site, Task, Value as Frozen, mergeable_sites, merged_tensor};
+use engraft_nn::{Adapter, Base, Kind, Site, Sites, Task, Value as Frozen, mergeable_sites, merged_tensor};
 use engraft_store::{Dtype, Entry, RawTensor, Weights};
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
@@ -23,12 +23,15 @@ enum Source<'a> {
     File(&'a RawTensor),
     /// A site's value with the adapter folded in, in the type of the file.
     Merged(&'a Site, Dtype, Vec<usize>),
+    /// The values of sites that the file holds in one tensor, one after another, with the adapter folded in.
+    Pieces(Vec<&'a Site>, Dtype, Vec<usize>),
     /// A site's own value, where the files have none.
     Own(&'a Site),
 }
 
 /// What the merged model consists of.
 pub struct Merge<'a> {
+    sites: &'a Sites,
     adapter: &'a Adapter,
     /// By name in the merged files.
     tensors: BTreeMap<String, Source<'a>>,
@@ -55,6 +58,7 @@ impl<'a> Merge<'a> {
             ))
         })?;
         let mut merge = Merge {
+            sites,
             adapter,
             tensors: weights.iter().map(|(name, raw)| (name.to_owned(), Source::File(raw))).collect(),
             changed: patched.len(),
@@ -70,6 +74,10 @@ impl<'a> Merge<'a> {
             let Some(name) = site.tensor.as_deref() else { continue };
             let sharing: Vec<&Site> = sites.iter().filter(|s| s.tensor.as_deref() == Some(name)).collect();
             let Some(raw) = weights.get(name) else { continue };
+            if site.rows.is_some() {
+                merge.tensors.insert(name.to_owned(), Source::Pieces(sharing, raw.dtype, raw.shape.clone()));
+                continue;
+            }
             let is_first = sharing.first().is_some_and(|first| first.id == site.id);
             if is_first || merge.same_change(&sharing)? {
                 merge.tensors.insert(name.to_owned(), Source::Merged(site, raw.dtype, raw.shape.clone()));
@@ -93,7 +101,8 @@ impl<'a> Merge<'a> {
         own_name: &dyn Fn(&Site) -> String,
     ) {
         let changed: HashSet<&str> = patched.iter().filter_map(|s| s.tensor.as_deref()).collect();
-        for site in engine.model.sites().iter().filter(|s| !patched.iter().any(|p| p.id == s.id)) {
+        let apart = |s: &&Site| s.rows.is_none() && !patched.iter().any(|p| p.id == s.id);
+        for site in engine.model.sites().iter().filter(apart) {
             let name = site.tensor.as_deref().filter(|name| changed.contains(name));
             let Some((name, raw)) = name.and_then(|name| Some((name, weights.get(name)?))) else { continue };
             let first = engine.model.sites().iter().find(|s| s.tensor.as_deref() == Some(name));
@@ -128,7 +137,7 @@ impl<'a> Merge<'a> {
         }
         let mut first: Option<Vec<f32>> = None;
         for site in sharing {
-            let values = merged_tensor(site, self.adapter)?.value.to_vec()?;
+            let values = merged_tensor(self.sites, site, self.adapter)?.value.to_vec()?;
             match &first {
                 Some(first) if *first != values => return Ok(false),
                 Some(_) => {}
@@ -177,24 +186,34 @@ impl<'a> Merge<'a> {
                 Entry::new(name, Dtype::F32, value.shape(), bytes(&value.to_vec()?, Dtype::F32)?)
             }
             Source::Merged(site, dtype, shape) if shape.is_empty() => {
-                let value = merged_tensor(site, self.adapter)?.value;
+                let value = merged_tensor(self.sites, site, self.adapter)?.value;
                 Entry::new(name, *dtype, value.shape(), bytes(&value.to_vec()?, *dtype)?)
             }
-            Source::Merged(site, dtype, shape) => {
-                let make = move || match self.merged_bytes(site, *dtype) {
-                    Ok(bytes) => bytes,
-                    Err(message) => {
-                        self.failed.borrow_mut().get_or_insert(format!("{}: {message}", site.path));
-                        Vec::new()
-                    }
-                };
-                Entry::lazy(name, *dtype, shape, make)
-            }
+            Source::Merged(site, dtype, shape) => self.lazy(name, std::slice::from_ref(site), *dtype, shape),
+            Source::Pieces(sites, dtype, shape) => self.lazy(name, sites, *dtype, shape),
         })
     }
 
+    /// The merged values of `sites`, one after another, made when they are written.
+    fn lazy<'s>(&'s self, name: &str, sites: &'s [&'a Site], dtype: Dtype, shape: &[usize]) -> Entry<'s> {
+        let make = move || {
+            let mut all = Vec::new();
+            for site in sites {
+                match self.merged_bytes(site, dtype) {
+                    Ok(bytes) => all.extend(bytes),
+                    Err(message) => {
+                        self.failed.borrow_mut().get_or_insert(format!("{}: {message}", site.path));
+                        return Vec::new();
+                    }
+                }
+            }
+            all
+        };
+        Entry::lazy(name, dtype, shape, make)
+    }
+
     fn merged_bytes(&self, site: &Site, dtype: Dtype) -> Result<Vec<u8>, String> {
-        let value = merged_tensor(site, self.adapter).map_err(|e| e.to_string())?.value;
+        let value = merged_tensor(self.sites, site, self.adapter).map_err(|e| e.to_string())?.value;
         let values = value.to_vec().map_err(|e| e.to_string())?;
         if let Some(at) = values.iter().position(|v| !v.is_finite()) {
             return Err(format!("element {at} of the merged tensor is {}", values[at]));

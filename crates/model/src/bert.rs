@@ -437,7 +437,7 @@ impl Model for Bert {
             Top::Pooled { pooler, .. } => {
                 pooler.forward(&first(&h)?, &self.sites, &pass)?.unary(Unary::Tanh)?
             }
-            Top::Mean => pooling::means(&h, &cx)?,
+            Top::Mean => pooling::means(&h, cx.layout(), 0)?,
             _ => first(&h)?,
         };
         Ok(Output { features, pass })

@@ -35,16 +35,17 @@ impl<'a> Config<'a> {
         self.problems.push(message.into());
     }
 
-    fn read<T>(&mut self, key: &str, expected: &str, convert: impl Fn(&'a Value) -> Option<T>) -> Option<T> {
+    /// What `convert` makes of the value at `key`, which must be what `expected` says.
+    pub fn read<T>(
+        &mut self,
+        key: &str,
+        expected: &str,
+        convert: impl Fn(&'a Value) -> Option<T>,
+    ) -> Option<T> {
         let value = self.get(key)?;
         let converted = convert(value);
         if converted.is_none() {
-            let mut found = value.to_string();
-            if let Some((end, _)) = found.char_indices().nth(60) {
-                found.truncate(end);
-                found.push('…');
-            }
-            self.problem(format!("`{key}` must be {expected}, found {found}"));
+            self.problem(format!("`{key}` must be {expected}, found {}", shown(value)));
         }
         converted
     }
@@ -130,6 +131,16 @@ impl<'a> Config<'a> {
         }
         Err(Error::Config { path: self.path.clone(), problems: std::mem::take(&mut self.problems) })
     }
+}
+
+/// A value, cut if it is long.
+fn shown(value: &Value) -> String {
+    let mut text = value.to_string();
+    if let Some((end, _)) = text.char_indices().nth(60) {
+        text.truncate(end);
+        text.push('…');
+    }
+    text
 }
 
 #[cfg(test)]

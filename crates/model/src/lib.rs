@@ -5,15 +5,19 @@
 
 mod bert;
 mod config;
+mod dinov2;
 mod error;
 mod gpt2;
 mod llama;
+mod picture;
 mod pooling;
 mod positions;
 mod reader;
 mod relative;
 mod rope;
+mod stretch;
 mod t5;
+mod vit;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -65,6 +69,9 @@ pub static ARCHITECTURES: &[&Architecture] = &[
     &t5::T5,
     &bert::BERT,
     &bert::ROBERTA,
+    &vit::VIT,
+    &vit::DEIT,
+    &dinov2::DINOV2,
 ];
 
 /// How a model is loaded.

@@ -1,6 +1,6 @@
 //! One row for each sequence.
 
-use engraft_nn::{Output, Pass};
+use engraft_nn::{Layout, Output, Pass};
 use engraft_tensor::Tensor;
 
 /// The last row of each sequence, what a causal classifier reads: [sequences, width] with their pass.
@@ -10,14 +10,14 @@ pub(crate) fn lasts(h: &Tensor, cx: &Pass) -> engraft_nn::Result<Output> {
     Ok(Output { features: h.gather(&Tensor::from_i64(rows, [count])?)?, pass })
 }
 
-/// The mean of each sequence's real rows [sequences, width].
-pub(crate) fn means(h: &Tensor, cx: &Pass) -> engraft_nn::Result<Tensor> {
-    let layout = cx.layout();
+/// The mean of each sequence's real rows but the first `skipped`: h [rows, width] → [sequences, width].
+pub(crate) fn means(h: &Tensor, layout: &Layout, skipped: usize) -> engraft_nn::Result<Tensor> {
     let (mut rows, mut owners, mut shares) = (vec![], vec![], vec![]);
     for (i, (s, &prompt)) in layout.sequences().iter().zip(layout.virtual_counts()).enumerate() {
-        rows.extend((s.start + prompt..s.end).map(|r| r as i64));
-        owners.extend(std::iter::repeat_n(i as i64, s.len() - prompt));
-        shares.push(1.0 / (s.len() - prompt).max(1) as f32);
+        let real = (s.start + prompt + skipped).min(s.end)..s.end;
+        owners.extend(std::iter::repeat_n(i as i64, real.len()));
+        shares.push(1.0 / real.len().max(1) as f32);
+        rows.extend(real.map(|r| r as i64));
     }
     let (count, sequences) = (rows.len(), shares.len());
     let real = h.gather(&Tensor::from_i64(rows, [count])?)?;

@@ -4,14 +4,15 @@
 //! model's file says once which tensors it has, and a mismatch costs no time and no memory.
 //!
 //! Paths are those of the task's class in `transformers` (`bert.encoder.layer.0…`); files saved from another class have the
-//! trunk under another prefix (`encoder.layer.0…`), and norms of old files are called `gamma` and `beta`.
+//! trunk under another prefix (`encoder.layer.0…`), norms of old files are called `gamma` and `beta`, and of models whose
+//! modules `transformers` has renamed, the files have the older names or the current ones.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
 use engraft_nn::weight::{FileRows, Storage, TransposedRows};
-use engraft_nn::{Convolution, Embedding, Init, Linear, Norm, Parameter, Role, Sites, Weight};
+use engraft_nn::{Convolution, Embedding, Init, Joined, Linear, Norm, Parameter, Role, Sites, Weight};
 use engraft_store::{Dtype, RawTensor, Weights};
 use engraft_tensor::Tensor;
 use engraft_tensor::frozen::RowSource;
@@ -36,11 +37,17 @@ pub(crate) struct Prefixes {
     pub file: &'static str,
 }
 
+/// Parts of paths with what older versions of `transformers` have in their place.
+pub(crate) type Renamed = &'static [(&'static str, &'static str)];
+
 /// See the module.
 pub(crate) struct Reader<'a> {
     weights: &'a Weights,
     options: &'a LoadOptions,
     prefixes: Prefixes,
+    renamed: Renamed,
+    /// Whether the files have the older names.
+    older: bool,
     dry: bool,
     /// Standard deviation of new matrices.
     pub initializer_range: f32,
@@ -70,6 +77,8 @@ impl<'a> Reader<'a> {
             weights,
             options,
             prefixes,
+            renamed: &[],
+            older: false,
             dry,
             initializer_range: 0.02,
             sites: Sites::default(),
@@ -85,8 +94,22 @@ impl<'a> Reader<'a> {
         self.weights.len()
     }
 
+    /// Says how `transformers` has renamed the modules; to be called before anything is read.
+    pub fn rename(&mut self, renamed: Renamed) {
+        let current = |name: &str| renamed.iter().any(|(current, _)| name.contains(current));
+        self.renamed = renamed;
+        self.older = !self.weights.names().any(current);
+    }
+
+    /// All that was declared.
+    pub fn finish(&mut self) -> Arc<Sites> {
+        let (sites, renamed) = (std::mem::take(&mut self.sites), self.renamed);
+        Arc::new(if renamed.is_empty() { sites } else { sites.with_older(|path| older(path, renamed)) })
+    }
+
     /// How the files call what lies at a module path.
     pub fn name(&self, path: &str) -> String {
+        let path = if self.older { &older(path, self.renamed) } else { path };
         match path.strip_prefix(self.prefixes.path) {
             Some(rest) => format!("{}{rest}", self.prefixes.file),
             None => path.to_owned(),
@@ -96,6 +119,12 @@ impl<'a> Reader<'a> {
     /// Whether the files hold a tensor called `name`.
     pub fn has(&self, name: &str) -> bool {
         self.weights.get(name).is_some()
+    }
+
+    /// Says that the tensor at `path`, if the files have it, is for something that is not there (pretraining).
+    pub fn pass_over(&mut self, path: &str) {
+        let name = self.name(path);
+        self.used.insert(name);
     }
 
     /// Whether both tensors are there with the same bytes.
@@ -135,8 +164,20 @@ impl<'a> Reader<'a> {
 
     /// The matrix `name` [out, in]; matrices of blocks are kept in the storage that was asked for.
     fn matrix(&mut self, name: &str, (out, inn): (usize, usize), part: Part) -> Result<Arc<Weight>> {
-        let Some(raw) = self.take(name, &[out, inn]) else {
-            return Ok(Arc::new(Weight::table(Arc::new(Absent((out, inn))), None)));
+        let raw = self.take(name, &[out, inn]);
+        self.packed(name, raw, (out, inn), part)
+    }
+
+    /// The matrix [out, in] of a tensor that was taken.
+    fn packed(
+        &mut self,
+        name: &str,
+        raw: Option<RawTensor>,
+        shape: (usize, usize),
+        part: Part,
+    ) -> Result<Arc<Weight>> {
+        let Some(raw) = raw else {
+            return Ok(Arc::new(Weight::table(Arc::new(Absent(shape)), None)));
         };
         let storage = if part == Part::Block { self.options.storage } else { Storage::Dense };
         let weight = Weight::matrix(&FileRows::new(name, &raw)?, storage, self.options.precision)?;
@@ -167,17 +208,17 @@ impl<'a> Reader<'a> {
         Ok(Linear::declare(&mut self.sites, (path, &name), role, layer, weight, Some(bias)))
     }
 
-    /// A convolution over patches of `size` × `size` pixels, with or without bias.
+    /// A convolution over windows [channels, height, width] that do not overlap, with or without bias.
     pub fn convolution(
         &mut self,
         path: &str,
         out: usize,
-        (channels, size): (usize, usize),
+        window: [usize; 3],
         bias: bool,
     ) -> Result<Convolution> {
-        let name = self.name(path);
-        let (tensor, shape) = (format!("{name}.weight"), (out, channels * size * size));
-        let weight = match self.take(&tensor, &[out, channels, size, size]) {
+        let (name, [channels, height, width]) = (self.name(path), window);
+        let (tensor, shape) = (format!("{name}.weight"), (out, channels * height * width));
+        let weight = match self.take(&tensor, &[out, channels, height, width]) {
             None => Weight::table(Arc::new(Absent(shape)), None),
             Some(raw) => {
                 let rows = FileRows::flattened(&tensor, &raw, shape)?;
@@ -186,7 +227,7 @@ impl<'a> Reader<'a> {
         };
         self.count(Part::Embedding, weight.bytes());
         let bias = if bias { Some(self.vector(&format!("{name}.bias"), out)?) } else { None };
-        Ok(Convolution::declare(&mut self.sites, (path, &name), (channels, size), Arc::new(weight), bias))
+        Ok(Convolution::declare(&mut self.sites, (path, &name), window, Arc::new(weight), bias))
     }
 
     /// A bare parameter of the file's `shape` (a class token, learned positions, a layer scale), seen as a vector.
@@ -199,19 +240,20 @@ impl<'a> Reader<'a> {
     ) -> Result<Parameter> {
         let name = self.name(path);
         let len = shape.iter().product();
-        let value = match self.take(&name, shape) {
-            None => Tensor::zeros([0]),
-            Some(raw) => {
-                self.bytes.vectors += 4 * len;
-                Tensor::from_vec(raw.to_f32()?, [len])?
-            }
-        };
+        let raw = self.take(&name, shape);
+        let value = self.unpacked(raw, len)?;
         Ok(Parameter::declare(&mut self.sites, (path, &name), role, layer, value))
     }
 
     /// The vector `name` `[len]`.
     pub fn vector(&mut self, name: &str, len: usize) -> Result<Tensor> {
-        let Some(raw) = self.take(name, &[len]) else { return Ok(Tensor::zeros([0])) };
+        let raw = self.take(name, &[len]);
+        self.unpacked(raw, len)
+    }
+
+    /// The vector `[len]` of a tensor that was taken.
+    fn unpacked(&mut self, raw: Option<RawTensor>, len: usize) -> Result<Tensor> {
+        let Some(raw) = raw else { return Ok(Tensor::zeros([0])) };
         self.bytes.vectors += 4 * len;
         Ok(Tensor::from_vec(raw.to_f32()?, [len])?)
     }
@@ -230,6 +272,39 @@ impl<'a> Reader<'a> {
         let weight = self.matrix(&format!("{name}.weight"), shape, part)?;
         let bias = if bias { Some(self.vector(&format!("{name}.bias"), shape.0)?) } else { None };
         Ok(Linear::declare(&mut self.sites, (path, &name), role, layer, weight, bias))
+    }
+
+    /// Linear layers [out, in] with biases at `paths`, which older names have as one at `whole`.
+    pub fn joined(
+        &mut self,
+        whole: &str,
+        paths: [(String, Role); 2],
+        layer: Option<usize>,
+        (out, inn): (usize, usize),
+    ) -> Result<Joined> {
+        let name = self.name(whole);
+        let taken = if self.older {
+            let all = paths.len() * out;
+            let matrix = self.take(&format!("{name}.weight"), &[all, inn]);
+            Some((matrix, self.take(&format!("{name}.bias"), &[all])))
+        } else {
+            None
+        };
+        let mut parts = Vec::with_capacity(paths.len());
+        for (number, (path, role)) in paths.iter().enumerate() {
+            let Some((matrix, bias)) = &taken else {
+                parts.push(self.linear(path, *role, layer, (out, inn), true)?);
+                continue;
+            };
+            let rows = number * out..(number + 1) * out;
+            let cut = |t: &Option<RawTensor>| t.as_ref().map(|t| t.rows(rows.clone())).transpose();
+            let weight = self.packed(&format!("{name}.weight"), cut(matrix)?, (out, inn), Part::Block)?;
+            let bias = self.unpacked(cut(bias)?, out)?;
+            parts.push(Linear::declare(&mut self.sites, (path, &name), *role, layer, weight, Some(bias)));
+            self.sites.set_rows(path, rows.clone());
+            self.sites.set_rows(&format!("{path}.bias"), rows);
+        }
+        Ok(Joined::declare(&mut self.sites, (whole, &name), Role::Up, layer, parts)?)
     }
 
     /// A linear layer of a new task's head: the file's if it fits, else, where the caller asked for a head, a new one:
@@ -361,6 +436,11 @@ impl<'a> Reader<'a> {
             (format!("{}.weight", self.name(path)), format!("{}.weight", self.name(embedding_path)));
         flag && (!self.has(&own) || self.same(&own, &shared))
     }
+}
+
+/// The path that older names have for `path`.
+fn older(path: &str, renamed: Renamed) -> String {
+    renamed.iter().fold(path.to_owned(), |path, (current, older)| path.replace(current, older))
 }
 
 /// New values as a source of rows.

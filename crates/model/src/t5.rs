@@ -421,7 +421,7 @@ impl Model for T5 {
                 let rows: Vec<i64> =
                     memory.pass.layout().sequences().iter().map(|s| s.start as i64).collect();
                 let pass = memory.pass.select(&rows)?;
-                Ok(Output { features: pooling::means(&memory.states, &memory.pass)?, pass })
+                Ok(Output { features: pooling::means(&memory.states, memory.pass.layout(), 0)?, pass })
             }
             (None, None) => {
                 let message = "a bare encoder has nothing to continue; run it without a cache";

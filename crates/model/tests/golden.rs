@@ -19,7 +19,7 @@ fn check(root: &Path, name: &str, options: &LoadOptions, tolerance: f32) -> usiz
     let loaded = load(&root.join("models").join(name), options).unwrap_or_else(|e| panic!("{name}: {e}"));
     let dir = root.join("inputs").join(name);
     let mut count = 0;
-    for suffix in ["", "_left", "_short"] {
+    for suffix in ["", "_left", "_short", "_size"] {
         let path = dir.join(format!("inputs{suffix}.safetensors"));
         if !path.exists() {
             continue;
@@ -44,12 +44,12 @@ fn names(root: &Path) -> Vec<String> {
 #[test]
 fn logits_equal_the_reference() {
     let names = names(&golden());
-    assert!(names.len() >= 26, "{names:?}");
+    assert!(names.len() >= 48, "{names:?}");
     let mut inputs = 0;
     for name in names {
         inputs += check(&golden(), &name, &LoadOptions::default(), 1e-4);
     }
-    assert!(inputs >= 53, "{inputs}");
+    assert!(inputs >= 92, "{inputs}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use engraft_tensor::{Param, Tensor};
 
-use crate::{Error, Patch, Result, SiteId};
+use crate::{Error, Names, Patch, Result, SiteId};
 
 /// A parameter with the name it is saved under.
 #[derive(Clone)]
@@ -24,9 +24,20 @@ pub struct NamedParam {
 pub struct Adapter {
     patches: HashMap<SiteId, Vec<Patch>>,
     params: Vec<NamedParam>,
+    names: Names,
 }
 
 impl Adapter {
+    /// An empty adapter whose parameters are named as `names` calls the modules.
+    pub(crate) fn named(names: Names) -> Adapter {
+        Adapter { names, ..Adapter::default() }
+    }
+
+    /// How its parameters call the model's modules.
+    pub fn names(&self) -> Names {
+        self.names
+    }
+
     /// The patches at a site, in the order they were attached.
     pub fn at(&self, site: SiteId) -> &[Patch] {
         self.patches.get(&site).map_or(&[], Vec::as_slice)

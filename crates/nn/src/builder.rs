@@ -22,7 +22,7 @@ impl<'a> Builder<'a> {
     /// Starts an empty adapter for a model; new tensors are drawn from `seed` and their names.
     pub fn new(sites: &'a Arc<Sites>, info: &'a ModelInfo, seed: u64) -> Self {
         let (targets, prefix, replaced) = (Vec::new(), String::new(), Vec::new());
-        Builder { sites, info, targets, seed, prefix, replaced, adapter: Adapter::default() }
+        Builder { sites, info, targets, seed, prefix, replaced, adapter: Adapter::named(sites.names()) }
     }
 
     /// The sites the next method was told to use.

@@ -11,6 +11,7 @@ mod convolution;
 mod embedding;
 mod error;
 mod init;
+mod joined;
 mod layout;
 mod linear;
 mod merge;
@@ -33,6 +34,7 @@ pub use convolution::Convolution;
 pub use embedding::Embedding;
 pub use error::{Error, Result};
 pub use init::Init;
+pub use joined::Joined;
 pub use layout::Layout;
 pub use linear::{Linear, Patched};
 pub use merge::{MergedTensor, mergeable_sites, merged_tensor, merged_tensors};
@@ -45,6 +47,6 @@ pub use patch::{
     SublayerPatch, VectorPatch, WeightPatch,
 };
 pub use replace::Replacement;
-pub use site::{Kind, Role, Site, SiteId, Sites, Stack, Value};
+pub use site::{Kind, Names, Role, Site, SiteId, Sites, Stack, Value};
 pub use targets::{LayerChoice, Matcher, Resolution, TargetError, Targets};
 pub use weight::Weight;

@@ -43,17 +43,17 @@ impl Linear {
         Self::declare_kind(sites, (path, tensor), role, layer, kind, weight, bias)
     }
 
-    /// The matrix of a convolution on windows of `channels` × `size` × `size` numbers.
+    /// The matrix of a convolution on windows of [channels, height, width] numbers.
     pub(crate) fn declare_convolution(
         sites: &mut Sites,
         (path, tensor): (&str, &str),
         role: Role,
-        (channels, size): (usize, usize),
+        [channels, height, width]: [usize; 3],
         weight: Arc<Weight>,
         bias: Option<Tensor>,
     ) -> Linear {
         let (out, inn) = weight.shape();
-        let kind = Kind::Convolution { out, inn, shape: [out, channels, size, size] };
+        let kind = Kind::Convolution { out, inn, shape: [out, channels, height, width] };
         let names = (format!("{path}.bias"), format!("{tensor}.bias"));
         let bias = bias.map(|b| (b, (names.0.as_str(), names.1.as_str())));
         Self::declare_kind(sites, (path, &format!("{tensor}.weight")), role, None, kind, weight, bias)
@@ -82,10 +82,24 @@ impl Linear {
         self.site
     }
 
+    /// The frozen weight.
+    pub(crate) fn weight(&self) -> &Arc<Weight> {
+        &self.weight
+    }
+
+    /// The frozen bias and its site.
+    pub(crate) fn bias(&self) -> Option<(&Tensor, SiteId)> {
+        self.bias.as_ref().map(|(bias, id)| (bias, *id))
+    }
+
+    /// Whether any route has a patch at the weight or at the bias.
+    pub(crate) fn patched(&self, cx: &Pass) -> bool {
+        cx.patched(self.site) || self.bias.as_ref().is_some_and(|(_, id)| cx.patched(*id))
+    }
+
     /// x [tokens, in] → [tokens, out].
     pub fn forward(&self, x: &Tensor, sites: &Sites, cx: &Pass) -> Result<Tensor> {
-        let bias_patched = self.bias.as_ref().is_some_and(|(_, id)| cx.patched(*id));
-        if !cx.patched(self.site) && !bias_patched {
+        if !self.patched(cx) {
             return self.weight.multiply(x, self.bias.as_ref().map(|(b, _)| b));
         }
         let site = sites.get(self.site);

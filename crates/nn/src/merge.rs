@@ -3,7 +3,7 @@
 use engraft_tensor::{Tensor, no_grad};
 
 use crate::linear::patched_vector;
-use crate::{Adapter, Base, Error, Kind, Layout, Pass, Patch, Patched, Result, Site, Sites, Value};
+use crate::{Adapter, Base, Error, Kind, Layout, Names, Pass, Patch, Patched, Result, Site, Sites, Value};
 
 /// A changed tensor.
 pub struct MergedTensor<'a> {
@@ -15,7 +15,7 @@ pub struct MergedTensor<'a> {
 
 /// W′ and v′ of every patched site; an error listing the sites that cannot be folded into weights.
 pub fn merged_tensors<'a>(sites: &'a Sites, adapter: &Adapter) -> Result<Vec<MergedTensor<'a>>> {
-    mergeable_sites(sites, adapter)?.into_iter().map(|site| merged_tensor(site, adapter)).collect()
+    mergeable_sites(sites, adapter)?.into_iter().map(|site| merged_tensor(sites, site, adapter)).collect()
 }
 
 /// The patched sites in model order; an error listing those that cannot be folded into weights.
@@ -26,13 +26,29 @@ pub fn mergeable_sites<'a>(sites: &'a Sites, adapter: &Adapter) -> Result<Vec<&'
         .filter(|s| !adapter.at(s.id).iter().all(mergeable))
         .map(|s| format!("{}: what sits at a {:?} site depends on the input", s.path, s.kind))
         .collect();
-    if refused.is_empty() { Ok(patched) } else { Err(Error::Mismatch(refused)) }
+    if !refused.is_empty() {
+        return Err(Error::Mismatch(refused));
+    }
+    // What older names have as one matrix is several, under the names that merging follows.
+    let changed = |s: &&Site| {
+        let whole = s.part_of.is_some_and(|(whole, _)| !adapter.at(whole).is_empty());
+        whole || !adapter.at(s.id).is_empty()
+    };
+    Ok(sites.named(Names::Current).iter().filter(changed).collect())
 }
 
 /// W′ or v′ of one of the [`mergeable_sites`], for writing a model tensor by tensor.
-pub fn merged_tensor<'a>(site: &'a Site, adapter: &Adapter) -> Result<MergedTensor<'a>> {
+pub fn merged_tensor<'a>(sites: &Sites, site: &'a Site, adapter: &Adapter) -> Result<MergedTensor<'a>> {
     let cx = Pass::new(Layout::counted(&[])?, None);
-    no_grad(|| merged(site, adapter.at(site.id), &cx))
+    let whole = site.part_of.filter(|(whole, _)| !adapter.at(*whole).is_empty());
+    let value = no_grad(|| match whole {
+        None => merged(site, adapter.at(site.id), &cx),
+        Some((whole, first)) => {
+            let value = merged(sites.get(whole), adapter.at(whole), &cx)?;
+            Ok(value.rows_between(first, first + site.kind.rows())?)
+        }
+    })?;
+    Ok(MergedTensor { site, value })
 }
 
 fn mergeable(patch: &Patch) -> bool {
@@ -43,8 +59,8 @@ fn mergeable(patch: &Patch) -> bool {
     }
 }
 
-fn merged<'a>(site: &'a Site, patches: &[Patch], cx: &Pass) -> Result<MergedTensor<'a>> {
-    let value = match &site.value {
+fn merged(site: &Site, patches: &[Patch], cx: &Pass) -> Result<Tensor> {
+    Ok(match &site.value {
         Value::Weight(w) => {
             let value = Patched::new(w.as_ref(), patches, site, cx).dense()?;
             match site.kind {
@@ -60,6 +76,5 @@ fn merged<'a>(site: &'a Site, patches: &[Patch], cx: &Pass) -> Result<MergedTens
                 message: "holds no tensor to merge into".into(),
             });
         }
-    };
-    Ok(MergedTensor { site, value })
+    })
 }

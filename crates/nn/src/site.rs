@@ -1,5 +1,6 @@
 //! Where a method may attach. Models declare sites; methods choose among them.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use engraft_tensor::Tensor;
@@ -162,6 +163,18 @@ pub enum Kind {
     },
 }
 
+impl Kind {
+    /// Rows of the tensor of such a site; its length, of a vector.
+    pub fn rows(&self) -> usize {
+        match *self {
+            Kind::Linear { out, .. } | Kind::Convolution { out, .. } => out,
+            Kind::Embedding { rows, .. } => rows,
+            Kind::Vector { len } => len,
+            _ => 0,
+        }
+    }
+}
+
 /// The frozen value at a site, where there is one.
 #[derive(Clone)]
 pub enum Value {
@@ -185,6 +198,16 @@ pub enum Stack {
     Decoder,
 }
 
+/// Which names the modules of a model go by, where `transformers` has changed them between two of its versions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Names {
+    /// Those of the version that this program follows.
+    #[default]
+    Current,
+    /// Those of the version before; adapters and targets may use them.
+    Older,
+}
+
 /// A named place of a model.
 #[derive(Clone)]
 pub struct Site {
@@ -205,6 +228,12 @@ pub struct Site {
     pub value: Value,
     /// Name of the tensor in the model's files; a tied head names the embedding's.
     pub tensor: Option<String>,
+    /// The rows of that tensor that are this site's, where the files hold more in it.
+    pub rows: Option<Range<usize>>,
+    /// The only names under which there is such a module; `None` where both have it.
+    pub only: Option<Names>,
+    /// The site that has this one's rows under the older names, and the first of them there.
+    pub part_of: Option<(SiteId, usize)>,
 }
 
 impl Site {
@@ -219,11 +248,13 @@ impl Site {
     }
 }
 
-/// The sites of a model.
+/// The sites of a model, under one set of names.
 #[derive(Clone, Default)]
 pub struct Sites {
     all: Vec<Site>,
     stack: Stack,
+    names: Names,
+    older: Option<Arc<Sites>>,
 }
 
 impl Sites {
@@ -244,6 +275,9 @@ impl Sites {
             kind,
             value: Value::None,
             tensor: None,
+            rows: None,
+            only: None,
+            part_of: None,
         });
         id
     }
@@ -271,9 +305,57 @@ impl Sites {
         }
     }
 
+    /// Says that the tensor of the site `path` is `rows` of the one that the file has under this name.
+    pub fn set_rows(&mut self, path: &str, rows: Range<usize>) {
+        if let Some(site) = self.all.iter_mut().find(|s| s.path == path) {
+            site.rows = Some(rows);
+        }
+    }
+
+    /// Says that the older names have `whole` where the current ones have `parts`, one after another.
+    pub(crate) fn join(&mut self, whole: SiteId, parts: &[(SiteId, usize)]) {
+        self.all[whole.0].only = Some(Names::Older);
+        let mut first = 0;
+        for (part, rows) in parts {
+            self.all[part.0].only = Some(Names::Current);
+            self.all[part.0].part_of = Some((whole, first));
+            first += rows;
+        }
+    }
+
+    /// The same sites with a view of them under older names; `older` gives the older path of a site.
+    pub fn with_older(self, older: impl Fn(&str) -> String) -> Sites {
+        let renamed = |site: &Site| Site { path: older(&site.path), ..site.clone() };
+        let view = Sites {
+            all: self.all.iter().map(renamed).collect(),
+            names: Names::Older,
+            older: None,
+            ..self.clone()
+        };
+        Sites { older: Some(Arc::new(view)), ..self }
+    }
+
+    /// The names that the paths of these sites follow.
+    pub fn names(&self) -> Names {
+        self.names
+    }
+
+    /// The same sites under their older names, if they have such.
+    pub fn older(&self) -> Option<&Arc<Sites>> {
+        self.older.as_ref()
+    }
+
+    /// The same sites under `names`.
+    pub fn named(&self, names: Names) -> &Sites {
+        match (names, &self.older) {
+            (Names::Older, Some(older)) => older,
+            _ => self,
+        }
+    }
+
     /// All sites in order of declaration (that is, of the forward pass).
     pub fn iter(&self) -> impl Iterator<Item = &Site> {
-        self.all.iter()
+        self.all.iter().filter(|s| s.only.is_none_or(|only| only == self.names))
     }
 
     /// The site of an index that this model gave.

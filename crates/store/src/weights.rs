@@ -198,6 +198,22 @@ impl RawTensor {
         Ok(RawTensor { shape: shape.to_vec(), ..self.clone() })
     }
 
+    /// Rows `range` of the first dimension as a tensor of their own; nothing is copied.
+    ///
+    /// # Errors
+    /// Rows that the tensor does not have, elements that are parts of a byte.
+    pub fn rows(&self, range: Range<usize>) -> Result<RawTensor> {
+        let (rows, bits) = (self.shape.first().copied().unwrap_or(0), self.dtype.bitsize());
+        if range.start > range.end || range.end > rows || !bits.is_multiple_of(8) {
+            let message = format!("a tensor of {} {:?} has no rows {range:?}", self.dtype, self.shape);
+            return Err(Error::Request(message));
+        }
+        let row = self.shape[1..].iter().product::<usize>() * bits / 8;
+        let (start, mut shape) = (self.range.start, self.shape.clone());
+        shape[0] = range.len();
+        Ok(RawTensor { shape, range: start + range.start * row..start + range.end * row, ..self.clone() })
+    }
+
     /// All elements of an i64 or i32 tensor; another type is an error.
     pub fn to_i64(&self) -> Result<Vec<i64>> {
         let bytes = self.bytes();

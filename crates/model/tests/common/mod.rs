@@ -38,9 +38,13 @@ pub fn tensors(path: &Path) -> Weights {
     Weights::open_file(path, &Limits::default()).unwrap()
 }
 
-/// The inputs of a file, packed; places are those of the target where there is one.
+/// Pictures, or the tokens of a file, packed; places are those of the target where there is one.
 pub fn read_batch(path: &Path) -> Batch {
     let file = tensors(path);
+    if let Some(pixels) = file.get("pixel_values") {
+        let pixels = Tensor::from_vec(pixels.to_f32().unwrap(), pixels.shape.clone()).unwrap();
+        return Batch { inputs: Inputs::pixels(pixels).unwrap(), places: vec![] };
+    }
     let (ids, types, layout, places) = packed(&file, "input_ids", "attention_mask");
     let inputs = Inputs::tokens(ids, types, layout);
     if file.get("decoder_input_ids").is_none() {

@@ -39,6 +39,8 @@ enum Form {
     Matrix(Arc<FrozenMatrix>),
     /// Looked up, and, when tied to a head, multiplied by.
     Table(Arc<dyn RowSource + Send>, Option<Arc<FrozenMatrix>>),
+    /// Matrices whose rows follow one another.
+    Joined(Vec<Arc<Weight>>),
 }
 
 impl Weight {
@@ -66,6 +68,11 @@ impl Weight {
         Weight { form: Form::Table(rows, matrix), transposed: false, bytes }
     }
 
+    /// The rows of `parts` [out, in] one after another; nothing is copied.
+    pub fn joined(parts: Vec<Arc<Weight>>) -> Weight {
+        Weight { form: Form::Joined(parts), transposed: false, bytes: 0 }
+    }
+
     /// Marks the file's copy as stored [in, out].
     pub fn stored_transposed(self) -> Weight {
         Weight { transposed: true, ..self }
@@ -85,12 +92,10 @@ impl Weight {
     pub fn multiply(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         match &self.form {
             Form::Matrix(m) | Form::Table(_, Some(m)) => Ok(ops::frozen_linear(x, m, bias)?),
-            Form::Table(..) => {
-                let y = x.matmul_t(&self.dense()?)?;
-                Ok(match bias {
-                    Some(b) => y.add(b)?,
-                    None => y,
-                })
+            Form::Table(..) => with_bias(x.matmul_t(&self.dense()?)?, bias),
+            Form::Joined(parts) => {
+                let parts = parts.iter().map(|p| p.multiply(x, None)).collect::<Result<Vec<_>>>()?;
+                with_bias(ops::cat(&parts.iter().collect::<Vec<_>>(), 1)?, bias)
             }
         }
     }
@@ -101,6 +106,10 @@ impl Base for Weight {
         match &self.form {
             Form::Matrix(m) => m.shape(),
             Form::Table(rows, _) => rows.shape(),
+            Form::Joined(parts) => {
+                let shapes = parts.iter().map(|p| p.shape());
+                shapes.reduce(|(out, inn), (more, _)| (out + more, inn)).unwrap_or((0, 0))
+            }
         }
     }
 
@@ -114,7 +123,7 @@ impl Base for Weight {
                 let rows: Arc<dyn RowSource> = rows.clone();
                 Ok(ops::embed(&rows, ids)?)
             }
-            Form::Matrix(_) => Ok(self.dense()?.gather(ids)?),
+            Form::Matrix(_) | Form::Joined(_) => Ok(self.dense()?.gather(ids)?),
         }
     }
 
@@ -127,6 +136,18 @@ impl Base for Weight {
                 rows.rows(0..n, &mut values);
                 Ok(Tensor::from_vec(values, [n, width])?)
             }
+            Form::Joined(parts) => {
+                let parts = parts.iter().map(|p| p.dense()).collect::<Result<Vec<_>>>()?;
+                Ok(ops::cat(&parts.iter().collect::<Vec<_>>(), 0)?)
+            }
         }
     }
+}
+
+/// y, or y + bias.
+fn with_bias(y: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    Ok(match bias {
+        Some(b) => y.add(b)?,
+        None => y,
+    })
 }
