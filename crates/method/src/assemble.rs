@@ -47,7 +47,8 @@ pub struct LoadedAdapter {
 
 /// A new adapter: the modules `train_also` trained as a whole, then every method at its sites, in order.
 ///
-/// New tensors are drawn from `seed`. An error where a method's targets match nothing at all.
+/// New tensors are drawn from `seed`. An error where a method's targets match nothing at all. Where the model's modules
+/// have been renamed, targets may go by the older names, and the tensors then do too.
 pub fn attach(
     methods: &[Chosen],
     train_also: &[String],
@@ -55,7 +56,26 @@ pub fn attach(
     info: &ModelInfo,
     seed: u64,
 ) -> Result<Attached> {
-    build(methods, train_also, sites, info, seed, Vec::new())
+    under_names(
+        sites,
+        |a: &Attached| a.dead_targets.len() + a.dead_modules.len(),
+        |sites| build(methods, train_also, sites, info, seed, Vec::new()),
+    )
+}
+
+/// `make` under the model's current names or, where these leave something unmatched and the older ones less, those.
+fn under_names<T>(
+    sites: &Arc<Sites>,
+    dead: impl Fn(&T) -> usize,
+    make: impl Fn(&Arc<Sites>) -> Result<T>,
+) -> Result<T> {
+    let current = make(sites);
+    let unmatched = current.as_ref().map_or(usize::MAX, &dead);
+    let Some(older) = sites.older().filter(|_| unmatched > 0) else { return current };
+    match make(older) {
+        Ok(found) if dead(&found) < unmatched => Ok(found),
+        _ => current,
+    }
 }
 
 fn build(
@@ -115,13 +135,21 @@ fn file_names(methods: &[Chosen], name: &str) -> (String, Vec<String>) {
 /// An adapter from `adapter_config.json` and the tensors beside it.
 ///
 /// Every missing, extra and mis-shaped tensor is reported. A copy of a frozen embedding or head is taken as the base
-/// below the adapter where it differs from the model's own.
+/// below the adapter where it differs from the model's own. Modules may go by their older names.
 pub fn load_adapter(
     config: &Value,
     tensors: Named,
     sites: &Arc<Sites>,
     info: &ModelInfo,
 ) -> Result<LoadedAdapter> {
+    under_names(
+        sites,
+        |loaded: &LoadedAdapter| loaded.dead.len(),
+        |sites| load_named(config, tensors.clone(), sites, info),
+    )
+}
+
+fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelInfo) -> Result<LoadedAdapter> {
     let (methods, train_also) = read_methods(config)?;
     let mut attached = build(&methods, &train_also, sites, info, 0, Vec::new())?;
     let (mut names, mut copies) = (HashMap::new(), Vec::new());
@@ -222,6 +250,7 @@ fn same(a: &Tensor, b: &Tensor) -> Result<bool> {
 /// `adapter_config.json` and the tensors of its file. `base_model` is the base as the user named it.
 ///
 /// `peft` wants the tensors of a classifier in every file; one that is not trained is written as it is in the model.
+/// Modules are called as the adapter's targets call them.
 pub fn save_adapter(
     adapter: &Adapter,
     methods: &[Chosen],
@@ -230,6 +259,7 @@ pub fn save_adapter(
     sites: &Sites,
     info: &ModelInfo,
 ) -> Result<(Value, Named)> {
+    let sites = sites.named(adapter.names());
     let mut tensors = Vec::new();
     for p in adapter.params().iter().filter(|p| p.saved) {
         let (key, copies) = file_names(methods, &p.name);

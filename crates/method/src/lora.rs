@@ -6,7 +6,9 @@
 //!
 //! Hu et al. 2022, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; DoRA: Liu et al. 2024, arXiv:2402.09353.
 //!
-//! A [rank, in], B [out, rank], m `[out]`; of a table with `rows` rows: A [rank, rows], B [width, rank], W′ = W + s·(B·A)ᵀ.
+//! A [rank, in], B [out, rank], m `[out]`; of a table with `rows` rows: A [rank, rows], B [width, rank], W′ = W + s·(B·A)ᵀ;
+//! of a convolution with windows [channels, height, width]: A [rank, channels, height, width], B [out, rank, 1, 1],
+//! m [1, out, 1, 1].
 
 use engraft_nn::{Base, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, WeightPatch};
 use engraft_tensor::ops::Unary;
@@ -258,7 +260,12 @@ impl Method for Lora {
         self.attach_biases(b)?;
         for site in b.targets() {
             match site.kind {
-                Kind::Linear { out, inn, .. } => self.attach_linear(b, site, out, inn)?,
+                Kind::Linear { out, inn, .. } => {
+                    self.attach_matrix(b, site, Shapes { a: &[inn], ones: &[] }, out)?;
+                }
+                Kind::Convolution { out, shape: [_, window @ ..], .. } => {
+                    self.attach_matrix(b, site, Shapes { a: &window, ones: &[1, 1] }, out)?;
+                }
                 Kind::Embedding { rows, width } => self.attach_table(b, site, rows, width)?,
                 _ => {}
             }
@@ -304,8 +311,8 @@ impl Lora {
         (rank, (alpha / divisor) as f32)
     }
 
-    fn attach_linear(&self, b: &mut Builder<'_>, site: &Site, out: usize, inn: usize) -> Result<()> {
-        let path = &site.path;
+    fn attach_matrix(&self, b: &mut Builder<'_>, site: &Site, shapes: Shapes<'_>, out: usize) -> Result<()> {
+        let (path, inn) = (&site.path, shapes.a.iter().product());
         let (rank, scale) = self.scale_at(path);
         let (init_a, init_b) = match self.start {
             Start::Kaiming => (Init::kaiming(inn), Init::Zeros),
@@ -313,15 +320,19 @@ impl Lora {
             Start::Random => (Init::kaiming(inn), Init::kaiming(rank)),
         };
         let factors = Factors {
-            a: b.param(&format!("{path}.lora_A.weight"), &[rank, inn], init_a)?,
-            b: b.param(&format!("{path}.lora_B.weight"), &[out, rank], init_b)?,
+            a: b.param(&format!("{path}.lora_A.weight"), &[&[rank], shapes.a].concat(), init_a)?,
+            b: b.param(&format!("{path}.lora_B.weight"), &[&[out, rank], shapes.ones].concat(), init_b)?,
             scale,
             dropout: self.dropout,
         };
         if self.dora {
             let product = no_grad(|| factors.product())?;
             let norms = no_grad(|| row_norms(&site_weight(site)?.add(&product)?))?;
-            let magnitude = b.param(&format!("{path}.lora_magnitude_vector"), &[out], Init::Values(norms))?;
+            let shape = match shapes.ones {
+                [] => vec![out],
+                ones => [&[1, out], ones].concat(),
+            };
+            let magnitude = b.param(&format!("{path}.lora_magnitude_vector"), &shape, Init::Values(norms))?;
             return b.patch(site.id, Patch::Weight(Box::new(Dora { factors, magnitude })));
         }
         if self.product_bias {
@@ -388,6 +399,12 @@ fn row_norms(w: &Tensor) -> Result<Tensor> {
     Ok(w.unary(Unary::Square)?.sum_to(&[out, 1])?.unary(Unary::Sqrt)?.reshape([out])?)
 }
 
+/// What `peft` has beyond matrices: the window of A and the ones that follow B's two sizes, at a convolution.
+struct Shapes<'a> {
+    a: &'a [usize],
+    ones: &'a [usize],
+}
+
 /// A, B and their scale.
 struct Factors {
     a: Param,
@@ -399,12 +416,22 @@ struct Factors {
 impl Factors {
     /// s·B·A.
     fn product(&self) -> Result<Tensor> {
-        Ok(self.b.get().matmul(&self.a.get())?.scale(self.scale)?)
+        Ok(matrix(&self.b)?.matmul(&matrix(&self.a)?)?.scale(self.scale)?)
     }
 
     /// s·(x·Aᵀ)·Bᵀ.
     fn branch(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.matmul_t(&self.a.get())?.scale(self.scale)?.matmul_t(&self.b.get())?)
+        Ok(x.matmul_t(&matrix(&self.a)?)?.scale(self.scale)?.matmul_t(&matrix(&self.b)?)?)
+    }
+}
+
+/// A factor as a matrix: what follows the first size becomes one.
+fn matrix(factor: &Param) -> Result<Tensor> {
+    let factor = factor.get();
+    match *factor.shape() {
+        [_, _] => Ok(factor),
+        [rows, ..] => Ok(factor.reshape([rows, factor.len() / rows.max(1)])?),
+        [] => Ok(factor.reshape([1, 1])?),
     }
 }
 
@@ -442,7 +469,8 @@ struct Dora {
 impl Dora {
     /// m/‖W + s·B·A‖ `[out]`; the norm is a constant to the gradient.
     fn gain(&self, changed: &Tensor) -> Result<Tensor> {
-        Ok(self.magnitude.get().div(&no_grad(|| row_norms(&changed.detach()))?)?)
+        let magnitude = self.magnitude.get().reshape([changed.dim(0)])?;
+        Ok(magnitude.div(&no_grad(|| row_norms(&changed.detach()))?)?)
     }
 }
 

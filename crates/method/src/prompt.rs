@@ -181,7 +181,7 @@ fn rows_of(ids: &[i64], count: usize, sites: &Sites) -> Result<Init> {
     });
     let Some(table) = table else {
         return Err(Error::Unsupported(
-            "a prompt that starts as tokens needs a model with a token embedding".into(),
+            "a prompt that starts as tokens needs a model with a token embedding; here, write `init = \"random\"`".into(),
         ));
     };
     let (rows, _) = table.shape();

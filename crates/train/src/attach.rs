@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use engraft_method::{Chosen, attach, find, load_adapter};
-use engraft_nn::{Adapter, LayerChoice, Matcher, Model, Role, TargetError, Targets};
+use engraft_nn::{Adapter, LayerChoice, Matcher, Model, Role, Sites, TargetError, Targets};
 use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe};
 use engraft_store::{Limits, RawTensor, read_adapter};
 use engraft_tensor::Tensor;
@@ -78,6 +78,13 @@ pub(crate) fn from_recipe(
     }
     let attached = attach(&chosen, &train_also, model.sites(), model.info(), recipe.train.seed);
     let attached = attached.map_err(|e| vec![recipe.problem_at("method", e.to_string())])?;
+    for dead in &attached.dead_targets {
+        // Each method's targets match, but not all under the same names.
+        let title = format!(
+            "`{dead}` and other targets are names of two versions of `transformers`; use one of them"
+        );
+        problems.push(recipe.problem_at("method", title));
+    }
     for dead in &attached.dead_modules {
         let title = format!("`train_also` names `{dead}`, which {} does not have", recipe.model.value);
         let table = methods.iter().find(|m| m.train_also.contains(dead)).map_or("method", |m| &m.at);
@@ -148,8 +155,10 @@ fn method(
     if let Some(effective) = effective {
         let effective = Targets { train_also: table.train_also.clone(), ..effective };
         let sites = model.sites();
+        let all = |sites: &Sites| method.resolve(&effective, sites).is_ok_and(|found| found.dead.is_empty());
         let dead = match method.resolve(&effective, sites) {
             Ok(found) if found.dead.is_empty() => None,
+            _ if sites.older().is_some_and(|older| all(older)) => None,
             // The same search once more, for the words of the error.
             Ok(_) => effective.resolve_all(sites).err().map(engraft_nn::Error::Targets),
             Err(e) => Some(e),
