@@ -49,7 +49,6 @@ struct Dinov2 {
     info: ModelInfo,
     sites: Arc<Sites>,
     patches: Patches,
-    grid: (usize, usize),
     layers: Vec<Arc<Layer>>,
     norm: Norm,
     classifier: Linear,
@@ -104,9 +103,8 @@ fn build(
     head: Head,
 ) -> Result<Arc<dyn Model>> {
     let s = Sizes::read(c, r.tensors(), (14, 1e-6));
-    let (inner, grid) = (Inner::read(s.width, c), s.grid());
-    if grid.0 != grid.1 {
-        let (down, across) = grid;
+    let (inner, (down, across)) = (Inner::read(s.width, c), s.grid());
+    if down != across {
         c.problem(format!(
             "`image_size` and `patch_size` must give as many patches down as across, found {down} and {across}"
         ));
@@ -123,7 +121,7 @@ fn build(
     let classifier = r.head("classifier", Role::Head, (head.labels, inn), true)?;
     let head_site = r.sites.add("head", Role::Head, None, Kind::Head { inn, out: head.labels });
     let (info, sites) = (s.info(architecture.name, head, patches.tokens()), r.finish());
-    Ok(Arc::new(Dinov2 { info, sites, patches, grid, layers, norm, classifier, head_site }))
+    Ok(Arc::new(Dinov2 { info, sites, patches, layers, norm, classifier, head_site }))
 }
 
 impl Layer {
@@ -214,11 +212,12 @@ impl Model for Dinov2 {
         inputs.layout.expect_filled()?;
         let (first, tokens) = (self.layers[0].attention.site(), self.patches.tokens());
         let positions = |all: &Tensor, grid: (usize, usize)| {
-            if grid == self.grid {
+            let trained = self.patches.grid();
+            if grid == trained {
                 return Ok(all.clone());
             }
             let (own, patches) = (all.rows_between(0, tokens)?, all.rows_between(tokens, all.dim(0))?);
-            Ok(cat(&[&own, &stretched(&patches, self.grid, grid)?], 0)?)
+            Ok(cat(&[&own, &stretched(&patches, trained, grid)?], 0)?)
         };
         let (mut h, cx) = self.patches.forward(inputs, first, positions, &self.sites, cx)?;
         for layer in &self.layers {

@@ -218,7 +218,10 @@ fn task(
     options: &LoadOptions,
 ) -> Result<Task> {
     let offered = |task: Task| architecture.classes.iter().any(|(_, t)| *t == task);
-    let wanted = options.task.or(class);
+    // A trunk whose classes all have the same task (pictures) can serve no other.
+    let first = architecture.classes.first().map(|(_, task)| *task);
+    let only = first.filter(|only| architecture.classes.iter().all(|(_, task)| task == only));
+    let wanted = options.task.or(class).or(only);
     match wanted {
         Some(task) if offered(task) => Ok(task),
         Some(task) => {

@@ -144,6 +144,11 @@ impl Patches {
         self.tokens.len()
     }
 
+    /// Patches down and across a picture of the trained size.
+    pub fn grid(&self) -> (usize, usize) {
+        self.grid
+    }
+
     /// Rows of a picture's patches and tokens, those of the prompt included, and the pass that describes them. `first` is
     /// the key-and-value site of the first attention; `positions` makes those of a grid out of the learned ones
     /// [tokens + patches, width].

@@ -27,6 +27,13 @@ const MODELS: &[&str] = &[
     "roberta",
     "roberta_token",
     "roberta_mlm",
+    "vit",
+    "vit_grey",
+    "vit_oblong",
+    "deit",
+    "deit_teacher",
+    "dinov2",
+    "dinov2_swiglu",
 ];
 
 /// Every kind of site that a model has.
@@ -46,11 +53,21 @@ fn each(mut check: impl FnMut(&str, &dyn Model, &dyn Fn(u64, usize) -> Arc<Adapt
             count += 1;
         }
     }
-    assert!(count > 130, "{count}");
+    assert!(count > 220, "{count}");
 }
 
-fn three() -> Inputs {
-    batch(&[&[5, 9, 17, 33, 60, 8], &[12, 4, 77, 6], &[90, 31, 8, 21, 50]])
+/// Those of three sequences that `which` names, or as many pictures.
+fn some(model: &dyn Model, which: std::ops::Range<usize>) -> Inputs {
+    if let Some(p) = model.info().picture {
+        let all = sample(&[3, p.channels, p.height, p.width], 11);
+        return Inputs::pixels(all.rows_between(which.start, which.end).unwrap()).unwrap();
+    }
+    let rows = [&[5i64, 9, 17, 33, 60, 8][..], &[12, 4, 77, 6], &[90, 31, 8, 21, 50]];
+    batch(&rows[which])
+}
+
+fn three(model: &dyn Model) -> Inputs {
+    some(model, 0..3)
 }
 
 fn forward(model: &dyn Model, inputs: &Inputs, cx: &Pass) -> Tensor {
@@ -59,22 +76,21 @@ fn forward(model: &dyn Model, inputs: &Inputs, cx: &Pass) -> Tensor {
 
 #[test]
 fn every_patch_acts_on_its_own_route_only() {
-    let rows = [&[5i64, 9, 17, 33, 60, 8][..], &[12, 4, 77, 6], &[90, 31, 8, 21, 50]];
     each(|what, model, make| {
         let adapters = [Some(make(1, 2)), Some(make(2, 3)), None];
         let route =
             |(i, a): (usize, &Option<Arc<Adapter>>)| Route { sequences: i..i + 1, adapter: a.clone() };
-        let inputs = three();
+        let inputs = three(model);
         let routes = adapters.iter().enumerate().map(route).collect();
         let cx = Pass::with_routes(inputs.layout.clone(), routes).unwrap();
         let together = no_grad(|| forward(model, &inputs, &cx)).to_vec().unwrap();
-        let alone = |i: usize| run(model, &batch(&[rows[i]]), adapters[i].clone());
+        let alone = |i: usize| run(model, &some(model, i..i + 1), adapters[i].clone());
         let alone: Vec<Vec<f32>> = (0..3).map(alone).collect();
         // Rounding may differ with the number of rows; another route's influence would not be that small.
         let apart = distance(&together, &alone.concat());
         assert!(apart < 2e-6, "{what}: {apart:e}");
         for (i, solo) in alone.iter().enumerate() {
-            let changed = distance(solo, &run(model, &batch(&[rows[i]]), None));
+            let changed = distance(solo, &run(model, &some(model, i..i + 1), None));
             assert!(if i == 2 { changed == 0.0 } else { changed > 1e-4 }, "{what}, route {i}: {changed:e}");
         }
     });
@@ -89,7 +105,7 @@ fn loss(model: &dyn Model, inputs: &Inputs, cx: &Pass) -> Tensor {
 #[test]
 fn gradients_reach_every_patch_and_equal_differences() {
     each(|what, model, make| {
-        let (inputs, adapter) = (three(), make(3, 2));
+        let (inputs, adapter) = (three(model), make(3, 2));
         let param = param(&adapter).clone();
         let cx = Pass::new(inputs.layout.clone(), Some(adapter));
         let gradients = loss(model, &inputs, &cx).backward().unwrap();
@@ -126,7 +142,7 @@ fn gradients_reach_every_patch_and_equal_differences() {
 #[test]
 fn checkpointing_changes_no_bit() {
     each(|what, model, make| {
-        let (inputs, adapter) = (three(), make(4, 2));
+        let (inputs, adapter) = (three(model), make(4, 2));
         let param = param(&adapter).clone();
         let go = |on: bool| -> (f32, Vec<f32>) {
             let cx = Pass::new(inputs.layout.clone(), Some(adapter.clone())).checkpointing(on);
@@ -149,9 +165,10 @@ fn features(model: &dyn Model, inputs: &Inputs, adapter: Option<Arc<Adapter>>) -
 
 #[test]
 fn head_patches_by_hand() {
-    for name in ["llama", "llama_tied", "bert", "bert_token"] {
+    for name in ["llama", "llama_tied", "bert", "bert_token", "vit", "dinov2"] {
         let loaded = model(&golden().join("models").join(name));
-        let (model, inputs) = (loaded.model.as_ref(), three());
+        let model = loaded.model.as_ref();
+        let inputs = three(model);
         let plain = run(model, &inputs, None);
         let shape = [plain.len() / model.info().outputs, model.info().outputs];
         let plain = Tensor::from_vec(plain, shape).unwrap();
@@ -191,7 +208,8 @@ fn norm(x: &[f32], gain: &[f32], bias: Option<&[f32]>, eps: f64) -> Vec<f32> {
 fn sublayer_block_and_vector_patches_by_hand() {
     for (name, last, bert) in [("llama", 2, false), ("qwen3", 1, false), ("bert_token", 1, true)] {
         let loaded = model(&golden().join("models").join(name));
-        let (model, inputs) = (loaded.model.as_ref(), three());
+        let model = loaded.model.as_ref();
+        let inputs = three(model);
         let eps = loaded.config[if bert { "layer_norm_eps" } else { "rms_norm_eps" }].as_f64().unwrap();
         let path =
             if bert { format!("bert.encoder.layer.{last}.output.LayerNorm") } else { "model.norm".into() };
@@ -231,9 +249,10 @@ fn sublayer_block_and_vector_patches_by_hand() {
 
 #[test]
 fn a_gated_row_adds_its_value_through_the_output_projection() {
-    for name in ["llama", "llama_mha", "bert_token"] {
+    for name in ["llama", "llama_mha", "bert_token", "vit"] {
         let loaded = model(&golden().join("models").join(name));
-        let (model, inputs, info) = (loaded.model.as_ref(), three(), loaded.model.info());
+        let (model, info) = (loaded.model.as_ref(), loaded.model.info());
+        let inputs = three(model);
         let adapter =
             probe(model, 8, 1, true, |s| matches!(s.kind, Kind::KeyValue { .. }) && s.layer == Some(0));
         let gate = engraft_nn::Init::Normal(1.0).tensor(&[info.heads], 8, "gate").unwrap().to_vec().unwrap();

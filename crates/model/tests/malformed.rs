@@ -80,6 +80,37 @@ fn configurations_that_make_no_sense() {
 }
 
 #[test]
+fn pictures_that_make_no_sense() {
+    refused("patch-zero", "vit", &["`patch_size` must be", "found 0"], |c| c["patch_size"] = json!(0));
+    refused("patch-large", "vit", &["`patch_size` (13 × 13)", "(12 × 12)"], |c| {
+        c["patch_size"] = json!(13)
+    });
+    refused("image-list", "vit", &["`image_size` must be", "[12,12,12]"], |c| {
+        c["image_size"] = json!([12, 12, 12])
+    });
+    refused("image-text", "deit", &["`image_size` must be", "`hidden_size` must be"], |c| {
+        c["image_size"] = json!("12");
+        c["hidden_size"] = json!(-3);
+    });
+    refused("image-huge", "dinov2", &["`image_size` must be"], |c| c["image_size"] = json!(u64::MAX));
+    refused("vit-heads", "vit", &["`hidden_size` (32) must be a multiple", "(5)"], |c| {
+        c["num_attention_heads"] = json!(5)
+    });
+    refused("dino-oblong", "dinov2", &["as many patches down as across", "3 and 2"], |c| {
+        c["image_size"] = json!([12, 8])
+    });
+    refused("dino-ratio", "dinov2", &["`mlp_ratio`"], |c| c["mlp_ratio"] = json!(1e-9));
+    refused("dino-ratio-large", "dinov2", &["mlp.fc1.weight"], |c| c["mlp_ratio"] = json!(1e300));
+    refused("vit-layers", "vit", &["`num_hidden_layers` is 90000"], |c| {
+        c["num_hidden_layers"] = json!(90_000)
+    });
+    // Nothing of this size is made: only shapes are compared.
+    refused("image-wide", "vit", &["position_embeddings", "[1, 268435457, 32]"], |c| {
+        c["image_size"] = json!(65_536)
+    });
+}
+
+#[test]
 fn large_sizes_cost_nothing() {
     // Widths that the limit lets pass, far beyond the file: only names and shapes are compared.
     refused("wide", "llama", &["[1048576]", "… and 20 more"], |c| c["hidden_size"] = json!(1 << 20));

@@ -141,7 +141,7 @@ pub const KINDS: &[(&str, Choice, bool)] = &[
     ("head weight", |s| s.role.name() == "head" && s.is_weight(), false),
     ("embedding", |s| s.role.name() == "embed", false),
     ("norm", |s| s.role.name() == "norm" && s.layer == Some(1) && s.path.ends_with("weight"), false),
-    ("bias", |s| s.role.name() == "bias" && s.layer == Some(1) && s.path.contains("down"), false),
+    ("bias", |s| s.role.name() == "bias" && s.layer == Some(1) && last_of_mlp(&s.path), false),
     ("attention", |s| s.role.name() == "attention" && s.layer == Some(0) && sublayer(s), false),
     ("mlp", |s| s.role.name() == "mlp" && s.layer == Some(1) && sublayer(s), false),
     ("block", |s| s.role.name() == "block" && s.layer == Some(0), false),
@@ -149,7 +149,14 @@ pub const KINDS: &[(&str, Choice, bool)] = &[
     ("gated keys and values", |s| matches!(s.kind, Kind::KeyValue { .. }), true),
     ("prompt", |s| matches!(s.kind, Kind::Prompt { .. }), false),
     ("head", |s| matches!(s.kind, Kind::Head { .. }), false),
+    ("picture patches", |s| matches!(s.kind, Kind::Convolution { .. }), false),
+    ("learned positions", |s| s.role.name() == "embed.position" && !s.is_weight(), false),
+    ("layer scale", |s| s.role.name() == "scale" && s.layer == Some(1), false),
 ];
+
+fn last_of_mlp(path: &str) -> bool {
+    path.contains("down") || path.contains("fc2")
+}
 
 fn sublayer(s: &Site) -> bool {
     matches!(s.kind, Kind::Sublayer { .. })
