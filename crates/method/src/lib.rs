@@ -16,6 +16,7 @@ mod prompt;
 mod read;
 #[cfg(test)]
 mod testing;
+mod vpt;
 
 use std::sync::Arc;
 
@@ -36,6 +37,7 @@ pub static METHODS: &[&Entry] = &[
     &bottleneck::ENTRY,
     &prompt::ENTRY,
     &prefix::ENTRY,
+    &vpt::ENTRY,
     &full::FULL,
     &full::HEAD,
 ];

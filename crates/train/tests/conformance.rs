@@ -13,7 +13,7 @@ use engraft_model::Loaded;
 use engraft_nn::weight::Storage;
 use engraft_nn::{
     Adapter, Builder, Error, Init, Inputs, Kind, Layout, Matcher, Mode, NamedParam, Pass, Patch, Patched,
-    Replacement, Result, Role, Route, Targets, Task, Value, merged_tensors,
+    Replacement, Result, Role, Route, Site, Targets, Task, Value, merged_tensors,
 };
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::testing::sample;
@@ -60,7 +60,9 @@ fn adapters(decoder_reads_encoder: bool) -> Vec<(String, Vec<Chosen>)> {
     };
     let mut all: Vec<(String, Vec<Chosen>)> =
         METHODS.iter().map(|e| (e.info.name.to_string(), vec![((e.example)(), None)])).collect();
-    let tables = Targets::roles(&[Role::Embed, Role::Q, Role::Down]);
+    all.push(("prompt, noise".into(), of("prompt", json!({ "tokens": 3, "init": "random" }), None)));
+    all.push(("vpt, shallow".into(), of("vpt", json!({ "tokens": 2, "init": "normal" }), None)));
+    let tables = Targets::roles(&[Role::Embed, Role::PatchEmbed, Role::Q, Role::Down]);
     all.push(("lora, tables".into(), of("lora", json!({ "rank": 2 }), Some(tables))));
     let linears = Targets::from(Matcher::AllLinear);
     all.push(("lora, own bias".into(), of("lora", json!({ "rank": 2, "lora_bias": true }), Some(linears))));
@@ -83,18 +85,33 @@ fn adapters(decoder_reads_encoder: bool) -> Vec<(String, Vec<Chosen>)> {
     all
 }
 
+/// Methods whose targets go by the names that the model's modules had before, where they had such.
+fn older(loaded: &Loaded) -> Vec<(String, Vec<Chosen>)> {
+    let Some(sites) = loaded.model.sites().older() else { return vec![] };
+    let wanted = |s: &&Site| matches!(s.role, Role::Q | Role::Up | Role::Down) && s.is_weight();
+    let names: Vec<String> = sites.iter().filter(wanted).map(|s| s.path.clone()).collect();
+    let of = |name: &str, settings: serde_json::Value| {
+        let method = (find(name).unwrap().from_settings)(settings.as_object().unwrap()).unwrap();
+        (format!("{name}, older names"), vec![(method, Some(Targets::names(names.clone())))])
+    };
+    vec![
+        of("lora", json!({ "rank": 2, "bias": "all" })),
+        of("ia3", json!({})),
+        of("bitfit", json!({})),
+        of("full", json!({})),
+    ]
+}
+
 fn every_method(precision: Precision, storage: Storage) {
     let models = fixtures::golden().join("models");
     let mut failures = Vec::new();
     let mut count = 0;
-    for name in fixtures::directories(&models)
-        .into_iter()
-        .filter(|n| std::env::var("ONLY").map_or(true, |o| o.split(',').any(|o| n.starts_with(o))))
-    {
+    for name in fixtures::directories(&models) {
         let loaded = fixtures::model(&models.join(&name), precision, storage);
         let crossed = loaded.model.sites().iter().any(|s| s.role == Role::CrossAttention);
-        for (title, methods) in adapters(crossed) {
-            let setting = Setting { loaded: &loaded, exact: precision == Precision::F32, methods: &methods };
+        for (title, methods) in adapters(crossed).into_iter().chain(older(&loaded)) {
+            let exact = precision == Precision::F32;
+            let setting = Setting { title: &title, loaded: &loaded, exact, methods: &methods };
             count += 1;
             if let Err(problem) = setting.check() {
                 failures.push(format!("{title} on {name}: {problem}"));
@@ -106,6 +123,7 @@ fn every_method(precision: Precision, storage: Storage) {
 
 /// One method, or union, on one model.
 struct Setting<'a> {
+    title: &'a str,
     loaded: &'a Loaded,
     /// Whether products are computed in f32.
     exact: bool,
@@ -123,6 +141,7 @@ impl Setting<'_> {
         let before = self.logits(None)?;
         let adapter = match self.attach(1) {
             Err(Error::Unsupported(_)) if self.impossible() => return Ok(()),
+            Ok(_) if self.impossible() => return Err("attaches where it cannot work".into()),
             other => other.map_err(|e| e.to_string())?,
         };
         let info = self.methods[0].0.info();
@@ -157,8 +176,11 @@ impl Setting<'_> {
     fn impossible(&self) -> bool {
         let sites = self.loaded.model.sites();
         let name = self.methods[0].0.info().name;
-        let has = |is: &dyn Fn(&engraft_nn::Site) -> bool| sites.iter().any(is);
-        name == "bitfit" && !has(&|s| s.path.ends_with(".bias"))
+        let has = |is: &dyn Fn(&Site) -> bool| sites.iter().any(is);
+        let table = has(&|s| s.role == Role::Embed && s.is_weight());
+        // Its example starts as tokens.
+        name == "prompt" && self.title == "prompt" && !table
+            || name == "bitfit" && !has(&|s| s.path.ends_with(".bias"))
             || name == "head" && !has(&|s| s.role == Role::Head && s.is_weight())
     }
 
@@ -177,8 +199,12 @@ impl Setting<'_> {
         Ok(Arc::new(attach(self.methods, &[], sites, info, seed)?.adapter))
     }
 
-    /// Sequences of fixed lengths with ids far from the special ones.
+    /// Sequences of fixed lengths with ids far from the special ones, or as many pictures.
     fn inputs(&self, which: std::ops::Range<usize>) -> Inputs {
+        if let Some(p) = self.loaded.model.info().picture {
+            let all = sample(&[LENGTHS.len(), p.channels, p.height, p.width], 7);
+            return Inputs::pixels(all.rows_between(which.start, which.end).unwrap()).unwrap();
+        }
         let vocabulary = self.loaded.model.info().vocabulary as i64;
         let start = which.start;
         let first: usize = LENGTHS[..start].iter().sum();
