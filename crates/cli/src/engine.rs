@@ -179,8 +179,9 @@ fn task_of(files: &AdapterFiles) -> Option<Task> {
 
 /// Labels of the classifier that the adapter carries.
 fn labels_of(files: &AdapterFiles) -> Option<usize> {
-    const HEADS: [&str; 5] = [
+    const HEADS: [&str; 6] = [
         "classifier.weight",
+        "cls_classifier.weight",
         "classifier.out_proj.weight",
         "out_proj.weight",
         "score.weight",

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use engraft_data::{Example, Tokenizer};
 use engraft_model::LoadOptions;
-use engraft_nn::Task;
+use engraft_nn::{Init, Inputs, Picture, Task};
 use engraft_report::human;
 use engraft_store::{Weights, python_json, write_atomic, write_model};
 use serde_json::json;
@@ -196,20 +196,26 @@ impl Measured {
     }
 }
 
-/// The probes as token ids, and whether they are text.
-struct Probes {
-    examples: Vec<Example>,
-    is_text: bool,
+/// What merged and adapted model are compared on.
+enum Probes {
+    /// Token ids, and whether they are text.
+    Tokens { examples: Vec<Example>, is_text: bool },
+    /// Pictures of noise.
+    Pictures(Inputs),
 }
 
 fn probes(args: &Args, engine: &Engine) -> Outcome<Probes> {
     let example = |ids: Vec<u32>| Example { ids, ..Example::default() };
+    if let Some(Picture { channels, height, width }) = engine.model.info().picture {
+        let shape = [4, channels, height, width];
+        return Ok(Probes::Pictures(Inputs::pixels(Init::Normal(1.0).tensor(&shape, 0, "probes")?)?));
+    }
     if !engine.dir.join("tokenizer.json").is_file() {
         // Without a tokenizer any ids show whether the logits agree; they say nothing of perplexity.
         let vocabulary = engine.model.info().vocabulary as u64;
         let mut random = engraft_data::rng::Random::new(0, 0, 0);
         let mut ids = || (0..16).map(|_| random.below(vocabulary) as u32).collect();
-        return Ok(Probes { examples: (0..4).map(|_| example(ids())).collect(), is_text: false });
+        return Ok(Probes::Tokens { examples: (0..4).map(|_| example(ids())).collect(), is_text: false });
     }
     let tokenizer = Tokenizer::open(&engine.dir)?;
     let text = match &args.probe {
@@ -230,13 +236,19 @@ fn probes(args: &Args, engine: &Engine) -> Outcome<Probes> {
     if examples.is_empty() {
         return Err(Failure::before_work("the probe file holds no text; give it a few lines"));
     }
-    Ok(Probes { examples, is_text: true })
+    Ok(Probes::Tokens { examples, is_text: true })
 }
 
 fn measure(engine: &Engine, probes: &Probes) -> Outcome<Measured> {
     let info = engine.model.info();
+    let (examples, is_text) = match probes {
+        Probes::Pictures(inputs) => {
+            return Ok(Measured { logits: engine.logits(inputs)?.to_vec()?, loss: None });
+        }
+        Probes::Tokens { examples, is_text } => (examples, *is_text),
+    };
     let (mut logits, mut loss, mut count) = (Vec::new(), 0.0, 0usize);
-    for example in &probes.examples {
+    for example in examples {
         let rows = engine.logits(&pack(std::slice::from_ref(example))?)?.to_vec()?;
         if info.task == Task::CausalLm {
             let next = example.ids.iter().skip(1);
@@ -247,7 +259,7 @@ fn measure(engine: &Engine, probes: &Probes) -> Outcome<Measured> {
         }
         logits.extend(rows);
     }
-    let loss = (probes.is_text && count > 0).then(|| loss / count as f64);
+    let loss = (is_text && count > 0).then(|| loss / count as f64);
     Ok(Measured { logits, loss })
 }
 

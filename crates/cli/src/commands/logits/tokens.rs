@@ -1,60 +1,27 @@
-//! `engraft logits`: one forward on given tensors, for comparing engines.
+//! Words: `input_ids` [B, T] and optionally `attention_mask`, `token_type_ids`, `position_ids`, all of whole numbers.
 //!
-//! The inputs are named as in `transformers`: `input_ids` [B, T] and optionally `attention_mask`, `token_type_ids`,
-//! `position_ids`, all of whole numbers. Masked places are dropped and every token keeps its column as its position, so
-//! that a row gives the same logits whichever side it is padded on. Written is `logits` f32: [B, T, outputs] with zeros
-//! at masked places, or [B, outputs] for models that answer once a row. Rows of virtual tokens are left out.
+//! Masked places are dropped and every token keeps its column as its position, so that a row gives the same logits
+//! whichever side it is padded on. Logits are [B, T, outputs] with zeros at masked places, or [B, outputs] for models that
+//! answer once a row. Rows of virtual tokens are left out.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use engraft_data::{Example, Tensors};
 use engraft_nn::{Inputs, Layout};
-use engraft_store::{Entry, Weights, write_safetensors};
+use engraft_store::Weights;
 use engraft_tensor::Tensor;
 
-use crate::context::Context;
-use crate::engine::{Engine, ModelArgs};
-use crate::failure::{BeforeWork, Failure, Outcome};
+use super::Logits;
+use crate::engine::Engine;
+use crate::failure::{Failure, Outcome};
 
 /// Most tokens of one forward, so that a large file does not need memory for all of it at once.
 const TOKENS_MAX: usize = 16_384;
 /// Most logits of one forward (1 GiB).
 const LOGITS_MAX: usize = 1 << 28;
 
-/// Arguments.
-#[derive(clap::Args)]
-#[command(after_help = "\
-Examples:
-  engraft logits --model DIR --inputs in.safetensors --out out.safetensors
-  engraft logits --model DIR --adapter runs/a/adapter \\
-      --inputs in.safetensors --out out.safetensors --dtype bf16
-
-The input file holds input_ids [B, T] and may hold attention_mask, token_type_ids, position_ids.")]
-pub struct Args {
-    #[command(flatten)]
-    model: ModelArgs,
-    /// A safetensors file with the inputs
-    #[arg(long, value_name = "FILE")]
-    inputs: PathBuf,
-    /// The safetensors file to write
-    #[arg(long, value_name = "FILE")]
-    out: PathBuf,
-}
-
-/// Computes and writes the logits.
-pub fn run(args: &Args, cx: &Context) -> Outcome {
-    let given = Given::read(&args.inputs, cx).before_work()?;
-    let engine = Engine::load(&args.model, cx)?;
-    let (values, shape) = given.logits(&engine)?;
-    let entry = Entry::f32("logits", &shape, &values);
-    write_safetensors(&args.out, &[entry], &BTreeMap::new())?;
-    cx.ui.say(&format!("logits {shape:?} written to {}", args.out.display()));
-    Ok(())
-}
-
 /// The inputs as read: one example a row, and the width of a padded row.
-struct Given {
+pub(super) struct Given {
     path: PathBuf,
     examples: Vec<Example>,
     /// Column of each token, by example.
@@ -65,8 +32,7 @@ struct Given {
 }
 
 impl Given {
-    fn read(path: &Path, cx: &Context) -> Outcome<Given> {
-        let file = Weights::open_file(path, &cx.limits)?;
+    pub(super) fn read(path: &Path, file: &Weights) -> Outcome<Given> {
         let find = |name: &str| -> Outcome<Option<(Vec<i64>, Vec<usize>)>> {
             let Some(raw) = file.get(name) else { return Ok(None) };
             let values = raw
@@ -142,7 +108,7 @@ impl Given {
     }
 
     /// All logits with their shape.
-    fn logits(&self, engine: &Engine) -> Outcome<(Vec<f32>, Vec<usize>)> {
+    pub(super) fn logits(&self, engine: &Engine) -> Outcome<Logits> {
         self.check_ids(engine.model.info().vocabulary)?;
         let info = engine.model.info();
         let (rows, outputs) = (self.examples.len(), info.outputs);
