@@ -59,10 +59,10 @@ def relative(got, want):
 
 
 def logits_mask(logits, inputs):
-    """1 where a position of `logits` counts: real tokens of a [B, T, C] output, all rows of a [B, C] one."""
+    """1 where a position of `logits` counts: real tokens (a decoder's) of a [B, T, C] output, all rows of a [B, C] one."""
     if logits.ndim == 2:
         return torch.ones(len(logits), dtype=torch.uint8)
-    return inputs["attention_mask"].to(torch.uint8)
+    return inputs.get("decoder_attention_mask", inputs["attention_mask"]).to(torch.uint8)
 
 
 def mean_pool(hidden, attention_mask):
@@ -84,7 +84,7 @@ def forward(model, inputs):
         return mean_pool(out.last_hidden_state, inputs["attention_mask"])
     logits = out.logits
     if logits.ndim == 3:
-        logits = logits[:, logits.shape[1] - inputs["input_ids"].shape[1]:]
+        logits = logits[:, logits.shape[1] - inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1]:]
     return logits
 
 

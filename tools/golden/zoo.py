@@ -9,7 +9,11 @@ import numpy as np
 import torch
 import transformers as tf
 
+import zoo_gpt2
+import zoo_t5
+import zoo_vit
 from common import INPUTS, MODELS, PAD, forward_both, fresh, rng, write_json, write_logits, write_tensors
+from spec import spec
 
 LLAMA = dict(vocab_size=101, hidden_size=48, intermediate_size=77, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, pad_token_id=PAD, bos_token_id=1,
@@ -25,10 +29,6 @@ ROBERTA = dict(BERT, type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_toke
 
 def rope(kind, **more):
     return {"rope_type": kind, "rope_theta": 10000.0, **more}
-
-
-def spec(cls, settings, length=11, old_rope=False, dtype=None, shard=None):
-    return dict(cls=cls, settings=settings, length=length, old_rope=old_rope, dtype=dtype, shard=shard)
 
 
 # `old_rope`: config.json in the form of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`), as most files on
@@ -68,15 +68,26 @@ MODELS_TABLE = {
     "roberta": spec("RobertaForSequenceClassification", dict(ROBERTA, num_labels=3)),
     "roberta_token": spec("RobertaForTokenClassification", dict(ROBERTA, num_labels=4)),
     "roberta_mlm": spec("RobertaForMaskedLM", ROBERTA),
+    **zoo_gpt2.TABLE, **zoo_t5.TABLE, **zoo_vit.TABLE,
 }
+
+
+def is_causal(name):
+    """Whether the model predicts each token of its input from those before."""
+    cls = MODELS_TABLE[name]["cls"]
+    return "Causal" in cls or "LMHead" in cls
 
 
 def fill(model, name):
     """Every parameter from a generator seeded by model and parameter name."""
+    family = MODELS_TABLE[name].get("draw", lambda key, shape, unit: None)
     for key, p in model.named_parameters():
         draw = rng("model", name, key).standard_normal(tuple(p.shape))
         is_norm = "norm" in key.lower()
-        if key.endswith("bias"):
+        own = family(key, tuple(p.shape), draw)
+        if own is not None:
+            value = own
+        elif key.endswith("bias"):
             value = 0.1 * draw
         elif is_norm:
             value = 1.0 + 0.15 * draw
@@ -112,8 +123,11 @@ def build(name):
     config = cls.config_class(**settings)
     config._attn_implementation = "eager"
     model = cls(config)
+    if s.get("untied"):
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     fill(model, name)
-    model.tie_weights()
+    if not s.get("untied"):
+        model.tie_weights()
     if s["dtype"]:
         model.to(getattr(torch, s["dtype"]))
     out = fresh(MODELS / name)
@@ -121,6 +135,8 @@ def build(name):
     (out / "generation_config.json").unlink(missing_ok=True)
     if s["old_rope"]:
         rewrite_old(out / "config.json")
+    if "files" in s:
+        s["files"](out)
 
 
 def load(name):
@@ -146,7 +162,7 @@ def batch(name, side, length=None):
     out = {"input_ids": ids, "attention_mask": mask}
     if s["settings"].get("type_vocab_size") == 2:
         out["token_type_ids"] = kinds
-    if "CausalLM" in cls:
+    if is_causal(name):
         out["labels"] = ids.masked_fill(mask == 0, -100)
     elif "Sequence" in cls:
         out["labels"] = torch.from_numpy(g.integers(0, s["settings"]["num_labels"], 3))
@@ -158,17 +174,20 @@ def batch(name, side, length=None):
 def write_inputs(name):
     model = load(name)
     out = fresh(INPUTS / name)
+    own = MODELS_TABLE[name].get("batch")
     sides = {"": ("right", None), "_left": ("left", None)}
     if "dynamic" in name:
         sides["_short"] = ("right", 13)  # below the trained length: the rope does not grow
+    if own:
+        sides = {suffix: (None, None) for suffix in MODELS_TABLE[name].get("sides", sides)}
     worst = 0.0
     for suffix, (side, length) in sides.items():
-        inputs = batch(name, side, length)
+        inputs = own(name, MODELS_TABLE[name], suffix) if own else batch(name, side, length)
         more = {}
         if "token_type_ids" in inputs and suffix == "_left":
             del inputs["token_type_ids"]  # the default, all zeros
         logits, rel = forward_both(model, inputs)
-        if "Model" == MODELS_TABLE[name]["cls"][-5:]:
+        if MODELS_TABLE[name]["cls"] in ("BertModel", "T5EncoderModel"):
             with torch.no_grad():
                 more["last_hidden_state"] = model(**{k: v for k, v in inputs.items() if k != "labels"}).last_hidden_state
         assert rel < 1e-5 and torch.isfinite(logits).all(), (name, rel)
