@@ -8,34 +8,22 @@ from pathlib import Path
 import peft
 import transformers
 
+import cases_gpt2
+import cases_t5
+import cases_vit
 import zoo
 from adapters_io import fill_adapter, save_adapter
 from common import CASES, INPUTS, TOLERANCE, forward, forward_both, fresh, logits_mask, relative, tensors_of, write_json, write_logits
+from rows import ia3, lora, virtual
 
 TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
-         "ForMaskedLM": None, "Model": "FEATURE_EXTRACTION"}
+         "ForMaskedLM": None, "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+         "ForImageClassification": None, "WithTeacher": None, "Model": "FEATURE_EXTRACTION"}
 
 
 def task_of(model):
     cls = zoo.MODELS_TABLE[model]["cls"]
     return next(t for suffix, t in TASKS.items() if cls.endswith(suffix))
-
-
-def case(model, method, variant, checks, merge=True, side="", **config):
-    return dict(model=model, method=method, variant=variant, checks=checks, merge=merge, side=side, config=config)
-
-
-def lora(model, variant, checks, merge=True, side="", **config):
-    config = {"r": 4, "lora_alpha": 8, **config}
-    return case(model, "lora", variant, checks, merge, side, **config)
-
-
-def ia3(model, variant, checks, merge=True, side="", **config):
-    return case(model, "ia3", variant, checks, merge, side, **config)
-
-
-def virtual(model, method, variant, checks, side="", tokens=4, **config):
-    return case(model, method, variant, checks, False, side, num_virtual_tokens=tokens, **config)
 
 
 BERT_ALL = ["query", "key", "value", "dense"]
@@ -124,6 +112,7 @@ TABLE = [
     virtual("bert", "prefix", None, "bidirectional, absolute positions"),
     virtual("bert_token", "prefix", None, "token head"),
     virtual("roberta", "prefix", None, "bidirectional, absolute positions"),
+    *cases_gpt2.TABLE, *cases_t5.TABLE, *cases_vit.TABLE,
 ]
 
 CONFIGS = {"lora": peft.LoraConfig, "ia3": peft.IA3Config, "prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}
@@ -153,7 +142,7 @@ def positions(model, inputs):
 
     model = copy.deepcopy(model)
     for name, m in model.named_modules():
-        if name.endswith("rotary_emb") or name.endswith("position_embeddings"):
+        if name.endswith(("rotary_emb", "position_embeddings", "wpe")):
             m.register_forward_pre_hook(hook, with_kwargs=True)
     forward(model, inputs)
     return seen[0]
@@ -197,7 +186,9 @@ def write_case(c):
     }
     assert rel < 1e-5 and meta["self_check"]["reload_rel"] < 1e-6, meta
     assert 0.01 < meta["effect_rel"], meta
-    if meta["num_virtual_tokens"]:
+    if task_of(c["model"]) == "SEQ_2_SEQ_LM" and meta["num_virtual_tokens"]:
+        meta.update(cases_t5.places(model, c["method"]))
+    elif meta["num_virtual_tokens"]:
         meta["positions_of_last_row"] = positions(model, inputs)
     if c["merge"]:
         write_logits(out / "merged_logits.safetensors", merged(model, c, logits, inputs, meta), inputs)

@@ -20,6 +20,7 @@ GROUPS = {
     "generation": ("generation", "peft"),
     "nf4": ("nf4", "peft"),
     "schedules": ("schedules", "peft"),
+    "older": ("cases_vit", "adapters"),
     "bottleneck": ("bottleneck", "adapters"),
 }
 
@@ -28,7 +29,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument("--only", choices=GROUPS, help="one group")
     ap.add_argument("--adapters-python", default=os.environ.get("ADAPTERS_PYTHON", ""),
-                    help="interpreter of the environment of requirements-adapters.txt; needed by the group `bottleneck`")
+                    help="interpreter of the environment of requirements-adapters.txt; needed by the groups `older` and `bottleneck`")
     a = ap.parse_args()
     for group in [a.only] if a.only else GROUPS:
         module, environment = GROUPS[group]

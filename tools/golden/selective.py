@@ -30,6 +30,16 @@ TABLE = [
     ("bert_mlm", "bitfit", None, None, None, "", "every bias, the vocabulary's too"),
     ("qwen2", "bitfit", None, None, None, "", "biases of q, k, v"),
     ("llama_bias", "bitfit", None, None, None, "", "biases of all linears"),
+    ("gpt2", "bitfit", None, None, None, "", "every bias, in linears and norms"),
+    ("gpt2_cls", "bitfit", None, None, ["score"], "", "every bias, and a score without one"),
+    ("gpt2_cls", "head", None, [], ["score"], "", "the score alone"),
+    ("t5_flan", "head", None, [], ["lm_head"], "", "the head alone; T5 has no biases for BitFit"),
+    ("vit", "bitfit", None, None, ["classifier"], "", "every bias, of the patches too, and the classifier"),
+    ("vit", "bitfit", "sparse", ["attention.q_proj", "fc1"], ["classifier"], "", "query and first feed-forward biases, and the classifier"),
+    ("vit", "head", None, [], ["classifier"], "", "the classifier alone"),
+    ("vit_grey", "bitfit", None, None, ["classifier"], "", "queries, keys and values have none"),
+    ("deit_teacher", "head", None, [], ["cls_classifier", "distillation_classifier"], "", "two classifiers alone"),
+    ("dinov2", "bitfit", None, None, ["classifier"], "", "every bias and the classifier"),
 ]
 
 
