@@ -7,8 +7,13 @@ from common import rng
 
 
 def batches(name, model, kind, rows):
-    """Rows of tokens: `full`; `padded` on the right; `uneven`, where also a varying share of the labels is -100."""
+    """Rows of tokens: `full`; `padded` on the right; `uneven`, where also a varying share of the labels is -100.
+
+    T5 and images have one kind of their own.
+    """
     s = zoo.MODELS_TABLE[model]
+    if "rows" in s:
+        return s["rows"](name, s, rows)
     settings, cls, length = s["settings"], s["cls"], 12
     g = rng("batches", name)
     ids = torch.from_numpy(g.integers(3, settings["vocab_size"], (rows, length)))
@@ -21,7 +26,7 @@ def batches(name, model, kind, rows):
     if "Sequence" in cls:
         out["labels"] = torch.from_numpy(g.integers(0, settings["num_labels"], rows))
         return out
-    if "Causal" in cls:
+    if zoo.is_causal(model):
         labels = ids.clone()
     else:
         labels = torch.from_numpy(g.integers(0, settings.get("num_labels", settings["vocab_size"]), (rows, length)))

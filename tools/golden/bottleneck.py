@@ -140,7 +140,7 @@ def attempt(name, out, salt):
     data = batches(name + salt, base, kind, 16)
     model = attach(base, config, "trajectory/" + name)
     save(copy.deepcopy(model), out / "init_adapter", base)
-    expected = trajectory(model, data, "Causal" in zoo.MODELS_TABLE[base]["cls"])
+    expected = trajectory(model, data, zoo.is_causal(base))
     if not well_posed(expected):
         return False
     save(model, out / "final_adapter", base)

@@ -67,7 +67,7 @@ def well_posed(expected):
     """
     check = expected["self_check"]
     return (check["loss_f32_f64_rel"] < 2e-6 and check["final_adapter_f32_f64_rel_to_movement"] < 2e-4
-            and all(k.endswith("key.bias") for k in expected["rounding_only_tensors"]))
+            and all(k.endswith(("key.bias", "k_proj.bias")) for k in expected["rounding_only_tensors"]))
 
 
 def trajectory(model, batches, causal, **options):

@@ -12,6 +12,7 @@ import zoo
 from adapters_io import save_adapter
 from batches import batches
 from common import TRAJECTORIES, fresh, write_json, write_tensors
+from rows import case
 from training import DEFAULTS, trajectory, well_posed
 
 # name -> (model, kind of batches, options of training, method and its settings)
@@ -39,17 +40,31 @@ TABLE = {
         weight_decay=0.1, schedule="linear", warmup_ratio=0.25, max_grad_norm=0.5, learning_rate=5e-3), "lora", LORA),
     "llama__lora_cosine": ("llama", "full", dict(schedule="cosine", warmup_ratio=0.25, learning_rate=5e-3), "lora", LORA),
     "bert__lora_linear": ("bert", "full", dict(schedule="linear", learning_rate=5e-3, weight_decay=0.01, max_grad_norm=1.0), "lora", LORA),
+    "gpt2__lora": ("gpt2", "full", {}, "lora", LORA),
+    "gpt2__lora_bias_lora_only": ("gpt2", "padded", {}, "lora", dict(LORA, bias="lora_only", target_modules=["c_proj", "c_fc"])),
+    "gpt2__prompt": ("gpt2", "padded", dict(learning_rate=1e-2), "prompt", dict(num_virtual_tokens=4)),
+    "gpt2_cls__lora": ("gpt2_cls", "padded", {}, "lora", LORA),
+    "t5__lora": ("t5", "ragged", {}, "lora", LORA),
+    "t5__lora_accumulation": ("t5", "ragged", dict(gradient_accumulation=2), "lora", dict(LORA, target_modules="all-linear")),
+    "t5__prefix": ("t5", "ragged", dict(learning_rate=1e-2), "prefix", dict(num_virtual_tokens=4)),
+    "t5__prompt": ("t5", "ragged", dict(learning_rate=1e-2), "prompt", dict(num_virtual_tokens=4)),
+    "t5_flan__ia3": ("t5_flan", "ragged", dict(learning_rate=5e-3), "ia3", {}),
+    "vit__lora": ("vit", "images", {}, "lora", dict(LORA, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])),
+    "vit__bitfit": ("vit", "images", {}, "bitfit", {}),
+    "vit__head": ("vit", "images", {}, "head", {}),
+    "dinov2__lora": ("dinov2", "images", {}, "lora", dict(LORA, target_modules=["fc1", "k_proj"], modules_to_save=["classifier"])),
 }
 
 
 def prepared(name, model, method, settings):
     """The model with its start adapter, and the way to save it."""
-    if method == "bitfit":
-        m = selective.attach(zoo.load(model), None, ["classifier"], "trajectory/" + name)
-        return m, lambda m, path: selective.save(m, path, model, "bitfit", cases.task_of(model), None, ["classifier"])
-    c = cases.case(model, method, "trajectory_" + name, "", **settings)
+    if method in ("bitfit", "head"):
+        biases = [] if method == "head" else None
+        m = selective.attach(zoo.load(model), biases, ["classifier"], "trajectory/" + name)
+        return m, lambda m, path: selective.save(m, path, model, method, cases.task_of(model), biases, ["classifier"])
+    c = case(model, method, "trajectory_" + name, "", **settings)
     m = cases.attach(c, zoo.load(model))
-    if method == "prompt" and "Causal" in zoo.MODELS_TABLE[model]["cls"]:
+    if method == "prompt" and zoo.is_causal(model):
         m.predicts_first = True
     return m, lambda m, path: save_adapter(m, path, model)
 
@@ -63,7 +78,7 @@ def attempt(name, out, salt):
     save(copy.deepcopy(m), out / "init_adapter")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = trajectory(m, data, "Causal" in zoo.MODELS_TABLE[model]["cls"], **options)
+        expected = trajectory(m, data, zoo.is_causal(model), **options)
     if not well_posed(expected):
         return False
     save(m, out / "final_adapter")

@@ -54,6 +54,19 @@ def batch(name, s, suffix):
     return out
 
 
+def rows(name, s, count):
+    """Ragged rows for training; the model shifts the labels right to have the decoder's input."""
+    c, length, target = s["settings"], 12, 8
+    g = rng("batches", name)
+    out = {"input_ids": torch.full((count, length), c["pad_token_id"]), "attention_mask": torch.zeros(count, length, dtype=torch.int64),
+           "labels": torch.full((count, target), -100)}
+    for i, (n, m) in enumerate(zip(g.integers(4, length + 1, count), g.integers(3, target + 1, count))):
+        out["input_ids"][i, :n] = torch.from_numpy(g.integers(3, c["vocab_size"], n))
+        out["attention_mask"][i, :n] = 1
+        out["labels"][i, :m] = torch.from_numpy(g.integers(3, c["vocab_size"], m))
+    return out
+
+
 def rewrite(folder, tied, copies):
     """config.json in the form of `transformers` 4; `copies`: names under which older files hold the table again."""
     c = json.loads((folder / "config.json").read_text())
@@ -90,7 +103,7 @@ def as_flan(folder):
 
 
 def t5(settings, cls="T5ForConditionalGeneration", **family):
-    return spec(cls, settings, draw=drawing(settings), batch=batch, **family)
+    return spec(cls, settings, draw=drawing(settings), batch=batch, rows=rows, **family)
 
 
 TABLE = {

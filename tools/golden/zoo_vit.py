@@ -36,8 +36,17 @@ def batch(name, s, suffix):
     return out
 
 
+def rows(name, s, count):
+    """Random images for training, with a label each."""
+    c = s["settings"]
+    g = rng("batches", name)
+    shape = (count, c["num_channels"], c["image_size"], c["image_size"])
+    return {"pixel_values": torch.from_numpy(g.standard_normal(shape)).float(),
+            "labels": torch.from_numpy(g.integers(0, c["num_labels"], count))}
+
+
 def vit(cls, settings, **family):
-    return spec(cls, settings, draw=draw, batch=batch, sides=("", "_size") if "size" in family else ("",), **family)
+    return spec(cls, settings, draw=draw, batch=batch, rows=rows, sides=("", "_size") if "size" in family else ("",), **family)
 
 
 TABLE = {
