@@ -2,11 +2,13 @@
 
 import torch
 
+import generation_t5
 import zoo
 from common import GOLDEN, fresh, rng, write_json
 
 STEPS = 20
-MODELS = ["llama", "llama_tied", "llama_rope_yarn", "mistral", "qwen2", "qwen2_sliding", "qwen3"]
+MODELS = ["llama", "llama_tied", "llama_rope_yarn", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gpt2", "gpt2_untied",
+          "gpt2_inverse_layer", "gpt2_gelu"]
 
 
 def gap(model, ids, start):
@@ -44,3 +46,4 @@ def make():
             rows.append({"prompt": prompt, "new_tokens": ids[length:], "smallest_lead": gap(model, ids, length)})
         write_json(GOLDEN / "generation" / f"{name}.json", {"model": name, "max_new_tokens": STEPS, "stop_at_eos": False, "rows": rows})
         print(name, [len(set(r["new_tokens"])) for r in rows], [round(r["smallest_lead"], 4) for r in rows], flush=True)
+    generation_t5.make()
