@@ -18,6 +18,7 @@ GROUPS = {
     "bitfit": ("selective", "peft"),
     "trajectories": ("trajectories", "peft"),
     "generation": ("generation", "peft"),
+    "images": ("images", "peft"),
     "nf4": ("nf4", "peft"),
     "schedules": ("schedules", "peft"),
     "older": ("cases_vit", "adapters"),
