@@ -17,6 +17,7 @@ GROUPS = {
     "cases": ("cases", "peft"),
     "bitfit": ("selective", "peft"),
     "trajectories": ("trajectories", "peft"),
+    "vpt": ("vpt", "peft"),
     "generation": ("generation", "peft"),
     "images": ("images", "peft"),
     "nf4": ("nf4", "peft"),
