@@ -20,7 +20,8 @@ from common import (CASES, INPUTS, TOLERANCE, TRAJECTORIES, forward, forward_bot
 from training import trajectory, well_posed
 
 NAME = "probe"
-TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "MaskedLM": None}
+TASKS = {"CausalLM": "CAUSAL_LM", "SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "MaskedLM": None,
+         "LMHeadModel": "CAUSAL_LM", "ConditionalGeneration": "SEQ_2_SEQ_LM", "ImageClassification": None}
 # model, method, variant, configuration, side, what it checks
 TABLE = [
     ("bert", "seq_bn", None, SeqBnConfig(reduction_factor=4), "", "Pfeiffer: after the feed-forward, relu"),
@@ -51,6 +52,20 @@ TABLE = [
     ("llama", "par_bn", None, ParBnConfig(reduction_factor=4), "", "beside the feed-forward"),
     ("mistral", "seq_bn", None, SeqBnConfig(reduction_factor=4), "", "sliding window"),
     ("mistral", "double_seq_bn", None, DoubleSeqBnConfig(reduction_factor=4), "", "sliding window"),
+    ("gpt2", "seq_bn", None, SeqBnConfig(reduction_factor=4), "", "Pfeiffer"),
+    ("gpt2", "seq_bn", "left", SeqBnConfig(reduction_factor=4), "_left", "padding on the left"),
+    ("gpt2", "double_seq_bn", None, DoubleSeqBnConfig(reduction_factor=4), "", "Houlsby"),
+    ("gpt2", "par_bn", None, ParBnConfig(reduction_factor=4), "", "beside the feed-forward"),
+    ("gpt2_cls", "seq_bn", None, SeqBnConfig(reduction_factor=4), "", "the last token that is not the padding id"),
+    ("t5", "seq_bn", None, SeqBnConfig(reduction_factor=4), "", "Pfeiffer on both sides"),
+    ("t5", "double_seq_bn", None, DoubleSeqBnConfig(reduction_factor=4), "", "Houlsby; cross-attention has none"),
+    ("t5", "par_bn", None, ParBnConfig(reduction_factor=4), "", "beside the feed-forward"),
+    ("t5_flan", "double_seq_bn", "left", DoubleSeqBnConfig(reduction_factor=4), "_left", "gated; the encoder's padding on the left"),
+    ("t5_uneven", "seq_bn", None, SeqBnConfig(reduction_factor=4, leave_out=[1]), "", "layers are counted through both sides"),
+    ("vit", "seq_bn", None, SeqBnConfig(reduction_factor=4), "", "Pfeiffer, no classifier trained"),
+    ("vit", "double_seq_bn", None, DoubleSeqBnConfig(reduction_factor=4), "", "Houlsby"),
+    ("vit", "par_bn", None, ParBnConfig(reduction_factor=4), "", "beside the feed-forward"),
+    ("vit_grey", "double_seq_bn", None, DoubleSeqBnConfig(reduction_factor=8), "", "one channel"),
 ]
 
 
@@ -132,6 +147,8 @@ TRAINED = {
     "bert__double_seq_bn": ("bert", DoubleSeqBnConfig(reduction_factor=4), "full"),
     "bert__par_bn": ("bert", ParBnConfig(reduction_factor=4), "full"),
     "llama__seq_bn": ("llama", SeqBnConfig(reduction_factor=4), "padded"),
+    "gpt2__seq_bn": ("gpt2", SeqBnConfig(reduction_factor=4), "padded"),
+    "vit__seq_bn": ("vit", SeqBnConfig(reduction_factor=4), "images"),
 }
 
 

@@ -89,10 +89,13 @@ def forward(model, inputs):
 
 
 def doubled(model):
-    """A copy in f64 with `sdpa` attention (the plain one overflows to NaN there on rows that see nothing)."""
+    """A copy in f64 with `sdpa` attention (the plain one overflows to NaN there on rows that see nothing).
+
+    T5 has no such rows, and under `transformers` 4 no such attention.
+    """
     model = copy.deepcopy(model).double()
     for m in model.modules():
-        if hasattr(m, "set_attn_implementation"):
+        if hasattr(m, "set_attn_implementation") and getattr(m, "_supports_sdpa", False):
             m.set_attn_implementation("sdpa")
             break
     return model
