@@ -21,6 +21,7 @@ GROUPS = {
     "generation": ("generation", "peft"),
     "images": ("images", "peft"),
     "nf4": ("nf4", "peft"),
+    "buckets": ("buckets", "peft"),
     "schedules": ("schedules", "peft"),
     "older": ("cases_vit", "adapters"),
     "bottleneck": ("bottleneck", "adapters"),
