@@ -3,7 +3,8 @@
 A prompt of `peft` stands before the encoder's input and in no other place, and the second half of its rows is not read.
 A prefix is given to the decoder's self-attention alone, at the columns before its input; the relative positions count
 it. `peft` deals the layers of a prefix out by fours, keeping two: the decoder's layer i reads layer 2 i modulo their
-number. The prefix has as many layers as the encoder unless `num_layers` says otherwise.
+number. The prefix has as many layers as the encoder unless `num_layers` says otherwise. Nothing reads the module
+`shared` itself, so LoRA or a copy of it changes nothing.
 """
 
 from rows import ia3, lora, virtual

@@ -1,7 +1,8 @@
 """Cases of image classifiers. `peft` has no task for them: no task type, and no default targets.
 
 Names of modules are those of `transformers` 5. `OLDER` is made under `transformers` 4, whose names (`query`, `value`)
-the adapters on the Hub have; `peft` under `transformers` 5 finds no module for these.
+the adapters on the Hub have; `peft` under `transformers` 5 finds no module for these, and says so only where it finds
+none at all.
 """
 
 from rows import ia3, lora
