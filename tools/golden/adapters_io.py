@@ -11,14 +11,14 @@ def bound(key, p):
     """(centre kept, half width) of the uniform distribution for one adapter tensor."""
     if "lora_A" in key or "lora_embedding_A" in key:
         return False, (3.0 / p.shape[1]) ** 0.5 if "lora_A" in key else 0.8
+    if "prompt_encoder" in key:
+        return False, 1.5
     if key.endswith("bias"):
         return "lora_B" not in key, 0.25
     if "lora_B" in key or "lora_embedding_B" in key:
         return False, 0.35
     if "ia3_l" in key:
         return None, 0.7
-    if "prompt_encoder" in key:
-        return False, 1.5
     return True, 0.15  # a trained copy of a base tensor
 
 
