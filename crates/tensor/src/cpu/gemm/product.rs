@@ -307,8 +307,9 @@ impl Chunk<'_> {
                 }
                 for row in MR..2 * MR {
                     let next = c.wrapping_add(row * product.c_stride);
-                    K::L::prefetch(next);
-                    K::L::prefetch(next.wrapping_add(width - 1));
+                    for word in (0..width).step_by(16).chain([width - 1]) {
+                        K::L::prefetch(next.wrapping_add(word));
+                    }
                 }
                 let a = left[i * LEFT_STRIDE..].as_ptr();
                 let run = Run { a, b: weights, steps, init, c, c_stride: product.c_stride };
