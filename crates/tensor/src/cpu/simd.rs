@@ -88,14 +88,15 @@ pub(crate) use dispatch;
 pub(crate) const PART: usize = 16 * 1024;
 
 /// The sum of sixteen partial sums, always paired the same way.
+///
+/// `black_box` hides the pairs from the loop that made the partial sums: for their sake the compiler would cut that loop
+/// into vectors of two. The halves have fixed lengths because a loop over lengths would stay one of single additions.
 #[inline(always)]
-pub(crate) fn sum16(mut lanes: [f32; 16]) -> f32 {
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-    }
-    lanes[0]
+pub(crate) fn sum16(lanes: [f32; 16]) -> f32 {
+    let lanes = std::hint::black_box(lanes);
+    let eight: [f32; 8] = std::array::from_fn(|i| lanes[i] + lanes[i + 8]);
+    let four: [f32; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// `Σ f(aᵢ, bᵢ)` in sixteen partial sums, which vectorise and lose less than one running sum.
@@ -121,6 +122,18 @@ mod tests {
         (LANES, sum_pairs(a, b, |x, y| x * y))
     }
     dispatch! { fn dot(a: &[f32], b: &[f32]) -> (usize, f32) = dot_body; }
+
+    #[test]
+    fn sixteen_are_summed_by_halves() {
+        let lanes: [f32; 16] = std::array::from_fn(|i| (i as f32).exp());
+        let mut halves = lanes;
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                halves[i] += halves[i + half];
+            }
+        }
+        assert_eq!(sum16(lanes), halves[0]);
+    }
 
     #[test]
     fn dispatch_runs_the_copy_of_the_level() {
