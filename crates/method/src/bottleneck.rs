@@ -13,7 +13,9 @@
 
 mod file;
 
-use engraft_nn::{Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, Sublayer, SublayerPatch};
+use engraft_nn::{
+    Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, Sites, Stack, Sublayer, SublayerPatch,
+};
 use engraft_tensor::ops::{Unary, layer_norm};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value};
@@ -252,25 +254,25 @@ impl Bottleneck {
         }
     }
 
-    fn wants(&self, site: &Site) -> bool {
+    /// Whether there is an adapter at a sublayer of layer `number`.
+    fn wants(&self, site: &Site, number: Option<usize>) -> bool {
         let place = match site.role {
             Role::Attention => self.after_attention,
             Role::Mlp => self.after_mlp,
             _ => false,
         };
-        place && !site.layer.is_some_and(|layer| self.leave_out.contains(&layer))
+        place && !number.is_some_and(|layer| self.leave_out.contains(&layer))
     }
 
-    /// r at a site of `width`.
-    fn size_at(&self, site: &Site, width: usize) -> usize {
-        let by_layer = self.reduction_by_layer.iter().find(|(layer, _)| Some(*layer) == site.layer);
+    /// r at a site of `width` in layer `number`.
+    fn size_at(&self, number: Option<usize>, width: usize) -> usize {
+        let by_layer = self.reduction_by_layer.iter().find(|(layer, _)| Some(*layer) == number);
         let reduction = by_layer.map_or(self.reduction, |(_, reduction)| *reduction);
         ((width as f64 / reduction).floor() as usize).max(1)
     }
 
-    fn build(&self, b: &mut Builder<'_>, site: &Site, width: usize) -> Result<Tensors> {
+    fn build(&self, b: &mut Builder<'_>, site: &Site, (width, size): (usize, usize)) -> Result<Tensors> {
         let stem = format!("{}.adapters.{}", site.path, self.name);
-        let size = self.size_at(site, width);
         let (down, up) = match self.start {
             Start::Bert => (Init::Normal(0.02), Init::Normal(0.02)),
             Start::ZeroUp => (Init::kaiming(width), Init::Zeros),
@@ -304,6 +306,18 @@ impl Bottleneck {
     }
 }
 
+/// The number of a site's layer as AdapterHub counts: the decoder's layers go on from the encoder's.
+fn layer_number(sites: &Sites, site: &Site) -> Option<usize> {
+    let before = match site.stack {
+        Stack::Decoder => {
+            let encoder = sites.iter().filter(|s| s.stack == Stack::Encoder);
+            encoder.filter_map(|s| s.layer).max().map_or(0, |last| last + 1)
+        }
+        _ => 0,
+    };
+    site.layer.map(|layer| layer + before)
+}
+
 impl Method for Bottleneck {
     fn info(&self) -> &'static Info {
         &INFO
@@ -314,8 +328,9 @@ impl Method for Bottleneck {
         for site in b.sites().iter() {
             let Kind::Sublayer { width } = site.kind else { continue };
             found = true;
-            if self.wants(site) {
-                let tensors = self.build(b, site, width)?;
+            let number = layer_number(b.sites(), site);
+            if self.wants(site, number) {
+                let tensors = self.build(b, site, (width, self.size_at(number, width)))?;
                 b.patch(site.id, Patch::Sublayer(Box::new(AtSublayer { config: self.clone(), tensors })))?;
             }
         }

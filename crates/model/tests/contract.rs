@@ -8,7 +8,7 @@ mod patches;
 use std::sync::Arc;
 
 use common::*;
-use engraft_nn::{Adapter, Base, Inputs, Kind, Layout, Model, Pass, Route, Value};
+use engraft_nn::{Adapter, Base, Inputs, Kind, Layout, Model, Pass, Route, Stack, Task, Value};
 use engraft_tensor::testing::sample;
 use engraft_tensor::{Gradients, Tensor, no_grad};
 use patches::*;
@@ -20,6 +20,12 @@ const MODELS: &[&str] = &[
     "mistral",
     "qwen2_sliding",
     "qwen3",
+    "gpt2",
+    "gpt2_cls",
+    "gpt2_token",
+    "t5",
+    "t5_flan",
+    "t5_encoder",
     "bert",
     "bert_token",
     "bert_mlm",
@@ -62,8 +68,15 @@ fn some(model: &dyn Model, which: std::ops::Range<usize>) -> Inputs {
         let all = sample(&[3, p.channels, p.height, p.width], 11);
         return Inputs::pixels(all.rows_between(which.start, which.end).unwrap()).unwrap();
     }
-    let rows = [&[5i64, 9, 17, 33, 60, 8][..], &[12, 4, 77, 6], &[90, 31, 8, 21, 50]];
-    batch(&rows[which])
+    // Ids that every model has.
+    let rows = [&[5i64, 9, 17, 33, 60, 8][..], &[12, 4, 71, 6], &[30, 31, 8, 21, 50]];
+    let source = batch(&rows[which.clone()]);
+    if model.info().task != Task::Seq2Seq {
+        return source;
+    }
+    let targets = [&[7i64, 41, 3][..], &[66, 20, 9, 52, 14], &[8]];
+    let target = batch(&targets[which]);
+    source.with_target(target.ids().unwrap().clone(), target.layout)
 }
 
 fn three(model: &dyn Model) -> Inputs {
@@ -344,6 +357,10 @@ fn prompts_and_prefixes_equal_the_reference() {
         }
         let loaded = model(&golden().join("models").join(name));
         let (model, info) = (loaded.model.as_ref(), loaded.model.info());
+        if model.sites().iter().any(|s| s.stack == Stack::Decoder) {
+            // Which half of the model reads which rows is the methods' affair; their own tests see to it.
+            continue;
+        }
         let file = tensors(&dir.join("adapter/adapter_model.safetensors"));
         let raw = file.get("prompt_embeddings").unwrap();
         let all = Tensor::from_vec(raw.to_f32().unwrap(), raw.shape.clone()).unwrap();

@@ -245,7 +245,7 @@ fn damaged_pictures_are_errors_that_name_them() {
         for end in [whole.len() / 3, whole.len() / 2, whole.len() - 3] {
             assert!(decode::picture(&whole[..end], Alpha::Dropped).is_err(), "{end} of {}", whole.len());
         }
-        for _ in 0..300 {
+        for _ in 0..1250 {
             let words: [&[u8]; 4] = [b"\xFF\xDA", b"\xFF\xC2", b"\xFF\xFF\xFF\xFF", b"IHDR"];
             let bytes = damaged(&whole, &words, &mut random);
             let _ = decode::picture(&bytes, Alpha::OnWhite);
