@@ -85,21 +85,27 @@ fn adapters(decoder_reads_encoder: bool) -> Vec<(String, Vec<Chosen>)> {
     all
 }
 
-/// Methods whose targets go by the names that the model's modules had before, where they had such.
-fn older(loaded: &Loaded) -> Vec<(String, Vec<Chosen>)> {
-    let Some(sites) = loaded.model.sites().older() else { return vec![] };
-    let wanted = |s: &&Site| matches!(s.role, Role::Q | Role::Up | Role::Down) && s.is_weight();
-    let names: Vec<String> = sites.iter().filter(wanted).map(|s| s.path.clone()).collect();
-    let of = |name: &str, settings: serde_json::Value| {
+/// What only some models have: patches of pictures under magnitudes, modules that had other names before.
+fn of_model(loaded: &Loaded) -> Vec<(String, Vec<Chosen>)> {
+    let of = |title: &str, name: &str, settings: serde_json::Value, targets: &Targets| {
         let method = (find(name).unwrap().from_settings)(settings.as_object().unwrap()).unwrap();
-        (format!("{name}, older names"), vec![(method, Some(Targets::names(names.clone())))])
+        (title.to_string(), vec![(method, Some(targets.clone()))])
     };
-    vec![
-        of("lora", json!({ "rank": 2, "bias": "all" })),
-        of("ia3", json!({})),
-        of("bitfit", json!({})),
-        of("full", json!({})),
-    ]
+    let sites = loaded.model.sites();
+    let mut all = Vec::new();
+    if sites.iter().any(|s| matches!(s.kind, Kind::Convolution { .. })) {
+        let patches = Targets::roles(&[Role::PatchEmbed]);
+        all.push(of("dora, patches", "lora", json!({ "rank": 2, "dora": true }), &patches));
+    }
+    if let Some(older) = sites.older() {
+        let wanted = |s: &&Site| matches!(s.role, Role::Q | Role::Up | Role::Down) && s.is_weight();
+        let names = Targets::names(older.iter().filter(wanted).map(|s| s.path.clone()));
+        all.push(of("lora, older names", "lora", json!({ "rank": 2, "bias": "all" }), &names));
+        for name in ["ia3", "bitfit", "full"] {
+            all.push(of(&format!("{name}, older names"), name, json!({}), &names));
+        }
+    }
+    all
 }
 
 fn every_method(precision: Precision, storage: Storage) {
@@ -109,7 +115,7 @@ fn every_method(precision: Precision, storage: Storage) {
     for name in fixtures::directories(&models) {
         let loaded = fixtures::model(&models.join(&name), precision, storage);
         let crossed = loaded.model.sites().iter().any(|s| s.role == Role::CrossAttention);
-        for (title, methods) in adapters(crossed).into_iter().chain(older(&loaded)) {
+        for (title, methods) in adapters(crossed).into_iter().chain(of_model(&loaded)) {
             let exact = precision == Precision::F32;
             let setting = Setting { title: &title, loaded: &loaded, exact, methods: &methods };
             count += 1;
