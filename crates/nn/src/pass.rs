@@ -427,13 +427,11 @@ impl Pass {
 /// A function on rows.
 type Run<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
 
+/// Runs a patch around a function on rows, if it is of the kind that is entered.
+type Enter<'a> = dyn Fn(&Patch, &Tensor, &Run<'_>) -> Option<Result<Tensor>> + 'a;
+
 /// `run` inside the patches that `enter` takes, the first patch outermost.
-fn nested(
-    x: &Tensor,
-    patches: &[Patch],
-    run: &Run<'_>,
-    enter: &dyn Fn(&Patch, &Tensor, &Run<'_>) -> Option<Result<Tensor>>,
-) -> Result<Tensor> {
+fn nested(x: &Tensor, patches: &[Patch], run: &Run<'_>, enter: &Enter<'_>) -> Result<Tensor> {
     let Some((first, rest)) = patches.split_first() else { return run(x) };
     let inner = |x: &Tensor| nested(x, rest, run, enter);
     enter(first, x, &inner).unwrap_or_else(|| inner(x))

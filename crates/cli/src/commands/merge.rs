@@ -201,14 +201,15 @@ enum Probes {
     /// Token ids, and whether they are text.
     Tokens { examples: Vec<Example>, is_text: bool },
     /// Pictures of noise.
-    Pictures(Inputs),
+    Pictures(Box<Inputs>),
 }
 
 fn probes(args: &Args, engine: &Engine) -> Outcome<Probes> {
     let example = |ids: Vec<u32>| Example { ids, ..Example::default() };
     if let Some(Picture { channels, height, width }) = engine.model.info().picture {
         let shape = [4, channels, height, width];
-        return Ok(Probes::Pictures(Inputs::pixels(Init::Normal(1.0).tensor(&shape, 0, "probes")?)?));
+        let inputs = Inputs::pixels(Init::Normal(1.0).tensor(&shape, 0, "probes")?)?;
+        return Ok(Probes::Pictures(Box::new(inputs)));
     }
     if !engine.dir.join("tokenizer.json").is_file() {
         // Without a tokenizer any ids show whether the logits agree; they say nothing of perplexity.
