@@ -250,7 +250,16 @@ fn measure(engine: &Engine, probes: &Probes) -> Outcome<Measured> {
     };
     let (mut logits, mut loss, mut count) = (Vec::new(), 0.0, 0usize);
     for example in examples {
-        let rows = engine.logits(&pack(std::slice::from_ref(example))?)?.to_vec()?;
+        let inputs = pack(std::slice::from_ref(example))?;
+        // A decoder is given the same text as its encoder.
+        let inputs = match info.task {
+            Task::Seq2Seq => {
+                let (ids, layout) = (inputs.ids()?.clone(), inputs.layout.clone());
+                inputs.with_target(ids, layout)
+            }
+            _ => inputs,
+        };
+        let rows = engine.logits(&inputs)?.to_vec()?;
         if info.task == Task::CausalLm {
             let next = example.ids.iter().skip(1);
             for (row, id) in rows.chunks_exact(info.outputs).zip(next) {

@@ -1,7 +1,7 @@
 //! `engraft logits`: one forward on given tensors, for comparing engines.
 //!
 //! The inputs are named as in `transformers`. Words: `input_ids` [B, T] and optionally `attention_mask`,
-//! `token_type_ids`, `position_ids` (see [`tokens`]); pictures: `pixel_values` [B, channels, height, width] (see
+//! `token_type_ids`, `position_ids`, and `decoder_input_ids` with their mask (see [`tokens`]); pictures: `pixel_values` [B, channels, height, width] (see
 //! [`pictures`]). Written is `logits` f32: [B, T, outputs], or [B, outputs] for models that answer once a row.
 
 mod pictures;
@@ -26,8 +26,8 @@ Examples:
   engraft logits --model DIR --adapter runs/a/adapter \\
       --inputs in.safetensors --out out.safetensors --dtype bf16
 
-The input file holds input_ids [B, T] and may hold attention_mask, token_type_ids, position_ids; for models that
-read pictures it holds pixel_values [B, channels, height, width].")]
+The input file holds input_ids [B, T] and may hold attention_mask, token_type_ids, position_ids; for encoder-decoder
+models also decoder_input_ids [B, U], and decoder_attention_mask; for models that read pictures it holds pixel_values [B, channels, height, width].")]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,

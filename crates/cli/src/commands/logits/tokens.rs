@@ -3,11 +3,15 @@
 //! Masked places are dropped and every token keeps its column as its position, so that a row gives the same logits
 //! whichever side it is padded on. Logits are [B, T, outputs] with zeros at masked places, or [B, outputs] for models that
 //! answer once a row. Rows of virtual tokens are left out.
+//!
+//! Encoder–decoder models also read `decoder_input_ids` [B, U] and optionally `decoder_attention_mask`; their logits are
+//! [B, U, outputs].
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use engraft_data::{Example, Tensors};
-use engraft_nn::{Inputs, Layout};
+use engraft_nn::{Inputs, Layout, Task};
 use engraft_store::Weights;
 use engraft_tensor::Tensor;
 
@@ -29,12 +33,32 @@ pub(super) struct Given {
     width: usize,
     /// Whether `position_ids` were given.
     positioned: bool,
+    /// What the decoder reads, a row for each of these.
+    target: Option<Box<Given>>,
 }
 
 impl Given {
     pub(super) fn read(path: &Path, file: &Weights) -> Outcome<Given> {
+        let mut given = Self::side(path, file, "")?;
+        if file.get("decoder_input_ids").is_some() {
+            let target = Self::side(path, file, "decoder_")?;
+            let (expected, found) = (given.examples.len(), target.examples.len());
+            if expected != found {
+                return Err(Failure::before_work(format!(
+                    "{}: expected `decoder_input_ids` with {expected} rows, as many as `input_ids`, found {found}",
+                    path.display()
+                )));
+            }
+            given.target = Some(Box::new(target));
+        }
+        Ok(given)
+    }
+
+    /// The tensors whose names begin with `before`.
+    fn side(path: &Path, file: &Weights, before: &str) -> Outcome<Given> {
         let find = |name: &str| -> Outcome<Option<(Vec<i64>, Vec<usize>)>> {
-            let Some(raw) = file.get(name) else { return Ok(None) };
+            let name = format!("{before}{name}");
+            let Some(raw) = file.get(&name) else { return Ok(None) };
             let values = raw
                 .to_i64()
                 .map_err(|e| Failure::before_work(format!("{}: `{name}`: {e}", path.display())))?;
@@ -45,15 +69,19 @@ impl Given {
             Failure::before_work(format!("{}: expected a tensor `input_ids`, found {names}", path.display()))
         })?;
         let [rows, width] = shape[..] else {
-            let message =
-                format!("{}: expected `input_ids` of shape [rows, tokens], found {shape:?}", path.display());
+            let message = format!(
+                "{}: expected `{before}input_ids` of shape [rows, tokens], found {shape:?}",
+                path.display()
+            );
             return Err(Failure::before_work(message));
         };
         let side = |name: &str| -> Outcome<Option<Vec<i64>>> {
             match find(name)? {
                 Some((_, found)) if found != shape => {
-                    let message =
-                        format!("{}: expected `{name}` of shape {shape:?}, found {found:?}", path.display());
+                    let message = format!(
+                        "{}: expected `{before}{name}` of shape {shape:?}, found {found:?}",
+                        path.display()
+                    );
                     Err(Failure::before_work(message))
                 }
                 found => Ok(found.map(|(values, _)| values)),
@@ -64,7 +92,7 @@ impl Given {
         if let Some(at) = mask.iter().flatten().position(|value| !matches!(value, 0 | 1)) {
             let found = mask.iter().flatten().nth(at).copied().unwrap_or_default();
             return Err(Failure::before_work(format!(
-                "{}: `attention_mask`: expected 0 or 1, found {found} in row {}, column {} (from 0)",
+                "{}: `{before}attention_mask`: expected 0 or 1, found {found} in row {}, column {} (from 0)",
                 path.display(),
                 at / width.max(1),
                 at % width.max(1)
@@ -90,7 +118,8 @@ impl Given {
                 );
             }
         }
-        Ok(Given { path: path.to_owned(), examples, columns, width, positioned: positions.is_some() })
+        let positioned = positions.is_some();
+        Ok(Given { path: path.to_owned(), examples, columns, width, positioned, target: None })
     }
 
     /// Refuses ids that the model's embedding does not have.
@@ -109,11 +138,15 @@ impl Given {
 
     /// All logits with their shape.
     pub(super) fn logits(&self, engine: &Engine) -> Outcome<Logits> {
-        self.check_ids(engine.model.info().vocabulary)?;
         let info = engine.model.info();
+        self.check_sides(info.task)?;
+        self.check_ids(info.vocabulary)?;
+        let answering = self.target.as_deref().unwrap_or(self);
+        answering.check_ids(info.vocabulary)?;
         let (rows, outputs) = (self.examples.len(), info.outputs);
         let by_row = info.task.per_sequence();
-        let shape = if by_row { vec![rows, outputs] } else { vec![rows, self.width, outputs] };
+        let width = answering.width;
+        let shape = if by_row { vec![rows, outputs] } else { vec![rows, width, outputs] };
         let size = shape.iter().try_fold(1usize, |size, n| size.checked_mul(*n)).ok_or_else(|| {
             Failure::before_work(format!("logits of shape {shape:?} do not fit into memory; give fewer rows"))
         })?;
@@ -122,12 +155,12 @@ impl Given {
         let mut first = 0;
         while first < rows {
             let last = first + self.rows_within(first, most);
-            let part = engine.logits(&self.padded(&self.examples[first..last])?)?.to_vec()?;
+            let part = engine.logits(&self.padded(first..last)?)?.to_vec()?;
             if by_row {
                 values[first * outputs..last * outputs].copy_from_slice(&part);
             } else {
                 let places =
-                    (first..last).flat_map(|row| self.columns[row].iter().map(move |c| row * self.width + c));
+                    (first..last).flat_map(|row| answering.columns[row].iter().map(move |c| row * width + c));
                 for (place, logits) in places.zip(part.chunks_exact(outputs)) {
                     values[place * outputs..(place + 1) * outputs].copy_from_slice(logits);
                 }
@@ -137,18 +170,34 @@ impl Given {
         Ok((values, shape))
     }
 
-    /// The examples packed, with the length that their rows had; given positions say all that there is.
-    fn padded(&self, examples: &[Example]) -> engraft_nn::Result<Inputs> {
-        let inputs = pack(examples)?;
+    /// An error unless there are decoder inputs just where the model reads them.
+    fn check_sides(&self, task: Task) -> Outcome {
+        let message = match (task == Task::Seq2Seq, self.target.is_some()) {
+            (true, false) => {
+                "expected a tensor `decoder_input_ids` beside `input_ids`, which this model needs"
+            }
+            (false, true) => "holds `decoder_input_ids`, which this model does not read; leave them out",
+            _ => return Ok(()),
+        };
+        Err(Failure::before_work(format!("{}: {message}", self.path.display())))
+    }
+
+    /// The rows packed, with the length that they had; given positions say all that there is.
+    fn padded(&self, rows: Range<usize>) -> engraft_nn::Result<Inputs> {
+        let inputs = pack(&self.examples[rows.clone()])?;
         let layout = if self.positioned { inputs.layout } else { inputs.layout.with_columns(self.width) };
-        Ok(Inputs { layout, ..inputs })
+        let inputs = Inputs { layout, ..inputs };
+        let Some(target) = &self.target else { return Ok(inputs) };
+        let target = target.padded(rows)?;
+        Ok(inputs.with_target(target.ids()?.clone(), target.layout))
     }
 
     /// How many rows from `first` on hold at most `most` tokens; at least one.
     fn rows_within(&self, first: usize, most: usize) -> usize {
         let mut tokens = 0;
-        let fits = self.columns[first..].iter().take_while(|columns| {
-            tokens += columns.len();
+        let of = |given: &Given, row: usize| given.columns[row].len();
+        let fits = (first..self.columns.len()).take_while(|&row| {
+            tokens += of(self, row) + self.target.as_deref().map_or(0, |target| of(target, row));
             tokens <= most
         });
         fits.count().max(1)
