@@ -86,9 +86,13 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// The number of tokens of every example, `[examples]`.
+    /// The number of tokens of every example, those of its target included, `[examples]`.
     pub fn lengths(&self) -> Vec<usize> {
-        self.examples.iter().map(|example| example.ids.len()).collect()
+        let target = |labels: &Labels| match labels {
+            Labels::Target(target) => target.labels.len(),
+            _ => 0,
+        };
+        self.examples.iter().map(|example| example.ids.len() + target(&example.labels)).collect()
     }
 }
 

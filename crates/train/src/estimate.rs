@@ -81,6 +81,10 @@ fn largest_batch(session: &Session) -> usize {
     let mut lengths = session.train.lengths();
     lengths.sort_unstable_by(|a, b| b.cmp(a));
     let batch = session.plan.train.batch_size;
+    if session.train.images.is_some() {
+        // Each picture has as many rows as its model makes of it.
+        return batch.min(lengths.len()) * session.model.info().max_positions;
+    }
     match session.plan.data.packing {
         true => (batch * session.plan.max_length).min(lengths.iter().sum()),
         false => lengths.iter().take(batch).sum(),

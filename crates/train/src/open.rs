@@ -192,7 +192,8 @@ fn classes(
     examples: Option<&Examples>,
     config: &Value,
 ) -> Option<usize> {
-    if !matches!(task, recipe::Task::SequenceClassification | recipe::Task::TokenClassification) {
+    use recipe::Task::{ImageClassification, SequenceClassification, TokenClassification};
+    if !matches!(task, SequenceClassification | TokenClassification | ImageClassification) {
         return None;
     }
     // `transformers` takes two labels where a configuration says nothing.

@@ -303,12 +303,19 @@ impl Setting<'_> {
             // Fourth-order central difference.
             let (a, b) = (along(step)? - along(-step)?, along(2.0 * step)? - along(-2.0 * step)?);
             let expected = (8.0 * a - b) / (12.0 * f64::from(step));
-            if (found - expected).abs() <= 1e-2 * norm + 2e-4 {
+            if (found - expected).abs() <= self.slack() * norm + 2e-4 {
                 return Ok(());
             }
             seen.push(expected);
         }
         Err(format!("{}: gradient {found}, differences {seen:?}", p.name))
+    }
+
+    /// How far a difference may be off, as a share of the gradient. Across the kinks of a ReLU differences are means of two
+    /// slopes and show only what is far off; what such models train is compared step by step in `trajectories.rs`.
+    fn slack(&self) -> f64 {
+        let values = self.loaded.config.as_object().into_iter().flatten();
+        if values.into_iter().any(|(_, value)| value == "relu") { 0.2 } else { 1e-2 }
     }
 
     /// Blocks that are run again give the same gradients to the bit.

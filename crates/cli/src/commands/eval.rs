@@ -40,10 +40,10 @@ pub struct Args {
     /// A data file
     #[arg(long, value_name = "FILE", requires = "model")]
     data: Option<PathBuf>,
-    /// Form of the data: csv, tsv, jsonl, text, chat, alpaca, sharegpt, tensors
+    /// Form of the data, as in a recipe: csv, jsonl, images, …
     #[arg(long, value_name = "FORMAT", requires = "data")]
     format: Option<String>,
-    /// Task: causal-lm, sequence-classification, token-classification, masked-lm
+    /// Task, as in a recipe: causal-lm, seq2seq, …
     #[arg(long, value_name = "TASK", requires = "data")]
     task: Option<String>,
     /// Rows a batch

@@ -160,10 +160,12 @@ fn introduce(session: &Session, cx: &Context) {
         .eval
         .as_ref()
         .map_or_else(String::new, |eval| format!(", {} for evaluation", eval.examples.len()));
-    cx.ui.say(&format!(
-        "data  {} examples{eval}, median {} tokens{cut}",
-        report.examples, report.median_length
-    ));
+    // Pictures have no length in tokens.
+    let length = match session.train.images {
+        None => format!(", median {} tokens", report.median_length),
+        Some(_) => String::new(),
+    };
+    cx.ui.say(&format!("data  {} examples{eval}{length}{cut}", report.examples));
     session.notes.iter().for_each(|note| cx.ui.reason(&format!("note: {note}")));
     for name in &session.new_tensors {
         cx.ui.reason(&format!("note: {name} is not in the model's files and starts at random"));
