@@ -138,7 +138,7 @@ mod tests {
             let dir = golden.join("models").join(name);
             let loaded = engraft_model::load(&dir, &Default::default()).unwrap();
             let (model, config) = (loaded.model, loaded.config);
-            let engine = Engine { dir, config, model, adapter: None, methods: Vec::new() };
+            let engine = Engine { dir, config, model, adapter: None, methods: Vec::new(), labels: None };
             let most = expected["max_new_tokens"].as_u64().unwrap() as usize;
             for row in expected["rows"].as_array().unwrap() {
                 let by = Search {

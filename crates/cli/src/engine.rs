@@ -10,7 +10,7 @@ use engraft_nn::{Adapter, Inputs, KvCache, Model, Output, Pass, Patch, Task};
 use engraft_store::{AdapterFiles, read_adapter};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
-use engraft_train::open_adapter;
+use engraft_train::{label_names, open_adapter};
 use serde_json::Value;
 
 use crate::context::Context;
@@ -62,6 +62,8 @@ pub struct Engine {
     pub adapter: Option<Arc<Adapter>>,
     /// The adapter's methods.
     pub methods: Vec<Chosen>,
+    /// The names of the classes that the adapter was trained on.
+    pub labels: Option<Vec<String>>,
 }
 
 impl Engine {
@@ -104,10 +106,10 @@ impl Engine {
     pub fn open(dir: &Path, options: &LoadOptions, cx: &Context) -> Outcome<Engine> {
         let loaded = engraft_model::load(dir, options).before_work()?;
         for name in &loaded.new_tensors {
-            cx.ui.reason(&format!("{name} is not in the model's files and starts at random"));
+            cx.ui.note(&format!("{name} is not in the model's files and starts at random"));
         }
         let (model, config) = (loaded.model, loaded.config);
-        Ok(Engine { dir: dir.to_owned(), config, model, adapter: None, methods: Vec::new() })
+        Ok(Engine { dir: dir.to_owned(), config, model, adapter: None, methods: Vec::new(), labels: None })
     }
 
     /// Takes the adapter of a directory.
@@ -117,6 +119,7 @@ impl Engine {
         })?;
         opened.notes.iter().for_each(|note| cx.ui.reason(&format!("note: {note}")));
         (self.adapter, self.methods) = (Some(Arc::new(opened.adapter)), opened.methods);
+        self.labels = label_names(dir).before_work()?;
         Ok(())
     }
 

@@ -265,9 +265,10 @@ fn describe_head(config: &mut Map<String, Value>, engine: &Engine) {
     if info.task.is_classification() {
         let has =
             config.get("id2label").and_then(Value::as_object).is_some_and(|map| map.len() == info.outputs);
-        if !has {
-            let names: Vec<(String, String)> =
-                (0..info.outputs).map(|i| (i.to_string(), format!("LABEL_{i}"))).collect();
+        let known = engine.labels.as_ref().filter(|names| names.len() == info.outputs);
+        if !has || known.is_some() {
+            let name = |i: usize| known.map_or_else(|| format!("LABEL_{i}"), |names| names[i].clone());
+            let names: Vec<(String, String)> = (0..info.outputs).map(|i| (i.to_string(), name(i))).collect();
             let id2label: Map<String, Value> =
                 names.iter().map(|(i, n)| (i.clone(), n.as_str().into())).collect();
             let label2id: Map<String, Value> =

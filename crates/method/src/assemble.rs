@@ -151,6 +151,7 @@ pub fn load_adapter(
 
 fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelInfo) -> Result<LoadedAdapter> {
     let (methods, train_also) = read_methods(config)?;
+    let tensors = one_bias_a_head(tensors, sites);
     let mut attached = build(&methods, &train_also, sites, info, 0, Vec::new())?;
     let (mut names, mut copies) = (HashMap::new(), Vec::new());
     for p in attached.adapter.params().iter().filter(|p| p.saved) {
@@ -175,6 +176,25 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     attached.adapter.load(given)?;
     let dead = attached.dead_targets.into_iter().chain(attached.dead_modules).collect();
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
+}
+
+/// The bias of a masked-word head has two names in files, `X.bias` and `X.decoder.bias`; what stays is the value that the
+/// model reads, under its site's name.
+fn one_bias_a_head(mut tensors: Named, sites: &Sites) -> Named {
+    for site in sites.iter() {
+        let Some(stem) = site.path.strip_suffix(".bias") else { continue };
+        let [outer, inner] =
+            [&site.path, &format!("{stem}.decoder.bias")].map(|p| format!("base_model.model.{p}"));
+        let has = |tensors: &Named, key: &str| tensors.iter().any(|(name, _)| name == key);
+        if !has(&tensors, &outer) || !has(&tensors, &inner) {
+            continue;
+        }
+        let reads_inner = site.tensor.as_deref().is_some_and(|name| name.ends_with(".decoder.bias"));
+        let dropped = if reads_inner { &outer } else { &inner };
+        tensors.retain(|(name, _)| name != dropped);
+        tensors.iter_mut().filter(|(name, _)| *name == inner).for_each(|(name, _)| name.clone_from(&outer));
+    }
+    tensors
 }
 
 /// With `bias = "all"` peft also writes the biases of a replaced module as they were; they change nothing.

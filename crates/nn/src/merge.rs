@@ -24,7 +24,7 @@ pub fn mergeable_sites<'a>(sites: &'a Sites, adapter: &Adapter) -> Result<Vec<&'
     let refused: Vec<String> = patched
         .iter()
         .filter(|s| !adapter.at(s.id).iter().all(mergeable))
-        .map(|s| format!("{}: what sits at a {:?} site depends on the input", s.path, s.kind))
+        .map(|s| format!("{}: what is attached there depends on the input", s.path))
         .collect();
     if !refused.is_empty() {
         return Err(Error::Mismatch(refused));

@@ -39,7 +39,11 @@ pub(crate) fn write_adapter(session: &Session, dir: &Path) -> Result<()> {
     let named = tensors.iter().zip(&values);
     let entries: Vec<Entry> =
         named.map(|((name, tensor), values)| Entry::f32(name.clone(), tensor.shape(), values)).collect();
-    Ok(engraft_store::write_adapter(dir, &config, &entries)?)
+    engraft_store::write_adapter(dir, &config, &entries)?;
+    match &session.labels {
+        Some(names) => crate::labels::write(dir, names),
+        None => Ok(()),
+    }
 }
 
 /// Writes `plot.svg` and `report.json`; gives the plot.

@@ -17,6 +17,7 @@ use crate::Result;
 use crate::attach::from_recipe;
 use crate::batch::Feed;
 use crate::fingerprint::{Fingerprint, of_data, of_weights};
+use crate::labels::label_names;
 use crate::objective::Objective;
 use crate::read::{Examples, Reading, config_classes, decide_task, known_labels};
 use crate::session::{Session, feed_options};
@@ -53,9 +54,10 @@ impl Session {
         classes_only(recipe, task, &config)?;
         let (tokenizer, max_length) = tokenizer(recipe, &model_dir, &config)?;
         let too_long = too_long(recipe, &config);
+        let data = with_labels_of_adapter(recipe, task)?;
         let reading = Reading {
             task,
-            data: &recipe.data,
+            data: &data,
             tokenizer: tokenizer.as_ref(),
             max_length,
             seed: recipe.train.seed,
@@ -114,6 +116,19 @@ impl Session {
             notes,
         })
     }
+}
+
+/// The recipe's data with the names of the classes that the adapter it starts from knows: its head means these.
+fn with_labels_of_adapter(recipe: &Recipe, task: recipe::Task) -> Result<recipe::Data> {
+    use recipe::Task::{ImageClassification, SequenceClassification, TokenClassification};
+    let mut data = recipe.data.clone();
+    let classifies = matches!(task, SequenceClassification | TokenClassification | ImageClassification);
+    if let (true, None, [method]) = (classifies, &data.labels, &recipe.methods[..])
+        && let Some(from) = &method.from
+    {
+        data.labels = label_names(&from.value)?;
+    }
+    Ok(data)
 }
 
 /// The value, or its mistakes put with the others.

@@ -1,0 +1,53 @@
+//! The names of the classes that an adapter was trained on, beside its two files: `peft`'s form has no place for them, and
+//! without them class 3 of a head means nothing.
+
+use std::path::Path;
+
+use engraft_store::{Limits, json, write_atomic};
+
+use crate::{Error, Result};
+
+/// The file's name in an adapter directory.
+const FILE: &str = "label_names.json";
+const BYTES_MAX: u64 = 4 << 20;
+
+/// Writes the names, in the order of the classes' numbers.
+pub(crate) fn write(dir: &Path, names: &[String]) -> Result<()> {
+    let text = serde_json::to_string_pretty(names).unwrap_or_default() + "\n";
+    Ok(write_atomic(&dir.join(FILE), text.as_bytes())?)
+}
+
+/// The names beside an adapter; none where it has no such file.
+///
+/// # Errors
+/// A file that is not a list of texts.
+pub fn label_names(dir: &Path) -> Result<Option<Vec<String>>> {
+    let path = dir.join(FILE);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let bytes = json::read_capped(&path, "config_json", BYTES_MAX)?;
+    let value = json::parse_json(&path, &bytes, Limits::default().json_depth)?;
+    let names: Option<Vec<String>> =
+        value.as_array().and_then(|list| list.iter().map(|name| name.as_str().map(str::to_owned)).collect());
+    let wrong = || Error::Setup(format!("{}: expected a list of class names", path.display()));
+    names.map(Some).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_come_back_and_other_things_are_errors() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(label_names(dir.path()).unwrap(), None);
+        let names = ["no".to_owned(), "yes".to_owned()];
+        write(dir.path(), &names).unwrap();
+        assert_eq!(label_names(dir.path()).unwrap().unwrap(), names);
+        for wrong in ["{", "{\"a\": 1}", "[1, 2]"] {
+            std::fs::write(dir.path().join(FILE), wrong).unwrap();
+            assert!(label_names(dir.path()).is_err(), "{wrong}");
+        }
+    }
+}
