@@ -178,21 +178,20 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
 }
 
-/// The bias of a masked-word head has two names in files, `X.bias` and `X.decoder.bias`; what stays is the value that the
-/// model reads, under its site's name.
+/// The bias of a masked-word head has two names in files, `X.bias` and `X.decoder.bias`; the second is the one that is
+/// added, and stays under the name of the model's site.
 fn one_bias_a_head(mut tensors: Named, sites: &Sites) -> Named {
     for site in sites.iter() {
         let Some(stem) = site.path.strip_suffix(".bias") else { continue };
         let [outer, inner] =
             [&site.path, &format!("{stem}.decoder.bias")].map(|p| format!("base_model.model.{p}"));
-        let has = |tensors: &Named, key: &str| tensors.iter().any(|(name, _)| name == key);
-        if !has(&tensors, &outer) || !has(&tensors, &inner) {
-            continue;
+        if tensors.iter().any(|(name, _)| *name == inner) {
+            tensors.retain(|(name, _)| *name != outer);
+            tensors
+                .iter_mut()
+                .filter(|(name, _)| *name == inner)
+                .for_each(|(name, _)| name.clone_from(&outer));
         }
-        let reads_inner = site.tensor.as_deref().is_some_and(|name| name.ends_with(".decoder.bias"));
-        let dropped = if reads_inner { &outer } else { &inner };
-        tensors.retain(|(name, _)| name != dropped);
-        tensors.iter_mut().filter(|(name, _)| *name == inner).for_each(|(name, _)| name.clone_from(&outer));
     }
     tensors
 }
