@@ -13,6 +13,7 @@ use engraft_nn::{
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
+use crate::copies::{one_bias_a_head, stale};
 use crate::{Described, Method, from_file, peft};
 
 const UNION: &str = "ENGRAFT_UNION";
@@ -176,29 +177,6 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     attached.adapter.load(given)?;
     let dead = attached.dead_targets.into_iter().chain(attached.dead_modules).collect();
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
-}
-
-/// The bias of a masked-word head has two names in files, `X.bias` and `X.decoder.bias`; the second is the one that is
-/// added, and stays under the name of the model's site.
-fn one_bias_a_head(mut tensors: Named, sites: &Sites) -> Named {
-    for site in sites.iter() {
-        let Some(stem) = site.path.strip_suffix(".bias") else { continue };
-        let [outer, inner] =
-            [&site.path, &format!("{stem}.decoder.bias")].map(|p| format!("base_model.model.{p}"));
-        if tensors.iter().any(|(name, _)| *name == inner) {
-            tensors.retain(|(name, _)| *name != outer);
-            tensors
-                .iter_mut()
-                .filter(|(name, _)| *name == inner)
-                .for_each(|(name, _)| name.clone_from(&outer));
-        }
-    }
-    tensors
-}
-
-/// With `bias = "all"` peft also writes the biases of a replaced module as they were; they change nothing.
-fn stale(key: &str) -> bool {
-    key.contains(".modules_to_save.") || key.contains(".original_module.")
 }
 
 fn read_methods(config: &Value) -> Result<(Vec<Chosen>, Vec<String>)> {

@@ -6,6 +6,7 @@
 mod assemble;
 mod bitfit;
 mod bottleneck;
+mod copies;
 mod entry;
 mod full;
 mod ia3;

@@ -53,11 +53,9 @@ impl Session {
         let task = decide_task(recipe, &config);
         classes_only(recipe, task, &config)?;
         let (tokenizer, max_length) = tokenizer(recipe, &model_dir, &config)?;
-        let too_long = too_long(recipe, &config);
-        let data = with_labels_of_adapter(recipe, task)?;
         let reading = Reading {
             task,
-            data: &data,
+            data: &with_labels_of_adapter(recipe, task)?,
             tokenizer: tokenizer.as_ref(),
             max_length,
             seed: recipe.train.seed,
@@ -66,7 +64,7 @@ impl Session {
             model: (&model_dir, &config),
         };
         let fault = |fault: crate::read::Fault| vec![recipe.problem_at(fault.key, fault.error.to_string())];
-        let mut problems: Vec<Problem> = too_long.into_iter().collect();
+        let mut problems: Vec<Problem> = too_long(recipe, &config).into_iter().collect();
         let examples = match missing.is_empty() {
             true => keep(reading.examples().map_err(fault), &mut problems),
             false => keep(Err(missing), &mut problems),
@@ -81,8 +79,8 @@ impl Session {
         let facts = facts(recipe, task, examples.as_ref(), max_length, &options.working_dir)?;
         let plan = keep(recipe.plan(&facts).map_err(|found| found.list), &mut problems);
         let methods = plan.as_ref().map_or(&recipe.methods, |plan| &plan.methods);
-        let attached = from_recipe(recipe, methods, loaded.model.as_ref(), &loaded.new_tensors);
-        let attached = keep(attached, &mut problems);
+        let made = from_recipe(recipe, methods, loaded.model.as_ref(), &loaded.new_tensors);
+        let attached = keep(made, &mut problems);
         if let Some(examples) = &examples {
             problems.extend(misfits(recipe, examples, &loaded));
         }
@@ -92,11 +90,10 @@ impl Session {
         if !problems.is_empty() {
             return Err(recipe.problems(problems).into());
         }
-        let base = of_weights(&Weights::open(&model_dir, &options.limits)?);
-        let fingerprint = Fingerprint::new(base, of_data(&examples.train));
-        let mut notes = attached.notes;
-        notes.extend(examples.train.report.guesses.iter().cloned());
-        notes.extend(doubts(recipe, &examples));
+        let weights = Weights::open(&model_dir, &options.limits)?;
+        let fingerprint = Fingerprint::new(of_weights(&weights), of_data(&examples.train));
+        let guesses = examples.train.report.guesses.iter().cloned();
+        let notes = attached.notes.into_iter().chain(guesses).chain(doubts(recipe, &examples)).collect();
         Ok(Session {
             objective: Objective::of(loaded.model.info().task)?,
             shift: Shift::of(&config),
