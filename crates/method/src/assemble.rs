@@ -13,7 +13,7 @@ use engraft_nn::{
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
-use crate::copies::{one_bias_a_head, stale};
+use crate::copies::{biases_of_saved, one_bias_a_head, stale};
 use crate::{Described, Method, from_file, peft};
 
 const UNION: &str = "ENGRAFT_UNION";
@@ -273,6 +273,8 @@ pub fn save_adapter(
                 }
             }
             let map = config(method.as_ref(), targets.as_ref(), &train_also, base_model, sites, info)?;
+            let copies = biases_of_saved(&map, &train_also, &tensors, sites);
+            tensors.extend(copies);
             for site in peft::copied_tables(&map, sites, adapter) {
                 let key = format!("base_model.model.{}.base_layer.weight", site.path);
                 if tensors.iter().all(|(name, _)| *name != key) {

@@ -1,6 +1,7 @@
 //! What adapter files hold more than once.
 
-use engraft_nn::Sites;
+use engraft_nn::{Sites, Value as Frozen};
+use serde_json::{Map, Value};
 
 use crate::Named;
 
@@ -25,4 +26,38 @@ pub(crate) fn one_bias_a_head(mut tensors: Named, sites: &Sites) -> Named {
 /// With `bias = "all"` peft also writes the biases of a replaced module as they were; they change nothing.
 pub(crate) fn stale(key: &str) -> bool {
     key.contains(".modules_to_save.") || key.contains(".original_module.")
+}
+
+/// What `peft` writes with `bias = "all"` of a module trained as a whole: its biases under two further names, as trained
+/// (found in `tensors`) and as the base has them.
+pub(crate) fn biases_of_saved(
+    config: &Map<String, Value>,
+    train_also: &[String],
+    tensors: &Named,
+    sites: &Sites,
+) -> Named {
+    if config.get("bias").and_then(Value::as_str) != Some("all") {
+        return Vec::new();
+    }
+    let mut copies = Vec::new();
+    for site in sites.iter() {
+        let Frozen::Vector(base) = &site.value else { continue };
+        let Some((module, rest)) = train_also.iter().find_map(|name| inside(name, &site.path)) else {
+            continue;
+        };
+        let trained = tensors.iter().find(|(key, _)| *key == format!("base_model.model.{}", site.path));
+        if let (true, Some((_, trained))) = (site.path.ends_with(".bias"), trained) {
+            let key = |part: &str| format!("base_model.model.{module}.{part}.{rest}");
+            copies.push((key("modules_to_save"), trained.clone()));
+            copies.push((key("original_module"), base.clone()));
+        }
+    }
+    copies
+}
+
+/// The module called `name` that `path` lies in, and the rest of the path.
+fn inside<'a>(name: &str, path: &'a str) -> Option<(&'a str, &'a str)> {
+    path.match_indices('.').map(|(at, _)| (&path[..at], &path[at + 1..])).find(|(module, _)| {
+        *module == name || module.strip_suffix(name).is_some_and(|before| before.ends_with('.'))
+    })
 }

@@ -115,9 +115,7 @@ fn round_trip(
         Err(e) => return vec![format!("saving: {e}")],
     };
     let mut problems = Vec::new();
-    // Copies of biases below a module that is trained as a whole say nothing (see `load_adapter`).
-    let kept = |key: &str| !key.contains(".modules_to_save.") && !key.contains(".original_module.");
-    for (key, value) in tensors.iter().filter(|(key, _)| kept(key)) {
+    for (key, value) in tensors {
         match new_tensors.iter().find(|(k, _)| k == key) {
             None => problems.push(format!("{key} is not saved")),
             Some((_, new))
