@@ -84,13 +84,7 @@ impl Sizes {
                 "`hidden_size` ({width}) must be a multiple of `num_attention_heads` ({heads})"
             ));
         }
-        let mut layers = c.needed_size("num_hidden_layers");
-        if layers > tensors {
-            c.problem(format!(
-                "`num_hidden_layers` is {layers}, but the files hold {tensors} tensors in all"
-            ));
-            layers = 1;
-        }
+        let layers = c.layers("num_hidden_layers", None, tensors);
         if c.flag("is_decoder", false) || c.flag("add_cross_attention", false) {
             c.problem(
                 "`is_decoder` and `add_cross_attention` must be false: decoders of this family are not there",

@@ -64,6 +64,20 @@ impl<'a> Config<'a> {
         self.size(key).unwrap_or(1)
     }
 
+    /// A number of layers, of which each needs a tensor of the files at least; a missing one is `default`, or a problem
+    /// without that.
+    pub fn layers(&mut self, key: &str, default: Option<usize>, tensors: usize) -> usize {
+        let found = match default {
+            None => self.needed_size(key),
+            Some(default) => self.size(key).unwrap_or(default),
+        };
+        if found <= tensors {
+            return found;
+        }
+        self.problem(format!("`{key}` is {found}, but the files hold {tensors} tensors in all"));
+        1
+    }
+
     /// A number of rows or positions, at least 1.
     pub fn count(&mut self, key: &str) -> Option<usize> {
         let fits = |v: &Value| v.as_u64().filter(|n| (1..=LARGEST_COUNT).contains(n)).map(|n| n as usize);

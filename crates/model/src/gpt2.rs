@@ -57,11 +57,7 @@ impl Sizes {
         if !width.is_multiple_of(heads) {
             c.problem(format!("`n_embd` ({width}) must be a multiple of `n_head` ({heads})"));
         }
-        let mut layers = c.needed_size("n_layer");
-        if layers > tensors {
-            c.problem(format!("`n_layer` is {layers}, but the files hold {tensors} tensors in all"));
-            layers = 1;
-        }
+        let layers = c.layers("n_layer", None, tensors);
         if c.flag("add_cross_attention", false) {
             c.problem("`add_cross_attention` must be false: a GPT-2 that reads an encoder is not there");
         }

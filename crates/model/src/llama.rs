@@ -131,13 +131,7 @@ struct Sizes {
 impl Sizes {
     fn read(family: &Family, c: &mut Config<'_>, tensors: usize) -> Sizes {
         let (width, heads) = (c.needed_size("hidden_size"), c.needed_size("num_attention_heads"));
-        let mut layers = c.needed_size("num_hidden_layers");
-        if layers > tensors {
-            c.problem(format!(
-                "`num_hidden_layers` is {layers}, but the files hold {tensors} tensors in all"
-            ));
-            layers = 1;
-        }
+        let layers = c.layers("num_hidden_layers", None, tensors);
         let kv_heads = c.size("num_key_value_heads").or(family.kv_heads).unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
             c.problem(format!(

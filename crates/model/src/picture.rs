@@ -40,13 +40,7 @@ impl Sizes {
                 "`hidden_size` ({width}) must be a multiple of `num_attention_heads` ({heads})"
             ));
         }
-        let mut layers = c.needed_size("num_hidden_layers");
-        if layers > tensors {
-            c.problem(format!(
-                "`num_hidden_layers` is {layers}, but the files hold {tensors} tensors in all"
-            ));
-            layers = 1;
-        }
+        let layers = c.layers("num_hidden_layers", None, tensors);
         let (image, patch) = (sides(c, "image_size", 224), sides(c, "patch_size", patch));
         if image.0 < patch.0 || image.1 < patch.1 {
             c.problem(format!(

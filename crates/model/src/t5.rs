@@ -55,8 +55,8 @@ struct Sizes {
 impl Sizes {
     fn read(c: &mut Config<'_>, tensors: usize) -> Sizes {
         let width = c.needed_size("d_model");
-        let encoder = layers(c, "num_layers", None, tensors);
-        let decoder = layers(c, "num_decoder_layers", Some(encoder), tensors);
+        let encoder = c.layers("num_layers", None, tensors);
+        let decoder = c.layers("num_decoder_layers", Some(encoder), tensors);
         let (activation, gated) = feed_forward(c);
         let buckets = c.size("relative_attention_num_buckets").unwrap_or(32);
         let farthest = c.size("relative_attention_max_distance").unwrap_or(128);
@@ -83,18 +83,6 @@ impl Sizes {
             head_scale: if scaled { (width as f32).powf(-0.5) } else { 1.0 },
         }
     }
-}
-
-fn layers(c: &mut Config<'_>, key: &str, default: Option<usize>, tensors: usize) -> usize {
-    let found = match default {
-        None => c.needed_size(key),
-        Some(default) => c.size(key).unwrap_or(default),
-    };
-    if found > tensors {
-        c.problem(format!("`{key}` is {found}, but the files hold {tensors} tensors in all"));
-        return 1;
-    }
-    found
 }
 
 /// `feed_forward_proj`: the activation, with `gated-` before it for two matrices; `gated-gelu` means the approximation.

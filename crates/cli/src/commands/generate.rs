@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::Path;
 use std::time::Instant;
 
-use engraft_data::{ChatTemplate, Message, Tokenizer, encode_prompt};
+use engraft_data::{ChatTemplate, DecodeStream, Message, Tokenizer, encode_prompt};
 use engraft_nn::Task;
 use engraft_report::human;
 use engraft_store::read_config;
@@ -105,11 +105,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let choice = Choice { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p };
     let mut sampler = Sampler::new(choice, args.seed);
 
-    let mut stream = tokenizer.stream(true);
-    // An encoder–decoder model's answer does not go on from its prompt.
-    if engine.model.info().task == Task::CausalLm {
-        stream = stream.after(&prompt)?;
-    }
+    let mut stream = answer_stream(&engine, &tokenizer, &prompt)?;
     let mut stops = Stops::new(&args.stop);
     let (mut whole, mut tokens) = (String::new(), 0usize);
     let show = |text: &str, whole: &mut String| {
@@ -147,6 +143,12 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     Ok(())
 }
 
+/// Tokens to text as they come. An encoder–decoder model's answer does not go on from its prompt.
+fn answer_stream<'t>(engine: &Engine, tokenizer: &'t Tokenizer, prompt: &[u32]) -> Outcome<DecodeStream<'t>> {
+    let stream = tokenizer.stream(true);
+    Ok(if engine.model.info().task == Task::CausalLm { stream.after(prompt)? } else { stream })
+}
+
 /// The best text of a beam search, shown when it is found.
 fn by_beams(
     args: &Args,
@@ -169,10 +171,7 @@ fn by_beams(
     };
     let end = if best.tokens.last().is_some_and(|id| ends.contains(id)) { End::Eos } else { End::Length };
     let written = best.tokens.len() - usize::from(end == End::Eos);
-    let mut stream = tokenizer.stream(true);
-    if engine.model.info().task == Task::CausalLm {
-        stream = stream.after(prompt)?;
-    }
+    let mut stream = answer_stream(engine, tokenizer, prompt)?;
     let mut text = String::new();
     for id in &best.tokens[..written] {
         text.push_str(&stream.push(*id)?);
