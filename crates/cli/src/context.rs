@@ -1,6 +1,6 @@
 //! What every command is given: the terminal, the limits on files, the environment.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use engraft_data::TemplateOptions;
@@ -27,6 +27,11 @@ pub struct Context {
 impl Context {
     /// The directory of a model or adapter given as a path or Hub id, downloaded if it is not in the cache.
     pub fn resolve(&self, name: &str) -> Outcome<PathBuf> {
+        self.resolve_from(name, Path::new(name))
+    }
+
+    /// [`Context::resolve`] where the directory that `name` may be is `path`, such as one relative to a recipe.
+    pub fn resolve_from(&self, name: &str, path: &Path) -> Outcome<PathBuf> {
         if name.is_empty() {
             let message = "expected a directory or a Hub id, found an empty name";
             return Err(Failure::before_work(message));
@@ -48,7 +53,7 @@ impl Context {
             }
             bar.set_position(progress.done);
         };
-        let resolved = self.environment.hub().resolve(name, None, &mut report);
+        let resolved = self.environment.hub().resolve_from(name, path, None, &mut report);
         bar.finish_and_clear();
         resolved.before_work()
     }

@@ -3,6 +3,7 @@
 //! The cache is the one that Python uses: `models--ORG--NAME/refs/REVISION` holds a commit,
 //! `snapshots/COMMIT/FILE` links to `blobs/ETAG`. Nothing is sent when the cache has the model.
 
+use crate::absent::{no_such_directory, reads_as_path};
 use crate::download;
 use crate::error::{Error, Result};
 use crate::paths::is_plain;
@@ -74,15 +75,32 @@ impl Hub {
         revision: Option<&str>,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<PathBuf> {
-        let path = Path::new(model);
+        self.resolve_from(model, Path::new(model), revision, progress)
+    }
+
+    /// [`Hub::resolve`] where the directory that `model` may be is `path`, such as one relative to a recipe.
+    ///
+    /// # Errors
+    /// What reads as a path and is no directory; the Hub is not asked for it.
+    pub fn resolve_from(
+        &self,
+        model: &str,
+        path: &Path,
+        revision: Option<&str>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<PathBuf> {
         if path.is_dir() {
             return Ok(path.to_owned());
         }
         if path.exists() {
             return Err(Error::malformed(path, "expected a model directory, found a file"));
         }
+        let is_path = reads_as_path(model, path);
         if !is_id(model) {
-            let text = "no such directory, and not a Hub id either (NAME or ORGANISATION/NAME)";
+            let text = match is_path {
+                true => no_such_directory(path),
+                false => "no such directory, and not a Hub id either (NAME or ORGANISATION/NAME)".into(),
+            };
             return Err(Error::missing(path, text));
         }
         let revision = revision.unwrap_or("main");
@@ -94,6 +112,9 @@ impl Hub {
             Ok(snapshot) => return Ok(snapshot),
             Err(looked) => looked,
         };
+        if is_path {
+            return Err(Error::missing(path, no_such_directory(path)));
+        }
         if self.offline {
             return Err(Error::Hub(format!(
                 "`{model}` is not a directory and not in the cache, and offline mode forbids a download\n  \

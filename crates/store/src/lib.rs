@@ -5,6 +5,7 @@
 //! is an [`Error`] that says what was expected, found, where, and what to do. Whatever it writes is
 //! written aside, synced and renamed, through the trait [`disk::Disk`].
 
+mod absent;
 pub mod adapter;
 pub mod atomic;
 pub mod checkpoint;

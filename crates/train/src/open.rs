@@ -242,10 +242,8 @@ fn classes_only(recipe: &Recipe, task: recipe::Task, config: &Value) -> Result<(
 
 /// The model's directory: the path of the recipe, else a Hub id.
 fn model_dir(recipe: &Recipe, options: &mut SessionOptions<'_>) -> std::result::Result<PathBuf, Problem> {
-    if recipe.model_path.is_dir() {
-        return Ok(recipe.model_path.clone());
-    }
-    let found = options.hub.resolve(&recipe.model.value, None, options.progress);
+    let (name, path) = (&recipe.model.value, &recipe.model_path);
+    let found = options.hub.resolve_from(name, path, None, options.progress);
     found.map_err(|e| recipe.problem_at("model", e.to_string()))
 }
 

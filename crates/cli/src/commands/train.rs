@@ -99,7 +99,7 @@ pub fn open(recipe: &Recipe, cx: &Context) -> Outcome<Session> {
     }
     if !recipe.model_path.is_dir() {
         // Downloads with a progress bar; the session finds it in the cache, or shows at its place why it is not there.
-        let _ = cx.resolve(&recipe.model.value);
+        let _ = cx.resolve_from(&recipe.model.value, &recipe.model_path);
     }
     let hub = cx.environment.hub();
     let mut options = SessionOptions {

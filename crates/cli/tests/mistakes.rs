@@ -1,0 +1,56 @@
+//! Mistakes that are found before any work, on the repository's own model: what is said, and the way out.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
+}
+
+/// The program in `dir`, which no Hub answers: a look-up fails at once and says so.
+fn engraft(dir: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_engraft"));
+    command.current_dir(dir).args(args).env("NO_COLOR", "1").env_remove("FORCE_COLOR");
+    command.env("HF_HOME", dir.join("hf")).env("HF_HUB_OFFLINE", "1").output().unwrap()
+}
+
+/// What a command says that ends before any work.
+fn refused(dir: &Path, args: &[&str]) -> String {
+    let output = engraft(dir, args);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
+    assert!(output.stdout.is_empty(), "{args:?}");
+    text
+}
+
+/// A recipe on the small model and the help-desk data, with more lines for the method.
+fn recipe(method: &str) -> String {
+    let root = root();
+    format!(
+        "model = {:?}\n\n[method]\nname = \"lora\"\ntargets = [\"query\"]\n{method}\n\n[data]\nformat = \"csv\"\npath = {:?}\n\n[train]\nsteps = 2\n",
+        root.join("models/all-minilm-l6-v2"),
+        root.join("data/helpdesk/test.csv"),
+    )
+}
+
+#[test]
+fn a_mistyped_path_is_no_hub_id() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir_all(dir.path().join("models/qwen3-0.6b")).unwrap();
+    let cases = [
+        ("models/qwen3-0.6", "no such directory in models; did you mean models/qwen3-0.6b?"),
+        ("./qwen", "no such directory; the nearest that exists is ."),
+        ("./model/qwen3-0.6b", "no such directory in .; did you mean ./models/qwen3-0.6b?"),
+    ];
+    fs::write(dir.path().join("r.toml"), recipe("").replace(root().to_str().unwrap(), "")).unwrap();
+    for (path, expected) in cases {
+        let set = format!("model={path}");
+        for args in [&["inspect", path][..], &["train", "r.toml", "--set", &set]] {
+            let text = refused(dir.path(), args);
+            assert!(text.contains(expected) && !text.contains("HF_HUB_OFFLINE"), "{args:?}: {text}");
+        }
+    }
+    // An id goes to the Hub, be it that a recipe elsewhere has a directory of its owner's name.
+    assert!(refused(dir.path(), &["inspect", "owner/name"]).contains("HF_HUB_OFFLINE"));
+}
