@@ -54,3 +54,20 @@ fn a_mistyped_path_is_no_hub_id() {
     // An id goes to the Hub, be it that a recipe elsewhere has a directory of its owner's name.
     assert!(refused(dir.path(), &["inspect", "owner/name"]).contains("HF_HUB_OFFLINE"));
 }
+
+#[test]
+fn names_and_patterns_of_a_method_are_shown_at_their_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = |method: &str| {
+        fs::write(dir.path().join("r.toml"), recipe(method)).unwrap();
+        refused(dir.path(), &["train", "r.toml"])
+    };
+    let text = said("train_also = [\"pooler\", \"clasifier\"]");
+    assert!(text.contains("r.toml:6:25") && text.contains("did you mean `classifier`?"), "{text}");
+    let text = said("rank_pattern = { query = 4, \"layer.9.attention.self.query\" = 2 }");
+    assert!(text.contains("r.toml:6:29") && text.contains("matches nothing"), "{text}");
+    assert!(text.contains("such as `bert.encoder.layer.0.attention.self.query`"), "{text}");
+    let text = said("\n[method.alpha_pattern]\nquery = 8\n\"(\" = 2\n\"self.query\" = -1");
+    assert!(text.contains("r.toml:9:1") && text.contains("r.toml:10:1"), "{text}");
+    assert!(text.contains("is not a valid pattern") && text.contains("expected a number above 0"), "{text}");
+}

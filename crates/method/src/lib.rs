@@ -29,6 +29,7 @@ use serde_json::{Map, Value};
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
+pub use read::pattern;
 
 /// Every method, in the order of the documentation.
 pub static METHODS: &[&Entry] = &[

@@ -107,8 +107,7 @@ impl<'a> Reader<'a> {
         };
         let mut patterns = Vec::new();
         for (text, value) in map {
-            let whole = Regex::new(&text).and_then(|_| Regex::new(&format!(r"^(?:.*\.)?(?:{text})$")));
-            match (whole, value.as_f64().filter(|v| *v > 0.0)) {
+            match (pattern(&text), value.as_f64().filter(|v| *v > 0.0)) {
                 (Ok(regex), Some(number)) => patterns.push(Pattern { text, regex, number }),
                 (Err(e), _) => self.problem(format!("`{key}`: `{text}` is not a valid pattern: {e}")),
                 (_, None) => {
@@ -175,6 +174,16 @@ pub(crate) fn texts(v: &Value) -> Option<Vec<String>> {
 /// A number as Python writes it: whole ones as integers.
 pub(crate) fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 9e15 { Value::from(value as i64) } else { Value::from(value) }
+}
+
+/// The paths that a key of `rank_pattern` and its like stands for: those it matches from the start or from a dot to the
+/// end.
+///
+/// # Errors
+/// A text that is no regular expression.
+pub fn pattern(text: &str) -> std::result::Result<Regex, regex::Error> {
+    // Alone first: what is closed by the brackets around it is no expression of its own.
+    Regex::new(text).and_then(|_| Regex::new(&format!(r"^(?:.*\.)?(?:{text})$")))
 }
 
 /// A number for the modules whose path, or the end of it from a dot on, a pattern matches.

@@ -27,3 +27,4 @@ pub use recipe::{
 };
 pub use schema::schema;
 pub use spec::{ABOVE_ZERO, BELOW_ONE, FieldKind, FieldSpec, MethodSpec, Origin};
+pub use suggest::nearest;

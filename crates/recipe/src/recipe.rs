@@ -372,8 +372,8 @@ impl Recipe {
         }
     }
 
-    /// The place of the value at `path` (`train.epochs`, `method[1].rank`, `method.targets[0]`), or of the table
-    /// around it where that key is not written. `None` where neither is.
+    /// The place of the value at `path` (`train.epochs`, `method[1].rank`, `method.targets[0]`), of the key of
+    /// `method.rank_pattern."a.b"`, or of the table around it where that key is not written. `None` where neither is.
     pub fn place(&self, path: &str) -> Option<Place> {
         self.tree.nearest(path)
     }

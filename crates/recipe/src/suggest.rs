@@ -49,7 +49,7 @@ const FOREIGN: &[(&str, &str)] = &[
 ];
 
 /// The nearest of `names` within two edits, case aside; never one that would change every letter.
-pub(crate) fn nearest<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     if word.len() > 256 {
         return None;
     }

@@ -323,9 +323,17 @@ impl Node {
         Some(node)
     }
 
-    /// The place of the node at `path`, or of the closest table around it.
+    /// The place of the node at `path`, or of the closest table around it. A last step in quotes, as in
+    /// `method.rank_pattern."layer.0"`, is a key that the recipe's author chose, and its place that of the key.
     pub fn nearest(&self, path: &str) -> Option<Place> {
-        let mut path = path;
+        let (mut path, quoted) = match path.split_once(".\"") {
+            Some((table, key)) => (table, key.strip_suffix('"')),
+            None => (path, None),
+        };
+        let key = quoted.and_then(|key| self.find(path)?.pairs().iter().find(|pair| pair.name == key));
+        if let Some(pair) = key {
+            return Some(pair.place.clone());
+        }
         while !path.is_empty() {
             if let Some(node) = self.find(path) {
                 return Some(node.place.clone());

@@ -1,10 +1,11 @@
 //! The methods of a recipe to an adapter; whatever matches nothing is shown at its place in the recipe.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use engraft_method::{Chosen, attach, find, load_adapter};
+use engraft_method::{Chosen, Field, FieldKind, attach, find, load_adapter, pattern};
 use engraft_nn::{Adapter, LayerChoice, Matcher, Model, Role, Sites, TargetError, Targets};
-use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe};
+use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
 use engraft_store::{Limits, RawTensor, read_adapter};
 use engraft_tensor::Tensor;
 
@@ -86,10 +87,7 @@ pub(crate) fn from_recipe(
         problems.push(recipe.problem_at("method", title));
     }
     for dead in &attached.dead_modules {
-        let title = format!("`train_also` names `{dead}`, which {} does not have", recipe.model.value);
-        let table = methods.iter().find(|m| m.train_also.contains(dead)).map_or("method", |m| &m.at);
-        let index = methods.iter().flat_map(|m| &m.train_also).position(|name| name == dead).unwrap_or(0);
-        problems.push(recipe.problem_at(&format!("{table}.train_also[{index}]"), title));
+        problems.push(dead_module(recipe, methods, dead, model.sites()));
     }
     if !problems.is_empty() {
         return Err(problems);
@@ -98,6 +96,26 @@ pub(crate) fn from_recipe(
         return Err(vec![recipe.problem_at("method", "nothing would be trained")]);
     }
     Ok(AttachedAdapter { adapter: attached.adapter, methods: chosen, train_also, notes })
+}
+
+/// A name of `train_also` that the model does not have, with the nearest that it has.
+fn dead_module(recipe: &Recipe, methods: &[MethodTable], dead: &str, sites: &Sites) -> Problem {
+    let title = format!("`train_also` names `{dead}`, which {} does not have", recipe.model.value);
+    let place = methods.iter().find_map(|m| Some((m, m.train_also.iter().position(|name| name == dead)?)));
+    let at = place.map_or("method".into(), |(table, index)| format!("{}.train_also[{index}]", table.at));
+    let problem = recipe.problem_at(&at, title);
+    // Every stretch of a module's path that has as many parts as the name.
+    let parts = dead.split('.').count();
+    let mut names = BTreeSet::new();
+    for path in sites.iter().chain(sites.older().into_iter().flat_map(|older| older.iter())).map(|s| &s.path)
+    {
+        let path: Vec<&str> = path.split('.').collect();
+        names.extend(path.windows(parts).map(|stretch| stretch.join(".")));
+    }
+    match nearest(dead, names.iter().map(String::as_str)) {
+        Some(near) => problem.saying(format!("did you mean `{near}`?")),
+        None => problem.help(format!("`engraft inspect {}` lists its tensors", recipe.model.value)),
+    }
 }
 
 /// Modules that start at random: left frozen, nothing could be learned through them. As `peft`, whole classifiers.
@@ -147,8 +165,7 @@ fn method(
             recipe.problem_at(&format!("{}.name", table.at), format!("there is no method `{name}`")),
         ]);
     };
-    let method = (entry.from_settings)(&table.settings)
-        .map_err(|e| vec![recipe.problem_at(&table.at, e.to_string())])?;
+    let method = (entry.from_settings)(&table.settings).map_err(|e| wrong_settings(recipe, table, e))?;
     let default = method.default_targets(model.sites());
     let targets = targets(recipe, table, default.clone())?;
     let effective = targets.clone().or(default);
@@ -166,8 +183,56 @@ fn method(
         if let Some(e) = dead {
             return Err(vec![dead_targets(recipe, table, e)]);
         }
+        let views = std::iter::once(sites.as_ref()).chain(sites.older().map(AsRef::as_ref));
+        let paths = views.flat_map(|sites| {
+            let ids = method.resolve(&effective, sites).map_or(vec![], |found| found.sites);
+            ids.into_iter().map(|id| sites.get(id).path.as_str())
+        });
+        let dead = dead_patterns(recipe, table, entry.info.fields, &paths.collect::<Vec<_>>());
+        if !dead.is_empty() {
+            return Err(dead);
+        }
     }
     Ok((method, targets))
+}
+
+/// What a method says of its settings, each at its own place: its words begin with the setting's name.
+fn wrong_settings(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error) -> Vec<Problem> {
+    let engraft_nn::Error::Mismatch(lines) = error else {
+        return vec![recipe.problem_at(&table.at, error.to_string())];
+    };
+    let place = |line: &String| {
+        let setting = table.settings.iter().find(|(key, _)| line.starts_with(&format!("`{key}`")));
+        let Some((key, value)) = setting else { return table.at.clone() };
+        let patterns = value.as_object().into_iter().flatten().map(|(pattern, _)| pattern);
+        let named = patterns.filter(|pattern| line.contains(&format!("`{pattern}`")));
+        match named.max_by_key(|pattern| pattern.len()) {
+            Some(pattern) => format!("{}.{key}.\"{pattern}\"", table.at),
+            None => format!("{}.{key}", table.at),
+        }
+    };
+    lines.iter().map(|line| recipe.problem_at(&place(line), line.clone())).collect()
+}
+
+/// Patterns of ranks and alphas that match none of the adapted modules `paths`, each at its key.
+fn dead_patterns(recipe: &Recipe, table: &MethodTable, fields: &[Field], paths: &[&str]) -> Vec<Problem> {
+    let maps = fields.iter().filter(|field| matches!(field.kind, FieldKind::IntMap | FieldKind::FloatMap));
+    let written = maps.filter_map(|field| Some((field.name, table.settings.get(field.name)?.as_object()?)));
+    let mut problems = Vec::new();
+    for (key, text) in written.flat_map(|(key, map)| map.keys().map(move |text| (key, text))) {
+        if pattern(text).is_ok_and(|regex| paths.iter().any(|path| regex.is_match(path))) {
+            continue;
+        }
+        let title = format!("`{}.{key}` names `{text}`, which is no adapted module", table.at);
+        let problem = recipe.problem_at(&format!("{}.{key}.\"{text}\"", table.at), title);
+        let example = paths.first().map_or(String::new(), |path| format!(", such as `{path}`"));
+        problems.push(
+            problem.saying("matches nothing").note(format!(
+                "a pattern matches the whole path of a module, or its end after a dot{example}"
+            )),
+        );
+    }
+    problems
 }
 
 /// The recipe's words as targets; `None` where it says nothing.
