@@ -71,3 +71,22 @@ fn names_and_patterns_of_a_method_are_shown_at_their_lines() {
     assert!(text.contains("r.toml:9:1") && text.contains("r.toml:10:1"), "{text}");
     assert!(text.contains("is not a valid pattern") && text.contains("expected a number above 0"), "{text}");
 }
+
+#[test]
+fn a_directory_that_is_taken_is_refused_before_anything_is_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    // A model that is not there would be the next complaint.
+    fs::write(dir.path().join("r.toml"), recipe("").replace("all-minilm-l6-v2", "absent")).unwrap();
+    fs::create_dir(dir.path().join("taken")).unwrap();
+    fs::write(dir.path().join("taken/notes.txt"), "mine").unwrap();
+    let said = |args: &[&str]| refused(dir.path(), &[&["train", "r.toml"], args].concat());
+    let text = said(&["--out", "taken"]);
+    assert!(text.contains("taken: expected an empty directory") && text.contains("another --out"), "{text}");
+    assert!(said(&["--out", "taken/notes.txt/run"]).contains("expected a directory"));
+    assert!(said(&["--out", "taken", "--resume"]).contains("holds no run to resume"));
+    // Where nothing can be made, whoever asks.
+    assert!(said(&["--out", "/proc/run"]).contains("cannot write to /proc"));
+    fs::write(dir.path().join("taken/plan.toml"), "").unwrap();
+    assert!(said(&["--out", "taken"]).contains("go on with it by --resume"));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing was written");
+}

@@ -32,12 +32,7 @@ impl RunDir {
     pub fn create(path: &Path, bytes: u64) -> Result<Self> {
         make_dir(path)?;
         let mut lock = lock(path)?;
-        if let Some(name) = foreign_entry(path)? {
-            let text = format!(
-                "the directory is not empty (it holds `{name}`); resume that run with --resume, or choose another --out"
-            );
-            return Err(Error::malformed(path, text));
-        }
+        require_empty(path)?;
         name_holder(path, &mut lock)?;
         make_dir(&path.join(CHECKPOINTS))?;
         let run = Self { path: path.to_owned(), _lock: lock };
@@ -45,12 +40,30 @@ impl RunDir {
         Ok(run)
     }
 
+    /// Whether a run can begin in `path`, or with `resume` go on there, as far as that can be told before its size is
+    /// known. Nothing is left behind.
+    ///
+    /// # Errors
+    /// It holds something else or no run to resume, or it cannot be written.
+    pub fn look(path: &Path, resume: bool) -> Result<()> {
+        let above = path.ancestors().map(or_here).find(|dir| dir.exists()).unwrap_or(Path::new("."));
+        if !above.is_dir() {
+            return Err(Error::malformed(above, "expected a directory to write to, found something else"));
+        }
+        if resume {
+            // A run that was killed before its plan stood has only its lock.
+            if !path.join(LOCK).is_file() {
+                require_plan(path)?;
+            }
+        } else if path.is_dir() {
+            require_empty(path)?;
+        }
+        probe(above, above)
+    }
+
     /// Opens the directory of an earlier run to go on with it; `bytes` as for [`RunDir::create`].
     pub fn open(path: &Path, bytes: u64) -> Result<Self> {
-        if !path.join(PLAN).is_file() {
-            let text = format!("holds no run to resume: expected `{PLAN}`");
-            return Err(Error::missing(path, text));
-        }
+        require_plan(path)?;
         let mut lock = lock(path)?;
         name_holder(path, &mut lock)?;
         make_dir(&path.join(CHECKPOINTS))?;
@@ -67,11 +80,7 @@ impl RunDir {
             checkpoint::clean(&RealDisk, &self.adapter())?;
         }
         require_space(&RealDisk, &self.path, bytes)?;
-        let probe = self.checkpoints().join(format!(".tmp-probe-{}", random_name()));
-        let mut file = RealDisk.create(&probe).map_err(|e| Error::io("write to", &self.path, e))?;
-        let tried = file.write_all(&[0; 4096]).and_then(|()| file.sync());
-        let removed = RealDisk.remove_file(&probe);
-        tried.and(removed).map_err(|e| Error::io("write to", &self.path, e))
+        probe(&self.checkpoints(), &self.path)
     }
 
     /// The directory itself.
@@ -161,6 +170,43 @@ fn whole_lines(file: &mut File) -> std::io::Result<u64> {
         end -= size as u64;
     }
     Ok(0)
+}
+
+/// Writes a file in `dir` and removes it again; an error names `shown`.
+fn probe(dir: &Path, shown: &Path) -> Result<()> {
+    let probe = dir.join(format!(".tmp-probe-{}", random_name()));
+    let mut file = RealDisk.create(&probe).map_err(|e| Error::io("write to", shown, e))?;
+    let tried = file.write_all(&[0; 4096]).and_then(|()| file.sync());
+    let removed = RealDisk.remove_file(&probe);
+    tried.and(removed).map_err(|e| Error::io("write to", shown, e))
+}
+
+/// The empty path is the working directory.
+fn or_here(dir: &Path) -> &Path {
+    if dir.as_os_str().is_empty() { Path::new(".") } else { dir }
+}
+
+fn require_plan(path: &Path) -> Result<()> {
+    if path.join(PLAN).is_file() {
+        return Ok(());
+    }
+    Err(Error::missing(
+        path,
+        format!("holds no run to resume: expected `{PLAN}`; leave --resume out to begin one"),
+    ))
+}
+
+/// An existing run is never written over, nor are files of somebody else put among its own.
+fn require_empty(path: &Path) -> Result<()> {
+    let Some(name) = foreign_entry(path)? else { return Ok(()) };
+    let text = match path.join(PLAN).exists() {
+        true => "holds a run already; go on with it by --resume, or choose another --out".to_owned(),
+        false => format!(
+            "expected an empty directory, or none, for a new run; this one holds `{name}` and no run to resume; choose \
+             another --out"
+        ),
+    };
+    Err(Error::malformed(path, text + " (nothing was changed)"))
 }
 
 /// A name that a run which never began its first step would not have left.
@@ -265,6 +311,25 @@ mod tests {
         let e = RunDir::open(&dir.path().join("checkpoints"), 0).unwrap_err().to_string();
         assert!(e.contains("plan.toml"), "{e}");
         assert!(RunDir::open(dir.path(), u64::MAX).unwrap_err().is_disk_full());
+    }
+
+    #[test]
+    fn a_look_says_what_creating_would_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (free, taken) = (dir.path().join("a/b"), dir.path().join("taken"));
+        RunDir::look(&free, false).unwrap();
+        assert!(!dir.path().join("a").exists());
+        let says = |path: &Path, resume| RunDir::look(path, resume).unwrap_err().to_string();
+        assert!(says(&free, true).contains("holds no run to resume"));
+        fs::create_dir(&taken).unwrap();
+        RunDir::look(&taken, false).unwrap();
+        fs::write(taken.join("notes.txt"), "x").unwrap();
+        assert!(says(&taken, false).contains("holds `notes.txt`"));
+        assert!(says(&taken.join("notes.txt"), false).contains("expected a directory"));
+        fs::write(taken.join(PLAN), "").unwrap();
+        assert!(says(&taken, false).contains("go on with it by --resume"));
+        RunDir::look(&taken, true).unwrap();
+        assert_eq!(RealDisk.list(&taken).unwrap(), ["notes.txt", PLAN]);
     }
 
     #[test]

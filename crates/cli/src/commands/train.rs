@@ -5,12 +5,12 @@ use std::time::Instant;
 
 use engraft_recipe::Recipe;
 use engraft_report::human;
+use engraft_store::run::RunDir;
 use engraft_train::{Evaluation, RunOptions, Session, SessionOptions, Status};
 use serde_json::{Value, json};
 
 use crate::context::Context;
 use crate::failure::{BeforeWork, Failure, Outcome, code};
-use crate::machine;
 use crate::progress::Progress;
 use crate::recipes::{default_out, file_of, read, shell};
 use crate::stop::Stop;
@@ -58,7 +58,8 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         false => default_out(&args.recipe),
     });
     if !args.check {
-        refuse_existing(&out, args.resume)?;
+        // Before the model is read: that may take minutes.
+        RunDir::look(&out, args.resume).before_work()?;
     }
     let session = open(&recipe, cx)?;
     introduce(&session, cx);
@@ -110,31 +111,6 @@ pub fn open(recipe: &Recipe, cx: &Context) -> Outcome<Session> {
         templates: cx.templates()?,
     };
     Session::open(recipe, &mut options).before_work()
-}
-
-/// An existing run is never written over, and what is not there cannot be resumed.
-fn refuse_existing(out: &Path, resume: bool) -> Outcome {
-    let there = std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some());
-    if there && !resume && out.join("plan.toml").exists() {
-        let message = format!(
-            "{} holds a run already; go on with it by --resume, or choose another --out (nothing was changed)",
-            out.display()
-        );
-        return Err(Failure::before_work(message));
-    }
-    let above = out.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("."));
-    if !above.is_dir() {
-        let message = format!("{}: expected a directory to write to, found something else", above.display());
-        return Err(Failure::before_work(message));
-    }
-    if !machine::writable(above) {
-        let message = format!("{} cannot be written to; choose another --out", above.display());
-        return Err(Failure::before_work(message));
-    }
-    if resume && !out.is_dir() {
-        return Err(Failure::before_work(format!("{}: there is no run to resume", out.display())));
-    }
-    Ok(())
 }
 
 /// What is about to be trained, in a few lines.
