@@ -70,6 +70,15 @@ impl Failure {
         Failure { code, message: Message::Said }
     }
 
+    /// The same with a last line: how to go on.
+    pub fn ending(mut self, line: &str) -> Failure {
+        if let Message::Text(text) = &mut self.message {
+            text.push('\n');
+            text.push_str(line);
+        }
+        self
+    }
+
     /// Shows the message on standard error.
     pub fn show(&self, ui: &Ui) {
         match &self.message {

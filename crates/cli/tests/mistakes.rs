@@ -1,4 +1,4 @@
-//! Mistakes that are found before any work, on the repository's own model: what is said, and the way out.
+//! Mistakes and failures on the repository's own model: what is said, and the way out.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -89,4 +89,28 @@ fn a_directory_that_is_taken_is_refused_before_anything_is_loaded() {
     fs::write(dir.path().join("taken/plan.toml"), "").unwrap();
     assert!(said(&["--out", "taken"]).contains("go on with it by --resume"));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing was written");
+}
+
+#[test]
+fn a_run_that_can_no_longer_write_says_how_to_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = recipe("").replace("steps = 2\n", "steps = 100000\nbatch_size = 1\ncheckpoint_every = 1\n");
+    fs::write(dir.path().join("r.toml"), text).unwrap();
+    let run = Command::new(env!("CARGO_BIN_EXE_engraft"))
+        .current_dir(dir.path())
+        .args(["train", "r.toml", "--out", "o", "--color", "never"])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let events = dir.path().join("o/events.jsonl");
+    let begun = || fs::read_to_string(&events).is_ok_and(|text| text.contains("\"checkpoint\""));
+    while !begun() {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    fs::rename(dir.path().join("o/checkpoints"), dir.path().join("gone")).unwrap();
+    let output = run.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("\nerror: ") && text.contains("o/checkpoints"), "{text}");
+    assert!(text.ends_with("\nresume  engraft train r.toml --out o --resume\n"), "{text}");
 }

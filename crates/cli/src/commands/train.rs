@@ -6,7 +6,7 @@ use std::time::Instant;
 use engraft_recipe::Recipe;
 use engraft_report::human;
 use engraft_store::run::RunDir;
-use engraft_train::{Evaluation, RunOptions, Session, SessionOptions, Status};
+use engraft_train::{Evaluation, NotFinite, RunOptions, Session, SessionOptions, Status};
 use serde_json::{Value, json};
 
 use crate::context::Context;
@@ -77,7 +77,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     };
     let outcome = engraft_train::train(&session, &options, &mut progress);
     progress.clear();
-    let outcome = outcome.map_err(|error| not_finite_help(error, args, &session))?;
+    let outcome = outcome.map_err(|error| failed(error, args, &out, &session))?;
     if outcome.status == Status::Interrupted {
         let saved =
             outcome.checkpoint.as_ref().map_or_else(String::new, |p| format!("; saved {}", p.display()));
@@ -174,28 +174,37 @@ fn command(args: &Args, out: &Path, resume: bool) -> String {
     words.join(" ")
 }
 
-/// A run that another process holds or that is not that of the recipe was refused before any work.
-fn at_start(error: engraft_train::Error) -> Failure {
-    let refused = matches!(
-        error,
-        engraft_train::Error::Resume(_) | engraft_train::Error::Store(engraft_store::Error::Locked { .. })
-    );
-    let mut failure = Failure::from(error);
-    if refused {
-        failure.code = code::BEFORE_WORK;
+/// How to go on after a run that did not come to its end.
+fn failed(error: engraft_train::Error, args: &Args, out: &Path, session: &Session) -> Failure {
+    use engraft_train::Error::{Checkpoint, NotFinite, Resume, Store};
+    match error {
+        NotFinite(found) => not_finite(&found, args, session),
+        // A run that another process holds or that is not that of the recipe was refused before any work.
+        Resume(_) | Store(engraft_store::Error::Locked { .. }) => {
+            let mut failure = Failure::from(error);
+            failure.code = code::BEFORE_WORK;
+            failure
+        }
+        // A write that failed: on a full disk, in a directory that is gone.
+        Store(_) | Checkpoint { .. } => {
+            let next = match out.join("plan.toml").is_file() {
+                true => format!("resume  {}", command(args, out, true)),
+                false => format!("again   {}", command(args, out, false)),
+            };
+            Failure::from(error).ending(&next)
+        }
+        other => other.into(),
     }
-    failure
 }
 
 /// Says what to try after a loss that is not finite: a tenth of the learning rate.
-fn not_finite_help(error: engraft_train::Error, args: &Args, session: &Session) -> Failure {
-    let engraft_train::Error::NotFinite(found) = &error else { return at_start(error) };
+fn not_finite(found: &NotFinite, args: &Args, session: &Session) -> Failure {
     let rate = human::number(session.plan.train.learning_rate / 10.0, 2);
     let sets = args.set.iter().filter(|set| !set.starts_with("train.learning_rate"));
     let sets: String = sets.map(|set| format!(" --set {}", shell(set))).collect();
     let recipe = shell(&args.recipe.to_string_lossy());
     let next = format!("engraft train {recipe} --out NEW{sets} --set train.learning_rate={rate}");
-    Failure::running(format!("{found}\ntry   {next}"))
+    Failure::running(found.to_string()).ending(&format!("try   {next}"))
 }
 
 /// The metric that says most about the task, before and after.
