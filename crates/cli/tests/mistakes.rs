@@ -96,7 +96,7 @@ fn a_run_that_can_no_longer_write_says_how_to_go_on() {
     let dir = tempfile::tempdir().unwrap();
     let text = recipe("").replace("steps = 2\n", "steps = 100000\nbatch_size = 1\ncheckpoint_every = 1\n");
     fs::write(dir.path().join("r.toml"), text).unwrap();
-    let run = Command::new(env!("CARGO_BIN_EXE_engraft"))
+    let mut run = Command::new(env!("CARGO_BIN_EXE_engraft"))
         .current_dir(dir.path())
         .args(["train", "r.toml", "--out", "o", "--color", "never"])
         .stderr(std::process::Stdio::piped())
@@ -105,6 +105,7 @@ fn a_run_that_can_no_longer_write_says_how_to_go_on() {
     let events = dir.path().join("o/events.jsonl");
     let begun = || fs::read_to_string(&events).is_ok_and(|text| text.contains("\"checkpoint\""));
     while !begun() {
+        assert!(run.try_wait().unwrap().is_none(), "it ended before its first checkpoint");
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     fs::rename(dir.path().join("o/checkpoints"), dir.path().join("gone")).unwrap();
@@ -113,4 +114,33 @@ fn a_run_that_can_no_longer_write_says_how_to_go_on() {
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("\nerror: ") && text.contains("o/checkpoints"), "{text}");
     assert!(text.ends_with("\nresume  engraft train r.toml --out o --resume\n"), "{text}");
+}
+
+#[test]
+fn a_missing_format_is_guessed_from_the_name_of_the_data() {
+    let dir = tempfile::tempdir().unwrap();
+    let said = |path: &str| {
+        let text = format!("model = \"m\"\n[method]\nname = \"lora\"\n[data]\npath = \"{path}\"\n");
+        fs::write(dir.path().join("r.toml"), text).unwrap();
+        let text = refused(dir.path(), &["train", "r.toml"]);
+        assert!(text.contains("`data.format` is missing"), "{path}: {text}");
+        text
+    };
+    let cases = [
+        ("train.csv", "csv"),
+        ("a/train.TSV.gz", "tsv"),
+        ("chat.jsonl", "jsonl"),
+        ("book.txt", "text"),
+        ("x.npy", "npy"),
+        ("batches.safetensors", "tensors"),
+        ("train-images-idx3-ubyte.gz", "idx"),
+        ("flowers/train/", "images"),
+        ("flowers", "images"),
+    ];
+    for (path, format) in cases {
+        let text = said(path);
+        assert!(text.contains(&format!("add `format = \"{format}\"`")), "{path}: {text}");
+    }
+    let text = said("data.parquet");
+    assert!(text.contains("one of csv, tsv, jsonl") && !text.contains("add `format = \"csv\"`"), "{text}");
 }

@@ -257,6 +257,10 @@ impl Checker<'_> {
             "format" => "format = \"csv\"".to_owned(),
             key => format!("{key} = \"train.csv\""),
         };
+        let help = |key: &str| match written(node, "path").filter(|_| key == "format") {
+            Some(path) => suggest::format_for(path),
+            None => format!("add `{}`", example(key)),
+        };
         let Some(node) = node.filter(|_| !path.is_empty()) else {
             let lines: Vec<String> = missing.iter().map(|key| example(key)).collect();
             self.push(match path {
@@ -270,7 +274,7 @@ impl Checker<'_> {
         for key in missing {
             let problem = Problem::new(format!("`{path}.{key}` is missing"))
                 .label(node.place.clone(), "this table")
-                .help(format!("add `{}`", example(key)));
+                .help(help(key));
             self.push(problem);
         }
     }
@@ -326,6 +330,14 @@ impl Checker<'_> {
     /// The text of a place, for an argument's bare value where text is wanted (`--set model=7`).
     pub(crate) fn raw(&self, place: &Place) -> Option<&str> {
         self.sources.get(place.source)?.text.get(place.start..place.end)
+    }
+}
+
+/// The text written at `key` of a table.
+fn written<'a>(node: Option<&'a Node>, key: &str) -> Option<&'a str> {
+    match &node?.find(key)?.value {
+        Tree::Text(text) => Some(text),
+        _ => None,
     }
 }
 

@@ -1,5 +1,8 @@
 //! "Did you mean": the nearest name within two edits, names that other programs use for the same thing, and keys
-//! that stand in the wrong table.
+//! that stand in the wrong table. And the format of data by their name.
+
+use crate::keys::table;
+use crate::spec::{FieldKind, FieldSpec};
 
 /// What other programs call a key of ours: foreign name, ours. Offered only where ours is a key of the table.
 const FOREIGN: &[(&str, &str)] = &[
@@ -70,6 +73,37 @@ pub(crate) fn ours<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> 
     let same: Vec<&str> =
         FOREIGN.iter().filter(|(foreign, _)| *foreign == lower).map(|(_, ours)| *ours).collect();
     names.into_iter().find(|name| same.contains(name))
+}
+
+/// What to write as `data.format` for data of this name: by its end, and without one a folder of pictures.
+pub(crate) fn format_for(path: &str) -> String {
+    let lower = path.to_lowercase();
+    let name = lower.rsplit('/').next().unwrap_or("");
+    let name = name.strip_suffix(".gz").unwrap_or(name);
+    let format = match name.rsplit_once('.').map_or("", |(_, end)| end) {
+        "csv" => "csv",
+        "tsv" => "tsv",
+        "json" | "jsonl" | "ndjson" => "jsonl",
+        "txt" | "md" => "text",
+        "npy" => "npy",
+        "safetensors" => "tensors",
+        _ if name.contains("idx") || name.ends_with("ubyte") => "idx",
+        "" => "images",
+        _ => {
+            let of = |field: &FieldSpec| match field.kind {
+                FieldKind::OneOf(names) if field.name == "format" => Some(names.join(", ")),
+                _ => None,
+            };
+            let names = table("data").and_then(|data| data.fields.iter().find_map(of)).unwrap_or_default();
+            return format!("add `format = …`, one of {names}");
+        }
+    };
+    let why = match format {
+        "images" => " for a folder with a folder of pictures for each class",
+        "jsonl" => "; or \"chat\", \"alpaca\", \"sharegpt\" where the rows are such",
+        _ => "",
+    };
+    format!("add `format = \"{format}\"`{why}")
 }
 
 #[cfg(test)]
