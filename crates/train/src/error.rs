@@ -52,7 +52,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Where a run lost its numbers.
 #[derive(Debug, thiserror::Error)]
-#[error("{what} became {value} at step {step}{}{}{}", rows_text(self), tensors_text(self), kept_text(self))]
+#[error("{}{}{}{}", self.title(), rows_text(self), tensors_text(self), kept_text(self))]
 pub struct NotFinite {
     /// "loss" or "gradient norm".
     pub what: &'static str,
@@ -70,8 +70,26 @@ pub struct NotFinite {
     pub tensors: Vec<String>,
     /// The newest checkpoint.
     pub kept: Option<PathBuf>,
-    /// The learning rate of the recipe.
-    pub learning_rate: f64,
+    /// Nothing was trained yet, so that it comes from the base, the start of the adapter or the data.
+    pub untrained: bool,
+    /// A tensor that was not finite from the start; looked for where nothing was trained yet.
+    pub cause: Option<String>,
+}
+
+impl NotFinite {
+    fn title(&self) -> String {
+        let Self { what, value, step, .. } = self;
+        match (self.untrained, &self.cause) {
+            (false, _) => format!("{what} became {value} at step {step}"),
+            (true, Some(tensor)) => format!(
+                "the first {what} is {value}, before anything was trained: {tensor} holds values that are not finite"
+            ),
+            (true, None) => format!(
+                "the first {what} is {value}, before anything was trained: the weights are finite, so these data, or the \
+                 type of the computation, make values that are not"
+            ),
+        }
+    }
 }
 
 /// "rows 8113, 40, 977 of train.jsonl; gradient norm 0.8 → 412 in 5 steps".

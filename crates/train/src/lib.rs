@@ -14,6 +14,7 @@ mod evaluate;
 mod events;
 mod fingerprint;
 mod finish;
+mod finite;
 mod labels;
 mod metrics;
 mod objective;

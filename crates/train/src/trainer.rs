@@ -13,6 +13,7 @@ use engraft_tensor::{Gradients, Tensor, forbid_host_reads};
 use crate::batch::{Batch, Feed};
 use crate::error::NotFinite;
 use crate::events::StepEvent;
+use crate::finite::first_not_finite;
 use crate::objective::is_prompted;
 use crate::optimizer::Optimizer;
 use crate::schedule::LearningRate;
@@ -165,6 +166,7 @@ impl<'s> Trainer<'s> {
             }
         }
         let (what, value) = if loss.is_finite() { ("gradient norm", norm) } else { ("loss", loss) };
+        let untrained = step == 1;
         Ok(Box::new(NotFinite {
             what,
             value,
@@ -174,7 +176,8 @@ impl<'s> Trainer<'s> {
             grad_norms: self.norms.iter().copied().collect(),
             tensors,
             kept: None,
-            learning_rate: self.session.plan.train.learning_rate,
+            untrained,
+            cause: if untrained { first_not_finite(self.session)? } else { None },
         })
         .into())
     }

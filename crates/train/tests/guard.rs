@@ -108,8 +108,30 @@ fn a_loss_that_is_no_number_updates_nothing() {
     let Error::NotFinite(e) = &error else { panic!("{error}") };
     assert_eq!((e.step, e.what, e.rows.len()), (1, "loss", 2));
     assert!(!e.tensors.is_empty() && e.kept.is_some());
-    assert!(error.to_string().starts_with("loss became NaN at step 1\nrows "), "{error}");
+    let said =
+        format!("the first loss is NaN, before anything was trained: {} of the adapter holds", bad.name);
+    assert!(error.to_string().starts_with(&said), "{error}");
     assert_eq!(other.param.value().to_vec().unwrap(), before);
+}
+
+#[test]
+fn a_base_that_is_not_finite_is_named_rather_than_the_learning_rate() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = golden().join("models/llama");
+    std::fs::copy(model.join("config.json"), dir.path().join("config.json")).unwrap();
+    let mut weights = std::fs::read(model.join("model.safetensors")).unwrap();
+    // The last number of the last tensor.
+    let end = weights.len();
+    weights[end - 4..].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    std::fs::write(dir.path().join("model.safetensors"), weights).unwrap();
+    let start = golden().join("trajectories/llama__lora");
+    let error = run(&session(&recipe(&start, dir.path(), "steps = 3", "")).unwrap()).0.unwrap_err();
+    let Error::NotFinite(e) = &error else { panic!("{error}") };
+    assert!(
+        e.untrained && e.cause.as_ref().is_some_and(|name| name.starts_with("model.norm.weight in ")),
+        "{error}"
+    );
+    assert!(error.to_string().contains("before anything was trained"), "{error}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use engraft_recipe::Recipe;
+use engraft_recipe::{Dtype, Recipe};
 use engraft_report::human;
 use engraft_store::run::RunDir;
 use engraft_train::{Evaluation, NotFinite, RunOptions, Session, SessionOptions, Status};
@@ -197,14 +197,22 @@ fn failed(error: engraft_train::Error, args: &Args, out: &Path, session: &Sessio
     }
 }
 
-/// Says what to try after a loss that is not finite: a tenth of the learning rate.
+/// Says what to try after a loss that is not finite: a tenth of the learning rate, where anything was learned at all.
 fn not_finite(found: &NotFinite, args: &Args, session: &Session) -> Failure {
+    let failure = Failure::running(found.to_string());
+    if found.untrained {
+        return match (&found.cause, session.plan.train.dtype) {
+            (Some(_), _) => failure.ending("try   the files again from where they came from"),
+            (None, Dtype::Bf16) => failure.ending("try   train.dtype = \"f32\""),
+            (None, Dtype::F32) => failure.ending("try   the run without these rows"),
+        };
+    }
     let rate = human::number(session.plan.train.learning_rate / 10.0, 2);
     let sets = args.set.iter().filter(|set| !set.starts_with("train.learning_rate"));
     let sets: String = sets.map(|set| format!(" --set {}", shell(set))).collect();
     let recipe = shell(&args.recipe.to_string_lossy());
     let next = format!("engraft train {recipe} --out NEW{sets} --set train.learning_rate={rate}");
-    Failure::running(found.to_string()).ending(&format!("try   {next}"))
+    failure.ending(&format!("try   {next}"))
 }
 
 /// The metric that says most about the task, before and after.
