@@ -34,7 +34,8 @@ use crate::ui::{ColorChoice, Ui};
 
 const EXAMPLES: &str = "\
 Examples:
-  engraft init --demo && engraft train demo/recipe.toml
+  engraft init --demo --model models/all-minilm-l6-v2
+  engraft train demo/recipe.toml
   engraft train recipe.toml --set train.learning_rate=2e-4 --out runs/a
   engraft generate --model DIR --adapter runs/a/adapter --prompt 'Once upon a time'
 

@@ -104,6 +104,25 @@ fn the_demonstration_is_written_once() {
     assert_eq!(engraft(dir.path(), &["init", "--demo"]).status.code(), Some(2));
 }
 
+/// What the help shows goes without a network where the repository is: its example is run as it stands, but for training.
+#[test]
+fn the_example_of_the_demonstration_needs_no_network() {
+    let dir = tempfile::tempdir().unwrap();
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models").canonicalize().unwrap();
+    std::os::unix::fs::symlink(models, dir.path().join("models")).unwrap();
+    for help in [&["--help"][..], &["init", "--help"]] {
+        let help = text(&engraft(dir.path(), help).stdout);
+        let mut lines = help.lines().skip_while(|line| !line.contains("init --demo"));
+        let (init, train) = (lines.next().unwrap(), lines.next().unwrap());
+        assert_eq!(train, "  engraft train demo/recipe.toml");
+        let words: Vec<&str> = init.split_whitespace().skip(1).collect();
+        assert_eq!(engraft(dir.path(), &words).status.code(), Some(0), "{init}");
+        let plan = engraft(dir.path(), &["plan", "demo/recipe.toml", "--no-trial"]);
+        assert_eq!(plan.status.code(), Some(0), "{}", text(&plan.stderr));
+        fs::remove_dir_all(dir.path().join("demo")).unwrap();
+    }
+}
+
 #[test]
 fn completions_and_manual_pages_are_made() {
     let dir = tempfile::tempdir().unwrap();

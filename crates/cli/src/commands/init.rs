@@ -25,7 +25,10 @@ const LENGTH_MAX: usize = 1024;
 Examples:
   engraft init chat.jsonl --model models/qwen3-0.6b --out recipe.toml
   engraft init tickets.csv --model sentence-transformers/all-MiniLM-L6-v2
-  engraft init --demo && engraft train demo/recipe.toml")]
+  engraft init --demo --model models/all-minilm-l6-v2
+  engraft train demo/recipe.toml
+
+Without --model the demonstration takes its model from the Hub, 45 MB; models/all-minilm-l6-v2 is in the repository.")]
 pub struct Args {
     /// A data file: csv, tsv, jsonl, chat, alpaca, sharegpt or plain text
     #[arg(required_unless_present = "demo", conflicts_with = "demo")]
