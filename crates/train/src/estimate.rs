@@ -32,6 +32,8 @@ pub struct Estimate {
     pub activation_bytes: u64,
     /// Bytes of one checkpoint on disk.
     pub checkpoint_bytes: u64,
+    /// Bytes that must be free on the disk for the run to begin.
+    pub begin_bytes: u64,
     /// Optimizer steps.
     pub steps: u64,
     /// Tokens of the largest micro-batch.
@@ -71,6 +73,7 @@ pub fn estimate(session: &Session) -> Estimate {
         adapter_bytes: (4 * all + 12 * trained) as u64,
         activation_bytes: activations(session, tokens),
         checkpoint_bytes: crate::checkpoint::bytes(&session.adapter),
+        begin_bytes: crate::run::bytes_to_begin(&session.adapter),
         steps: session.plan.steps,
         largest_batch_tokens: tokens,
     }

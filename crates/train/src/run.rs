@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use engraft_nn::Adapter;
 use engraft_recipe::Metric;
 use engraft_store::checkpoint::{self as saved, Retention};
 use engraft_store::disk::RealDisk;
@@ -105,6 +106,16 @@ pub fn train(session: &Session, options: &RunOptions, observer: &mut dyn Observe
     run.end(status)
 }
 
+/// Bytes that a run writes at least: two checkpoints and the small files.
+fn bytes_written(adapter: &Adapter) -> u64 {
+    2 * checkpoint::bytes(adapter) + SMALL_FILES_BYTES
+}
+
+/// Bytes that must be free for a run to begin.
+pub(crate) fn bytes_to_begin(adapter: &Adapter) -> u64 {
+    bytes_written(adapter) + saved::MARGIN_BYTES
+}
+
 /// A run in progress.
 pub(crate) struct Run<'a> {
     pub session: &'a Session,
@@ -126,7 +137,7 @@ pub(crate) struct Run<'a> {
 impl<'a> Run<'a> {
     /// Makes or opens the directory, and the state to go on from.
     fn open(session: &'a Session, options: &'a RunOptions, observer: &'a mut dyn Observer) -> Result<Self> {
-        let bytes = 2 * checkpoint::bytes(&session.adapter) + SMALL_FILES_BYTES;
+        let bytes = bytes_written(&session.adapter);
         let plan = session.plan.to_toml();
         // A run that was killed before its plan stood has only its lock: it begins again.
         let unborn = options.out.join("run.lock").is_file() && !options.out.join("plan.toml").exists();

@@ -1,6 +1,6 @@
 //! `engraft plan`: what a run would take, before it runs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use engraft_report::human;
 use engraft_train::{Estimate, Trial, estimate, trial};
@@ -10,7 +10,7 @@ use super::train::open;
 use crate::context::Context;
 use crate::failure::Outcome;
 use crate::machine;
-use crate::recipes::{file_of, read};
+use crate::recipes::{default_out, file_of, read};
 
 /// Steps that are tried to tell the time.
 const TRIAL_STEPS: u64 = 3;
@@ -49,25 +49,36 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     }
     let sizes = estimate(&session);
     let tried = if args.no_trial { None } else { Some(trial(&session, TRIAL_STEPS)?) };
-    let available = machine::memory().map(|(_, available)| available);
+    let out = default_out(&args.recipe);
+    let above = out.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("."));
+    let room =
+        Room { memory: machine::memory().map(|(_, available)| available), disk: machine::free_bytes(above) };
     if args.json {
         cx.ui.json(json!({
             "sites": sizes.sites, "trained": sizes.trained, "base_parameters": sizes.base_parameters,
             "memory": {
                 "base_bytes": sizes.base_bytes, "adapter_bytes": sizes.adapter_bytes,
                 "activation_bytes": sizes.activation_bytes, "total_bytes": sizes.total_bytes(),
-                "available_bytes": available,
+                "available_bytes": room.memory,
             },
             "checkpoint_bytes": sizes.checkpoint_bytes, "steps": sizes.steps,
+            "disk": { "begin_bytes": sizes.begin_bytes, "free_bytes": room.disk },
             "seconds": tried.as_ref().map(|t| t.run_seconds),
         }));
     } else {
-        cx.ui.print(&text(&sizes, tried.as_ref(), available, session.plan.train.batch_size));
+        cx.ui.print(&text(&sizes, tried.as_ref(), &room, session.plan.train.batch_size));
     }
     Ok(())
 }
 
-fn text(sizes: &Estimate, tried: Option<&Trial>, available: Option<u64>, batch_size: usize) -> String {
+/// Bytes that are there, where that can be told.
+struct Room {
+    memory: Option<u64>,
+    /// Where the run would be written if nothing else is said.
+    disk: Option<u64>,
+}
+
+fn text(sizes: &Estimate, tried: Option<&Trial>, room: &Room, batch_size: usize) -> String {
     let count = sizes.sites.values().sum::<usize>();
     let listed: Vec<String> = sizes.sites.iter().map(|(name, n)| format!("{name} ×{n}")).collect();
     let mut text = format!("sites   {count}: {}\n", listed.join(", "));
@@ -75,7 +86,7 @@ fn text(sizes: &Estimate, tried: Option<&Trial>, available: Option<u64>, batch_s
     let share = human::percent(sizes.trained as f64 / whole as f64);
     text.push_str(&format!("trained {} of {} ({share})\n", sizes.trained, sizes.base_parameters));
     let total = sizes.total_bytes();
-    let fit = match available {
+    let fit = match room.memory {
         Some(available) if total <= available => format!(" of {}: fits", human::bytes(available)),
         Some(available) => format!(" of {}: too large", human::bytes(available)),
         None => String::new(),
@@ -87,7 +98,13 @@ fn text(sizes: &Estimate, tried: Option<&Trial>, available: Option<u64>, batch_s
         human::bytes(sizes.activation_bytes),
         human::bytes(total)
     ));
-    text.push_str(&format!("disk    {} a checkpoint\n", human::bytes(sizes.checkpoint_bytes)));
+    let (checkpoint, begin) = (human::bytes(sizes.checkpoint_bytes), human::bytes(sizes.begin_bytes));
+    let fit = match room.disk {
+        Some(free) if sizes.begin_bytes <= free => format!(", {} are: fits", human::bytes(free)),
+        Some(free) => format!(", {} are: too little", human::bytes(free)),
+        None => String::new(),
+    };
+    text.push_str(&format!("disk    {checkpoint} a checkpoint; {begin} must be free to begin{fit}\n"));
     match tried {
         Some(tried) => {
             let time = human::duration(tried.run_seconds);
@@ -120,10 +137,12 @@ mod tests {
             adapter_bytes: 1 << 20,
             activation_bytes: 1 << 30,
             checkpoint_bytes: 1 << 20,
+            begin_bytes: 82 << 20,
             steps: 903,
             largest_batch_tokens: 100,
         };
-        let shown = text(&sizes, None, Some(1 << 30), 16);
+        let room = Room { memory: Some(1 << 30), disk: Some(1 << 30) };
+        let shown = text(&sizes, None, &room, 16);
         assert!(
             shown.starts_with("sites   48: q_proj ×24, v_proj ×24\ntrained 540672 of 494032768 (0.11%)\n"),
             "{shown}"
@@ -132,5 +151,9 @@ mod tests {
             shown.contains("too large") && shown.contains("batch_size = 8 saves about 512 MiB"),
             "{shown}"
         );
+        let disk = "disk    1 MiB a checkpoint; 82 MiB must be free to begin, 1 GiB are: fits\n";
+        assert!(shown.contains(disk), "{shown}");
+        let full = text(&sizes, None, &Room { memory: None, disk: Some(1 << 20) }, 16);
+        assert!(full.contains("to begin, 1 MiB are: too little"), "{full}");
     }
 }
