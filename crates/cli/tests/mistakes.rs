@@ -144,3 +144,25 @@ fn a_missing_format_is_guessed_from_the_name_of_the_data() {
     let text = said("data.parquet");
     assert!(text.contains("one of csv, tsv, jsonl") && !text.contains("add `format = \"csv\"`"), "{text}");
 }
+
+#[test]
+fn a_merged_model_is_not_scored_on_classes_that_it_does_not_know() {
+    let dir = tempfile::tempdir().unwrap();
+    let work = |args: &[&str]| {
+        let output = engraft(dir.path(), args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    fs::write(dir.path().join("r.toml"), recipe("")).unwrap();
+    work(&["train", "r.toml", "--out", "o"]);
+    let base = root().join("models/all-minilm-l6-v2");
+    work(&["merge", "--model", base.to_str().unwrap(), "--adapter", "o/adapter", "--out", "merged"]);
+    let rows = fs::read_to_string(root().join("data/helpdesk/test.csv")).unwrap();
+    let mut lines = rows.lines();
+    let (header, row) = (lines.next().unwrap(), lines.next().unwrap());
+    let (text, label) = row.rsplit_once(',').unwrap();
+    fs::write(dir.path().join("known.csv"), format!("{header}\n{text},{label}\n")).unwrap();
+    fs::write(dir.path().join("other.csv"), format!("{header}\n{text},{label}x\n")).unwrap();
+    work(&["eval", "--model", "merged", "--data", "known.csv"]);
+    let said = refused(dir.path(), &["eval", "--model", "merged", "--data", "other.csv"]);
+    assert!(said.contains(&format!("there is no label `{label}x`; did you mean `{label}`?")), "{said}");
+}

@@ -4,7 +4,9 @@
 use std::path::Path;
 
 use engraft_store::{Limits, json, write_atomic};
+use serde_json::Value;
 
+use crate::read::known_labels;
 use crate::{Error, Result};
 
 /// The file's name in an adapter directory.
@@ -32,6 +34,13 @@ pub fn label_names(dir: &Path) -> Result<Option<Vec<String>>> {
         value.as_array().and_then(|list| list.iter().map(|name| name.as_str().map(str::to_owned)).collect());
     let wrong = || Error::Setup(format!("{}: expected a list of class names", path.display()));
     names.map(Some).ok_or_else(wrong)
+}
+
+/// The names of the classes of a model that is scored as it is: `id2label`, where its head tells classes apart.
+pub fn model_labels(config: &Value) -> Option<Vec<String>> {
+    let class = config["architectures"][0].as_str()?;
+    let classifies = ["ForSequenceClassification", "ForTokenClassification", "ForImageClassification"];
+    classifies.iter().any(|kind| class.contains(kind)).then(|| known_labels(config))?
 }
 
 #[cfg(test)]

@@ -37,7 +37,7 @@ pub use evaluate::{Evaluated, Evaluation, evaluate};
 pub use events::{DataEvent, EndEvent, EvalEvent, Event, Observer, StepEvent};
 pub use fingerprint::Fingerprint;
 pub use finish::run_data;
-pub use labels::label_names;
+pub use labels::{label_names, model_labels};
 pub use metrics::{Bleu, ExactMatch, Rouge, RougeScores};
 pub use objective::{Objective, is_prompted};
 pub use open::SessionOptions;

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use engraft_recipe::Recipe;
 use engraft_report::{Align, Table, human};
-use engraft_train::{Evaluation, Session, evaluate};
+use engraft_store::read_config;
+use engraft_train::{Evaluation, Session, evaluate, model_labels};
 use serde_json::{Value, json};
 
 use super::train::open;
@@ -75,6 +76,9 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
             "there are no evaluation data; give --set data.eval_path=FILE or data.eval_fraction=0.1";
         return Err(Failure::before_work(message));
     }
+    for name in session.new_tensors.iter().filter(|_| !with_adapter) {
+        cx.ui.note(&format!("{name} is not in the model's files and starts at random"));
+    }
     let found = score(&session, with_adapter, cx)?;
     let mut metrics = found.metrics.clone();
     metrics.insert("loss".into(), found.loss);
@@ -116,7 +120,15 @@ fn recipe(args: &Args, cx: &Context) -> Outcome<(Recipe, bool)> {
         let adapter = adapter.map(|name| cx.resolve(name)).transpose()?;
         let text = data_recipe(args, adapter.as_deref())?;
         let parsed = Recipe::parse(&text, "the arguments", &sets, &method_specs());
-        return Ok((parsed.map_err(Failure::problems)?, adapter.is_some()));
+        let mut recipe = parsed.map_err(Failure::problems)?;
+        if adapter.is_none() && recipe.data.labels.is_none() {
+            // A model scored as it is knows its own classes, and other names in the data are a mistake: nothing is trained
+            // that could take them on.
+            let dir = cx.resolve(&recipe.model.value)?;
+            let config = read_config(&dir.join("config.json"), &cx.limits).before_work()?;
+            recipe.data.labels = model_labels(&config);
+        }
+        return Ok((recipe, adapter.is_some()));
     };
     let file = file_of(run);
     let adapter = match &args.adapter {
