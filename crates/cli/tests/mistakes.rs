@@ -166,3 +166,29 @@ fn a_merged_model_is_not_scored_on_classes_that_it_does_not_know() {
     let said = refused(dir.path(), &["eval", "--model", "merged", "--data", "other.csv"]);
     assert!(said.contains(&format!("there is no label `{label}x`; did you mean `{label}`?")), "{said}");
 }
+
+#[test]
+fn regression_is_said_not_to_be_there() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("scores.csv"), "text,label\ngood,4.5\nbad,1\n").unwrap();
+    let text = recipe("").replace(root().join("data/helpdesk/test.csv").to_str().unwrap(), "scores.csv");
+    fs::write(dir.path().join("r.toml"), format!("task = \"sequence-classification\"\n{text}")).unwrap();
+    let said = refused(dir.path(), &["train", "r.toml"]);
+    assert!(said.contains("scores such as 4.5: regression is not trained yet"), "{said}");
+    // A model whose head gives one number.
+    fs::create_dir(dir.path().join("one")).unwrap();
+    let base = root().join("models/all-minilm-l6-v2");
+    for name in ["model.safetensors", "tokenizer.json"] {
+        std::os::unix::fs::symlink(base.join(name), dir.path().join("one").join(name)).unwrap();
+    }
+    let config = fs::read_to_string(base.join("config.json")).unwrap();
+    for more in
+        ["\"num_labels\": 1", "\"id2label\": {\"0\": \"LABEL_0\"}", "\"problem_type\": \"regression\""]
+    {
+        let config = config.replace("BertModel", "BertForSequenceClassification");
+        fs::write(dir.path().join("one/config.json"), config.replacen('{', &format!("{{{more},"), 1))
+            .unwrap();
+        let said = refused(dir.path(), &["train", "r.toml", "--set", "model=one"]);
+        assert!(said.contains("regression") && said.contains("not trained yet"), "{more}: {said}");
+    }
+}

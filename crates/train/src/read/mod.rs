@@ -219,6 +219,9 @@ impl Reading<'_> {
             at(key, encode(rows, tokenizer, task, &options))
         };
         let mut train = encoded("data.path", &rows, self.data.labels.clone())?;
+        if self.data.labels.is_none() {
+            at("data.path", classes_not_scores(train.labels.as_deref().unwrap_or_default()))?;
+        }
         if let Some(known) = self.known_names(&train) {
             train = encoded("data.path", &rows, Some(known))?;
         }
@@ -292,6 +295,19 @@ impl Reading<'_> {
             None => Some(ChatTemplate::of(tokenizer, None, self.templates)?),
         })
     }
+}
+
+/// An error for labels that are numbers between whole ones: as classes each would be a name like any other.
+fn classes_not_scores(names: &[String]) -> Result<()> {
+    let numbers: Option<Vec<f64>> = names.iter().map(|name| name.trim().parse().ok()).collect();
+    let between = numbers.and_then(|numbers| numbers.iter().position(|n| n.is_finite() && n.fract() != 0.0));
+    let Some(index) = between else { return Ok(()) };
+    Err(Error::Setup(format!(
+        "expected classes as labels, found scores such as {}: regression is not trained yet; round them to classes, or \
+         list them in data.labels if each of the {} is a class of its own",
+        names[index],
+        names.len()
+    )))
 }
 
 /// Takes a share of the examples out of `train`, drawn by `seed`.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use engraft_data::{Dataset, Labels, PixelTensors, Seq2SeqTensors, Tensors};
 use engraft_recipe::Task;
-use engraft_store::{Limits, Weights};
+use engraft_store::{Dtype, Limits, Weights};
 
 use super::{Examples, Read, Reading, at, hold_out};
 use crate::{Error, Result};
@@ -37,6 +37,7 @@ impl Reading<'_> {
     fn tensor_file(&self, path: &Path, shifted: bool) -> Result<Dataset> {
         let file = Weights::open_file(path, &Limits::default())?;
         if file.get("pixel_values").is_some() {
+            classes_not_scores(&file)?;
             return pixel_file(&file);
         }
         let ids = file.get("input_ids").ok_or_else(|| {
@@ -47,6 +48,7 @@ impl Reading<'_> {
             let text = format!("{}: input_ids must be [rows, tokens], found {:?}", path.display(), ids.shape);
             return Err(Error::Setup(text));
         };
+        classes_not_scores(&file)?;
         let array = |name: &str| file.get(name).map(|t| t.to_i64()).transpose();
         let (mask, types, labels) = (array("attention_mask")?, array("token_type_ids")?, array("labels")?);
         if labels.is_none() {
@@ -75,6 +77,18 @@ impl Reading<'_> {
             decoder_attention_mask: mask.as_deref(),
         };
         Ok(pairs.dataset(self.data.allow_empty)?)
+    }
+}
+
+/// An error for labels of a type that only scores have.
+fn classes_not_scores(file: &Weights) -> Result<()> {
+    let float = |dtype| matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
+    match file.get("labels") {
+        Some(labels) if float(labels.dtype) => Err(Error::Setup(format!(
+            "expected classes in `labels` (I64 or I32), found {}: scores, and regression is not trained yet",
+            labels.dtype
+        ))),
+        _ => Ok(()),
     }
 }
 
