@@ -59,6 +59,10 @@ TABLE = [
     lora("llama_bias", "lora_bias", "B with a bias, merged into the linear's bias", lora_bias=True, target_modules=["q_proj", "down_proj"]),
     lora("llama_tied", None, "tied head", target_modules="all-linear"),
     lora("llama_tied", "embed", "tied table adapted at the input only", merge=False, target_modules=["embed_tokens", "v_proj"]),
+    lora("llama_tied", "embed_tying", "one pair of factors at the table and, transposed, at the tied head (peft merges them twice)",
+         merge=False, ensure_weight_tying=True, target_modules=["embed_tokens", "v_proj"]),
+    lora("llama_tied", "save_tying", "one whole copy of the table for the tied head too", ensure_weight_tying=True,
+         modules_to_save=["embed_tokens"]),
     lora("llama_mha", None, "head_dim * heads differs from the width", target_modules=LINEARS),
     lora("llama_rope_yarn", None, "yarn"),
     lora("llama_rope_dynamic", None, "dynamic rope"),
@@ -79,6 +83,9 @@ TABLE = [
     lora("bert_gelu_new", None, "tanh GELU", target_modules=["intermediate.dense", "output.dense"]),
     lora("bert_token", None, "token head trained"),
     lora("bert_mlm", None, "masked LM, no task type", target_modules=["query", "value", "transform.dense"]),
+    lora("bert_mlm", "save_head", "the head trained whole: its decoder is a copy that is no longer tied", merge=False,
+         modules_to_save=["cls"]),
+    lora("bert_mlm", "save_decoder", "the decoder alone, with the bias that lies beside it", merge=False, modules_to_save=["decoder"]),
     lora("bert_encoder", None, "sentence embedding", target_modules=BERT_ALL),
     lora("roberta", None, "classifier of two layers trained"),
     lora("roberta_token", None, "token head trained", target_modules=BERT_ALL, layers_to_transform=[1]),
@@ -128,7 +135,18 @@ def attach(c, base):
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(base, config)
     fill_adapter(model, label(c))
-    return model.eval()
+    return tied(model).eval()
+
+
+def tied(model):
+    """Filled tensor by tensor, the factors of a tied head are no longer those of the table, transposed: they are again."""
+    table = model.get_input_embeddings()
+    for m in model.modules():
+        # Besides, `peft` keeps what it tied as tensors that cannot be copied.
+        if getattr(m, "kwargs", {}).pop("tied_adapter", None):
+            m.lora_A["default"].weight.data = table.lora_embedding_B["default"].data.t().contiguous()
+            m.lora_B["default"].weight.data = table.lora_embedding_A["default"].data.t().contiguous()
+    return model
 
 
 def positions(model, inputs):
@@ -174,7 +192,7 @@ def write_case(c):
     save_adapter(model, out / "adapter", c["model"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        again = forward(peft.PeftModel.from_pretrained(zoo.load(c["model"]), out / "adapter"), inputs)
+        again = forward(tied(peft.PeftModel.from_pretrained(zoo.load(c["model"]), out / "adapter")), inputs)
     keep = logits_mask(logits, inputs).bool()
     meta = {
         "case": name, "model": c["model"], "method": c["method"], "variant": c["variant"], "checks": c["checks"],

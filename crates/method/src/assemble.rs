@@ -13,8 +13,8 @@ use engraft_nn::{
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
-use crate::copies::{biases_of_saved, one_bias_a_head, stale};
-use crate::{Described, Method, from_file, peft};
+use crate::copies::{biases_of_decoders, biases_of_saved, one_bias_a_head, stale};
+use crate::{Described, Method, from_file, peft, tied};
 
 const UNION: &str = "ENGRAFT_UNION";
 
@@ -152,7 +152,7 @@ pub fn load_adapter(
 
 fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelInfo) -> Result<LoadedAdapter> {
     let (methods, train_also) = read_methods(config)?;
-    let tensors = one_bias_a_head(tensors, sites);
+    let tensors = one_bias_a_head(tied::without_copies(tensors, config, sites)?, sites);
     let mut attached = build(&methods, &train_also, sites, info, 0, Vec::new())?;
     let (mut names, mut copies) = (HashMap::new(), Vec::new());
     for p in attached.adapter.params().iter().filter(|p| p.saved) {
@@ -273,8 +273,9 @@ pub fn save_adapter(
                 }
             }
             let map = config(method.as_ref(), targets.as_ref(), &train_also, base_model, sites, info)?;
-            let copies = biases_of_saved(&map, &train_also, &tensors, sites);
-            tensors.extend(copies);
+            biases_of_decoders(&mut tensors, &train_also, sites);
+            tensors.extend(biases_of_saved(&map, &train_also, &tensors, sites));
+            tensors.extend(tied::copies(&map, &tensors, sites)?);
             for site in peft::copied_tables(&map, sites, adapter) {
                 let key = format!("base_model.model.{}.base_layer.weight", site.path);
                 if tensors.iter().all(|(name, _)| *name != key) {

@@ -23,6 +23,25 @@ pub(crate) fn one_bias_a_head(mut tensors: Named, sites: &Sites) -> Named {
     tensors
 }
 
+/// Writes the bias of a masked-word head as `peft` asks for it where the head is trained whole: under both names, or, where
+/// only the decoder is, under the decoder's alone.
+pub(crate) fn biases_of_decoders(tensors: &mut Named, train_also: &[String], sites: &Sites) {
+    for site in sites.iter() {
+        let Some(stem) = site.path.strip_suffix(".bias") else { continue };
+        let inner = format!("{stem}.decoder.bias");
+        let within = |path: &str| train_also.iter().any(|name| inside(name, path).is_some());
+        let decoder = sites.iter().any(|s| s.is_weight() && s.path == format!("{stem}.decoder"));
+        let outer = format!("base_model.model.{}", site.path);
+        let at = tensors.iter().position(|(key, _)| *key == outer).filter(|_| decoder && within(&inner));
+        let Some(at) = at else { continue };
+        let value = tensors[at].1.clone();
+        if !within(&site.path) {
+            tensors.remove(at);
+        }
+        tensors.push((format!("base_model.model.{inner}"), value));
+    }
+}
+
 /// With `bias = "all"` peft also writes the biases of a replaced module as they were; they change nothing.
 pub(crate) fn stale(key: &str) -> bool {
     key.contains(".modules_to_save.") || key.contains(".original_module.")

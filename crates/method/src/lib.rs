@@ -17,6 +17,7 @@ mod prompt;
 mod read;
 #[cfg(test)]
 mod testing;
+mod tied;
 mod vpt;
 
 use std::sync::Arc;

@@ -7,6 +7,7 @@
 //! Hu et al. 2022, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; DoRA: Liu et al. 2024, arXiv:2402.09353.
 //!
 //! A [rank, in], B [out, rank], m `[out]`; of a table with `rows` rows: A [rank, rows], B [width, rank], W′ = W + s·(B·A)ᵀ;
+//! of a head tied to it (`ensure_weight_tying`): the same A and B, y = x·Wᵀ + s·(drop(x)·B)·A;
 //! of a convolution with windows [channels, height, width]: A [rank, channels, height, width], B [out, rank, 1, 1],
 //! m [1, out, 1, 1].
 
@@ -15,8 +16,8 @@ use engraft_tensor::ops::Unary;
 use engraft_tensor::{Param, Tensor, no_grad};
 use serde_json::{Map, Value, json};
 
-use crate::read::{Pattern, Reader, number};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::read::{Pattern, Reader, as_written, number};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft, tied};
 
 const RANK_MAX: usize = 1 << 16;
 /// The largest rank that a recipe may ask for: above it a matrix is better trained whole.
@@ -35,6 +36,8 @@ struct Lora {
     product_bias: bool,
     start: Start,
     dora: bool,
+    /// A head that shares the tensor of an adapted table is changed as the table is.
+    tied: bool,
 }
 
 /// Which biases of the model are trained along.
@@ -152,6 +155,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
         product_bias: r.flag("lora_bias", false),
         start: r.one_of("init", STARTS),
         dora: r.flag("dora", false),
+        tied: false,
     };
     check(&lora, &mut r);
     r.finish()?;
@@ -175,7 +179,6 @@ const OFF: &[&str] = &[
 /// Keys that only say how the tensors started, or hold a default that matters only to a variant that is off.
 const SILENT: &[&str] = &[
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "fan_in_fan_out",
     "loftq_config",
@@ -204,6 +207,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
         product_bias: r.flag("lora_bias", false),
         start: read_start(&mut r),
         dora: r.flag("use_dora", false),
+        tied: r.flag("ensure_weight_tying", false),
     };
     check(&lora, &mut r);
     r.finish()?;
@@ -247,6 +251,7 @@ fn example() -> Box<dyn Method> {
         product_bias: false,
         start: Start::Kaiming,
         dora: false,
+        tied: false,
     })
 }
 
@@ -258,7 +263,8 @@ impl Method for Lora {
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         // Before the product's own bias, which is added to what stands in the layer's.
         self.attach_biases(b)?;
-        for site in b.targets() {
+        let tied = if self.tied { tied::follow(b)? } else { vec![] };
+        for site in b.targets().into_iter().filter(|site| !tied.contains(&site.id)) {
             match site.kind {
                 Kind::Linear { out, inn, .. } => {
                     self.attach_matrix(b, site, Shapes { a: &[inn], ones: &[] }, out)?;
@@ -282,7 +288,7 @@ impl Method for Lora {
         let mut map: Map<String, Value> =
             OFF.iter().chain(SILENT).map(|k| (k.to_string(), Value::Null)).collect();
         let own = json!({
-            "alpha_pattern": Pattern::table(&self.alpha_pattern), "bias": name_of(BIASES, self.bias), "ensure_weight_tying": false,
+            "alpha_pattern": Pattern::table(&self.alpha_pattern), "bias": name_of(BIASES, self.bias), "ensure_weight_tying": self.tied,
             "fan_in_fan_out": false, "init_lora_weights": start, "loftq_config": {}, "lora_alpha": number(self.alpha),
             "layers_pattern": null, "layers_to_transform": null, "lora_bias": self.product_bias, "lora_dropout": as_written(self.dropout), "megatron_core": "megatron.core",
             "qalora_group_size": 16, "r": self.rank, "rank_pattern": Pattern::table(&self.rank_pattern),
@@ -291,11 +297,6 @@ impl Method for Lora {
         map.extend(own.as_object().cloned().unwrap_or_default());
         map
     }
-}
-
-/// The shortest decimal that reads back as the same f32.
-fn as_written(v: f32) -> f64 {
-    v.to_string().parse().unwrap_or(f64::from(v))
 }
 
 fn name_of<T: PartialEq>(names: &[(&'static str, T)], value: T) -> &'static str {
@@ -364,6 +365,11 @@ impl Lora {
             scale,
             dropout: 0.0,
         };
+        for head in tied::heads(b.sites(), site).filter(|_| self.tied) {
+            let factors =
+                Factors { scale: self.scale_at(&head.path).1, dropout: self.dropout, ..factors.clone() };
+            b.patch(head.id, Patch::Weight(Box::new(Table(factors))))?;
+        }
         b.patch(site.id, Patch::Weight(Box::new(Table(factors))))
     }
 
@@ -406,6 +412,7 @@ struct Shapes<'a> {
 }
 
 /// A, B and their scale.
+#[derive(Clone)]
 struct Factors {
     a: Param,
     b: Param,
@@ -446,12 +453,18 @@ impl WeightPatch for Factors {
     }
 }
 
-/// The factors at a table.
+/// The factors at a table, and at a head that shares its tensor.
 struct Table(Factors);
 
 impl WeightPatch for Table {
     fn weight(&self, base: &dyn Base) -> Result<Tensor> {
         Ok(base.dense()?.add(&self.0.product()?.t()?)?)
+    }
+
+    fn forward(&self, x: &Tensor, base: &dyn Base, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let dropped = cx.dropout(x, self.0.dropout, site.id, 0)?;
+        let branch = dropped.matmul(&self.0.b.get())?.scale(self.0.scale)?.matmul(&self.0.a.get())?;
+        Ok(base.forward(x)?.add(&branch)?)
     }
 
     fn lookup(&self, ids: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {

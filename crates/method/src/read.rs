@@ -176,6 +176,11 @@ pub(crate) fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 9e15 { Value::from(value as i64) } else { Value::from(value) }
 }
 
+/// The shortest decimal that reads back as the same f32.
+pub(crate) fn as_written(v: f32) -> f64 {
+    v.to_string().parse().unwrap_or(f64::from(v))
+}
+
 /// The paths that a key of `rank_pattern` and its like stands for: those it matches from the start or from a dot to the
 /// end.
 ///

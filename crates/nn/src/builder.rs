@@ -103,6 +103,12 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
+    /// The trained parameter called `name`, where one was made before.
+    pub fn trained(&self, name: &str) -> Option<Param> {
+        let named = self.adapter.params().iter().find(|p| p.name == name && p.group.is_empty());
+        named.map(|p| p.param.clone())
+    }
+
     /// Whether the value at `site` is already trained as a whole.
     pub fn replaced(&self, site: SiteId) -> bool {
         self.replaced.contains(&site)
@@ -151,9 +157,13 @@ impl<'a> Builder<'a> {
         for site in sites.iter().filter(|s| !matches!(s.value, Value::None)) {
             let parent = site.path.rsplit_once('.').map_or("", |(parent, _)| parent);
             let module = if site.is_weight() { &site.path } else { parent };
+            // The bias of a masked-word head lies beside its decoder, and is the decoder's.
+            let decoder = format!("{parent}.decoder");
+            let decodes =
+                site.path.ends_with(".bias") && sites.iter().any(|s| s.is_weight() && s.path == decoder);
             let mut hit = false;
             for name in names {
-                if module_ends(name, module) {
+                if module_ends(name, module) || decodes && module_ends(name, &decoder) {
                     dead.retain(|d| d != name);
                     hit = true;
                 }

@@ -1,0 +1,129 @@
+//! `ensure_weight_tying`: what an adapter does to the table of tokens it does to the head that shares its tensor.
+//!
+//! `peft` keeps one pair of factors (or one copy of the table) for both and writes it twice: at the table, and at the head,
+//! the factors changed over and transposed, since the head's ΔW = (B·A)ᵀ = Aᵀ·Bᵀ.
+
+use engraft_nn::{Builder, Error, Patch, Replacement, Result, Role, Site, SiteId, Sites};
+use engraft_tensor::Tensor;
+use serde_json::{Map, Value};
+
+use crate::Named;
+
+/// The heads that share the tensor of the table `site`. `peft` ties what hangs on a table of this name and no other.
+pub(crate) fn heads<'s>(sites: &'s Sites, table: &'s Site) -> impl Iterator<Item = &'s Site> {
+    let named = table.role == Role::Embed && table.module() == "embed_tokens" && table.tensor.is_some();
+    sites.iter().filter(move |s| named && s.role == Role::Head && s.is_weight() && s.tensor == table.tensor)
+}
+
+/// The heads that follow their tables, and so have no patch of their own. Those of a table that is trained whole are given
+/// its values here.
+pub(crate) fn follow(b: &mut Builder<'_>) -> Result<Vec<SiteId>> {
+    let mut tied = Vec::new();
+    let sites = b.sites();
+    let targets: Vec<SiteId> = b.targets().iter().map(|site| site.id).collect();
+    for table in sites.iter() {
+        let trained = b.trained(&format!("{}.weight", table.path));
+        for head in heads(sites, table) {
+            if let (Some(trained), false) = (&trained, b.replaced(head.id)) {
+                b.patch(head.id, Patch::Weight(Box::new(Replacement(trained.clone()))))?;
+            }
+            if trained.is_some() || targets.contains(&table.id) {
+                tied.push(head.id);
+            }
+        }
+    }
+    Ok(tied)
+}
+
+/// The second copies that a file with this configuration holds of `tensors`.
+pub(crate) fn copies(config: &Map<String, Value>, tensors: &Named, sites: &Sites) -> Result<Named> {
+    let mut copies = Vec::new();
+    if config.get("ensure_weight_tying").and_then(Value::as_bool) != Some(true) {
+        return Ok(copies);
+    }
+    for table in sites.iter() {
+        for head in heads(sites, table) {
+            for (name, copy, turned) in [
+                ("weight", "weight", false),
+                ("lora_embedding_A", "lora_B.weight", true),
+                ("lora_embedding_B", "lora_A.weight", true),
+            ] {
+                let key = format!("base_model.model.{}.{name}", table.path);
+                let Some((_, value)) = tensors.iter().find(|(other, _)| *other == key) else { continue };
+                let value = if turned { value.t()? } else { value.clone() };
+                copies.push((format!("base_model.model.{}.{copy}", head.path), value));
+            }
+        }
+    }
+    Ok(copies)
+}
+
+/// Takes the second copies out of the tensors of a file.
+///
+/// # Errors
+/// One that is not equal to the first: which of the two is meant cannot be told.
+pub(crate) fn without_copies(mut tensors: Named, config: &Value, sites: &Sites) -> Result<Named> {
+    let Some(config) = config.as_object() else { return Ok(tensors) };
+    let mut wrong = Vec::new();
+    for (key, expected) in copies(config, &tensors, sites)? {
+        let Some(at) = tensors.iter().position(|(name, _)| *name == key) else { continue };
+        let (_, found) = tensors.remove(at);
+        if !equal(&found, &expected)? {
+            wrong.push(format!(
+                "{key}: expected what the table has (`ensure_weight_tying`: the head's factors are the table's, \
+                 transposed), found other values; set it to false if the two are meant to differ"
+            ));
+        }
+    }
+    if wrong.is_empty() { Ok(tensors) } else { Err(Error::Mismatch(wrong)) }
+}
+
+fn equal(a: &Tensor, b: &Tensor) -> Result<bool> {
+    Ok(a.shape() == b.shape() && a.to_vec()? == b.to_vec()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use engraft_nn::{Embedding, Linear, Targets};
+    use engraft_tensor::testing::{close, sample};
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::{chosen, rows_of, toy};
+    use crate::{attach, load_adapter, save_adapter};
+
+    #[test]
+    fn a_tied_head_follows_its_table_and_other_values_are_refused() {
+        let (sites, info) = toy();
+        let mut sites = Arc::try_unwrap(sites).ok().unwrap();
+        let table = sample(&[11, 6], 8);
+        let precision = Some(engraft_tensor::frozen::Precision::F32);
+        let weight = Arc::new(engraft_nn::Weight::table(rows_of(&table), precision));
+        let names = ("model.embed_tokens", "model.embed_tokens");
+        Embedding::declare(&mut sites, names, Role::Embed, weight.clone());
+        let head = ("lm_head", "model.embed_tokens.weight");
+        Linear::declare_named(&mut sites, head, Role::Head, None, weight, None);
+        let sites = Arc::new(sites);
+        let methods =
+            [(chosen("lora", json!({ "init": "random" })).0, Some(Targets::names(["embed_tokens"])))];
+        let a = attach(&methods, &[], &sites, &info, 1).unwrap();
+        let (mut config, mut tensors) = save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        config["ensure_weight_tying"] = true.into();
+        let of = |tensors: &Named, end: &str| {
+            tensors.iter().find(|(key, _)| key.ends_with(end)).map(|(_, value)| value.clone()).unwrap()
+        };
+        let turned = of(&tensors, "lora_embedding_B").t().unwrap();
+        tensors.push(("base_model.model.lm_head.lora_A.weight".into(), turned.clone()));
+        let loaded = load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
+        let (found, saved) = save_adapter(&loaded.adapter, &loaded.methods, &[], "b", &sites, &info).unwrap();
+        assert_eq!(found["ensure_weight_tying"], true);
+        close(&of(&saved, "lm_head.lora_A.weight"), &turned, 0.0);
+        close(&of(&saved, "lm_head.lora_B.weight"), &of(&saved, "lora_embedding_A").t().unwrap(), 0.0);
+        let last = tensors.len() - 1;
+        tensors[last].1 = turned.scale(2.0).unwrap();
+        let error = load_adapter(&config, tensors, &sites, &info).err().unwrap().to_string();
+        assert!(error.starts_with("base_model.model.lm_head.lora_A.weight: expected"), "{error}");
+    }
+}
