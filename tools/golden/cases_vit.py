@@ -29,6 +29,9 @@ TABLE = [
     lora("dinov2", "size", "stretched positions", side="_size", target_modules=["q_proj", "v_proj"], **SAVED),
     lora("dinov2_swiglu", None, "gate and up apart, although the file of the model joins them",
          target_modules=["gate_proj", "up_proj", "down_proj", "v_proj"], **SAVED),
+    lora("post_vit", None, "post-norm, no class token", target_modules=["fc1", "fc2"], **SAVED),
+    lora("post_vit", "bias_all", "every bias, that of the fused projection too", bias="all", target_modules=["fc2"]),
+    lora("post_vit_grey", "saved", "a projection of flat kernels trained whole", target_modules=["fc1"], modules_to_save=["patch_embed.proj", "classifier"]),
     ia3("vit", None, "keys, values and the feed-forward", target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"], **SAVED),
     ia3("dinov2", None, "keys, values and the feed-forward", target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
 ]

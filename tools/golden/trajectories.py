@@ -53,6 +53,8 @@ TABLE = {
     "vit__bitfit": ("vit", "images", {}, "bitfit", {}),
     "vit__head": ("vit", "images", {}, "head", {}),
     "dinov2__lora": ("dinov2", "images", {}, "lora", dict(LORA, target_modules=["fc1", "k_proj"], modules_to_save=["classifier"])),
+    "post_vit__lora": ("post_vit", "images", {}, "lora", dict(LORA, target_modules=["fc1", "fc2"], modules_to_save=["classifier"])),
+    "post_vit__bitfit": ("post_vit", "images", {}, "bitfit", {}),
 }
 
 

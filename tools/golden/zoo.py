@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 
 import zoo_gpt2
+import zoo_post_vit
 import zoo_t5
 import zoo_vit
 from common import INPUTS, MODELS, PAD, forward_both, fresh, rng, write_json, write_logits, write_tensors
@@ -68,7 +69,7 @@ MODELS_TABLE = {
     "roberta": spec("RobertaForSequenceClassification", dict(ROBERTA, num_labels=3)),
     "roberta_token": spec("RobertaForTokenClassification", dict(ROBERTA, num_labels=4)),
     "roberta_mlm": spec("RobertaForMaskedLM", ROBERTA),
-    **zoo_gpt2.TABLE, **zoo_t5.TABLE, **zoo_vit.TABLE,
+    **zoo_gpt2.TABLE, **zoo_t5.TABLE, **zoo_vit.TABLE, **zoo_post_vit.TABLE,
 }
 
 
@@ -114,9 +115,14 @@ def rewrite_old(path):
     write_json(path, c)
 
 
+def class_of(s):
+    """The class of `transformers`, or the transcription that stands for one."""
+    return s.get("transcription") or getattr(tf, s["cls"])
+
+
 def build(name):
     s = MODELS_TABLE[name]
-    cls = getattr(tf, s["cls"])
+    cls = class_of(s)
     settings = dict(s["settings"])
     if "rope_parameters" in settings:
         settings.pop("rope_theta")
@@ -142,7 +148,7 @@ def build(name):
 def load(name):
     """The checkpoint in f32, with plain attention."""
     s = MODELS_TABLE[name]
-    return getattr(tf, s["cls"]).from_pretrained(MODELS / name, dtype=torch.float32, attn_implementation="eager").eval()
+    return class_of(s).from_pretrained(MODELS / name, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def batch(name, side, length=None):

@@ -113,7 +113,7 @@ fn build(
     c.finish()?;
     r.rename(OLDER);
     let at = |name: &str| format!("{}{name}", architecture.path(head.task));
-    let patches = Patches::build(&at("embeddings"), &["cls_token"], &s, r)?;
+    let patches = Patches::embeddings(&at("embeddings"), &["cls_token"], &s, r)?;
     let block = |i: usize| Ok(Arc::new(Layer::build(i, &at(&format!("encoder.layer.{i}")), &s, inner, r)?));
     let layers = (0..s.layers).map(block).collect::<Result<_>>()?;
     let norm = r.norm(&at("layernorm"), None, s.width, s.eps, true)?;

@@ -12,6 +12,7 @@ mod llama;
 mod picture;
 mod pooling;
 mod positions;
+mod post_vit;
 mod reader;
 mod relative;
 mod rope;
@@ -72,6 +73,7 @@ pub static ARCHITECTURES: &[&Architecture] = &[
     &vit::VIT,
     &vit::DEIT,
     &dinov2::DINOV2,
+    &post_vit::POST_VIT,
 ];
 
 /// How a model is loaded.
@@ -172,9 +174,13 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<Loaded> {
     })
 }
 
-/// The architecture that `model_type` names.
+/// The architecture that `model_type` names, or that a file without it is known to be.
 fn architecture(path: &Path, config: &Value) -> Result<&'static Architecture> {
     let found = config.get("model_type").and_then(Value::as_str);
+    let says = |(key, value): (&str, &str)| config.get(key).and_then(Value::as_str) == Some(value);
+    if config.get("model_type").is_none() && post_vit::KNOWN_BY.into_iter().all(says) {
+        return Ok(&post_vit::POST_VIT);
+    }
     if let Some(a) = ARCHITECTURES.iter().find(|a| Some(a.name) == found) {
         return Ok(a);
     }

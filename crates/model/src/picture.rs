@@ -115,21 +115,46 @@ pub(crate) struct Patches {
     width: usize,
 }
 
+/// Where the parts of [`Patches`] lie.
+pub(crate) struct PatchPaths<'a> {
+    /// The tokens before the patches, in order.
+    pub tokens: &'a [&'a str],
+    pub prompt: &'a str,
+    pub projection: &'a str,
+    pub positions: &'a str,
+    /// Whether the file holds the projection's kernels flat, [width, channels · height · width].
+    pub flat: bool,
+}
+
 impl Patches {
-    /// Declares what lies below `path`; `tokens` are the names of the tokens before the patches.
-    pub fn build(path: &str, tokens: &[&str], s: &Sizes, r: &mut Reader<'_>) -> Result<Patches> {
+    /// Declares the module `path` as `transformers` names its parts; `tokens` are the names of the tokens before the
+    /// patches.
+    pub fn embeddings(path: &str, tokens: &[&str], s: &Sizes, r: &mut Reader<'_>) -> Result<Patches> {
         let at = |name: &str| format!("{path}.{name}");
-        let token = |name: &&str| r.parameter(&at(name), Role::Embed, None, &[1, 1, s.width]);
-        let tokens: Vec<Parameter> = tokens.iter().map(token).collect::<Result<_>>()?;
-        let prompt = r.sites.add(at("prompt"), Role::Prompt, None, Kind::Prompt { width: s.width });
-        let window = [s.picture.channels, s.patch.0, s.patch.1];
-        let convolution = r.convolution(&at("patch_embeddings.projection"), s.width, window, true)?;
-        let (down, across) = s.grid();
-        let rows = tokens.len() + down * across;
-        let positions =
-            r.parameter(&at("position_embeddings"), Role::PositionEmbed, None, &[1, rows, s.width])?;
+        let tokens: Vec<String> = tokens.iter().map(|name| at(name)).collect();
+        let paths = PatchPaths {
+            tokens: &tokens.iter().map(String::as_str).collect::<Vec<_>>(),
+            prompt: &at("prompt"),
+            projection: &at("patch_embeddings.projection"),
+            positions: &at("position_embeddings"),
+            flat: false,
+        };
+        let patches = Self::build(&paths, s, r)?;
         // Only pretraining hides patches.
         r.pass_over(&at("mask_token"));
+        Ok(patches)
+    }
+
+    /// Declares the parts at their paths.
+    pub fn build(paths: &PatchPaths<'_>, s: &Sizes, r: &mut Reader<'_>) -> Result<Patches> {
+        let token = |path: &&str| r.parameter(path, Role::Embed, None, &[1, 1, s.width]);
+        let tokens: Vec<Parameter> = paths.tokens.iter().map(token).collect::<Result<_>>()?;
+        let prompt = r.sites.add(paths.prompt, Role::Prompt, None, Kind::Prompt { width: s.width });
+        let window = [s.picture.channels, s.patch.0, s.patch.1];
+        let convolution = r.convolution(paths.projection, s.width, window, paths.flat)?;
+        let (down, across) = s.grid();
+        let rows = tokens.len() + down * across;
+        let positions = r.parameter(paths.positions, Role::PositionEmbed, None, &[1, rows, s.width])?;
         Ok(Patches { tokens, prompt, convolution, positions, grid: (down, across), width: s.width })
     }
 

@@ -208,17 +208,35 @@ impl<'a> Reader<'a> {
         Ok(Linear::declare(&mut self.sites, (path, &name), role, layer, weight, Some(bias)))
     }
 
-    /// A convolution over windows [channels, height, width] that do not overlap, with or without bias.
+    /// A linear layer [out, in] whose tensors are called `path_weight` and `path_bias` (`torch.nn.MultiheadAttention`).
+    pub fn linear_underscored(
+        &mut self,
+        path: &str,
+        role: Role,
+        layer: Option<usize>,
+        shape: (usize, usize),
+    ) -> Result<Linear> {
+        let name = self.name(path);
+        let (weight_name, bias_name) = (format!("{name}_weight"), format!("{name}_bias"));
+        let weight = self.matrix(&weight_name, shape, Part::Block)?;
+        let bias = self.vector(&bias_name, shape.0)?;
+        let bias = (bias, (&*format!("{path}_bias"), &*bias_name));
+        Ok(Linear::declare_named(&mut self.sites, (path, &weight_name), role, layer, weight, Some(bias)))
+    }
+
+    /// A convolution with bias over windows [channels, height, width] that do not overlap; the file may hold its kernels
+    /// flat, [out, channels · height · width].
     pub fn convolution(
         &mut self,
         path: &str,
         out: usize,
         window: [usize; 3],
-        bias: bool,
+        flat: bool,
     ) -> Result<Convolution> {
         let (name, [channels, height, width]) = (self.name(path), window);
         let (tensor, shape) = (format!("{name}.weight"), (out, channels * height * width));
-        let weight = match self.take(&tensor, &[out, channels, height, width]) {
+        let stored = if flat { vec![shape.0, shape.1] } else { vec![out, channels, height, width] };
+        let weight = match self.take(&tensor, &stored) {
             None => Weight::table(Arc::new(Absent(shape)), None),
             Some(raw) => {
                 let rows = FileRows::flattened(&tensor, &raw, shape)?;
@@ -226,8 +244,8 @@ impl<'a> Reader<'a> {
             }
         };
         self.count(Part::Embedding, weight.bytes());
-        let bias = if bias { Some(self.vector(&format!("{name}.bias"), out)?) } else { None };
-        Ok(Convolution::declare(&mut self.sites, (path, &name), window, Arc::new(weight), bias))
+        let bias = self.vector(&format!("{name}.bias"), out)?;
+        Ok(Convolution::declare(&mut self.sites, (path, &name), window, flat, Arc::new(weight), Some(bias)))
     }
 
     /// A bare parameter of the file's `shape` (a class token, learned positions, a layer scale), seen as a vector.

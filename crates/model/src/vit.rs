@@ -104,7 +104,7 @@ fn build(
     c.finish()?;
     r.rename(OLDER);
     let at = |name: &str| format!("{}{name}", architecture.path(head.task));
-    let patches = Patches::build(&at("embeddings"), tokens, &s, r)?;
+    let patches = Patches::embeddings(&at("embeddings"), tokens, &s, r)?;
     let block =
         |i: usize| Ok(Arc::new(Layer::build(i, &at("encoder"), &at("layers"), &s, (inner, activation), r)?));
     let layers = (0..s.layers).map(block).collect::<Result<_>>()?;

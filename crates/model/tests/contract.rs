@@ -40,6 +40,8 @@ const MODELS: &[&str] = &[
     "deit_teacher",
     "dinov2",
     "dinov2_swiglu",
+    "post_vit",
+    "post_vit_grey",
 ];
 
 /// Every kind of site that a model has.

@@ -18,16 +18,22 @@ pub struct Convolution {
 
 impl Convolution {
     /// Declares the sites `path` and, with a bias, `path.bias`. `weight` is [out, channels · height · width], for a
-    /// `window` [channels, height, width]; `tensor` is the module's name in the model's files.
+    /// `window` [channels, height, width]; `tensor` is the module's name in the model's files. Where these hold the
+    /// kernels `flat`, the module is a linear layer on windows, and its patches have that form.
     pub fn declare(
         sites: &mut Sites,
         (path, tensor): (&str, &str),
         window: [usize; 3],
+        flat: bool,
         weight: Arc<Weight>,
         bias: Option<Tensor>,
     ) -> Convolution {
         let role = Role::PatchEmbed;
-        let matrix = Linear::declare_convolution(sites, (path, tensor), role, window, weight, bias);
+        let matrix = if flat {
+            Linear::declare(sites, (path, tensor), role, None, weight, bias)
+        } else {
+            Linear::declare_convolution(sites, (path, tensor), role, window, weight, bias)
+        };
         Convolution { matrix, window }
     }
 

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::decode::{Alpha, SIDE_MAX};
 use super::processor::{Processor, Size};
@@ -103,14 +103,16 @@ const READ: [&str; 11] = [
 ];
 
 impl Processor {
-    /// The processor of the model in `dir`; `None` when it has no `preprocessor_config.json`.
+    /// The processor of the model in `dir`; `None` when it has no `preprocessor_config.json`, and `config.json`, which is
+    /// `config`, does not have its keys.
     ///
     /// # Errors
     /// A file that cannot be read, and as [`Processor::from_json`].
-    pub fn open(dir: &Path, model: PictureModel) -> Result<Option<Processor>> {
+    pub fn open(dir: &Path, config: &Value, model: PictureModel) -> Result<Option<Processor>> {
         let path = dir.join(FILE);
         if !path.exists() {
-            return Ok(None);
+            let place = dir.join("config.json").display().to_string();
+            return within_config(config).map(|s| Self::from_json(&place, &s, model)).transpose();
         }
         let bytes = read_limited(&path, BYTES_MAX, "check that this is the model's own file")?;
         let place = path.display().to_string();
@@ -139,6 +141,22 @@ impl Processor {
             false => fail(reader.problems),
         }
     }
+}
+
+/// The settings in a `config.json` that gives `image_mean` itself, as small models outside `transformers` do: pictures of
+/// `image_size`, normalised.
+fn within_config(config: &Value) -> Option<Value> {
+    let mean = config.get("image_mean")?;
+    let mut settings = json!({
+        "image_processor_type": "ViTImageProcessor",
+        "image_mean": mean,
+        "image_std": config.get("image_std"),
+    });
+    settings["size"] = match config.get("image_size")? {
+        Value::Array(sides) if sides.len() == 2 => json!({"height": sides[0], "width": sides[1]}),
+        side => side.clone(),
+    };
+    Some(settings)
 }
 
 /// The class that the file names, else that of the model.

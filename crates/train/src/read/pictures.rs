@@ -68,7 +68,7 @@ impl Reading<'_> {
             model_type: config.get("model_type").and_then(Value::as_str).unwrap_or_default(),
             channels: config.get("num_channels").and_then(Value::as_u64).unwrap_or(3) as usize,
         };
-        Processor::open(dir, model)?.ok_or_else(|| {
+        Processor::open(dir, config, model)?.ok_or_else(|| {
             Error::Setup(format!(
                 "{} holds no preprocessor_config.json, which says how pictures are made into numbers; take it from where the \
                  model came from",
