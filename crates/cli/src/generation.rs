@@ -1,15 +1,19 @@
 //! Token by token: what is given once, then one token a forward, with keys and values kept.
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use engraft_data::{DecodeStream, Tokenizer};
 use engraft_nn::{Inputs, KvCache, Layout, Task};
+use engraft_store::{Limits, read_config};
 use engraft_tensor::{Tensor, no_grad};
 use serde_json::Value;
 
+use crate::beam::{Search, search};
 use crate::engine::Engine;
 use crate::failure::{Failure, Outcome};
-use crate::sampling::Sampler;
+use crate::sampling::{Choice, Sampler};
 
 /// Why generation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,6 +140,78 @@ pub fn generate(
     Ok(End::Length)
 }
 
+/// How a whole text is written.
+#[derive(Clone, Copy, Debug)]
+pub struct Writing {
+    /// Most tokens.
+    pub most: usize,
+    /// A beam search, or none to take the most probable token each time.
+    pub by: Option<Search>,
+}
+
+/// A text that was written.
+pub struct Written {
+    /// Without the token that ends it.
+    pub text: String,
+    /// Number of tokens, that one aside.
+    pub tokens: usize,
+    /// Why it ends.
+    pub end: End,
+    /// That of a beam search.
+    pub score: Option<f64>,
+}
+
+/// The most probable text after `prompt`.
+///
+/// # Errors
+/// As [`generate`].
+pub fn write(
+    engine: &Engine,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    writing: Writing,
+    ends: &HashSet<u32>,
+) -> Outcome<Written> {
+    let mut tokens = Vec::new();
+    let (end, score) = match writing.by {
+        None => {
+            let mut sampler = Sampler::new(Choice { temperature: 0.0, top_k: 0, top_p: 1.0 }, 0);
+            let end = generate(engine, prompt, writing.most, ends, &mut sampler, &mut |id| {
+                tokens.push(id);
+                Ok(true)
+            })?;
+            (end, None)
+        }
+        Some(by) => {
+            let found = search(engine, prompt, writing.most, ends, by)?;
+            let Some(best) = found.into_iter().next() else {
+                return Err(Failure::running("the search found no text; raise --max-tokens"));
+            };
+            tokens = best.tokens;
+            let ended = tokens.last().is_some_and(|id| ends.contains(id));
+            tokens.truncate(tokens.len() - usize::from(ended));
+            (if ended { End::Eos } else { End::Length }, Some(best.score))
+        }
+    };
+    let mut stream = answer_stream(engine, tokenizer, prompt)?;
+    let mut text = String::new();
+    for id in &tokens {
+        text.push_str(&stream.push(*id)?);
+    }
+    text.push_str(&stream.finish()?);
+    Ok(Written { text, tokens: tokens.len(), end, score })
+}
+
+/// Tokens to text as they come. An encoder–decoder model's answer does not go on from its prompt.
+pub fn answer_stream<'t>(
+    engine: &Engine,
+    tokenizer: &'t Tokenizer,
+    prompt: &[u32],
+) -> Outcome<DecodeStream<'t>> {
+    let stream = tokenizer.stream(true);
+    Ok(if engine.model.info().task == Task::CausalLm { stream.after(prompt)? } else { stream })
+}
+
 fn check(engine: &Engine, prompt: &[u32]) -> Outcome {
     let info = engine.model.info();
     if !matches!(info.task, Task::CausalLm | Task::Seq2Seq) {
@@ -167,8 +243,16 @@ fn start_token(engine: &Engine) -> Outcome<u32> {
     })
 }
 
-/// The tokens that end a text: `eos_token_id` of `generation_config.json`, of `config.json`, and the tokenizer's.
-pub fn end_tokens(generation_config: Option<&Value>, config: &Value, tokenizer: Option<u32>) -> HashSet<u32> {
+/// The tokens that end the texts of the model in `dir`.
+pub fn ends_of(dir: &Path, tokenizer: &Tokenizer, limits: &Limits) -> engraft_store::Result<HashSet<u32>> {
+    let path = dir.join("generation_config.json");
+    let of_generation = if path.is_file() { Some(read_config(&path, limits)?) } else { None };
+    let config = read_config(&dir.join("config.json"), limits)?;
+    Ok(end_tokens(of_generation.as_ref(), &config, tokenizer.eos_id()))
+}
+
+/// `eos_token_id` of `generation_config.json`, of `config.json`, and the tokenizer's.
+fn end_tokens(generation_config: Option<&Value>, config: &Value, tokenizer: Option<u32>) -> HashSet<u32> {
     let listed = |value: Option<&Value>| -> Vec<u32> {
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         match value.and_then(|value| value.get("eos_token_id")) {

@@ -3,6 +3,7 @@
 //! Results go to standard output, everything else to standard error. This is the only crate that prints and the only
 //! one that reads the environment.
 
+mod answers;
 mod beam;
 mod commands;
 mod context;

@@ -3,17 +3,22 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use engraft_nn::Task;
 use engraft_recipe::Recipe;
 use engraft_report::{Align, Table, human};
-use engraft_store::read_config;
+use engraft_store::{read_config, write_atomic};
 use engraft_train::{Evaluation, Session, evaluate, model_labels};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::train::open;
+use crate::answers::{Question, answers, lines, questions, scores};
+use crate::beam::Search;
 use crate::context::Context;
-use crate::engine::{Dtype, Quantize};
+use crate::engine::{Dtype, Engine, Quantize};
 use crate::failure::{BeforeWork, Failure, Outcome, code};
 use crate::gate::Gate;
+use crate::generation::{Writing, ends_of};
 use crate::recipes::{file_of, read};
 use crate::specs::method_specs;
 
@@ -26,6 +31,7 @@ Examples:
   engraft eval --model DIR --adapter runs/a/adapter --data test.csv \\
       --format csv --task sequence-classification
   engraft eval runs/quickstart --json --fail-if 'accuracy < 0.9'
+  engraft eval runs/e2e --generate --beams 4 --save answers.jsonl
 
 A run is scored with its adapter on its evaluation data.")]
 pub struct Args {
@@ -59,12 +65,34 @@ pub struct Args {
     /// Sets a value of the recipe, such as data.max_length=128 or data.columns.label=intent
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    #[command(flatten)]
+    texts: Texts,
     /// Ends with exit code 3 if this holds, such as 'accuracy < 0.9'; may be given several times
     #[arg(long, value_name = "CONDITION")]
     fail_if: Vec<Gate>,
     /// Prints JSON
     #[arg(long)]
     json: bool,
+}
+
+/// How texts are written and scored.
+#[derive(clap::Args)]
+struct Texts {
+    /// Lets the model answer every prompt of the data and adds bleu, rouge and exact_match
+    #[arg(long)]
+    generate: bool,
+    /// Keeps the N most probable texts at every step; 1 takes the most probable token each time
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "generate", value_parser = clap::value_parser!(u64).range(1..=64))]
+    beams: u64,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 128, requires = "generate", value_parser = clap::value_parser!(u64).range(1..))]
+    max_tokens: u64,
+    /// Answers only the first N prompts
+    #[arg(long, value_name = "N", requires = "generate", value_parser = clap::value_parser!(u64).range(1..))]
+    prompts: Option<u64>,
+    /// Writes prompts, texts and the answers of the data as JSON lines
+    #[arg(long, value_name = "FILE", requires = "generate")]
+    save: Option<PathBuf>,
 }
 
 /// Evaluates, prints, and judges the gates.
@@ -79,9 +107,14 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     for name in session.new_tensors.iter().filter(|_| !with_adapter) {
         cx.ui.note(&format!("{name} is not in the model's files and starts at random"));
     }
+    let questions = if args.texts.generate { Some(asked(&args.texts, &session, cx)?) } else { None };
+    let task = session.model.info().task;
     let found = score(&session, with_adapter, cx)?;
     let mut metrics = found.metrics.clone();
     metrics.insert("loss".into(), found.loss);
+    if let Some(questions) = questions {
+        metrics.extend(answered(&args.texts, questions, session, with_adapter, cx)?);
+    }
     let mut failed = Vec::new();
     for gate in &args.fail_if {
         if gate.fails(&metrics)? {
@@ -89,7 +122,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         }
     }
     if args.json {
-        cx.ui.json(object(&session, &metrics, found.labels, &failed));
+        cx.ui.json(object(task, &metrics, found.labels, &failed));
     } else {
         cx.ui.print(&table(&metrics, found.labels, cx.ui.width()));
         failed.iter().for_each(|gate| cx.ui.error(&format!("the gate was not met: {gate}")));
@@ -99,16 +132,84 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
 
 fn score(session: &Session, with_adapter: bool, cx: &Context) -> Outcome<Evaluation> {
     let Some(data) = &session.eval else { return Err(Failure::before_work("there are no evaluation data")) };
-    let bar = match cx.ui.is_terminal() {
-        true => indicatif::ProgressBar::new(0),
-        false => indicatif::ProgressBar::hidden(),
-    };
+    let bar = bar(cx);
     let found = evaluate(&session.evaluated(with_adapter)?, data, &mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     });
     bar.finish_and_clear();
     Ok(found?)
+}
+
+fn bar(cx: &Context) -> ProgressBar {
+    if cx.ui.is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() }
+}
+
+/// The prompts of the evaluation data.
+fn asked(texts: &Texts, session: &Session, cx: &Context) -> Outcome<Vec<Question>> {
+    let task = session.model.info().task;
+    if !matches!(task, Task::CausalLm | Task::Seq2Seq) {
+        return Err(Failure::before_work(format!(
+            "--generate needs a model that writes text, not {}",
+            task.name()
+        )));
+    }
+    let (Some(data), Some(tokenizer)) = (&session.eval, &session.tokenizer) else {
+        let message = "--generate needs the model's tokenizer.json, which turns tokens into text";
+        return Err(Failure::before_work(message));
+    };
+    let ends = ends_of(&session.model_dir, tokenizer, &cx.limits).before_work()?;
+    let mut found = questions(data, tokenizer, &ends)?;
+    if found.is_empty() {
+        let message = "--generate needs evaluation data with prompts and answers (columns prompt and completion, alpaca, \
+                       chats); these hold text alone";
+        return Err(Failure::before_work(message));
+    }
+    let longest = found.iter().map(|question| question.prompt.len()).max().unwrap_or(0);
+    let limit = session.model.info().max_positions;
+    if task == Task::CausalLm && longest + texts.max_tokens as usize > limit {
+        let message = format!(
+            "the longest prompt has {longest} tokens and the model was made for {limit}: with --max-tokens {} there is no room; \
+             give less, or set data.max_length",
+            texts.max_tokens
+        );
+        return Err(Failure::before_work(message));
+    }
+    found.truncate(texts.prompts.map_or(usize::MAX, |n| n as usize));
+    Ok(found)
+}
+
+/// The scores of the model's own answers.
+fn answered(
+    texts: &Texts,
+    questions: Vec<Question>,
+    session: Session,
+    with_adapter: bool,
+    cx: &Context,
+) -> Outcome<BTreeMap<String, f64>> {
+    let Some(tokenizer) = &session.tokenizer else { return Ok(BTreeMap::new()) };
+    let config = read_config(&session.model_dir.join("config.json"), &cx.limits).before_work()?;
+    let ends = ends_of(&session.model_dir, tokenizer, &cx.limits).before_work()?;
+    let engine = Engine {
+        dir: session.model_dir,
+        config,
+        model: session.model,
+        adapter: with_adapter.then_some(session.adapter),
+        methods: if with_adapter { session.methods } else { Vec::new() },
+        labels: None,
+    };
+    let by = Search { beams: texts.beams as usize, length_penalty: 1.0, early_stopping: false };
+    let writing = Writing { most: texts.max_tokens as usize, by: (texts.beams > 1).then_some(by) };
+    let bar = bar(cx);
+    let found = answers(&engine, tokenizer, questions, writing, &ends, &mut |done, total| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    if let Some(path) = &texts.save {
+        write_atomic(path, lines(&found, tokenizer)?.as_bytes())?;
+    }
+    Ok(scores(&found))
 }
 
 /// The recipe to open, and whether its adapter takes part.
@@ -226,8 +327,8 @@ fn table(metrics: &BTreeMap<String, f64>, labels: u64, width: usize) -> String {
     table.render(width)
 }
 
-fn object(session: &Session, metrics: &BTreeMap<String, f64>, labels: u64, failed: &[&str]) -> Value {
-    json!({ "task": session.model.info().task.name(), "labels": labels, "metrics": metrics, "failed": failed })
+fn object(task: Task, metrics: &BTreeMap<String, f64>, labels: u64, failed: &[&str]) -> Value {
+    json!({ "task": task.name(), "labels": labels, "metrics": metrics, "failed": failed })
 }
 
 #[cfg(test)]

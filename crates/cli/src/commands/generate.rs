@@ -2,20 +2,18 @@
 
 use std::collections::HashSet;
 use std::io::Read;
-use std::path::Path;
 use std::time::Instant;
 
-use engraft_data::{ChatTemplate, DecodeStream, Message, Tokenizer, encode_prompt};
+use engraft_data::{ChatTemplate, Message, Tokenizer, encode_prompt};
 use engraft_nn::Task;
 use engraft_report::human;
-use engraft_store::read_config;
 use serde_json::json;
 
-use crate::beam::{Search, search};
+use crate::beam::Search;
 use crate::context::Context;
 use crate::engine::{Engine, ModelArgs};
 use crate::failure::{BeforeWork, Failure, Outcome};
-use crate::generation::{End, end_tokens, generate};
+use crate::generation::{End, Writing, answer_stream, ends_of, generate, write};
 use crate::sampling::{Choice, Sampler};
 use crate::stops::Stops;
 
@@ -98,7 +96,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let tokenizer = Tokenizer::open(&engine.dir).before_work()?;
     let prompt = encode(args, &tokenizer, &text, cx).before_work()?;
     let most = room(args, &engine, prompt.len(), cx)?;
-    let ends = ends(&engine, &tokenizer, cx).before_work()?;
+    let ends = ends_of(&engine.dir, &tokenizer, &cx.limits).before_work()?;
     if args.beams > 1 {
         return by_beams(args, &engine, &tokenizer, &prompt, most, &ends, cx);
     }
@@ -143,12 +141,6 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     Ok(())
 }
 
-/// Tokens to text as they come. An encoder–decoder model's answer does not go on from its prompt.
-fn answer_stream<'t>(engine: &Engine, tokenizer: &'t Tokenizer, prompt: &[u32]) -> Outcome<DecodeStream<'t>> {
-    let stream = tokenizer.stream(true);
-    Ok(if engine.model.info().task == Task::CausalLm { stream.after(prompt)? } else { stream })
-}
-
 /// The best text of a beam search, shown when it is found.
 fn by_beams(
     args: &Args,
@@ -165,36 +157,27 @@ fn by_beams(
         early_stopping: args.early_stopping,
     };
     let started = Instant::now();
-    let found = search(engine, prompt, most, ends, by)?;
-    let Some(best) = found.first() else {
-        return Err(Failure::running("the search found no text; raise --max-tokens"));
-    };
-    let end = if best.tokens.last().is_some_and(|id| ends.contains(id)) { End::Eos } else { End::Length };
-    let written = best.tokens.len() - usize::from(end == End::Eos);
-    let mut stream = answer_stream(engine, tokenizer, prompt)?;
-    let mut text = String::new();
-    for id in &best.tokens[..written] {
-        text.push_str(&stream.push(*id)?);
-    }
-    text.push_str(&stream.finish()?);
+    let found = write(engine, tokenizer, prompt, Writing { most, by: Some(by) }, ends)?;
     let mut stops = Stops::new(&args.stop);
-    let (mut shown, stopped) = stops.push(&text);
+    let (mut shown, stopped) = stops.push(&found.text);
     if !stopped {
         shown.push_str(&stops.finish());
     }
     let seconds = started.elapsed().as_secs_f64();
+    let (written, score) = (found.tokens, found.score);
     if args.json {
-        let end = if stopped { End::Stop } else { end };
+        let end = if stopped { End::Stop } else { found.end };
         cx.ui.json(json!({
             "text": shown, "end": end.name(), "prompt_tokens": prompt.len(), "tokens": written, "seconds": seconds,
-            "score": best.score,
+            "score": score,
         }));
         return Ok(());
     }
     cx.ui.stream(&shown);
     cx.ui.stream("\n");
     let counts = format!("{} prompt tokens, {written} written", prompt.len());
-    cx.ui.say(&format!("{counts}, score {:.4}, {}", best.score, human::duration(seconds)));
+    let score = score.map_or(String::new(), |score| format!(", score {score:.4}"));
+    cx.ui.say(&format!("{counts}{score}, {}", human::duration(seconds)));
     Ok(())
 }
 
@@ -244,10 +227,4 @@ fn room(args: &Args, engine: &Engine, prompt: usize, cx: &Context) -> Outcome<us
         cx.ui.note(&format!("the model was made for {limit} tokens: at most {left} are written"));
     }
     Ok(left.min(args.max_tokens))
-}
-
-fn ends(engine: &Engine, tokenizer: &Tokenizer, cx: &Context) -> Outcome<HashSet<u32>> {
-    let path: &Path = &engine.dir.join("generation_config.json");
-    let config = if path.is_file() { Some(read_config(path, &cx.limits)?) } else { None };
-    Ok(end_tokens(config.as_ref(), &engine.config, tokenizer.eos_id()))
 }
