@@ -119,7 +119,7 @@ def main():
     m.set_defaults(run=make)
     t = commands.add_parser("train")
     t.add_argument("--base", required=True)
-    t.add_argument("--epochs", type=int, default=8)
+    t.add_argument("--epochs", type=int, default=6)
     t.add_argument("--batch", type=int, default=32)
     t.add_argument("--learning-rate", type=float, default=3e-3)
     t.add_argument("--seed", type=int, default=0)

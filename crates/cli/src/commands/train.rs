@@ -7,6 +7,7 @@ use engraft_recipe::{Dtype, Recipe};
 use engraft_report::human;
 use engraft_store::run::RunDir;
 use engraft_train::{Evaluation, NotFinite, RunOptions, Session, SessionOptions, Status};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use crate::context::Context;
@@ -63,6 +64,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     }
     let session = open(&recipe, cx)?;
     introduce(&session, cx);
+    check_pictures(&session, cx)?;
     if args.check {
         return check(session, &out, cx);
     }
@@ -146,6 +148,21 @@ fn introduce(session: &Session, cx: &Context) {
     for name in &session.new_tensors {
         cx.ui.reason(&format!("note: {name} is not in the model's files and starts at random"));
     }
+}
+
+/// Decodes every picture file once, so that a damaged one does not end the run hours later.
+fn check_pictures(session: &Session, cx: &Context) -> Outcome {
+    let parts = [&session.train.images, &session.eval.as_ref().and_then(|eval| eval.images.clone())];
+    let bar = if cx.ui.is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    bar.set_message("checking pictures");
+    let checked = parts.into_iter().flatten().try_for_each(|images| {
+        images.check(&mut |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        })
+    });
+    bar.finish_and_clear();
+    checked.before_work()
 }
 
 /// Two steps of everything, in a directory that goes away again, where the run itself would be written.
@@ -240,9 +257,8 @@ fn finish(args: &Args, session: &Session, outcome: &engraft_train::Outcome, cx: 
         return;
     }
     let task = session.model.info().task;
-    let classes = matches!(task.name(), "sequence-classification" | "token-classification");
     let mut parts = vec![outcome.status.name().to_owned(), human::duration(outcome.seconds)];
-    parts.extend(headline(outcome.before.as_ref(), outcome.after.as_ref(), classes));
+    parts.extend(headline(outcome.before.as_ref(), outcome.after.as_ref(), task.is_classification()));
     if outcome.before.is_none() {
         parts.push(format!("mean loss {}", human::number(outcome.mean_loss, 4)));
     }
@@ -264,7 +280,7 @@ fn finish(args: &Args, session: &Session, outcome: &engraft_train::Outcome, cx: 
     }
     let run = adapter.parent().unwrap_or(adapter);
     let next = match task.name() {
-        "causal-lm" => format!(
+        "causal-lm" | "seq2seq" => format!(
             "engraft generate --model {} --adapter {} --prompt '…'",
             shell(&session.plan.model),
             shell(&adapter.to_string_lossy())
