@@ -2,6 +2,9 @@
 
 mod matmul;
 mod peer;
+mod step;
+
+use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
@@ -16,10 +19,22 @@ struct Args {
 enum Command {
     /// Products with a frozen matrix, beside PyTorch's F.linear
     Matmul(matmul::Args),
+    /// Training steps, beside peft
+    Step(step::Args),
+    /// The engine's side of `step`
+    #[command(hide = true)]
+    Engine { recipe: PathBuf, examples: PathBuf, threads: usize },
 }
 
 fn main() -> anyhow::Result<()> {
     match Args::parse().command {
         Command::Matmul(args) => matmul::run(&args),
+        Command::Step(args) => step::run(&args),
+        Command::Engine { recipe, examples, threads } => step::answer(&recipe, &examples, threads),
     }
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -11,6 +11,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde::Serialize;
 use serde_json::json;
 
+use crate::median;
 use crate::peer::Peer;
 
 /// `(rows, out, in)` of the linears in a training step.
@@ -162,11 +163,6 @@ fn seconds(work: impl FnOnce()) -> f64 {
     let start = Instant::now();
     work();
     start.elapsed().as_secs_f64()
-}
-
-fn median(seconds: &mut [f64]) -> f64 {
-    seconds.sort_by(f64::total_cmp);
-    seconds[seconds.len() / 2]
 }
 
 /// Values in [-1, 1), the same in every run.

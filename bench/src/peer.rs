@@ -1,5 +1,6 @@
 //! A peer: a Python program that answers a line of JSON with a line of JSON.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -18,12 +19,17 @@ impl Peer {
     /// Starts `bench/peers/<script>` and returns it with its first line, which names its version.
     pub fn start(python: &Path, script: &str) -> Result<(Peer, Value)> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers").join(script);
-        let mut child = Command::new(python)
-            .arg(&path)
+        Self::spawn(python, &[path.as_os_str()])
+    }
+
+    /// Starts `program` and returns it with its first line.
+    pub fn spawn(program: &Path, args: &[&OsStr]) -> Result<(Peer, Value)> {
+        let mut child = Command::new(program)
+            .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .with_context(|| format!("cannot start {}", python.display()))?;
+            .with_context(|| format!("cannot start {}", program.display()))?;
         let requests = child.stdin.take();
         let answers = BufReader::new(child.stdout.take().context("the peer has no output")?);
         let mut peer = Peer { child, requests, answers };

@@ -17,7 +17,6 @@ mod merge;
 mod progress;
 mod recipes;
 mod sampling;
-mod specs;
 mod stop;
 mod stops;
 mod ui;

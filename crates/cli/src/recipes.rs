@@ -7,7 +7,7 @@ use engraft_recipe::Recipe;
 use engraft_store::json::read_capped;
 
 use crate::failure::{BeforeWork, Failure, Outcome};
-use crate::specs::method_specs;
+use engraft_train::method_specs;
 
 /// Bytes of a recipe.
 const RECIPE_MAX: u64 = 1 << 20;

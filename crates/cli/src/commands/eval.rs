@@ -20,7 +20,7 @@ use crate::failure::{BeforeWork, Failure, Outcome, code};
 use crate::gate::Gate;
 use crate::generation::{Writing, ends_of};
 use crate::recipes::{file_of, read};
-use crate::specs::method_specs;
+use engraft_train::method_specs;
 
 /// Arguments.
 #[derive(clap::Args)]

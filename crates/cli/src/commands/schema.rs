@@ -2,7 +2,7 @@
 
 use crate::context::Context;
 use crate::failure::Outcome;
-use crate::specs::method_specs;
+use engraft_train::method_specs;
 
 /// Arguments.
 #[derive(clap::Args)]

@@ -1,0 +1,98 @@
+//! The engine's side of the race: a process that opens a recipe, writes its examples down for the peers, and takes steps.
+
+use std::io::{BufRead, Write, stdin, stdout};
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use engraft_data::{Example, IGNORED, Labels, TemplateOptions};
+use engraft_nn::{Kind, Role};
+use engraft_recipe::Recipe;
+use engraft_store::hub::Hub;
+use engraft_train::{Session, SessionOptions, Trainer};
+use serde_json::{Value, json};
+
+/// Answers lines like `{"steps": 2}` until the input ends.
+pub fn answer(recipe: &Path, examples: &Path, threads: usize) -> Result<()> {
+    let started = Instant::now();
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    let session = open(recipe)?;
+    if !examples.exists() {
+        std::fs::write(examples, dump(&session).to_string())?;
+    }
+    let mut trainer = Trainer::new(&session)?;
+    say(&hello(&session, started.elapsed().as_secs_f64()))?;
+    let mut number = 0;
+    for line in stdin().lock().lines() {
+        let request: Value = serde_json::from_str(&line?)?;
+        let steps = request["steps"].as_u64().context("expected steps")?;
+        let (mut tokens, mut loss) = (0, 0.0);
+        let started = Instant::now();
+        for _ in 0..steps {
+            number += 1;
+            let event = trainer.step(number)?.event;
+            (tokens, loss) = (tokens + event.tokens, event.loss);
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        let peak = engraft_store::process::peak_memory_bytes();
+        say(&json!({ "seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": loss }))?;
+    }
+    Ok(())
+}
+
+fn say(value: &Value) -> Result<()> {
+    println!("{value}");
+    Ok(stdout().flush()?)
+}
+
+fn open(recipe: &Path) -> Result<Session> {
+    let text = std::fs::read_to_string(recipe)?;
+    let parsed = Recipe::parse(&text, &recipe.to_string_lossy(), &[], &engraft_train::method_specs())?;
+    // Everything is a path here: nothing is looked up.
+    let mut hub = Hub::new("hub".into());
+    hub.offline = true;
+    let mut options = SessionOptions {
+        hub: &hub,
+        progress: &mut |_| {},
+        working_dir: std::env::current_dir()?,
+        limits: Default::default(),
+        templates: TemplateOptions::default(),
+    };
+    Ok(Session::open(&parsed, &mut options)?)
+}
+
+/// Tokens and labels of every example.
+fn dump(session: &Session) -> Value {
+    let one = |example: &Example| match &example.labels {
+        Labels::Class(class) => json!({ "ids": example.ids, "label": class }),
+        Labels::Tokens(labels) => json!({ "ids": example.ids, "labels": labels }),
+        _ => Value::Null,
+    };
+    Value::Array(session.train.examples.iter().map(one).collect())
+}
+
+/// What the count of operations needs.
+fn hello(session: &Session, seconds: f64) -> Value {
+    let info = session.model.info();
+    let weights = |head: bool| -> usize {
+        let sites = session
+            .model
+            .sites()
+            .iter()
+            .filter(|site| (site.role == Role::Head) == head && site.role != Role::Pool);
+        sites.map(|site| if let Kind::Linear { out, inn, .. } = site.kind { out * inn } else { 0 }).sum()
+    };
+    let lengths: Vec<f64> = session.train.examples.iter().map(|e| e.ids.len() as f64).collect();
+    let tokens: f64 = lengths.iter().sum();
+    let labelled = |example: &Example| match &example.labels {
+        Labels::Tokens(labels) => labels.iter().filter(|label| **label != IGNORED).count(),
+        _ => 1,
+    };
+    let labelled: usize = session.train.examples.iter().map(labelled).sum();
+    json!({
+        "seconds": seconds, "block_weights": weights(false), "head_weights": weights(true), "width": info.width,
+        "layers": info.layers, "labelled_share": labelled as f64 / tokens,
+        // A token sees as many others as its own row has.
+        "mean_length": lengths.iter().map(|length| length * length).sum::<f64>() / tokens,
+    })
+}
