@@ -6,7 +6,7 @@ use std::sync::Arc;
 use engraft_method::Chosen;
 use engraft_model::LoadOptions;
 use engraft_nn::weight::Storage;
-use engraft_nn::{Adapter, Inputs, KvCache, Model, Output, Pass, Patch, Task};
+use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Patch, Task};
 use engraft_store::{AdapterFiles, read_adapter};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
@@ -128,13 +128,18 @@ impl Engine {
         no_grad(|| self.model.forward(inputs, &self.pass(inputs)?))
     }
 
-    /// Tokens → features, reading and extending `cache`.
-    pub fn cached_features(
+    /// Tokens → logits after the last token of each sequence [sequences, outputs], reading and extending `cache`.
+    pub fn last_logits(
         &self,
         inputs: &Inputs,
         cache: &Arc<std::sync::Mutex<KvCache>>,
-    ) -> engraft_nn::Result<Output> {
-        no_grad(|| self.model.features(inputs, &self.pass(inputs)?.cached(cache.clone())))
+    ) -> engraft_nn::Result<Tensor> {
+        no_grad(|| {
+            let out = self.model.features(inputs, &self.pass(inputs)?.cached(cache.clone()))?;
+            let lasts: Vec<i64> = out.pass.layout().sequences().iter().map(|s| s.end as i64 - 1).collect();
+            let rows = out.features.gather(&Tensor::from_i64(lasts.clone(), [lasts.len()])?)?;
+            self.model.logits(&rows, &out.pass.select(&lasts)?)
+        })
     }
 
     /// The pass of all sequences with the adapter, what its methods prepare included.

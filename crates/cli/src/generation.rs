@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use engraft_data::{DecodeStream, Tokenizer};
 use engraft_nn::{Inputs, KvCache, Layout, Task};
 use engraft_store::{Limits, read_config};
-use engraft_tensor::{Tensor, no_grad};
+use engraft_tensor::Tensor;
 use serde_json::Value;
 
 use crate::beam::{Search, search};
@@ -87,12 +87,8 @@ impl<'a> Decoding<'a> {
                 Inputs::tokens(copies, None, Layout::counted(&lengths)?).with_target(tokens, layout)
             }
         };
-        let out = self.engine.cached_features(&inputs, &self.cache)?;
-        let lasts: Vec<i64> = out.pass.layout().sequences().iter().map(|s| s.end as i64 - 1).collect();
-        let logits = no_grad(|| {
-            let rows = out.features.gather(&Tensor::from_i64(lasts.clone(), [lasts.len()])?)?;
-            self.engine.model.logits(&rows, &out.pass.select(&lasts)?)
-        })?;
+        // On a thread of the pool, whose operations share work without waking anyone from outside.
+        let logits = rayon::scope(|_| self.engine.last_logits(&inputs, &self.cache))?;
         self.length += each;
         let values = logits.to_vec()?;
         Ok(values.chunks(logits.width()).map(<[f32]>::to_vec).collect())

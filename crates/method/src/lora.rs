@@ -426,9 +426,9 @@ impl Factors {
         Ok(matrix(&self.b)?.matmul(&matrix(&self.a)?)?.scale(self.scale)?)
     }
 
-    /// s·(x·Aᵀ)·Bᵀ.
-    fn branch(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.matmul_t(&matrix(&self.a)?)?.scale(self.scale)?.matmul_t(&matrix(&self.b)?)?)
+    /// y + s·(x·Aᵀ)·Bᵀ.
+    fn added_to(&self, y: Tensor, x: &Tensor) -> Result<Tensor> {
+        Ok(y.add_low_rank(x, &matrix(&self.a)?, &matrix(&self.b)?, self.scale)?)
     }
 }
 
@@ -449,7 +449,7 @@ impl WeightPatch for Factors {
 
     fn forward(&self, x: &Tensor, base: &dyn Base, site: &Site, cx: &Pass) -> Result<Tensor> {
         let dropped = cx.dropout(x, self.dropout, site.id, 0)?;
-        Ok(base.forward(x)?.add(&self.branch(&dropped)?)?)
+        self.added_to(base.forward(x)?, &dropped)
     }
 }
 
@@ -500,11 +500,11 @@ impl WeightPatch for Dora {
         let dropped = cx.dropout(x, self.factors.dropout, site.id, 0)?;
         let straight = base.forward(x)?;
         if self.factors.dropout == 0.0 || cx.mode() == engraft_nn::Mode::Eval {
-            return Ok(straight.add(&self.factors.branch(&dropped)?)?.mul(&gain)?);
+            return Ok(self.factors.added_to(straight, &dropped)?.mul(&gain)?);
         }
         // Dropout acts on what is added to the frozen output: (g − 1)·drop(x)·Wᵀ + g·s·(drop(x)·Aᵀ)·Bᵀ.
         let frozen = base.forward(&dropped)?;
-        let moved = frozen.add(&self.factors.branch(&dropped)?)?.mul(&gain)?.sub(&frozen)?;
+        let moved = self.factors.added_to(frozen.clone(), &dropped)?.mul(&gain)?.sub(&frozen)?;
         Ok(straight.add(&moved)?)
     }
 }

@@ -74,10 +74,12 @@ impl FrozenMatrix {
         }
     }
 
-    pub(crate) fn backward(&self, dy: &[f32], rows: usize, dx: &mut [f32]) {
+    pub(crate) fn backward(&self, dy: &[f32], rows: usize, accumulate: bool, dx: &mut [f32]) {
         match &self.0 {
-            Form::Packed(p) => p.backward(dy, rows, false, dx),
-            Form::Streamed(s, precision) => streamed_backward(s.as_ref(), *precision, dy, rows, false, dx),
+            Form::Packed(p) => p.backward(dy, rows, accumulate, dx),
+            Form::Streamed(s, precision) => {
+                streamed_backward(s.as_ref(), *precision, dy, rows, accumulate, dx);
+            }
         }
     }
 }

@@ -9,6 +9,7 @@ use std::collections::{BinaryHeap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, RwLock};
 
+use crate::device::Buffer;
 use crate::error::{Error, Result, shape_error};
 use crate::tensor::Tensor;
 
@@ -154,6 +155,28 @@ impl Sink {
             }
         }
         Ok(())
+    }
+
+    /// Adds a gradient of `shape` that `compute` makes: it is given a buffer, and whether to add to what this holds or to
+    /// overwrite it. So products add to what an input has received without a buffer and a pass of their own. Does nothing
+    /// where nobody wants the gradient.
+    pub(crate) fn grow(
+        &mut self,
+        edge: &Edge,
+        shape: &[usize],
+        compute: impl FnOnce(&mut Buffer, bool),
+    ) -> Result<()> {
+        let Some(node) = &edge.0 else { return Ok(()) };
+        if let Some(sum) = self.pending.get_mut(&node.id)
+            && sum.shape() == shape
+            && let Some(buffer) = sum.sole_buffer()
+        {
+            compute(buffer, true);
+            return Ok(());
+        }
+        let mut fresh = Buffer::f32(shape.iter().product());
+        compute(&mut fresh, false);
+        self.add(edge, Tensor::new(shape, fresh))
     }
 }
 

@@ -65,7 +65,7 @@ pub fn evaluate(
     order.sort_by_key(|&i| std::cmp::Reverse(data.examples[i].ids.len()));
     let batches: Vec<&[usize]> = order.chunks(of.batch_size.max(1)).collect();
     for (number, indices) in batches.iter().enumerate() {
-        let found = of.predict(objective, &of.pack(data, indices)?)?;
+        let found = rayon::scope(|_| of.predict(objective, &of.pack(data, indices)?))?;
         loss += found.loss;
         labels += found.predicted.len() as u64;
         found.predicted.iter().for_each(|&(label, predicted)| confusion.add(label, predicted));

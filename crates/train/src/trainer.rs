@@ -75,6 +75,11 @@ impl<'s> Trainer<'s> {
     /// # Errors
     /// [`Error::NotFinite`] where loss or gradients are not finite: nothing was updated then.
     pub fn step(&mut self, number: u64) -> Result<Stepped> {
+        // On a thread of the pool, whose operations share work without waking anyone from outside.
+        rayon::scope(|_| self.step_here(number))
+    }
+
+    fn step_here(&mut self, number: u64) -> Result<Stepped> {
         let started = Instant::now();
         let session = self.session;
         let at = Step { number, total: session.plan.steps, seed: session.plan.train.seed };

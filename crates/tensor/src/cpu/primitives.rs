@@ -268,56 +268,66 @@ pub fn scatter_add_rows(x: &[f32], index: &[i64], y: &mut [f32]) {
     }
 }
 
-/// Rows of the result per task of a large product.
-const ROWS_PER_TASK: usize = 256;
+/// Rows of the result, or columns of one that has few rows, per task of a large product.
+const PER_TASK: usize = 256;
 
-/// Batched product; large ones are cut by rows of the result, in the same places for any number of threads.
+/// A result that tasks write in disjoint parts.
+#[derive(Clone, Copy)]
+struct Parts(*mut f32);
+// SAFETY: the tasks of `matmul` write disjoint rows or columns.
+unsafe impl Send for Parts {}
+// SAFETY: as above.
+unsafe impl Sync for Parts {}
+
+/// Batched product; large ones are cut by rows or columns of the result, in the same places for any number of threads.
 pub fn matmul(p: Product, a: &[f32], b: &[f32], y: &mut [f32]) {
-    let Product { m, k, n, transpose_a, transpose_b, .. } = p;
+    let Product { batch, m, k, n, transpose_a, transpose_b, scale, accumulate } = p;
     if m * n == 0 {
         return;
     }
     if k == 0 {
-        return y.fill(0.0);
+        return if accumulate { () } else { y.fill(0.0) };
     }
+    assert!(a.len() >= batch * m * k && b.len() >= batch * k * n && y.len() >= batch * m * n);
     let (a_row, a_col) = if transpose_a { (1, m) } else { (k, 1) };
     let (b_row, b_col) = if transpose_b { (1, k) } else { (n, 1) };
-    let tasks = m.div_ceil(ROWS_PER_TASK);
-    y.par_chunks_mut(m * n).enumerate().for_each(|(batch, y)| {
-        let (a, b) = (&a[batch * m * k..(batch + 1) * m * k], &b[batch * k * n..(batch + 1) * k * n]);
-        let block = |(task, y): (usize, &mut [f32])| {
-            let rows = y.len() / n;
-            // SAFETY: the strides stay inside the slices: rows task·ROWS.. of a [m, k], all of b [k, n], and y [rows, n].
-            unsafe {
-                gemm::gemm(
-                    rows,
-                    n,
-                    k,
-                    y.as_mut_ptr(),
-                    1,
-                    n as isize,
-                    false,
-                    a.as_ptr().add(task * ROWS_PER_TASK * a_row),
-                    a_col as isize,
-                    a_row as isize,
-                    b.as_ptr(),
-                    b_col as isize,
-                    b_row as isize,
-                    0.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    gemm::Parallelism::None,
-                );
-            }
-        };
-        if tasks == 1 {
-            block((0, y));
-        } else {
-            y.par_chunks_mut(ROWS_PER_TASK * n).enumerate().for_each(block);
+    let by_rows = m > PER_TASK || n <= PER_TASK;
+    let tasks = if by_rows { m } else { n }.div_ceil(PER_TASK);
+    let target = Parts(y.as_mut_ptr());
+    let task = |number: usize| {
+        let (of, first) = (number / tasks, number % tasks * PER_TASK);
+        let (row, column) = if by_rows { (first, 0) } else { (0, first) };
+        let (rows, columns) =
+            if by_rows { (PER_TASK.min(m - row), n) } else { (m, PER_TASK.min(n - column)) };
+        // The closure takes the whole of `target`, which may be shared, not the pointer in it.
+        let Parts(y) = { target };
+        // SAFETY: the line above the closure proves that a, b and y hold `batch` matrices; the strides of rows
+        // row.. and columns column.. stay inside the one that `of` names, and no other task writes these elements.
+        unsafe {
+            gemm::gemm(
+                rows,
+                columns,
+                k,
+                y.add(of * m * n + row * n + column),
+                1,
+                n as isize,
+                accumulate,
+                a.as_ptr().add(of * m * k + row * a_row),
+                a_col as isize,
+                a_row as isize,
+                b.as_ptr().add(of * k * n + column * b_col),
+                b_col as isize,
+                b_row as isize,
+                1.0,
+                scale,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
         }
-    });
+    };
+    (0..batch * tasks).into_par_iter().with_max_len(1).for_each(task);
 }
 
 /// Softmax of rows of `width`.

@@ -71,8 +71,8 @@ impl Kernels for Cpu {
     fn frozen_forward(&self, w: &FrozenMatrix, x: &Tensor, bias: Option<&Tensor>, y: &mut Buffer) {
         w.forward(x.f32(), x.rows(), bias.map(Tensor::f32), y.as_f32_mut());
     }
-    fn frozen_backward(&self, w: &FrozenMatrix, dy: &Tensor, dx: &mut Buffer) {
-        w.backward(dy.f32(), dy.rows(), dx.as_f32_mut());
+    fn frozen_backward(&self, w: &FrozenMatrix, dy: &Tensor, accumulate: bool, dx: &mut Buffer) {
+        w.backward(dy.f32(), dy.rows(), accumulate, dx.as_f32_mut());
     }
     fn softmax(&self, x: &Tensor, y: &mut Buffer) {
         primitives::softmax(x.f32(), x.width(), y.as_f32_mut());

@@ -47,8 +47,8 @@ pub(crate) trait Kernels {
     fn matmul(&self, p: Product, a: &Tensor, b: &Tensor, y: &mut Buffer);
     /// y = x·Wᵀ + bias.
     fn frozen_forward(&self, w: &FrozenMatrix, x: &Tensor, bias: Option<&Tensor>, y: &mut Buffer);
-    /// dx = dy·W.
-    fn frozen_backward(&self, w: &FrozenMatrix, dy: &Tensor, dx: &mut Buffer);
+    /// dx = dy·W, or dx += dy·W.
+    fn frozen_backward(&self, w: &FrozenMatrix, dy: &Tensor, accumulate: bool, dx: &mut Buffer);
     /// Softmax over rows of `width`.
     fn softmax(&self, x: &Tensor, y: &mut Buffer);
     /// dx = y·(dy − Σ y·dy).

@@ -33,12 +33,7 @@ pub fn frozen_linear(x: &Tensor, w: &Arc<FrozenMatrix>, bias: Option<&Tensor>) -
         if let Some(eb) = eb.filter(|e| e.wanted()) {
             sink.add(&eb, dy.sum_to(&[out])?)?;
         }
-        if ex.wanted() {
-            let mut dx = Buffer::f32(before.iter().product());
-            cpu().frozen_backward(&w, &dy, &mut dx);
-            sink.add(&ex, Tensor::new(before, dx))?;
-        }
-        Ok(())
+        sink.grow(&ex, &before, |dx, accumulate| cpu().frozen_backward(&w, &dy, accumulate, dx))
     }))
 }
 

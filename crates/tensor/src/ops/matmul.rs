@@ -4,7 +4,7 @@ use crate::device::{Buffer, Kernels, cpu};
 use crate::error::{Result, shape_error};
 use crate::tensor::Tensor;
 
-/// y`[b]` = op(a`[b]`) · op(b`[b]`) for `batch` matrices; `m`, `k`, `n` after transposition.
+/// y`[b]` = scale · op(a`[b]`) · op(b`[b]`) for `batch` matrices, or added to y; `m`, `k`, `n` after transposition.
 #[derive(Clone, Copy, Debug)]
 pub struct Product {
     /// Number of independent products.
@@ -19,6 +19,18 @@ pub struct Product {
     pub transpose_a: bool,
     /// b is stored [n, k].
     pub transpose_b: bool,
+    /// Factor on the product.
+    pub scale: f32,
+    /// y is added to.
+    pub accumulate: bool,
+}
+
+impl Product {
+    /// a [m, k] · b [k, n], neither transposed.
+    pub(crate) fn new(m: usize, k: usize, n: usize) -> Product {
+        let (transpose_a, transpose_b) = (false, false);
+        Product { batch: 1, m, k, n, transpose_a, transpose_b, scale: 1.0, accumulate: false }
+    }
 }
 
 impl Tensor {
@@ -48,14 +60,15 @@ fn plan(a: &[usize], b: &[usize], ta: bool, tb: bool) -> Option<(Product, Vec<us
         let m = a_outer.iter().product();
         let mut shape = a_outer.to_vec();
         shape.push(n);
-        let p = Product { batch: 1, m, k: a1, n, transpose_a: ta, transpose_b: tb };
+        let p = Product { transpose_b: tb, ..Product::new(m, a1, n) };
         return (a1 == bk).then_some((p, shape));
     }
     let (&a0, a_batch) = a_outer.split_last()?;
     let (m, ak) = if ta { (a1, a0) } else { (a0, a1) };
     let mut shape = a_batch.to_vec();
     shape.extend([m, n]);
-    let p = Product { batch: a_batch.iter().product(), m, k: ak, n, transpose_a: ta, transpose_b: tb };
+    let batch = a_batch.iter().product();
+    let p = Product { batch, transpose_a: ta, transpose_b: tb, ..Product::new(m, ak, n) };
     (ak == bk && a_batch == b_batch).then_some((p, shape))
 }
 

@@ -1,7 +1,7 @@
 //! Operations on tensors, one idea a file: shape check, kernel, gradient, test.
 //!
 //! `elementwise`, `reduce`, `shape`, `gather`, `matmul` and `softmax` are the primitives from which any method can be
-//! composed; `linear`, `norm`, `rope`, `attention`, `gated`, `loss` and `dropout` are fused and are tested against
+//! composed; `linear`, `low_rank`, `norm`, `rope`, `attention`, `gated`, `loss` and `dropout` are fused and are tested against
 //! their composition.
 
 mod attention;
@@ -11,6 +11,7 @@ mod gated;
 mod gather;
 mod linear;
 mod loss;
+mod low_rank;
 mod matmul;
 mod norm;
 mod reduce;

@@ -1,0 +1,104 @@
+//! A product of two trained factors, added to what a layer gave.
+
+use crate::device::{Buffer, Kernels, cpu};
+use crate::error::{Result, shape_error};
+use crate::ops::Product;
+use crate::tensor::Tensor;
+
+impl Tensor {
+    /// self + scale·(x·Aᵀ)·Bᵀ; self [.., out], x [.., in], A [rank, in], B [out, rank].
+    ///
+    /// Added in place where nobody else holds `self`. Kept for backward are x and x·Aᵀ [rows, rank]; with s the scale,
+    /// dB = s·dyᵀ·(x·Aᵀ), dA = s·(dy·B)ᵀ·x, dx += s·(dy·B)·A, and dy goes on to `self` as it is.
+    pub fn add_low_rank(mut self, x: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
+        [&self, x, a, b].iter().try_for_each(|t| t.expect_f32("low rank"))?;
+        let (rows, inn, out) = (x.rows(), x.width(), self.width());
+        let rank = a.dim(0);
+        a.expect_shape("low rank A", &[rank, inn])?;
+        b.expect_shape("low rank B", &[out, rank])?;
+        if self.rows() != rows || self.shape().is_empty() || x.shape().is_empty() {
+            return shape_error(
+                "low rank",
+                format!("[.., {out}] for {:?}", x.shape()),
+                format!("{:?}", self.shape()),
+            );
+        }
+        let mut h = Buffer::f32(rows * rank);
+        cpu().matmul(Product { transpose_b: true, ..Product::new(rows, inn, rank) }, x, a, &mut h);
+        let h = Tensor::new([rows, rank], h);
+        let base = self.edge();
+        let up = Product { transpose_b: true, scale, accumulate: true, ..Product::new(rows, rank, out) };
+        if self.sole_buffer().is_none() {
+            let mut copy = Buffer::f32(self.len());
+            cpu().copy_block(&self, &mut copy, 0);
+            self = Tensor::new(self.shape(), copy).with_node(base.0.clone());
+        }
+        if let Some(y) = self.sole_buffer() {
+            cpu().matmul(up, &h, b, y);
+        }
+        let y = self.detach();
+        let edges = (x.edge(), a.edge(), b.edge());
+        let (ka, kb) = (a.detach(), b.detach());
+        let kx = x.detach();
+        Ok(y.on_tape("low rank", &[&self, x, a, b], move |dy, sink| {
+            let (ex, ea, eb) = edges;
+            sink.grow(&eb, kb.shape(), |db, accumulate| {
+                let p = Product { transpose_a: true, scale, accumulate, ..Product::new(out, rows, rank) };
+                cpu().matmul(p, &dy, &h, db);
+            })?;
+            if ea.wanted() || ex.wanted() {
+                let mut dh = Buffer::f32(rows * rank);
+                cpu().matmul(Product { scale, ..Product::new(rows, out, rank) }, &dy, &kb, &mut dh);
+                let dh = Tensor::new([rows, rank], dh);
+                sink.grow(&ea, ka.shape(), |da, accumulate| {
+                    let p = Product { transpose_a: true, accumulate, ..Product::new(rank, rows, inn) };
+                    cpu().matmul(p, &dh, &kx, da);
+                })?;
+                sink.grow(&ex, kx.shape(), |dx, accumulate| {
+                    let p = Product { accumulate, ..Product::new(rows, rank, inn) };
+                    cpu().matmul(p, &dh, &ka, dx);
+                })?;
+            }
+            sink.add(&base, dy)
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{check_gradients, close, sample};
+
+    #[test]
+    fn equals_the_general_products() {
+        let (y, x) = (sample(&[2, 3, 7], 1), sample(&[2, 3, 5], 2));
+        let (a, b) = (sample(&[4, 5], 3), sample(&[7, 4], 4));
+        let composed =
+            |y: &Tensor, x: &Tensor, a: &Tensor, b: &Tensor| y.add(&x.matmul_t(a)?.scale(0.7)?.matmul_t(b)?);
+        let fused = y.clone().add_low_rank(&x, &a, &b, 0.7).unwrap();
+        close(&fused, &composed(&y, &x, &a, &b).unwrap(), 1e-6);
+        close(&y, &sample(&[2, 3, 7], 1), 0.0); // held by this test, so not changed in place
+        check_gradients(&[y, x, a, b], |v| v[0].clone().add_low_rank(&v[1], &v[2], &v[3], 0.7)).unwrap();
+    }
+
+    #[test]
+    fn gradients_of_one_input_from_several_products_add_up() {
+        // The input and the first factor serve twice, and the layer below has no other user.
+        let (x, a) = (sample(&[6, 5], 1), sample(&[2, 5], 2));
+        let (b, c) = (sample(&[7, 2], 3), sample(&[7, 2], 4));
+        check_gradients(&[x, a, b, c], |v| {
+            let h = v[0].scale(1.5)?;
+            let first = h.matmul_t(&sample(&[7, 5], 5))?.add_low_rank(&h, &v[1], &v[2], 0.5)?;
+            h.matmul_t(&sample(&[7, 5], 6))?.add_low_rank(&h, &v[1], &v[3], 2.0)?.mul(&first)
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_errors() {
+        let (y, x) = (sample(&[3, 7], 1), sample(&[3, 5], 2));
+        assert!(y.clone().add_low_rank(&x, &sample(&[2, 4], 3), &sample(&[7, 2], 4), 1.0).is_err());
+        assert!(y.clone().add_low_rank(&x, &sample(&[2, 5], 3), &sample(&[7, 3], 4), 1.0).is_err());
+        assert!(sample(&[4, 7], 1).add_low_rank(&x, &sample(&[2, 5], 3), &sample(&[7, 2], 4), 1.0).is_err());
+    }
+}
