@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use engraft_data::{DecodeStream, Tokenizer};
 use engraft_nn::{Inputs, KvCache, Layout, Task};
 use engraft_store::{Limits, read_config};
-use engraft_tensor::Tensor;
+use engraft_tensor::{Tensor, on_pool};
 use serde_json::Value;
 
 use crate::beam::{Search, search};
@@ -87,8 +87,7 @@ impl<'a> Decoding<'a> {
                 Inputs::tokens(copies, None, Layout::counted(&lengths)?).with_target(tokens, layout)
             }
         };
-        // On a thread of the pool, whose operations share work without waking anyone from outside.
-        let logits = rayon::scope(|_| self.engine.last_logits(&inputs, &self.cache))?;
+        let logits = on_pool(|| self.engine.last_logits(&inputs, &self.cache))?;
         self.length += each;
         let values = logits.to_vec()?;
         Ok(values.chunks(logits.width()).map(<[f32]>::to_vec).collect())

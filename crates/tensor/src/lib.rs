@@ -13,10 +13,12 @@ pub mod frozen;
 pub mod memory;
 pub mod ops;
 pub mod optim;
+mod pool;
 pub mod tape;
 mod tensor;
 pub mod testing;
 
 pub use error::{Error, Result};
+pub use pool::on_pool;
 pub use tape::{Gradients, Param, checkpoint, no_grad};
 pub use tensor::{DType, Shape, Tensor, forbid_host_reads};

@@ -67,6 +67,21 @@ fn with_mode<T>(mode: Mode, f: impl FnOnce() -> T) -> T {
     f()
 }
 
+/// What holds on this thread: whether operations are recorded.
+#[derive(Clone, Copy)]
+pub(crate) struct Recording(Mode);
+
+impl Recording {
+    pub(crate) fn here() -> Recording {
+        Recording(MODE.get())
+    }
+
+    /// Runs `f` with this in place of what holds here.
+    pub(crate) fn apply<T>(self, f: impl FnOnce() -> T) -> T {
+        with_mode(self.0, f)
+    }
+}
+
 /// Runs `f` with nothing recorded.
 pub fn no_grad<T>(f: impl FnOnce() -> T) -> T {
     with_mode(Mode::Off, f)

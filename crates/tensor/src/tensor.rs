@@ -65,6 +65,23 @@ impl Drop for HostReadGuard {
     }
 }
 
+/// How many guards of [`forbid_host_reads`] live on this thread.
+pub(crate) fn host_reads_forbidden() -> usize {
+    HOST_READS_FORBIDDEN.with(Cell::get)
+}
+
+/// Runs `f` as if `guards` lived on this thread in place of those that do.
+pub(crate) fn with_host_reads_forbidden<T>(guards: usize, f: impl FnOnce() -> T) -> T {
+    struct Restore(usize);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            HOST_READS_FORBIDDEN.with(|n| n.set(self.0));
+        }
+    }
+    let _restore = Restore(HOST_READS_FORBIDDEN.with(|n| n.replace(guards)));
+    f()
+}
+
 impl Tensor {
     /// A tensor of `shape` around a finished buffer.
     pub(crate) fn new(shape: impl Into<Shape>, buffer: Buffer) -> Self {

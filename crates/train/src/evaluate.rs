@@ -6,7 +6,7 @@ use std::sync::Arc;
 use engraft_data::{Dataset, Example};
 use engraft_method::Chosen;
 use engraft_nn::{Adapter, Model, Output, Pass};
-use engraft_tensor::{Tensor, no_grad, ops};
+use engraft_tensor::{Tensor, no_grad, on_pool, ops};
 use serde::Serialize;
 
 use crate::batch::{Batch, Masking, Packing};
@@ -65,7 +65,7 @@ pub fn evaluate(
     order.sort_by_key(|&i| std::cmp::Reverse(data.examples[i].ids.len()));
     let batches: Vec<&[usize]> = order.chunks(of.batch_size.max(1)).collect();
     for (number, indices) in batches.iter().enumerate() {
-        let found = rayon::scope(|_| of.predict(objective, &of.pack(data, indices)?))?;
+        let found = on_pool(|| of.predict(objective, &of.pack(data, indices)?))?;
         loss += found.loss;
         labels += found.predicted.len() as u64;
         found.predicted.iter().for_each(|&(label, predicted)| confusion.add(label, predicted));

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use engraft_method::{Chosen, Step};
 use engraft_nn::{Mode, Pass};
-use engraft_tensor::{Gradients, Tensor, forbid_host_reads};
+use engraft_tensor::{Gradients, Tensor, forbid_host_reads, on_pool};
 
 use crate::batch::{Batch, Feed};
 use crate::error::NotFinite;
@@ -75,8 +75,7 @@ impl<'s> Trainer<'s> {
     /// # Errors
     /// [`Error::NotFinite`] where loss or gradients are not finite: nothing was updated then.
     pub fn step(&mut self, number: u64) -> Result<Stepped> {
-        // On a thread of the pool, whose operations share work without waking anyone from outside.
-        rayon::scope(|_| self.step_here(number))
+        on_pool(|| self.step_here(number))
     }
 
     fn step_here(&mut self, number: u64) -> Result<Stepped> {

@@ -286,7 +286,10 @@ pub fn matmul(p: Product, a: &[f32], b: &[f32], y: &mut [f32]) {
         return;
     }
     if k == 0 {
-        return if accumulate { () } else { y.fill(0.0) };
+        if !accumulate {
+            y.fill(0.0);
+        }
+        return;
     }
     assert!(a.len() >= batch * m * k && b.len() >= batch * k * n && y.len() >= batch * m * n);
     let (a_row, a_col) = if transpose_a { (1, m) } else { (k, 1) };
