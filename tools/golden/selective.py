@@ -40,6 +40,7 @@ TABLE = [
     ("vit_grey", "bitfit", None, None, ["classifier"], "", "queries, keys and values have none"),
     ("deit_teacher", "head", None, [], ["cls_classifier", "distillation_classifier"], "", "two classifiers alone"),
     ("dinov2", "bitfit", None, None, ["classifier"], "", "every bias and the classifier"),
+    ("post_vit", "bitfit", None, None, ["classifier"], "", "every bias, that of a fused projection too"),
 ]
 
 
@@ -47,7 +48,8 @@ def chosen(name, biases, head):
     """Whether the parameter `name` is trained."""
     if any(name.startswith(h + ".") for h in head or []):
         return True
-    if not name.endswith(".bias"):
+    # `torch.nn.MultiheadAttention` calls that of its fused projection `in_proj_bias`.
+    if not name.endswith((".bias", "_proj_bias")):
         return False
     path = name.removesuffix(".bias")
     return biases is None or any(path.endswith("." + b) for b in biases)

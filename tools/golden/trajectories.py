@@ -54,7 +54,7 @@ TABLE = {
     "vit__head": ("vit", "images", {}, "head", {}),
     "dinov2__lora": ("dinov2", "images", {}, "lora", dict(LORA, target_modules=["fc1", "k_proj"], modules_to_save=["classifier"])),
     "post_vit__lora": ("post_vit", "images", {}, "lora", dict(LORA, target_modules=["fc1", "fc2"], modules_to_save=["classifier"])),
-    "post_vit__bitfit": ("post_vit", "images", {}, "bitfit", {}),
+    "post_vit__head": ("post_vit", "images", {}, "head", {}),
 }
 
 

@@ -473,8 +473,11 @@ mod tests {
         let norm = |x: &Tensor| Ok(x.scale(2.0)?);
         let norm = post_norm.then_some(&norm as &dyn Fn(&Tensor) -> Result<Tensor>);
         let cx = Pass::new(Layout::counted(&[4])?, None);
-        let y =
-            p.output(&Sublayer { residual: &residual, input: &residual, output: &output, norm }, site, &cx)?;
+        let y = p.output(
+            &Sublayer { residual: &residual, input: &residual, output: output.clone(), norm },
+            site,
+            &cx,
+        )?;
         Ok((residual, output, y))
     }
 

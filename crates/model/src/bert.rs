@@ -329,10 +329,10 @@ impl Layer {
         let v = split(self.v.forward(h, sites, cx)?)?;
         let y = self.attend.forward(&q, &k, &v, cx)?;
         let y = self.o.forward(&y.reshape(h.shape())?, sites, cx)?;
-        let h = self.joined(self.attention_site, h, &y, &self.attention_norm, sites, cx)?;
+        let h = self.joined(self.attention_site, h, y, &self.attention_norm, sites, cx)?;
         let x = self.up.forward(&h, sites, cx)?.unary(self.activation)?;
         let y = self.down.forward(&x, sites, cx)?;
-        self.joined(self.mlp_site, &h, &y, &self.mlp_norm, sites, cx)
+        self.joined(self.mlp_site, &h, y, &self.mlp_norm, sites, cx)
     }
 
     /// norm(h + y), y after the patches of its site.
@@ -340,14 +340,14 @@ impl Layer {
         &self,
         site: SiteId,
         h: &Tensor,
-        y: &Tensor,
+        y: Tensor,
         norm: &Norm,
         sites: &Sites,
         cx: &Pass,
     ) -> engraft_nn::Result<Tensor> {
         let y =
             cx.sublayer(sites, site, Sublayer { residual: h, input: h, output: y, norm: None }, Some(norm))?;
-        norm.forward(&h.add(&y)?, cx)
+        norm.forward(&y.plus(h)?, cx)
     }
 }
 

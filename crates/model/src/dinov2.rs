@@ -151,12 +151,12 @@ impl Layer {
         let scaled = |scale: &Parameter, y: &Tensor| scale.apply(y, cx, |y, scale, _| Ok(y.mul(scale)?));
         let x = self.attention_norm.forward(h, cx)?;
         let y = scaled(&self.attention_scale, &self.attention.forward(&x, sites, cx)?)?;
-        let s = Sublayer { residual: h, input: &x, output: &y, norm: None };
-        let h = h.add(&cx.sublayer(sites, self.attention_site, s, None)?)?;
+        let s = Sublayer { residual: h, input: &x, output: y, norm: None };
+        let h = cx.sublayer(sites, self.attention_site, s, None)?.plus(h)?;
         let x = self.mlp_norm.forward(&h, cx)?;
         let y = scaled(&self.mlp_scale, &self.mlp.forward(&x, sites, cx)?)?;
-        let s = Sublayer { residual: &h, input: &x, output: &y, norm: None };
-        Ok(h.add(&cx.sublayer(sites, self.mlp_site, s, None)?)?)
+        let s = Sublayer { residual: &h, input: &x, output: y, norm: None };
+        Ok(cx.sublayer(sites, self.mlp_site, s, None)?.plus(&h)?)
     }
 }
 

@@ -203,13 +203,13 @@ impl Layer {
     fn forward(&self, h: &Tensor, sites: &Sites, cx: &Pass) -> engraft_nn::Result<Tensor> {
         let x = self.attention_norm.forward(h, cx)?;
         let y = self.attention(&x, sites, cx)?;
-        let seen = Sublayer { residual: h, input: &x, output: &y, norm: None };
-        let h = h.add(&cx.sublayer(sites, self.attention_site, seen, None)?)?;
+        let seen = Sublayer { residual: h, input: &x, output: y, norm: None };
+        let h = cx.sublayer(sites, self.attention_site, seen, None)?.plus(h)?;
         let x = self.mlp_norm.forward(&h, cx)?;
         let y = self.up.forward(&x, sites, cx)?.unary(self.activation)?;
         let y = self.down.forward(&y, sites, cx)?;
-        let seen = Sublayer { residual: &h, input: &x, output: &y, norm: None };
-        Ok(h.add(&cx.sublayer(sites, self.mlp_site, seen, None)?)?)
+        let seen = Sublayer { residual: &h, input: &x, output: y, norm: None };
+        Ok(cx.sublayer(sites, self.mlp_site, seen, None)?.plus(&h)?)
     }
 
     /// x [tokens, width] → [tokens, width].

@@ -333,10 +333,10 @@ impl Layer {
         let y = cx.sublayer(
             sites,
             self.attention_site,
-            Sublayer { residual: h, input: &x, output: &y, norm: None },
+            Sublayer { residual: h, input: &x, output: y, norm: None },
             None,
         )?;
-        let h = h.add(&y)?;
+        let h = y.plus(h)?;
         let x = self.mlp_norm.forward(&h, cx)?;
         let (gate, up) = (self.gate.forward(&x, sites, cx)?, self.up.forward(&x, sites, cx)?);
         let y = match self.activation {
@@ -347,10 +347,10 @@ impl Layer {
         let y = cx.sublayer(
             sites,
             self.mlp_site,
-            Sublayer { residual: &h, input: &x, output: &y, norm: None },
+            Sublayer { residual: &h, input: &x, output: y, norm: None },
             None,
         )?;
-        Ok(h.add(&y)?)
+        Ok(y.plus(&h)?)
     }
 
     /// x [tokens, width] → [tokens, width].

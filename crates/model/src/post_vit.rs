@@ -131,14 +131,14 @@ impl Layer {
     /// h [tokens, width] → [tokens, width].
     fn forward(&self, h: &Tensor, sites: &Sites, cx: &Pass) -> engraft_nn::Result<Tensor> {
         let y = self.attention(h, sites, cx)?;
-        let seen = Sublayer { residual: h, input: h, output: &y, norm: None };
+        let seen = Sublayer { residual: h, input: h, output: y, norm: None };
         let y = cx.sublayer(sites, self.attention_site, seen, Some(&self.attention_norm))?;
-        let h = self.attention_norm.forward(&h.add(&y)?, cx)?;
+        let h = self.attention_norm.forward(&y.plus(h)?, cx)?;
         let y = self.up.forward(&h, sites, cx)?.unary(self.activation)?;
         let y = self.down.forward(&y, sites, cx)?;
-        let seen = Sublayer { residual: &h, input: &h, output: &y, norm: None };
+        let seen = Sublayer { residual: &h, input: &h, output: y, norm: None };
         let y = cx.sublayer(sites, self.mlp_site, seen, Some(&self.mlp_norm))?;
-        self.mlp_norm.forward(&h.add(&y)?, cx)
+        self.mlp_norm.forward(&y.plus(&h)?, cx)
     }
 
     /// x [tokens, width] → [tokens, width].

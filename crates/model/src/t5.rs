@@ -283,8 +283,8 @@ impl Layer {
             None => up.unary(self.activation)?,
         };
         let y = self.down.forward(&y, sites, cx)?;
-        let seen = Sublayer { residual: &h, input: &x, output: &y, norm: None };
-        Ok(h.add(&cx.sublayer(sites, self.mlp_site, seen, None)?)?)
+        let seen = Sublayer { residual: &h, input: &x, output: y, norm: None };
+        Ok(cx.sublayer(sites, self.mlp_site, seen, None)?.plus(&h)?)
     }
 }
 
@@ -372,8 +372,8 @@ impl Attention {
         cx: &Pass,
     ) -> engraft_nn::Result<Tensor> {
         let y = self.o.forward(&y.reshape([y.dim(0), y.dim(1) * y.dim(2)])?, sites, cx)?;
-        let seen = Sublayer { residual: h, input: x, output: &y, norm: None };
-        Ok(h.add(&cx.sublayer(sites, self.site, seen, None)?)?)
+        let seen = Sublayer { residual: h, input: x, output: y, norm: None };
+        Ok(cx.sublayer(sites, self.site, seen, None)?.plus(h)?)
     }
 }
 

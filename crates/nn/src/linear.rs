@@ -108,6 +108,9 @@ impl Linear {
         };
         let y = cx.by_route(self.site, x, patched)?;
         let Some((bias, id)) = &self.bias else { return Ok(y) };
+        if !cx.patched(*id) {
+            return Ok(y.plus(bias)?);
+        }
         cx.by_route(*id, &y, |y, patches, _| Ok(y.add(&patched_vector(bias, patches)?)?))
     }
 }

@@ -328,14 +328,14 @@ impl Pass {
         norm: Option<&Norm>,
     ) -> Result<Tensor> {
         if !self.patched(id) {
-            return Ok(s.output.clone());
+            return Ok(s.output);
         }
         let site = sites.get(id);
         let rows = |t: &Tensor, cx: &Pass| -> Result<Tensor> {
             let start = cx.first_row_in(self);
             Ok(t.rows_between(start, start + cx.layout.tokens())?)
         };
-        self.by_route(id, s.output, |output, patches, cx| {
+        self.by_route(id, &s.output, |output, patches, cx| {
             let (residual, input) = (rows(s.residual, cx)?, rows(s.input, cx)?);
             // The norm of this route: its gain may be patched too.
             let own = |x: &Tensor| norm.map_or_else(|| Ok(x.clone()), |n| n.forward(x, cx));
@@ -343,7 +343,7 @@ impl Pass {
             let mut output = output.clone();
             for patch in patches {
                 if let Patch::Sublayer(p) = patch {
-                    let view = Sublayer { residual: &residual, input: &input, output: &output, norm: own };
+                    let view = Sublayer { residual: &residual, input: &input, output, norm: own };
                     output = p.output(&view, site, cx)?;
                 }
             }

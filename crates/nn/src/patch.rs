@@ -53,7 +53,7 @@ pub struct Sublayer<'a> {
     /// What the sublayer read (normed in pre-norm models).
     pub input: &'a Tensor,
     /// What the sublayer computed.
-    pub output: &'a Tensor,
+    pub output: Tensor,
     /// In post-norm models, the norm applied to `residual + output`.
     pub norm: Option<&'a RowsFn<'a>>,
 }

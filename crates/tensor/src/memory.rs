@@ -34,6 +34,13 @@ impl Free {
         found
     }
 
+    /// Gives the largest buffer that is a little too small for `class` back to the system: batches have grown, and the new
+    /// buffer will do its work.
+    fn outgrown(&mut self, class: usize) {
+        let size = self.by_size.range(class / 2..class).next_back().map(|(&size, _)| size);
+        drop(size.and_then(|size| self.take_of(size)));
+    }
+
     /// Keeps `buffer`, giving others back to the system where the pool would hold more than `limit` bytes: batches
     /// change shape, and what was just used is what will be asked for again.
     fn keep(&mut self, buffer: Vec<f32>, limit: usize) {
@@ -85,7 +92,14 @@ fn class_of(len: usize) -> usize {
 /// A buffer of at least `len` elements whose contents are arbitrary (but initialised) numbers.
 pub(crate) fn take(len: usize) -> Vec<f32> {
     let class = class_of(len);
-    let pooled = lock().take(class);
+    let pooled = {
+        let mut free = lock();
+        let found = free.take(class);
+        if found.is_none() {
+            free.outgrown(class);
+        }
+        found
+    };
     // A fresh buffer is zeroed memory from the system, which costs nothing until it is touched.
     let buffer = pooled.unwrap_or_else(|| vec![0.0; class]);
     let bytes = buffer.len() * 4;
@@ -113,6 +127,17 @@ mod tests {
             assert!(class >= len && (len < 64 || class <= len + len / 4), "{len} → {class}");
             assert_eq!(class_of(class), class, "a class must serve itself");
         }
+    }
+
+    #[test]
+    fn a_larger_buffer_takes_the_place_of_one_that_is_outgrown() {
+        let mut free = Free::default();
+        [100, 120, 50].into_iter().for_each(|len| free.keep(vec![0.0; len], 4000));
+        free.outgrown(130);
+        assert_eq!(free.by_size.keys().copied().collect::<Vec<_>>(), [50, 100]);
+        free.outgrown(110);
+        free.outgrown(110);
+        assert_eq!((free.by_size.len(), free.bytes), (1, 200), "50 is less than half of what was asked for");
     }
 
     #[test]

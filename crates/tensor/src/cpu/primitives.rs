@@ -8,13 +8,17 @@ use crate::ops::{Binary, Product, Unary};
 /// Elements a task handles; fixed, so that results do not depend on the number of threads.
 const CHUNK: usize = 1 << 15;
 
-/// y += x.
+/// y += x, repeated where y is longer.
 pub fn accumulate(x: &[f32], y: &mut [f32]) {
-    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
-        for (y, x) in y.iter_mut().zip(x) {
-            *y += x;
-        }
-    });
+    if x.is_empty() {
+        return;
+    }
+    let add = |y: &mut [f32], x: &[f32]| y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+    if x.len() == y.len() {
+        return y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| add(y, x));
+    }
+    let rows = CHUNK.div_ceil(x.len());
+    y.par_chunks_mut(rows * x.len()).for_each(|y| y.chunks_mut(x.len()).for_each(|y| add(y, x)));
 }
 
 /// Runs `f` on matching pieces of x and y.

@@ -21,7 +21,7 @@ pub(crate) trait Kernels {
     fn fill(&self, value: f32, y: &mut Buffer);
     /// y[at..at + len(x)] = x.
     fn copy_block(&self, x: &Tensor, y: &mut Buffer, at: usize);
-    /// y += x.
+    /// y += x, repeated where y is longer.
     fn accumulate(&self, x: &Tensor, y: &mut Buffer);
     /// y = f(x).
     fn unary(&self, f: Unary, x: &Tensor, y: &mut Buffer);

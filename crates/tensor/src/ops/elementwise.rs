@@ -2,7 +2,7 @@
 
 use crate::device::{Buffer, Kernels, cpu};
 use crate::error::{Error, Result, shape_error};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// Functions of one number.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -102,6 +102,21 @@ impl Tensor {
         }))
     }
 
+    /// a + b, in place where nobody else holds a and the sizes of b are the last ones of a.
+    pub fn plus(mut self, other: &Tensor) -> Result<Tensor> {
+        let repeats = self.shape().ends_with(other.shape()) && !other.is_empty();
+        let in_place = repeats && other.dtype() == DType::F32 && self.dtype() == DType::F32;
+        let Some(sum) = self.sole_buffer().filter(|_| in_place) else { return self.add(other) };
+        cpu().accumulate(other, sum);
+        let (ea, eb) = (self.edge(), other.edge());
+        let (sa, sb) = (self.shape().to_vec(), other.shape().to_vec());
+        let y = self.detach();
+        Ok(y.on_tape("plus", &[&self, other], move |dy, sink| {
+            add_reduced(sink, &ea, &sa, &dy, None)?;
+            add_reduced(sink, &eb, &sb, &dy, None)
+        }))
+    }
+
     /// a − b.
     pub fn sub(&self, other: &Tensor) -> Result<Tensor> {
         let y = self.binary("sub", Binary::Sub, other)?;
@@ -192,6 +207,24 @@ mod tests {
         for f in [Log, Sqrt, Recip] {
             check_gradients(std::slice::from_ref(&positive), |v| v[0].unary(f))
                 .unwrap_or_else(|e| panic!("{f:?}: {e}"));
+        }
+    }
+
+    #[test]
+    fn in_place_or_not_a_sum_is_the_same() {
+        for (a, b) in [(&[2, 3, 5][..], &[2, 3, 5][..]), (&[2, 3, 5], &[5]), (&[4, 1], &[3]), (&[3, 5], &[])]
+        {
+            let (a, b) = (sample(a, 1), sample(b, 2));
+            let expected = a.add(&b).unwrap();
+            let held = a.clone();
+            let (first, second) = (a.clone().plus(&b).unwrap(), sample(a.shape(), 1).plus(&b).unwrap());
+            for sum in [first, second] {
+                assert_eq!(sum.shape(), expected.shape());
+                assert_eq!(sum.to_vec().unwrap(), expected.to_vec().unwrap());
+            }
+            assert_eq!(held.to_vec().unwrap(), sample(a.shape(), 1).to_vec().unwrap());
+            // The left side of `plus` is a result that nobody else holds, as in a residual stream.
+            check_gradients(&[a, b], |v| v[0].scale(2.0)?.plus(&v[1])).unwrap();
         }
     }
 
