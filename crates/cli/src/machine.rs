@@ -36,6 +36,11 @@ pub fn memory() -> Option<(u64, u64)> {
     }
 }
 
+/// Memory in bytes that this process may hold in all: what is available, and what it holds already.
+pub fn room() -> Option<u64> {
+    Some(memory()?.1 + engraft_store::process::own_memory_bytes().unwrap_or(0))
+}
+
 /// `MemTotal` and `MemAvailable` in bytes.
 fn parse_meminfo(text: &str) -> Option<(u64, u64)> {
     let field = |name: &str| {

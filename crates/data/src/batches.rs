@@ -73,6 +73,11 @@ impl Batches {
         Ok(Batches { lengths, batch_size, order })
     }
 
+    /// Tokens of example `index`.
+    pub fn tokens(&self, index: usize) -> usize {
+        self.lengths.get(index).copied().unwrap_or(0)
+    }
+
     /// Batches in an epoch.
     pub fn per_epoch(&self) -> usize {
         self.lengths.len().div_ceil(self.batch_size)

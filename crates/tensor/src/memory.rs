@@ -1,30 +1,78 @@
 //! The pool of f32 buffers: a step's buffers come from it and go back to it.
 //!
 //! Buffers are kept in size classes (eight to an octave), so that ragged batches find one of a similar size. The pool
-//! never makes the process larger than a quarter above the largest amount that was ever live at once.
+//! never makes the process larger than an eighth above the largest amount that was ever live at once.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{LazyLock, Mutex};
 
+use memmap2::MmapMut;
+
 static LIVE_BYTES: AtomicUsize = AtomicUsize::new(0);
 static PEAK_BYTES: AtomicUsize = AtomicUsize::new(0);
 static FREE: LazyLock<Mutex<Free>> = LazyLock::new(Default::default);
 
+/// Elements from which a buffer has pages of its own: the allocator keeps what large vectors leave behind, in pieces that
+/// batches of other sizes do not fit.
+const PAGES_FROM: usize = 1 << 15;
+
+/// Memory of a buffer.
+pub(crate) enum Block {
+    Small(Vec<f32>),
+    Pages(MmapMut),
+}
+
+impl Default for Block {
+    fn default() -> Self {
+        Block::Small(Vec::new())
+    }
+}
+
+impl Block {
+    /// `len` zeros; memory from the system costs nothing until it is touched.
+    fn zeroed(len: usize) -> Block {
+        if len >= PAGES_FROM
+            && let Ok(pages) = MmapMut::map_anon(4 * len)
+        {
+            return Block::Pages(pages);
+        }
+        Block::Small(vec![0.0; len])
+    }
+
+    fn len(&self) -> usize {
+        self.as_slice().len()
+    }
+
+    pub(crate) fn as_slice(&self) -> &[f32] {
+        match self {
+            Block::Small(vector) => vector,
+            Block::Pages(pages) => bytemuck::cast_slice(pages),
+        }
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
+        match self {
+            Block::Small(vector) => vector,
+            Block::Pages(pages) => bytemuck::cast_slice_mut(pages),
+        }
+    }
+}
+
 #[derive(Default)]
 struct Free {
-    by_size: BTreeMap<usize, Vec<Vec<f32>>>,
+    by_size: BTreeMap<usize, Vec<Block>>,
     bytes: usize,
 }
 
 impl Free {
     /// The smallest buffer that holds `class` elements without wasting as much again.
-    fn take(&mut self, class: usize) -> Option<Vec<f32>> {
+    fn take(&mut self, class: usize) -> Option<Block> {
         let (&size, _) = self.by_size.range(class..=class * 2).next()?;
         self.take_of(size)
     }
 
-    fn take_of(&mut self, size: usize) -> Option<Vec<f32>> {
+    fn take_of(&mut self, size: usize) -> Option<Block> {
         let buffers = self.by_size.get_mut(&size)?;
         let found = buffers.pop();
         if buffers.is_empty() {
@@ -43,7 +91,7 @@ impl Free {
 
     /// Keeps `buffer`, giving others back to the system where the pool would hold more than `limit` bytes: batches
     /// change shape, and what was just used is what will be asked for again.
-    fn keep(&mut self, buffer: Vec<f32>, limit: usize) {
+    fn keep(&mut self, buffer: Block, limit: usize) {
         let bytes = buffer.len() * 4;
         while self.bytes + bytes > limit {
             let Some((&other, _)) = self.by_size.iter().rev().find(|(size, _)| **size != buffer.len()) else {
@@ -90,7 +138,7 @@ fn class_of(len: usize) -> usize {
 }
 
 /// A buffer of at least `len` elements whose contents are arbitrary (but initialised) numbers.
-pub(crate) fn take(len: usize) -> Vec<f32> {
+pub(crate) fn take(len: usize) -> Block {
     let class = class_of(len);
     let pooled = {
         let mut free = lock();
@@ -100,8 +148,7 @@ pub(crate) fn take(len: usize) -> Vec<f32> {
         }
         found
     };
-    // A fresh buffer is zeroed memory from the system, which costs nothing until it is touched.
-    let buffer = pooled.unwrap_or_else(|| vec![0.0; class]);
+    let buffer = pooled.unwrap_or_else(|| Block::zeroed(class));
     let bytes = buffer.len() * 4;
     let live = LIVE_BYTES.fetch_add(bytes, Relaxed) + bytes;
     PEAK_BYTES.fetch_max(live, Relaxed);
@@ -109,10 +156,10 @@ pub(crate) fn take(len: usize) -> Vec<f32> {
 }
 
 /// Takes a buffer back. Only for buffers that came from [`take`], at their full length.
-pub(crate) fn give(buffer: Vec<f32>) {
+pub(crate) fn give(buffer: Block) {
     let bytes = buffer.len() * 4;
     let live = LIVE_BYTES.fetch_sub(bytes, Relaxed) - bytes;
-    let limit = (PEAK_BYTES.load(Relaxed) / 4 * 5).saturating_sub(live);
+    let limit = (PEAK_BYTES.load(Relaxed) / 8 * 9).saturating_sub(live);
     lock().keep(buffer, limit);
 }
 
@@ -130,9 +177,20 @@ mod tests {
     }
 
     #[test]
+    fn small_and_large_blocks_are_zeros_that_can_be_written() {
+        for len in [0, 100, PAGES_FROM - 1, PAGES_FROM, PAGES_FROM + 7] {
+            let mut block = Block::zeroed(len);
+            assert!(block.len() == len && block.as_slice().iter().all(|v| *v == 0.0));
+            assert_eq!(matches!(block, Block::Pages(_)), len >= PAGES_FROM);
+            block.as_mut_slice().fill(1.5);
+            assert!(block.as_slice().iter().all(|v| *v == 1.5));
+        }
+    }
+
+    #[test]
     fn a_larger_buffer_takes_the_place_of_one_that_is_outgrown() {
         let mut free = Free::default();
-        [100, 120, 50].into_iter().for_each(|len| free.keep(vec![0.0; len], 4000));
+        [100, 120, 50].into_iter().for_each(|len| free.keep(Block::zeroed(len), 4000));
         free.outgrown(130);
         assert_eq!(free.by_size.keys().copied().collect::<Vec<_>>(), [50, 100]);
         free.outgrown(110);
@@ -143,15 +201,15 @@ mod tests {
     #[test]
     fn the_pool_keeps_what_was_used_last() {
         let mut free = Free::default();
-        free.keep(vec![0.0; 100], 1000);
-        free.keep(vec![0.0; 120], 1000);
+        free.keep(Block::zeroed(100), 1000);
+        free.keep(Block::zeroed(120), 1000);
         assert_eq!((free.bytes, free.by_size.len()), (880, 2));
-        free.keep(vec![0.0; 60], 1000);
+        free.keep(Block::zeroed(60), 1000);
         assert_eq!(free.bytes, 640, "the largest other buffer made room");
         assert!(free.take(130).is_none(), "nothing is large enough");
         assert_eq!(free.take(64).map(|b| b.len()), Some(100));
         assert!(free.take(20).is_none(), "three times what is needed is too much");
-        free.keep(vec![0.0; 500], 1000);
+        free.keep(Block::zeroed(500), 1000);
         assert_eq!(
             (free.take(60).map(|b| b.len()), free.bytes),
             (None, 0),

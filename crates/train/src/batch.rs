@@ -188,6 +188,22 @@ impl<'a> Feed<'a> {
         self.batches.padding_share(0)
     }
 
+    /// Of the first `steps` steps, the one that holds the micro-batch of the most tokens, and how many these are.
+    pub fn largest(&self, steps: u64) -> Option<(u64, usize)> {
+        let per_epoch = self.steps_per_epoch();
+        let tokens = |groups: &[usize]| groups.iter().map(|&group| self.batches.tokens(group)).sum::<usize>();
+        let of_epoch = |epoch: u64| -> Vec<(u64, usize)> {
+            let order = self.batches.epoch(epoch);
+            let step = |(batch, groups): (usize, &[usize])| {
+                (epoch * per_epoch + (batch / self.options.accumulation) as u64 + 1, tokens(groups))
+            };
+            order.batches().enumerate().map(step).collect()
+        };
+        let all = (0..steps.div_ceil(per_epoch)).flat_map(of_epoch);
+        // The first of equals.
+        all.filter(|(step, _)| *step <= steps).max_by_key(|&(step, tokens)| (tokens, std::cmp::Reverse(step)))
+    }
+
     /// The micro-batches of step `number`, from 1.
     pub fn step(&mut self, number: u64) -> Result<Vec<Batch>> {
         let per_epoch = self.steps_per_epoch();
@@ -268,6 +284,10 @@ mod tests {
         assert_eq!(rows(feed.step(1).unwrap()), [vec![0, 1], vec![2, 3]]);
         assert_eq!(rows(feed.step(2).unwrap()), [vec![4]]);
         assert_eq!(rows(feed.step(3).unwrap()), [vec![0, 1], vec![2, 3]]);
+        assert_eq!((feed.largest(1), feed.largest(5)), (Some((1, 6)), Some((1, 6))));
+        let mut by_row = Feed::new(&data, options(1, 1)).unwrap();
+        assert_eq!((by_row.largest(4), by_row.largest(12)), (Some((4, 4)), Some((5, 5))));
+        assert_eq!(by_row.step(5).unwrap()[0].tokens(), 5);
         let first = &feed.step(1).unwrap()[0];
         assert_eq!(first.inputs.layout.positions(), [0, 1, 2, 0]);
         assert_eq!((first.tokens(), &first.labels[..]), (4, &[0, 1][..]));

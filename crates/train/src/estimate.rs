@@ -1,8 +1,8 @@
-//! What a run will take, before it runs: parameters, bytes by part, and seconds from a few trial steps.
+//! What a run will take, before it runs: parameters, bytes by part; seconds and memory from a few trial steps.
 //!
 //! Activations are counted as the inputs and outputs of every linear layer of the blocks for the tokens of the largest
 //! micro-batch, 4 bytes each (with gradient checkpointing: of one block, and the inputs of the others), and three times
-//! the logits that exist at once. The tape keeps no more than that, and often less.
+//! the logits that exist at once. The tape keeps no more than that, and often less: a trial measures what it is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -64,14 +64,14 @@ pub fn estimate(session: &Session) -> Estimate {
         sites.iter().filter(|s| s.tensor.is_none() || seen.insert(s.tensor.clone())).map(of_value).sum();
     let trained = session.adapter.trained_count();
     let all: usize = session.adapter.params().iter().map(|p| p.param.value().len()).sum();
-    let tokens = largest_batch(session);
+    let tokens = largest_batch(session).map_or(0, |(_, tokens)| tokens);
     Estimate {
         sites: by_module,
         trained,
         base_parameters,
         base_bytes: session.model_bytes.resident() as u64,
         adapter_bytes: (4 * all + 12 * trained) as u64,
-        activation_bytes: activations(session, tokens),
+        activation_bytes: activations(session, tokens, session.plan.train.gradient_checkpointing),
         checkpoint_bytes: crate::checkpoint::bytes(&session.adapter),
         begin_bytes: crate::run::bytes_to_begin(&session.adapter),
         steps: session.plan.steps,
@@ -79,22 +79,21 @@ pub fn estimate(session: &Session) -> Estimate {
     }
 }
 
-/// Tokens of the longest rows that may meet in a micro-batch.
-fn largest_batch(session: &Session) -> usize {
-    let mut lengths = session.train.lengths();
-    lengths.sort_unstable_by(|a, b| b.cmp(a));
-    let batch = session.plan.train.batch_size;
-    if session.train.images.is_some() {
-        // Each picture has as many rows as its model makes of it.
-        return batch.min(lengths.len()) * session.model.info().max_positions;
-    }
-    match session.plan.data.packing {
-        true => (batch * session.plan.max_length).min(lengths.iter().sum()),
-        false => lengths.iter().take(batch).sum(),
-    }
+/// Epochs that are looked through for the largest micro-batch.
+const EPOCHS: u64 = 8;
+
+/// The step whose micro-batch has the most tokens, and how many.
+fn largest_batch(session: &Session) -> Option<(u64, usize)> {
+    let feed = session.feed().ok()?;
+    let steps = session.plan.steps.min(EPOCHS * feed.steps_per_epoch());
+    let (step, tokens) = feed.largest(steps)?;
+    // Each picture has as many rows as its model makes of it.
+    let rows = if session.train.images.is_some() { session.model.info().max_positions } else { 1 };
+    Some((step, tokens * rows))
 }
 
-fn activations(session: &Session, tokens: usize) -> u64 {
+/// Bytes of what is kept for the tokens of one micro-batch.
+pub(crate) fn activations(session: &Session, tokens: usize, checkpointing: bool) -> u64 {
     let info = session.model.info();
     let mut blocks = 0u64;
     for site in session.model.sites().iter().filter(|s| s.layer.is_some()) {
@@ -102,7 +101,7 @@ fn activations(session: &Session, tokens: usize) -> u64 {
             blocks += (out + inn) as u64;
         }
     }
-    if session.plan.train.gradient_checkpointing {
+    if checkpointing {
         blocks = blocks / info.layers.max(1) as u64 + (info.layers * info.width) as u64;
     }
     let logits = 3 * info.outputs.saturating_mul(tokens).min(CHUNK_ELEMENTS.max(64 * info.outputs)) as u64;
@@ -116,17 +115,21 @@ pub struct Trial {
     pub step_seconds: f64,
     /// Seconds of the whole run, without evaluation.
     pub run_seconds: f64,
-    /// The most f32 buffers that were in use at once, in bytes.
-    pub peak_buffer_bytes: u64,
+    /// The most memory that the process held, in bytes, in a step of the largest micro-batch among others; `None` where the
+    /// system does not say.
+    pub peak_bytes: Option<u64>,
 }
 
-/// Takes `steps` steps to see how long they take. The adapter moves: for sessions that are thrown away.
+/// Takes the step of the largest micro-batch to see how much memory it takes, and `steps` others to see how long they take.
+/// The adapter moves: for sessions that are thrown away.
 ///
 /// # Errors
 /// As training itself.
 pub fn trial(session: &Session, steps: u64) -> Result<Trial> {
     let mut trainer = Trainer::new(session)?;
-    engraft_tensor::memory::reset_peak();
+    if let Some((largest, _)) = largest_batch(session) {
+        trainer.step(largest)?;
+    }
     let mut seconds = Vec::new();
     for number in 1..=steps.clamp(1, session.plan.steps.max(1)) {
         let started = Instant::now();
@@ -138,6 +141,6 @@ pub fn trial(session: &Session, steps: u64) -> Result<Trial> {
     Ok(Trial {
         step_seconds,
         run_seconds: step_seconds * session.plan.steps as f64,
-        peak_buffer_bytes: engraft_tensor::memory::peak_bytes() as u64,
+        peak_bytes: engraft_store::process::peak_memory_bytes(),
     })
 }

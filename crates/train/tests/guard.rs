@@ -6,7 +6,7 @@ use common::{Log, golden, recipe, session};
 use engraft_method::{Described, Info, Method, Step};
 use engraft_nn::{Adapter, Builder};
 use engraft_tensor::{Gradients, Tensor};
-use engraft_train::{Error, RunOptions, Session, check, estimate, train, trial};
+use engraft_train::{Error, RunOptions, Session, check, estimate, smaller, train, trial};
 use serde_json::{Map, Value};
 
 fn llama(train: &str) -> Session {
@@ -151,4 +151,25 @@ fn estimates_count_what_is_there() {
     assert!(found.base_parameters > found.trained && found.total_bytes() > found.base_bytes);
     let trial = trial(&session, 2).unwrap();
     assert!(trial.step_seconds > 0.0 && trial.run_seconds >= trial.step_seconds);
+}
+
+#[test]
+fn what_does_not_fit_is_told_what_would() {
+    let session = llama("steps = 8\nbatch_size = 8\ngradient_accumulation = 3");
+    let sizes = estimate(&session);
+    let all = smaller(&session, &sizes, 0);
+    let settings = [
+        "train.gradient_checkpointing=true",
+        "train.batch_size=1",
+        "train.gradient_accumulation=24",
+        "base.quantize=nf4",
+    ];
+    assert_eq!(all.last().unwrap().settings, settings);
+    assert!(all.windows(2).all(|two| two[0].total_bytes > two[1].total_bytes), "{all:?}");
+    assert!(all[0].total_bytes < sizes.total_bytes());
+    // The first list that fits is the last.
+    assert_eq!(smaller(&session, &sizes, all[0].total_bytes), all[..1]);
+    let half = smaller(&session, &sizes, (all[0].total_bytes + all[1].total_bytes) / 2);
+    assert_eq!(half.len(), 2);
+    assert!(half[1].settings[1] != "train.batch_size=1", "rows are not cut further than needed: {half:?}");
 }

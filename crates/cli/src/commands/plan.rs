@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use engraft_report::human;
-use engraft_train::{Estimate, Trial, estimate, trial};
+use engraft_train::{Estimate, Smaller, Trial, estimate, smaller, trial};
 use serde_json::json;
 
 use super::train::open;
@@ -48,25 +48,29 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         return Ok(());
     }
     let sizes = estimate(&session);
-    let tried = if args.no_trial { None } else { Some(trial(&session, TRIAL_STEPS)?) };
     let out = default_out(&args.recipe);
     let above = out.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("."));
-    let room =
-        Room { memory: machine::memory().map(|(_, available)| available), disk: machine::free_bytes(above) };
+    let room = Room { memory: machine::room(), disk: machine::free_bytes(above) };
+    // A step that does not fit would take the machine with it.
+    let too_large = room.memory.is_some_and(|memory| sizes.total_bytes() > memory);
+    let tried = if args.no_trial || too_large { None } else { Some(trial(&session, TRIAL_STEPS)?) };
+    let available = if too_large { room.memory.unwrap_or(0) } else { 0 };
+    let smaller = smaller(&session, &sizes, available);
     if args.json {
         cx.ui.json(json!({
             "sites": sizes.sites, "trained": sizes.trained, "base_parameters": sizes.base_parameters,
             "memory": {
                 "base_bytes": sizes.base_bytes, "adapter_bytes": sizes.adapter_bytes,
                 "activation_bytes": sizes.activation_bytes, "total_bytes": sizes.total_bytes(),
-                "available_bytes": room.memory,
+                "available_bytes": room.memory, "measured_bytes": tried.as_ref().and_then(|t| t.peak_bytes),
+                "largest_batch_tokens": sizes.largest_batch_tokens,
             },
             "checkpoint_bytes": sizes.checkpoint_bytes, "steps": sizes.steps,
             "disk": { "begin_bytes": sizes.begin_bytes, "free_bytes": room.disk },
             "seconds": tried.as_ref().map(|t| t.run_seconds),
         }));
     } else {
-        cx.ui.print(&text(&sizes, tried.as_ref(), &room, session.plan.train.batch_size));
+        cx.ui.print(&text(&sizes, tried.as_ref(), &room, &smaller));
     }
     Ok(())
 }
@@ -78,26 +82,14 @@ struct Room {
     disk: Option<u64>,
 }
 
-fn text(sizes: &Estimate, tried: Option<&Trial>, room: &Room, batch_size: usize) -> String {
+fn text(sizes: &Estimate, tried: Option<&Trial>, room: &Room, smaller: &[Smaller]) -> String {
     let count = sizes.sites.values().sum::<usize>();
     let listed: Vec<String> = sizes.sites.iter().map(|(name, n)| format!("{name} ×{n}")).collect();
     let mut text = format!("sites   {count}: {}\n", listed.join(", "));
     let whole = sizes.base_parameters.max(1);
     let share = human::percent(sizes.trained as f64 / whole as f64);
     text.push_str(&format!("trained {} of {} ({share})\n", sizes.trained, sizes.base_parameters));
-    let total = sizes.total_bytes();
-    let fit = match room.memory {
-        Some(available) if total <= available => format!(" of {}: fits", human::bytes(available)),
-        Some(available) => format!(" of {}: too large", human::bytes(available)),
-        None => String::new(),
-    };
-    text.push_str(&format!(
-        "memory  base {} + adapter, optimizer {} + activations {} = {}{fit}\n",
-        human::bytes(sizes.base_bytes),
-        human::bytes(sizes.adapter_bytes),
-        human::bytes(sizes.activation_bytes),
-        human::bytes(total)
-    ));
+    text.push_str(&memory(sizes, tried, room));
     let (checkpoint, begin) = (human::bytes(sizes.checkpoint_bytes), human::bytes(sizes.begin_bytes));
     let fit = match room.disk {
         Some(free) if sizes.begin_bytes <= free => format!(", {} are: fits", human::bytes(free)),
@@ -115,12 +107,36 @@ fn text(sizes: &Estimate, tried: Option<&Trial>, room: &Room, batch_size: usize)
         }
         None => text.push_str(&format!("time    {} steps\n", sizes.steps)),
     }
-    if batch_size > 1 {
-        let half = (batch_size / 2).max(1);
-        let saved = sizes.activation_bytes as f64 * (1.0 - half as f64 / batch_size as f64);
-        text.push_str(&format!("smaller batch_size = {half} saves about {}\n", human::bytes(saved as u64)));
+    for option in smaller {
+        let total = human::bytes(option.total_bytes);
+        text.push_str(&format!("smaller --set {} takes {total}\n", option.settings.join(" --set ")));
     }
     text
+}
+
+/// The parts as they are counted, and what a step of the largest batch has taken.
+fn memory(sizes: &Estimate, tried: Option<&Trial>, room: &Room) -> String {
+    let measured = tried.and_then(|tried| tried.peak_bytes);
+    let total = measured.unwrap_or(sizes.total_bytes());
+    let fit = match room.memory {
+        Some(room) if total <= room => format!(" of {}: fits", human::bytes(room)),
+        Some(room) => format!(" of {}: too large", human::bytes(room)),
+        None => String::new(),
+    };
+    let parts = format!(
+        "base {} + adapter, optimizer {} + activations {}",
+        human::bytes(sizes.base_bytes),
+        human::bytes(sizes.adapter_bytes),
+        human::bytes(sizes.activation_bytes)
+    );
+    let tokens = sizes.largest_batch_tokens;
+    match measured {
+        Some(_) => format!(
+            "memory  {}{fit}, measured in a step of the largest batch ({tokens} tokens)\n        counted as {parts}\n",
+            human::bytes(total)
+        ),
+        None => format!("memory  {parts} = {}{fit}\n", human::bytes(total)),
+    }
 }
 
 #[cfg(test)]
@@ -142,18 +158,23 @@ mod tests {
             largest_batch_tokens: 100,
         };
         let room = Room { memory: Some(1 << 30), disk: Some(1 << 30) };
-        let shown = text(&sizes, None, &room, 16);
+        let smaller = [Smaller { settings: vec!["a=1".into(), "b=2".into()], total_bytes: 1 << 20 }];
+        let shown = text(&sizes, None, &room, &smaller);
         assert!(
             shown.starts_with("sites   48: q_proj ×24, v_proj ×24\ntrained 540672 of 494032768 (0.11%)\n"),
             "{shown}"
         );
         assert!(
-            shown.contains("too large") && shown.contains("batch_size = 8 saves about 512 MiB"),
+            shown.contains("too large") && shown.contains("smaller --set a=1 --set b=2 takes 1 MiB\n"),
             "{shown}"
         );
         let disk = "disk    1 MiB a checkpoint; 82 MiB must be free to begin, 1 GiB are: fits\n";
         assert!(shown.contains(disk), "{shown}");
-        let full = text(&sizes, None, &Room { memory: None, disk: Some(1 << 20) }, 16);
+        let full = text(&sizes, None, &Room { memory: None, disk: Some(1 << 20) }, &[]);
         assert!(full.contains("to begin, 1 MiB are: too little"), "{full}");
+        let tried = Trial { step_seconds: 1.0, run_seconds: 9.0, peak_bytes: Some(3 << 20) };
+        let measured = text(&sizes, Some(&tried), &room, &[]);
+        let line = "memory  3 MiB of 1 GiB: fits, measured in a step of the largest batch (100 tokens)\n";
+        assert!(measured.contains(line), "{measured}");
     }
 }

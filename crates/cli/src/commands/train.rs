@@ -6,12 +6,13 @@ use std::time::Instant;
 use engraft_recipe::{Dtype, Recipe};
 use engraft_report::human;
 use engraft_store::run::RunDir;
-use engraft_train::{Evaluation, NotFinite, RunOptions, Session, SessionOptions, Status};
+use engraft_train::{Evaluation, NotFinite, RunOptions, Session, SessionOptions, Status, estimate, smaller};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use crate::context::Context;
 use crate::failure::{BeforeWork, Failure, Outcome, code};
+use crate::machine;
 use crate::progress::Progress;
 use crate::recipes::{default_out, file_of, read, shell};
 use crate::stop::Stop;
@@ -44,6 +45,9 @@ pub struct Args {
     /// Takes two steps of everything (data, training, saving, resuming, evaluation) and leaves nothing
     #[arg(long, conflicts_with_all = ["resume", "json"])]
     check: bool,
+    /// Runs even where the run is estimated to need more memory than there is
+    #[arg(long)]
+    overcommit: bool,
     /// Prints a JSON object at the end
     #[arg(long)]
     json: bool,
@@ -64,6 +68,9 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     }
     let session = open(&recipe, cx)?;
     introduce(&session, cx);
+    if let Some(room) = machine::room().filter(|_| !args.overcommit) {
+        refuse_too_large(&session, room)?;
+    }
     check_pictures(&session, cx)?;
     if args.check {
         return check(session, &out, cx);
@@ -148,6 +155,28 @@ fn introduce(session: &Session, cx: &Context) {
     for name in &session.new_tensors {
         cx.ui.reason(&format!("note: {name} is not in the model's files and starts at random"));
     }
+}
+
+/// A run that cannot fit ends before it begins, with the settings under which it would.
+fn refuse_too_large(session: &Session, room: u64) -> Outcome {
+    let sizes = estimate(session);
+    if sizes.total_bytes() <= room {
+        return Ok(());
+    }
+    let mut message = format!(
+        "the run needs about {} of memory, {} are there: base {} + adapter, optimizer {} + activations {}",
+        human::bytes(sizes.total_bytes()),
+        human::bytes(room),
+        human::bytes(sizes.base_bytes),
+        human::bytes(sizes.adapter_bytes),
+        human::bytes(sizes.activation_bytes)
+    );
+    for option in smaller(session, &sizes, room) {
+        let total = human::bytes(option.total_bytes);
+        let fits = if option.total_bytes <= room { "fits" } else { "still too large" };
+        message.push_str(&format!("\ntry   --set {}: {total}, {fits}", option.settings.join(" --set ")));
+    }
+    Err(Failure::before_work(message + "\nor    --overcommit, to run all the same"))
 }
 
 /// Decodes every picture file once, so that a damaged one does not end the run hours later.

@@ -1,6 +1,6 @@
 //! Storage of a tensor. The CPU's is a vector from the pool; another device adds a variant.
 
-use crate::memory;
+use crate::memory::{self, Block};
 use crate::tensor::DType;
 
 /// A contiguous buffer of one element type.
@@ -10,30 +10,30 @@ pub(crate) enum Buffer {
     I32(Vec<i32>),
 }
 
-/// The first `len` elements of a vector that returns to the pool.
+/// The first `len` elements of a block that returns to the pool.
 pub(crate) struct Pooled {
-    vector: Vec<f32>,
+    block: Block,
     len: usize,
 }
 
 impl From<Vec<f32>> for Pooled {
     fn from(values: Vec<f32>) -> Self {
-        let mut vector = memory::take(values.len());
-        vector[..values.len()].copy_from_slice(&values);
-        Pooled { vector, len: values.len() }
+        let mut block = memory::take(values.len());
+        block.as_mut_slice()[..values.len()].copy_from_slice(&values);
+        Pooled { block, len: values.len() }
     }
 }
 
 impl Drop for Pooled {
     fn drop(&mut self) {
-        memory::give(std::mem::take(&mut self.vector));
+        memory::give(std::mem::take(&mut self.block));
     }
 }
 
 impl Buffer {
     /// `len` floats of arbitrary content, to be overwritten.
     pub(crate) fn f32(len: usize) -> Self {
-        Buffer::F32(Pooled { vector: memory::take(len), len })
+        Buffer::F32(Pooled { block: memory::take(len), len })
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -54,14 +54,14 @@ impl Buffer {
 
     pub(crate) fn as_f32(&self) -> &[f32] {
         match self {
-            Buffer::F32(b) => &b.vector[..b.len],
+            Buffer::F32(b) => &b.block.as_slice()[..b.len],
             other => panic!("kernel wants F32, has {:?}: the operation did not check", other.dtype()),
         }
     }
 
     pub(crate) fn as_f32_mut(&mut self) -> &mut [f32] {
         match self {
-            Buffer::F32(b) => &mut b.vector[..b.len],
+            Buffer::F32(b) => &mut b.block.as_mut_slice()[..b.len],
             other => panic!("kernel wants F32, has {:?}: the operation did not check", other.dtype()),
         }
     }
