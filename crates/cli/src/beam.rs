@@ -138,7 +138,15 @@ mod tests {
             let dir = golden.join("models").join(name);
             let loaded = engraft_model::load(&dir, &Default::default()).unwrap();
             let (model, config) = (loaded.model, loaded.config);
-            let engine = Engine { dir, config, model, adapter: None, methods: Vec::new(), labels: None };
+            let engine = Engine {
+                dir,
+                config,
+                model,
+                adapter: None,
+                methods: Vec::new(),
+                labels: None,
+                new_tensors: Vec::new(),
+            };
             let most = expected["max_new_tokens"].as_u64().unwrap() as usize;
             for row in expected["rows"].as_array().unwrap() {
                 let by = Search {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use engraft_method::Chosen;
 use engraft_model::LoadOptions;
 use engraft_nn::weight::Storage;
-use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Patch, Task};
-use engraft_store::{AdapterFiles, read_adapter};
+use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Patch, Site, Task};
+use engraft_store::{AdapterFiles, read_adapter, read_config};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
 use engraft_train::{label_names, open_adapter};
@@ -64,6 +64,8 @@ pub struct Engine {
     pub methods: Vec<Chosen>,
     /// The names of the classes that the adapter was trained on.
     pub labels: Option<Vec<String>>,
+    /// Tensors of a head that the files do not hold in the size that is asked for.
+    pub new_tensors: Vec<String>,
 }
 
 impl Engine {
@@ -83,7 +85,7 @@ impl Engine {
         let files = adapter.as_ref().map(|(_, files)| files);
         let options = LoadOptions {
             task: files.and_then(task_of),
-            labels: files.and_then(labels_of),
+            labels: files.map(|files| labels_of(&dir, files, cx)).transpose()?.flatten(),
             precision: match args.dtype {
                 Dtype::F32 => Precision::F32,
                 Dtype::Bf16 => Precision::Bf16,
@@ -95,21 +97,44 @@ impl Engine {
             limits: cx.limits.clone(),
             ..LoadOptions::default()
         };
-        let mut engine = Engine::open(&dir, &options, cx)?;
+        let mut engine = Engine::read(&dir, &options)?;
         if let Some((dir, _)) = &adapter {
             engine.attach(dir, cx)?;
         }
+        engine.tell_random(cx);
         Ok(engine)
     }
 
     /// The model of a directory, without an adapter.
     pub fn open(dir: &Path, options: &LoadOptions, cx: &Context) -> Outcome<Engine> {
+        let engine = Engine::read(dir, options)?;
+        engine.tell_random(cx);
+        Ok(engine)
+    }
+
+    fn read(dir: &Path, options: &LoadOptions) -> Outcome<Engine> {
         let loaded = engraft_model::load(dir, options).before_work()?;
-        for name in &loaded.new_tensors {
+        Ok(Engine {
+            dir: dir.to_owned(),
+            config: loaded.config,
+            model: loaded.model,
+            adapter: None,
+            methods: Vec::new(),
+            labels: None,
+            new_tensors: loaded.new_tensors,
+        })
+    }
+
+    /// A note for every tensor that neither the files nor the adapter hold.
+    fn tell_random(&self, cx: &Context) {
+        let given = |name: &String| {
+            let site = self.model.sites().iter().find(|site| site.tensor.as_ref() == Some(name));
+            let patched = |site: &Site| self.adapter.as_ref().is_some_and(|a| !a.at(site.id).is_empty());
+            site.is_some_and(patched)
+        };
+        for name in self.new_tensors.iter().filter(|name| !given(name)) {
             cx.ui.note(&format!("{name} is not in the model's files and starts at random"));
         }
-        let (model, config) = (loaded.model, loaded.config);
-        Ok(Engine { dir: dir.to_owned(), config, model, adapter: None, methods: Vec::new(), labels: None })
     }
 
     /// Takes the adapter of a directory.
@@ -185,16 +210,9 @@ fn task_of(files: &AdapterFiles) -> Option<Task> {
     }
 }
 
-/// Labels of the classifier that the adapter carries.
-fn labels_of(files: &AdapterFiles) -> Option<usize> {
-    const HEADS: [&str; 6] = [
-        "classifier.weight",
-        "cls_classifier.weight",
-        "classifier.out_proj.weight",
-        "out_proj.weight",
-        "score.weight",
-        "classifier.modules_to_save.weight",
-    ];
-    let head = |name: &str| HEADS.contains(&name.strip_prefix("base_model.model.").unwrap_or(name));
-    files.weights.iter().find(|(name, raw)| head(name) && raw.shape.len() == 2).map(|(_, raw)| raw.shape[0])
+/// Labels of the classifier that the adapter carries for the model in `dir`.
+fn labels_of(dir: &Path, files: &AdapterFiles, cx: &Context) -> Outcome<Option<usize>> {
+    let config = read_config(&dir.join("config.json"), &cx.limits).before_work()?;
+    let tensors = files.weights.iter().map(|(name, raw)| (name, raw.shape.as_slice()));
+    Ok(engraft_model::labels_in(&config, tensors))
 }

@@ -8,7 +8,8 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 
-use engraft_nn::{Adapter, Base, Kind, Site, Sites, Task, Value as Frozen, mergeable_sites, merged_tensor};
+use engraft_model::Architecture;
+use engraft_nn::{Adapter, Base, Kind, Site, Sites, Value as Frozen, mergeable_sites, merged_tensor};
 use engraft_store::{Dtype, Entry, RawTensor, Weights};
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
@@ -73,7 +74,8 @@ impl<'a> Merge<'a> {
         for site in &patched {
             let Some(name) = site.tensor.as_deref() else { continue };
             let sharing: Vec<&Site> = sites.iter().filter(|s| s.tensor.as_deref() == Some(name)).collect();
-            let Some(raw) = weights.get(name) else { continue };
+            // A head of another size than the files' is new.
+            let Some(raw) = weights.get(name).filter(|_| !is_new(engine, name)) else { continue };
             if site.rows.is_some() {
                 merge.tensors.insert(name.to_owned(), Source::Pieces(sharing, raw.dtype, raw.shape.clone()));
                 continue;
@@ -150,7 +152,9 @@ impl<'a> Merge<'a> {
     /// Adds the tensors of sites that the files do not have, and the prefix that goes with them.
     fn add_new(&mut self, engine: &'a Engine, weights: &Weights) {
         let sites = engine.model.sites();
-        let absent = |site: &&Site| site.tensor.as_deref().is_some_and(|name| weights.get(name).is_none());
+        let absent = |site: &&Site| {
+            site.tensor.as_deref().is_some_and(|name| weights.get(name).is_none() || is_new(engine, name))
+        };
         for site in sites.iter().filter(absent) {
             let name = site.tensor.clone().unwrap_or_default();
             let source = match self.adapter.at(site.id).is_empty() {
@@ -243,26 +247,24 @@ impl<'a> Merge<'a> {
     }
 }
 
+/// Whether the files hold `name` for a head of another size, or not at all.
+fn is_new(engine: &Engine, name: &str) -> bool {
+    engine.new_tensors.iter().any(|new| new == name)
+}
+
 /// Names the class with the head that was added, and its labels.
 fn describe_head(config: &mut Map<String, Value>, engine: &Engine) {
     let info = engine.model.info();
-    let head = match info.task {
-        Task::SequenceClassification => "ForSequenceClassification",
-        Task::TokenClassification => "ForTokenClassification",
-        Task::MaskedLm => "ForMaskedLM",
-        Task::CausalLm => "ForCausalLM",
-        Task::ImageClassification => "ForImageClassification",
-        Task::Seq2Seq => "ForConditionalGeneration",
-        Task::Embedding => return,
-    };
-    // `BertModel` → `BertForSequenceClassification`.
-    let class = config.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
-    let stem =
-        class.map(|class| class.split("For").next().unwrap_or(class).trim_end_matches("Model").to_owned());
-    if let Some(stem) = stem {
-        config.insert("architectures".into(), json!([format!("{stem}{head}")]));
+    // The trunk's class, or that of another head; a configuration that names none stays so.
+    let present = config.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
+    let class = Architecture::of(&engine.config).and_then(|a| a.class_for(info.task, present));
+    if let (Some(_), Some(class)) = (present, class) {
+        config.insert("architectures".into(), json!([class]));
     }
     if info.task.is_classification() {
+        if config.contains_key("num_labels") {
+            config.insert("num_labels".into(), info.outputs.into());
+        }
         let has =
             config.get("id2label").and_then(Value::as_object).is_some_and(|map| map.len() == info.outputs);
         let known = engine.labels.as_ref().filter(|names| names.len() == info.outputs);

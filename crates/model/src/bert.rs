@@ -23,6 +23,7 @@ use engraft_tensor::cpu::attention::AttentionSpec;
 use engraft_tensor::ops::{Unary, cat};
 
 use crate::config::Config;
+use crate::facts::{Facts, Length};
 use crate::pooling;
 use crate::positions::Numbering;
 use crate::reader::Reader;
@@ -41,6 +42,11 @@ pub(crate) static BERT: Architecture = Architecture {
     prefix: "bert.",
     trunk: &["BertModel"],
     heads: &["cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs."],
+    facts: Facts {
+        labelled: &["classifier"],
+        length: Length::Table("max_position_embeddings"),
+        ..Facts::NONE
+    },
     build,
 };
 
@@ -56,6 +62,11 @@ pub(crate) static ROBERTA: Architecture = Architecture {
     prefix: "roberta.",
     trunk: &["RobertaModel"],
     heads: &["lm_head.", "classifier.", "qa_outputs."],
+    facts: Facts {
+        labelled: &["classifier", "classifier.out_proj"],
+        length: Length::TableAfterPad("max_position_embeddings"),
+        ..Facts::NONE
+    },
     build,
 };
 

@@ -19,6 +19,7 @@ use engraft_tensor::Tensor;
 use engraft_tensor::ops::{Unary, cat, silu_mul};
 
 use crate::config::Config;
+use crate::facts::Facts;
 use crate::picture::{Patches, SelfAttention, Sizes, token_rows};
 use crate::pooling::means;
 use crate::reader::{Reader, Renamed};
@@ -32,6 +33,7 @@ pub(crate) static DINOV2: Architecture = Architecture {
     prefix: "dinov2.",
     trunk: &["Dinov2Model"],
     heads: &["classifier."],
+    facts: Facts { labelled: &["classifier"], ..Facts::NONE },
     build,
 };
 

@@ -17,6 +17,7 @@ use engraft_tensor::cpu::attention::AttentionSpec;
 use engraft_tensor::ops::Unary;
 
 use crate::config::Config;
+use crate::facts::{Facts, Length};
 use crate::reader::Reader;
 use crate::{Architecture, Head, Result, pooling, positions};
 
@@ -31,6 +32,12 @@ pub(crate) static GPT2: Architecture = Architecture {
     prefix: "transformer.",
     trunk: &["GPT2Model"],
     heads: &["lm_head.weight", "score.weight", "classifier.", "qa_outputs.", "multiple_choice_head."],
+    facts: Facts {
+        labelled: &["score", "classifier"],
+        length: Length::Table("n_positions"),
+        buffers: &[".attn.bias", ".attn.masked_bias"],
+        ..Facts::NONE
+    },
     build,
 };
 

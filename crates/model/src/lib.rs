@@ -7,6 +7,7 @@ mod bert;
 mod config;
 mod dinov2;
 mod error;
+mod facts;
 mod gpt2;
 mod llama;
 mod picture;
@@ -30,6 +31,7 @@ use engraft_tensor::frozen::Precision;
 use serde_json::Value;
 
 pub use error::{Error, Mismatch, MismatchRow, Result};
+pub use facts::{Facts, TokenLimit, labels_in, token_limit};
 
 use config::Config;
 use reader::{Prefixes, Reader};
@@ -46,6 +48,8 @@ pub struct Architecture {
     trunk: &'static [&'static str],
     /// What the tensors of its heads begin with, whichever task they serve.
     heads: &'static [&'static str],
+    /// What must be known before a model is built.
+    facts: Facts,
     build: Build,
 }
 
@@ -174,16 +178,12 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<Loaded> {
     })
 }
 
-/// The architecture that `model_type` names, or that a file without it is known to be.
+/// The architecture of a `config.json`.
 fn architecture(path: &Path, config: &Value) -> Result<&'static Architecture> {
+    if let Some(found) = Architecture::of(config) {
+        return Ok(found);
+    }
     let found = config.get("model_type").and_then(Value::as_str);
-    let says = |(key, value): (&str, &str)| config.get(key).and_then(Value::as_str) == Some(value);
-    if config.get("model_type").is_none() && post_vit::KNOWN_BY.into_iter().all(says) {
-        return Ok(&post_vit::POST_VIT);
-    }
-    if let Some(a) = ARCHITECTURES.iter().find(|a| Some(a.name) == found) {
-        return Ok(a);
-    }
     let known: Vec<&str> = ARCHITECTURES.iter().map(|a| a.name).collect();
     let found = found.map_or("`model_type` is missing".to_owned(), |f| {
         format!("`model_type` is `{f}`, which is not there yet")
@@ -274,8 +274,9 @@ impl Architecture {
     /// Tensors that no part of the model used: heads of other tasks are given back, buffers are passed over, all others
     /// are mismatches.
     fn check_extra(&self, weights: &Weights, prefixes: &Prefixes, dry: &mut Reader<'_>) -> Vec<String> {
-        let buffers = ["position_ids", "rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
-        let buffer = |n: &str| buffers.iter().any(|end| n.ends_with(end));
+        // Of any family: counted positions, and frequencies of rotations.
+        let buffers = ["position_ids", "rotary_emb.inv_freq"];
+        let buffer = |n: &str| buffers.iter().chain(self.facts.buffers).any(|end| n.ends_with(end));
         let pooler = |n: &str| n.strip_prefix(prefixes.file).is_some_and(|n| n.starts_with("pooler."));
         let head = |n: &str| self.heads.iter().any(|head| n.starts_with(head));
         let mut unused = Vec::new();

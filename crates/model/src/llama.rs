@@ -15,6 +15,7 @@ use engraft_tensor::cpu::attention::AttentionSpec;
 use engraft_tensor::ops::{Unary, rope, silu_mul};
 
 use crate::config::Config;
+use crate::facts::{Facts, Length};
 use crate::pooling;
 use crate::reader::Reader;
 use crate::rope::{Rope, Tables};
@@ -22,6 +23,10 @@ use crate::{Architecture, Head, Result};
 
 /// The heads of `transformers`' classes for causal models: words, sequence or token classes, spans.
 const HEADS: &[&str] = &["lm_head.weight", "score.weight", "score.bias", "qa_outputs."];
+
+/// The sizes of its tables are no limit: positions are rotations.
+const FACTS: Facts =
+    Facts { labelled: &["score"], length: Length::Trained("max_position_embeddings"), ..Facts::NONE };
 
 /// Llama.
 pub(crate) static LLAMA: Architecture = Architecture {
@@ -33,6 +38,7 @@ pub(crate) static LLAMA: Architecture = Architecture {
     prefix: "model.",
     trunk: &["LlamaModel"],
     heads: HEADS,
+    facts: FACTS,
     build: |a, c, r, head| build(a, Family { kv_heads: None, ..OTHERS }, c, r, head),
 };
 
@@ -46,6 +52,7 @@ pub(crate) static MISTRAL: Architecture = Architecture {
     prefix: "model.",
     trunk: &["MistralModel"],
     heads: HEADS,
+    facts: FACTS,
     build: |a, c, r, head| {
         build(a, Family { kv_heads: Some(8), window: Window::Everywhere, ..OTHERS }, c, r, head)
     },
@@ -61,6 +68,7 @@ pub(crate) static QWEN2: Architecture = Architecture {
     prefix: "model.",
     trunk: &["Qwen2Model"],
     heads: HEADS,
+    facts: FACTS,
     build: |a, c, r, head| build(a, Family { qkv_bias: true, window: Window::ByLayer, ..OTHERS }, c, r, head),
 };
 
@@ -74,6 +82,7 @@ pub(crate) static QWEN3: Architecture = Architecture {
     prefix: "model.",
     trunk: &["Qwen3Model"],
     heads: HEADS,
+    facts: FACTS,
     build: |a, c, r, head| {
         let family = Family { head_dim: Some(128), head_norms: true, window: Window::ByLayer, ..OTHERS };
         build(a, family, c, r, head)

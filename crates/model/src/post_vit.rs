@@ -18,6 +18,7 @@ use engraft_tensor::cpu::attention::AttentionSpec;
 use engraft_tensor::ops::Unary;
 
 use crate::config::Config;
+use crate::facts::Facts;
 use crate::picture::{PatchPaths, Patches, Sizes, token_rows};
 use crate::pooling::means;
 use crate::reader::Reader;
@@ -30,11 +31,12 @@ pub(crate) static POST_VIT: Architecture = Architecture {
     prefix: "",
     trunk: &[],
     heads: &["classifier."],
+    facts: Facts { labelled: &["classifier"], known_by: &KNOWN_BY, ..Facts::NONE },
     build,
 };
 
 /// What a `config.json` of it says when it names no `model_type`.
-pub(crate) const KNOWN_BY: [(&str, &str); 2] = [("norm", "post"), ("pooling", "mean")];
+const KNOWN_BY: [(&str, &str); 2] = [("norm", "post"), ("pooling", "mean")];
 
 /// The model.
 struct PostVit {

@@ -19,6 +19,7 @@ use engraft_tensor::cpu::attention::AttentionSpec;
 use engraft_tensor::ops::{RelativeBias, Unary};
 
 use crate::config::Config;
+use crate::facts::Facts;
 use crate::reader::Reader;
 use crate::relative::Buckets;
 use crate::{Architecture, Head, Result, pooling};
@@ -30,6 +31,7 @@ pub(crate) static T5: Architecture = Architecture {
     prefix: "",
     trunk: &["T5Model"],
     heads: &["lm_head.", "classification_head.", "classifier.", "decoder."],
+    facts: Facts::NONE,
     build,
 };
 

@@ -17,6 +17,7 @@ use engraft_tensor::Tensor;
 use engraft_tensor::ops::{Unary, cat};
 
 use crate::config::Config;
+use crate::facts::Facts;
 use crate::picture::{Patches, SelfAttention, Sizes, token_rows};
 use crate::reader::{Reader, Renamed};
 use crate::{Architecture, Head, Result};
@@ -28,6 +29,7 @@ pub(crate) static VIT: Architecture = Architecture {
     prefix: "vit.",
     trunk: &["ViTModel"],
     heads: &["classifier.", "decoder."],
+    facts: Facts { labelled: &["classifier"], ..Facts::NONE },
     build: |a, c, r, head| build(a, &["cls_token"], c, r, head),
 };
 
@@ -41,6 +43,7 @@ pub(crate) static DEIT: Architecture = Architecture {
     prefix: "deit.",
     trunk: &["DeiTModel"],
     heads: &["classifier.", "cls_classifier.", "distillation_classifier.", "decoder."],
+    facts: Facts { labelled: &["classifier", "cls_classifier"], ..Facts::NONE },
     build: |a, c, r, head| build(a, &["cls_token", "distillation_token"], c, r, head),
 };
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use engraft_data::{Labels, TemplateOptions, Tokenizer};
-use engraft_model::{LoadOptions, Loaded, load};
+use engraft_model::{LoadOptions, Loaded, load, token_limit};
 use engraft_nn::Task;
 use engraft_nn::weight::Storage;
 use engraft_recipe::{self as recipe, Dtype, Facts, Problem, Quantize, Recipe};
@@ -260,7 +260,8 @@ fn missing_files(recipe: &Recipe) -> Vec<Problem> {
 
 /// More tokens a row than the model has positions.
 fn too_long(recipe: &Recipe, config: &Value) -> Option<Problem> {
-    let (asked, limit) = (recipe.data.max_length?, absolute_length(config)?);
+    let limit = token_limit(config).filter(|limit| limit.is_table)?.tokens;
+    let asked = recipe.data.max_length?;
     let title = format!("`data.max_length` is {asked}, the model takes {limit} tokens");
     (asked > limit).then(|| recipe.problem_at("data.max_length", title).saying(format!("at most {limit}")))
 }
@@ -275,30 +276,11 @@ fn tokenizer(recipe: &Recipe, dir: &Path, config: &Value) -> Result<(Option<Toke
         (true, false) => Tokenizer::open(dir).ok(),
         (false, _) => None,
     };
-    let model = model_length(config);
+    let model = token_limit(config).map(|limit| limit.tokens);
     let named = tokenizer.as_ref().and_then(|t| t.model_max_length).filter(|n| *n > 1);
     let length = model.unwrap_or(usize::MAX).min(named.unwrap_or(usize::MAX));
     let length = if length == usize::MAX { 1024 } else { length };
     Ok((tokenizer, recipe.data.max_length.unwrap_or(length.clamp(1, 1024))))
-}
-
-/// Tokens that the model was made for.
-fn model_length(config: &Value) -> Option<usize> {
-    absolute_length(config).or_else(|| config.get("max_position_embeddings")?.as_u64().map(|n| n as usize))
-}
-
-/// The size of a table of positions, where there is one: more tokens are impossible.
-fn absolute_length(config: &Value) -> Option<usize> {
-    let positions = config.get("max_position_embeddings")?.as_u64()? as usize;
-    match config.get("model_type")?.as_str()? {
-        "bert" => Some(positions),
-        // Its positions begin after that of padding.
-        "roberta" | "xlm-roberta" | "camembert" => {
-            let pad = config.get("pad_token_id").and_then(Value::as_u64).unwrap_or(1) as usize;
-            Some(positions.saturating_sub(pad + 1))
-        }
-        _ => None,
-    }
 }
 
 fn load_options(recipe: &Recipe, task: recipe::Task, labels: Option<usize>, limits: &Limits) -> LoadOptions {

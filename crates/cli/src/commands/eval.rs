@@ -197,6 +197,7 @@ fn answered(
         adapter: with_adapter.then_some(session.adapter),
         methods: if with_adapter { session.methods } else { Vec::new() },
         labels: None,
+        new_tensors: Vec::new(),
     };
     let by = Search { beams: texts.beams as usize, length_penalty: 1.0, early_stopping: false };
     let writing = Writing { most: texts.max_tokens as usize, by: (texts.beams > 1).then_some(by) };
