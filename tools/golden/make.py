@@ -16,6 +16,7 @@ GROUPS = {
     "models": ("zoo", "peft"),
     "cases": ("cases", "peft"),
     "bitfit": ("selective", "peft"),
+    "heads": ("heads", "peft"),
     "trajectories": ("trajectories", "peft"),
     "vpt": ("vpt", "peft"),
     "generation": ("generation", "peft"),

@@ -1,0 +1,85 @@
+//! Adapters whose classifier has another number of labels than the base, made by `peft`: logits, merging, the class that the
+//! merged model says it is.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use engraft_store::{Limits, Weights};
+use serde_json::Value;
+
+fn golden(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(path)
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// Runs the program on paths and words; gives its messages.
+fn succeeds(args: &[&dyn AsRef<std::ffi::OsStr>]) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_engraft"));
+    let output = command.args(args.iter().map(|a| a.as_ref())).env("HF_HUB_OFFLINE", "1").output().unwrap();
+    let messages = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{messages}");
+    messages
+}
+
+/// The largest difference of the logits of real tokens over the largest one.
+fn apart(found: &Path, expected: &Path) -> f32 {
+    let open = |path: &Path| Weights::open_file(path, &Limits::default()).unwrap();
+    let (found, expected) = (open(found), open(expected));
+    let values = |file: &Weights, name: &str| file.get(name).unwrap().to_f32().unwrap();
+    let (a, b) = (values(&found, "logits"), values(&expected, "logits"));
+    assert_eq!(found.get("logits").unwrap().shape, expected.get("logits").unwrap().shape);
+    let mask = expected.get("mask").unwrap();
+    let width = b.len() / mask.bytes().len();
+    let real = |i: usize| mask.bytes()[i / width] == 1;
+    let largest = b.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    a.iter().zip(&b).enumerate().filter(|(i, _)| real(*i)).fold(0.0f32, |m, (_, (a, b))| m.max((a - b).abs()))
+        / largest
+}
+
+#[test]
+fn heads_of_another_size_are_those_of_the_reference() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.safetensors");
+    let mut count = 0;
+    for entry in std::fs::read_dir(golden("heads")).unwrap() {
+        let case = entry.unwrap().path();
+        let name = case.file_name().unwrap().to_string_lossy().into_owned();
+        let expected = json(&case.join("case.json"));
+        let base = golden("models").join(expected["model"].as_str().unwrap());
+        let (adapter, inputs, logits) =
+            (case.join("adapter"), case.join("inputs.safetensors"), case.join("logits.safetensors"));
+        let messages = succeeds(&[
+            &"logits",
+            &"--model",
+            &base,
+            &"--adapter",
+            &adapter,
+            &"--inputs",
+            &inputs,
+            &"--out",
+            &out,
+        ]);
+        assert!(!messages.contains("at random"), "{name}: {messages}");
+        let difference = apart(&out, &logits);
+        assert!(difference < 1e-4, "{name}: {difference:e}");
+        count += 1;
+        if expected["merge"] != true {
+            continue;
+        }
+        let merged = dir.path().join(&name);
+        succeeds(&[&"merge", &"--model", &base, &"--adapter", &adapter, &"--out", &merged]);
+        let config = json(&merged.join("config.json"));
+        assert_eq!(config["architectures"][0], expected["class"], "{name}");
+        assert_eq!(
+            config["id2label"].as_object().unwrap().len() as u64,
+            expected["labels"].as_u64().unwrap()
+        );
+        succeeds(&[&"logits", &"--model", &merged, &"--inputs", &inputs, &"--out", &out]);
+        let difference = apart(&out, &logits);
+        assert!(difference < 2e-4, "{name} merged: {difference:e}");
+    }
+    assert!(count >= 6, "{count}");
+}
