@@ -65,6 +65,12 @@ impl Adapter {
         self.trainable().map(|p| p.param.value().len()).sum()
     }
 
+    /// Rows that its prompts put before every sequence.
+    pub fn prompt_rows(&self) -> usize {
+        let rows = |patch: &Patch| if let Patch::Prompt(prompt) = patch { prompt.count() } else { 0 };
+        self.patches.values().flatten().map(rows).sum()
+    }
+
     pub(crate) fn push_patch(&mut self, site: SiteId, patch: Patch) {
         self.patches.entry(site).or_default().push(patch);
     }

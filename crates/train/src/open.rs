@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use engraft_data::{Labels, TemplateOptions, Tokenizer};
-use engraft_model::{LoadOptions, Loaded, load, token_limit};
-use engraft_nn::Task;
+use engraft_model::{LoadOptions, Loaded, TokenLimit, load, token_limit};
 use engraft_nn::weight::Storage;
+use engraft_nn::{Adapter, Task};
 use engraft_recipe::{self as recipe, Dtype, Facts, Problem, Quantize, Recipe};
 use engraft_store::hub::{Hub, Progress};
 use engraft_store::{Limits, Weights, read_config};
@@ -83,6 +83,8 @@ impl Session {
         let attached = keep(made, &mut problems);
         if let Some(examples) = &examples {
             problems.extend(misfits(recipe, examples, &loaded));
+            let adapter = attached.as_ref().map(|attached| &attached.adapter);
+            problems.extend(no_room(recipe, examples, adapter, token_limit(&config)));
         }
         let (Some(examples), Some(plan), Some(attached)) = (examples, plan, attached) else {
             return Err(recipe.problems(problems).into());
@@ -308,6 +310,23 @@ fn load_options(recipe: &Recipe, task: recipe::Task, labels: Option<usize>, limi
 fn steps_per_epoch(recipe: &Recipe, examples: &Examples, max_length: usize) -> Result<u64> {
     Ok(Feed::new(&examples.train, feed_options(&recipe.data, &recipe.train, max_length, None, None))?
         .steps_per_epoch())
+}
+
+/// The rows of a prompt take positions too: the longest example with them must not have more than there are.
+fn no_room(
+    recipe: &Recipe,
+    examples: &Examples,
+    adapter: Option<&Adapter>,
+    limit: Option<TokenLimit>,
+) -> Option<Problem> {
+    let limit = limit.filter(|limit| limit.is_table)?.tokens;
+    let rows = adapter?.prompt_rows();
+    let longest = examples.train.lengths().into_iter().max()?;
+    let title = format!(
+        "the longest example has {longest} tokens, the prompt {rows} rows, and the model has {limit} positions"
+    );
+    let help = format!("at most {} tokens a row leave room for the prompt", limit.saturating_sub(rows));
+    (rows > 0 && longest + rows > limit).then(|| recipe.problem_at("data.max_length", title).help(&help))
 }
 
 /// Ids that the model has no embedding for, labels that its head has no output for.
