@@ -1,7 +1,7 @@
 //! The pool of f32 buffers: a step's buffers come from it and go back to it.
 //!
 //! Buffers are kept in size classes (eight to an octave), so that ragged batches find one of a similar size. The pool
-//! never makes the process larger than an eighth above the largest amount that was ever live at once.
+//! never holds more than the largest amount that was ever live at once leaves.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -82,11 +82,15 @@ impl Free {
         found
     }
 
-    /// Gives the largest buffer that is a little too small for `class` back to the system: batches have grown, and the new
-    /// buffer will do its work.
-    fn outgrown(&mut self, class: usize) {
+    /// Makes room for a new buffer of `class` elements where the pool holds none that suits: one that is a little too small
+    /// goes, since batches have grown and the new buffer will do its work, and beyond `limit` bytes the largest go.
+    fn make_room(&mut self, class: usize, limit: usize) {
         let size = self.by_size.range(class / 2..class).next_back().map(|(&size, _)| size);
         drop(size.and_then(|size| self.take_of(size)));
+        while self.bytes + 4 * class > limit {
+            let Some((&largest, _)) = self.by_size.last_key_value() else { break };
+            drop(self.take_of(largest));
+        }
     }
 
     /// Keeps `buffer`, giving others back to the system where the pool would hold more than `limit` bytes: batches
@@ -144,7 +148,7 @@ pub(crate) fn take(len: usize) -> Block {
         let mut free = lock();
         let found = free.take(class);
         if found.is_none() {
-            free.outgrown(class);
+            free.make_room(class, PEAK_BYTES.load(Relaxed).saturating_sub(live_bytes()));
         }
         found
     };
@@ -159,7 +163,7 @@ pub(crate) fn take(len: usize) -> Block {
 pub(crate) fn give(buffer: Block) {
     let bytes = buffer.len() * 4;
     let live = LIVE_BYTES.fetch_sub(bytes, Relaxed) - bytes;
-    let limit = (PEAK_BYTES.load(Relaxed) / 8 * 9).saturating_sub(live);
+    let limit = PEAK_BYTES.load(Relaxed).saturating_sub(live);
     lock().keep(buffer, limit);
 }
 
@@ -191,11 +195,15 @@ mod tests {
     fn a_larger_buffer_takes_the_place_of_one_that_is_outgrown() {
         let mut free = Free::default();
         [100, 120, 50].into_iter().for_each(|len| free.keep(Block::zeroed(len), 4000));
-        free.outgrown(130);
+        free.make_room(130, 4000);
         assert_eq!(free.by_size.keys().copied().collect::<Vec<_>>(), [50, 100]);
-        free.outgrown(110);
-        free.outgrown(110);
+        free.make_room(110, 4000);
+        free.make_room(110, 4000);
         assert_eq!((free.by_size.len(), free.bytes), (1, 200), "50 is less than half of what was asked for");
+        // Room for 20 elements beside those that are left.
+        free.keep(Block::zeroed(100), 4000);
+        free.make_room(20, 80 + 200);
+        assert_eq!((free.by_size.len(), free.bytes), (1, 200), "the larger one went");
     }
 
     #[test]
