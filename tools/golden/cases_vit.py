@@ -33,6 +33,9 @@ TABLE = [
     lora("post_vit", "bias_all", "every bias, that of the fused projection too", bias="all", target_modules=["fc2"]),
     lora("post_vit_grey", "saved", "a projection of flat kernels trained whole", target_modules=["fc1"], modules_to_save=["patch_embed.proj", "classifier"]),
     ia3("vit", None, "keys, values and the feed-forward", target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"], **SAVED),
+    ia3("vit", "patches", "the convolution that makes the patches", target_modules=["projection", "k_proj"], feedforward_modules=[]),
+    ia3("vit", "patches_input", "the channels that the convolution reads", target_modules=["projection", "v_proj"],
+        feedforward_modules=["projection"], **SAVED),
     ia3("dinov2", None, "keys, values and the feed-forward", target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
 ]
 OLDER = [

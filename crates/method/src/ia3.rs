@@ -103,17 +103,25 @@ impl Method for Ia3 {
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for site in b.targets() {
-            let Kind::Linear { out, inn, .. } = site.kind else {
-                let message = "(IA)³ rescales linear layers; leave the embedding out of the targets".into();
-                return Err(Error::Site { path: site.path.clone(), message });
+            // The shapes of the two vectors, and the inputs that share a number: a channel's, in a convolution.
+            let (input, output, shared) = match site.kind {
+                Kind::Linear { out, inn, .. } => (vec![1, inn], vec![out, 1], 1),
+                Kind::Convolution { shape: [out, channels, height, width], .. } => {
+                    (vec![1, channels, 1, 1], vec![1, out, 1, 1], height * width)
+                }
+                _ => {
+                    let message =
+                        "(IA)³ rescales linear layers; leave the embedding out of the targets".into();
+                    return Err(Error::Site { path: site.path.clone(), message });
+                }
             };
             let name = format!("{}.ia3_l", site.path);
             if self.is_feedforward(site) {
-                let scale = b.param(&name, &[1, inn], Init::Ones)?;
-                b.patch(site.id, Patch::Weight(Box::new(ScaledInput(scale))))?;
+                let scale = b.param(&name, &input, Init::Ones)?;
+                b.patch(site.id, Patch::Weight(Box::new(ScaledInput { scale, shared })))?;
                 continue;
             }
-            let scale = b.param(&name, &[out, 1], Init::Ones)?;
+            let scale = b.param(&name, &output, Init::Ones)?;
             if let Some(bias) = b.sites().bias_of(&site.path) {
                 b.patch(bias.id, Patch::Vector(Box::new(ScaledOutput(scale.clone()))))?;
             }
@@ -162,7 +170,8 @@ struct ScaledOutput(Param);
 
 impl WeightPatch for ScaledOutput {
     fn weight(&self, base: &dyn Base) -> Result<Tensor> {
-        Ok(base.dense()?.mul(&self.0.get())?)
+        let scale = self.0.get();
+        Ok(base.dense()?.mul(&scale.reshape([scale.len(), 1])?)?)
     }
 
     fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
@@ -179,16 +188,31 @@ impl VectorPatch for ScaledOutput {
 }
 
 /// (l ⊙ x)·Wᵀ.
-struct ScaledInput(Param);
+struct ScaledInput {
+    scale: Param,
+    /// Inputs, one after another, that share a number.
+    shared: usize,
+}
+
+impl ScaledInput {
+    /// l for every input `[in]`.
+    fn of_inputs(&self) -> Result<Tensor> {
+        let scale = self.scale.get();
+        if self.shared == 1 {
+            return Ok(scale.reshape([scale.len()])?);
+        }
+        let each = scale.reshape([scale.len(), 1])?.mul(&Tensor::full(1.0, [1, self.shared]))?;
+        Ok(each.reshape([scale.len() * self.shared])?)
+    }
+}
 
 impl WeightPatch for ScaledInput {
     fn weight(&self, base: &dyn Base) -> Result<Tensor> {
-        Ok(base.dense()?.mul(&self.0.get())?)
+        Ok(base.dense()?.mul(&self.of_inputs()?)?)
     }
 
     fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
-        let scale = self.0.get();
-        base.forward(&x.mul(&scale.reshape([scale.len()])?)?)
+        base.forward(&x.mul(&self.of_inputs()?)?)
     }
 }
 
