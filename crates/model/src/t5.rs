@@ -165,7 +165,9 @@ fn build(
     let s = Sizes::read(c, r.tensors());
     c.finish()?;
     let both = head.task == Task::Seq2Seq;
-    let tied = both && r.tied(s.tied, "lm_head", "shared");
+    // A file without a head of its own is tied whatever the configuration says; that still decides about the factor.
+    let stored = r.has(&format!("{}.weight", r.name("lm_head")));
+    let tied = both && r.tied(s.tied || !stored, "lm_head", "shared");
     r.sites.set_stack(if both { Stack::Encoder } else { Stack::Only });
     let encoder = Half::build("encoder", &s, false, r)?;
     let decoder = if both {
