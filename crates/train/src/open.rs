@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use engraft_data::{Labels, TemplateOptions, Tokenizer};
-use engraft_model::{LoadOptions, Loaded, TokenLimit, load, token_limit};
+use engraft_model::{LoadOptions, Loaded, load, token_limit};
+use engraft_nn::Task;
 use engraft_nn::weight::Storage;
-use engraft_nn::{Adapter, Task};
 use engraft_recipe::{self as recipe, Dtype, Facts, Problem, Quantize, Recipe};
 use engraft_store::hub::{Hub, Progress};
 use engraft_store::{Limits, Weights, read_config};
@@ -14,7 +14,7 @@ use engraft_tensor::frozen::Precision;
 use serde_json::Value;
 
 use crate::Result;
-use crate::attach::from_recipe;
+use crate::attach::{AttachedAdapter, from_recipe};
 use crate::batch::Feed;
 use crate::fingerprint::{Fingerprint, of_data, of_weights};
 use crate::labels::label_names;
@@ -82,9 +82,7 @@ impl Session {
         let made = from_recipe(recipe, methods, loaded.model.as_ref(), &loaded.new_tensors);
         let attached = keep(made, &mut problems);
         if let Some(examples) = &examples {
-            problems.extend(misfits(recipe, examples, &loaded));
-            let adapter = attached.as_ref().map(|attached| &attached.adapter);
-            problems.extend(no_room(recipe, examples, adapter, token_limit(&config)));
+            problems.extend(misfits(recipe, examples, &loaded, attached.as_ref()));
         }
         let (Some(examples), Some(plan), Some(attached)) = (examples, plan, attached) else {
             return Err(recipe.problems(problems).into());
@@ -316,11 +314,11 @@ fn steps_per_epoch(recipe: &Recipe, examples: &Examples, max_length: usize) -> R
 fn no_room(
     recipe: &Recipe,
     examples: &Examples,
-    adapter: Option<&Adapter>,
-    limit: Option<TokenLimit>,
+    attached: Option<&AttachedAdapter>,
+    config: &Value,
 ) -> Option<Problem> {
-    let limit = limit.filter(|limit| limit.is_table)?.tokens;
-    let rows = adapter?.prompt_rows();
+    let limit = token_limit(config).filter(|limit| limit.is_table)?.tokens;
+    let rows = attached?.adapter.prompt_rows();
     let longest = examples.train.lengths().into_iter().max()?;
     let title = format!(
         "the longest example has {longest} tokens, the prompt {rows} rows, and the model has {limit} positions"
@@ -330,9 +328,15 @@ fn no_room(
 }
 
 /// Ids that the model has no embedding for, labels that its head has no output for.
-fn misfits(recipe: &Recipe, examples: &Examples, loaded: &Loaded) -> Vec<Problem> {
+fn misfits(
+    recipe: &Recipe,
+    examples: &Examples,
+    loaded: &Loaded,
+    attached: Option<&AttachedAdapter>,
+) -> Vec<Problem> {
     let info = loaded.model.info();
-    let mut problems = Vec::new();
+    let mut problems: Vec<Problem> =
+        no_room(recipe, examples, attached, &loaded.config).into_iter().collect();
     let parts = [("data.path", Some(&examples.train)), ("data.eval_path", examples.eval.as_ref())];
     for (key, data) in parts.into_iter().filter_map(|(key, data)| Some((key, data?))) {
         let bad_id = data

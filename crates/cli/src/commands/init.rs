@@ -6,6 +6,7 @@ use engraft_data::{
     ChatTemplate, Content, Dataset, EncodeOptions, Format, Labels, Need, ReadOptions, Rows, Sniff, Task,
     TemplateOptions, Tokenizer,
 };
+use engraft_model::Architecture;
 use engraft_store::{read_config, write_atomic};
 use serde_json::Value;
 
@@ -121,17 +122,19 @@ fn refuse_existing(path: &Path) -> Outcome {
     Ok(())
 }
 
-/// Whether the model reads both ways, and so has no next token to predict.
-fn is_encoder(config: &Value) -> bool {
-    config.get("model_type").and_then(Value::as_str).is_some_and(|name| name.contains("bert"))
-}
-
 /// The task that data and model allow, and its name in recipes.
 fn task(sniff: &Sniff, config: &Value) -> Outcome<(Task, &'static str)> {
-    let encoder = is_encoder(config);
-    let writes_answers = config.get("is_encoder_decoder").and_then(Value::as_bool) == Some(true);
+    let architecture = Architecture::of(config);
+    let computes = |task| architecture.is_some_and(|a| a.classes.iter().any(|(_, t)| *t == task));
+    // It reads both ways, and so has no next token to predict.
+    let encoder = computes(engraft_nn::Task::MaskedLm);
+    let writes_answers = computes(engraft_nn::Task::Seq2Seq);
     match sniff.need {
         Need::Completion if writes_answers => Ok((Task::Seq2Seq, "seq2seq")),
+        Need::Text if writes_answers => Err(Failure::before_work(
+            "the rows are plain text, and this model writes an answer to each text it reads; give it questions with \
+             answers (columns prompt and completion), or choose a model that goes on from a text (Llama, GPT-2)",
+        )),
         Need::Image => Err(Failure::before_work(
             "the rows name pictures; `init` writes recipes for text. Write one with task = \"image-classification\" and \
              data.format = \"images\" (a folder for each class), \"idx\", \"npy\" or \"csv\"",
