@@ -28,8 +28,8 @@ pub use error::{Error, Result};
 pub use example::{Dataset, Example, IGNORED, Labels, Report, Target};
 pub use fence::is_fenced;
 pub use images::{
-    Filter, ImageSource, Images, PICTURE_BYTES_MAX, POINTS_MAX, Picture, PictureModel, Processor, SIDE_MAX,
-    Size, read_images,
+    Filter, ImageSource, Images, OUTPUT_POINTS_MAX, PICTURE_BYTES_MAX, POINTS_MAX, Picture, PictureModel,
+    Processor, SIDE_MAX, Size, read_images,
 };
 pub use read::{Columns, Content, Format, Message, Need, ReadOptions, Row, Rows, Sniff, read, sniff};
 pub use task::{EncodeOptions, Task, encode, mask};

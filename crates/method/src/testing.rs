@@ -76,6 +76,7 @@ pub fn toy() -> (Arc<Sites>, ModelInfo) {
         outputs: 3,
         max_positions: 32,
         picture: None,
+        any_size: None,
     };
     (Arc::new(s), info)
 }

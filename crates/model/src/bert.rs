@@ -212,6 +212,7 @@ fn build(
         vocabulary: s.vocabulary,
         outputs,
         picture: None,
+        any_size: None,
         max_positions: s.positions - s.first_position,
     };
     let sites = Arc::new(std::mem::take(&mut r.sites));

@@ -104,7 +104,8 @@ fn build(
     r: &mut Reader<'_>,
     head: Head,
 ) -> Result<Arc<dyn Model>> {
-    let s = Sizes::read(c, r.tensors(), (14, 1e-6));
+    let mut s = Sizes::read(c, r.tensors(), (14, 1e-6));
+    s.any_size = true;
     let (inner, (down, across)) = (Inner::read(s.width, c), s.grid());
     if down != across {
         c.problem(format!(

@@ -159,6 +159,7 @@ fn build(
         vocabulary: s.vocabulary,
         outputs,
         picture: None,
+        any_size: None,
         max_positions: s.positions,
     };
     let sites = Arc::new(std::mem::take(&mut r.sites));

@@ -275,6 +275,7 @@ fn build(
         vocabulary: s.vocabulary,
         outputs,
         picture: None,
+        any_size: None,
         max_positions: rope.reach(s.positions),
     };
     let sites = Arc::new(std::mem::take(&mut r.sites));

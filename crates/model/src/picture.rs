@@ -29,6 +29,8 @@ pub(crate) struct Sizes {
     pub picture: Picture,
     /// Height and width of a patch.
     pub patch: (usize, usize),
+    /// Whether pictures of other sizes are read as well.
+    pub any_size: bool,
 }
 
 impl Sizes {
@@ -57,6 +59,7 @@ impl Sizes {
             bias: c.flag("qkv_bias", true),
             picture: Picture { channels, height: image.0, width: image.1 },
             patch,
+            any_size: false,
         }
     }
 
@@ -80,6 +83,7 @@ impl Sizes {
             outputs: head.labels,
             max_positions: tokens + down * across,
             picture: Some(self.picture),
+            any_size: self.any_size.then_some(self.patch),
         }
     }
 

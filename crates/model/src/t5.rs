@@ -193,6 +193,7 @@ fn build(
         vocabulary: s.vocabulary,
         outputs,
         picture: None,
+        any_size: None,
         // Relative positions know no end; 512 is what the published models were trained with.
         max_positions: c.count("n_positions").unwrap_or(512),
     };

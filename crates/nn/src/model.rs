@@ -73,11 +73,13 @@ pub struct ModelInfo {
     pub outputs: usize,
     /// Longest input the model was made for, in tokens.
     pub max_positions: usize,
-    /// Size of the pictures that it reads.
+    /// Size of the pictures that it was trained on, and reads unless `any_size` says more.
     pub picture: Option<Picture>,
+    /// Height and width of a patch, where it reads pictures of any size from one patch on.
+    pub any_size: Option<(usize, usize)>,
 }
 
-/// Size of a picture.
+/// Size of the pictures that a model was trained on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Picture {

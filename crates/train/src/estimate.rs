@@ -87,9 +87,20 @@ fn largest_batch(session: &Session) -> Option<(u64, usize)> {
     let feed = session.feed().ok()?;
     let steps = session.plan.steps.min(EPOCHS * feed.steps_per_epoch());
     let (step, tokens) = feed.largest(steps)?;
-    // Each picture has as many rows as its model makes of it.
-    let rows = if session.train.images.is_some() { session.model.info().max_positions } else { 1 };
-    Some((step, tokens * rows))
+    Some((step, tokens * rows_a_sequence(session)))
+}
+
+/// Rows that the model makes of a picture; 1 for text.
+fn rows_a_sequence(session: &Session) -> usize {
+    let info = session.model.info();
+    let Some(images) = &session.train.images else { return 1 };
+    let (Some((down, across)), Some(trained), Ok([_, height, width])) =
+        (info.any_size, info.picture, images.shape())
+    else {
+        return info.max_positions;
+    };
+    let patches = |height, width| (height / down) * (width / across);
+    (info.max_positions + patches(height, width)).saturating_sub(patches(trained.height, trained.width))
 }
 
 /// Bytes of what is kept for the tokens of one micro-batch.

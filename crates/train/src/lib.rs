@@ -25,6 +25,7 @@ mod read;
 mod run;
 mod schedule;
 mod session;
+mod sizes;
 mod specs;
 mod target;
 mod trainer;

@@ -21,6 +21,7 @@ use crate::labels::label_names;
 use crate::objective::Objective;
 use crate::read::{Examples, Reading, config_classes, decide_task, known_labels};
 use crate::session::{Session, feed_options};
+use crate::sizes;
 use crate::target::Shift;
 
 /// What a session needs of its surroundings.
@@ -327,7 +328,7 @@ fn no_room(
     (rows > 0 && longest + rows > limit).then(|| recipe.problem_at("data.max_length", title).help(&help))
 }
 
-/// Ids that the model has no embedding for, labels that its head has no output for.
+/// Pictures of a size that the model does not read, ids that it has no embedding for, labels that its head has no output for.
 fn misfits(
     recipe: &Recipe,
     examples: &Examples,
@@ -339,6 +340,7 @@ fn misfits(
         no_room(recipe, examples, attached, &loaded.config).into_iter().collect();
     let parts = [("data.path", Some(&examples.train)), ("data.eval_path", examples.eval.as_ref())];
     for (key, data) in parts.into_iter().filter_map(|(key, data)| Some((key, data?))) {
+        problems.extend(data.images.iter().filter_map(|images| sizes::misfit(recipe, key, images, info)));
         let bad_id = data
             .examples
             .iter()

@@ -11,6 +11,8 @@ use crate::fence::fenced;
 
 /// The largest picture file, in bytes.
 pub const PICTURE_BYTES_MAX: u64 = 20 << 20;
+/// The most points of what a processor makes of a picture: 4096 by 4096, far beyond what image classifiers are made for.
+pub const OUTPUT_POINTS_MAX: usize = 1 << 24;
 /// The longest side of a picture.
 pub const SIDE_MAX: usize = 16_384;
 /// The most points of a picture.

@@ -23,7 +23,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use decode::{PICTURE_BYTES_MAX, POINTS_MAX, SIDE_MAX};
+pub use decode::{OUTPUT_POINTS_MAX, PICTURE_BYTES_MAX, POINTS_MAX, SIDE_MAX};
 pub use picture::Picture;
 pub use processor::{Processor, Size};
 pub use resize::Filter;
@@ -248,6 +248,11 @@ impl Images {
             return Err(Error::Data { place: self.name(other), message });
         }
         Ok([self.channels, first.0, first.1])
+    }
+
+    /// How they are made into numbers; `None` where they are numbers already.
+    pub fn processor(&self) -> Option<&Processor> {
+        self.processor.as_ref()
     }
 
     /// The numbers of picture `index`, `[channels, height, width]`.

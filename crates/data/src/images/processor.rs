@@ -4,7 +4,7 @@
 //! are a table of 256 numbers a channel. Only the class's rounding is followed, not its library: with `torchvision`
 //! `transformers` may differ from this by one level.
 
-use super::decode::{Alpha, within_limits};
+use super::decode::{Alpha, OUTPUT_POINTS_MAX, within_limits};
 use super::picture::Picture;
 use super::resize::{Filter, resize};
 
@@ -58,10 +58,28 @@ impl Processor {
     /// The size, (height, width), that a picture of `height` and `width` gets.
     ///
     /// # Errors
-    /// In words: the picture would be resized beyond the limits.
+    /// In words: the picture would be resized beyond the limits, or have more points than a model can read.
     pub fn output_size(&self, height: usize, width: usize) -> Result<(usize, usize), String> {
         let resized = self.resized(height, width)?;
-        Ok(self.crop.unwrap_or(resized))
+        let (height, width) = self.crop.unwrap_or(resized);
+        match height * width <= OUTPUT_POINTS_MAX {
+            true => Ok((height, width)),
+            false => Err(format!(
+                "becomes {height} × {width} pixels, and a model may be given {OUTPUT_POINTS_MAX} of a picture; set {} in \
+                 preprocessor_config.json to what the model was trained on",
+                self.size_keys()
+            )),
+        }
+    }
+
+    /// The settings of `preprocessor_config.json` that decide the size, in words that "to" may follow.
+    pub fn size_keys(&self) -> &'static str {
+        match (self.crop, self.resize) {
+            (Some(_), _) => "crop_size",
+            (None, Some((Size::Exact { .. }, _))) => "size",
+            (None, Some(_)) => "do_center_crop to true and crop_size",
+            (None, None) => "do_resize to true and size",
+        }
     }
 
     fn resized(&self, height: usize, width: usize) -> Result<(usize, usize), String> {

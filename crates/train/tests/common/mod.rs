@@ -25,7 +25,11 @@ pub fn oracle() -> Option<PathBuf> {
 
 /// The session of a recipe's text.
 pub fn session(text: &str) -> engraft_train::Result<Session> {
-    let recipe = Recipe::parse(text, "recipe.toml", &[], &[])?;
+    opened(&Recipe::parse(text, "recipe.toml", &[], &[])?)
+}
+
+/// The session of a recipe.
+pub fn opened(recipe: &Recipe) -> engraft_train::Result<Session> {
     let hub = Hub { offline: true, ..Hub::new(PathBuf::from("/nonexistent")) };
     let mut options = SessionOptions {
         hub: &hub,
@@ -34,7 +38,7 @@ pub fn session(text: &str) -> engraft_train::Result<Session> {
         limits: Limits::default(),
         templates: TemplateOptions::default(),
     };
-    Session::open(&recipe, &mut options)
+    Session::open(recipe, &mut options)
 }
 
 /// A recipe that trains the start of a trajectory, with more lines for `[train]` and `[data]`.
