@@ -51,11 +51,23 @@ def of_bytes(name, height, width, mode):
     return Image.fromarray(values[..., 0] if channels == 1 else values, mode)
 
 
-def turned():
-    """An EXIF orientation of 6: the picture is shown a quarter turn to the right."""
+def turned(orientation=6):
+    """EXIF data; the usual orientation shows the picture a quarter turn to the right."""
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     return exif
+
+
+def late(data):
+    """A PNG whose EXIF chunk comes behind the picture, where some programs put it."""
+    at, chunks = 8, []
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        chunks.append(data[at:end])
+        at = end
+    exif = [chunk for chunk in chunks if chunk[4:8] == b"eXIf"]
+    rest = [chunk for chunk in chunks if chunk[4:8] != b"eXIf"]
+    return data[:8] + b"".join(rest[:-1] + exif + rest[-1:])
 
 
 # file -> picture, options of writing
@@ -76,6 +88,8 @@ PICTURES = {
     "progressive.jpg": lambda n: (of_bytes(n, 35, 22, "RGB"), dict(quality=80, progressive=True)),
     "grey.jpg": lambda n: (of_bytes(n, 25, 30, "L"), dict(quality=90)),
     "turned.jpg": lambda n: (of_bytes(n, 21, 34, "RGB"), dict(quality=90, exif=turned())),
+    "turned.png": lambda n: (of_bytes(n, 11, 18, "RGB"), dict(exif=turned())),
+    "turned_late.png": lambda n: (of_bytes(n, 15, 10, "RGBA"), dict(exif=turned(7))),
 }
 
 
@@ -85,7 +99,8 @@ def write_pictures(out):
         picture, options = make_picture(name)
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG" if name.endswith("jpg") else "PNG", **options)
-        (out / name).write_bytes(buffer.getvalue())
+        data = buffer.getvalue()
+        (out / name).write_bytes(late(data) if "late" in name else data)
     return {name: load_image(str(out / name)) for name in PICTURES}
 
 

@@ -90,3 +90,32 @@ fn pictures_of_a_size_that_the_model_does_not_read_are_refused() {
     home("dinov2", crop(16_384))
         .refused("", &["becomes 16384 × 16384 pixels", "may be given 16777216", "set crop_size in"]);
 }
+
+#[test]
+fn picture_files_are_as_pillow_reads_them() {
+    let expected = Weights::open_file(&golden().join("images/rgb.safetensors"), &Limits::default()).unwrap();
+    let settings = json!({"do_resize": false, "do_rescale": false, "do_normalize": false});
+    let home = tempfile::tempdir().unwrap();
+    // 16 grey bits are refused: Pillow cuts them off.
+    let names: Vec<&str> = expected.names().filter(|name| *name != "grey16.png").collect();
+    for name in &names {
+        let folder = home.path().join("data");
+        fs::create_dir_all(&folder).unwrap();
+        fs::copy(golden().join("images/pictures").join(name), folder.join(name)).unwrap();
+    }
+    let model = PictureModel { model_type: "vit", channels: 3 };
+    let processor = Processor::from_json("settings", &settings, model).unwrap();
+    let images = read_images(ImageSource::Folder(home.path()), processor, None).unwrap().images.unwrap();
+    assert!(images.len() == names.len() && names.len() > 15);
+    for index in 0..images.len() {
+        let called = images.name(index);
+        let tensor = expected.get(called.rsplit('/').next().unwrap()).unwrap();
+        let (height, width) = images.size(index);
+        assert_eq!(tensor.shape, [height, width, 3], "{called}");
+        let (levels, pixels) = (tensor.bytes(), images.pixels(index).unwrap());
+        let points = height * width;
+        let same =
+            (0..points).all(|at| (0..3).all(|c| pixels[c * points + at] == f32::from(levels[at * 3 + c])));
+        assert!(same, "{called}");
+    }
+}

@@ -3,10 +3,10 @@
 //! The size is read before anything is decoded and held against the limits. Palettes are looked up, and 16-bit colours
 //! keep their upper 8 bits, as in Pillow.
 
-use std::io::Cursor;
+use std::io::{Cursor, Read, Seek, SeekFrom};
 
-use super::jpeg;
 use super::picture::{Picture, upright_size};
+use super::{exif, jpeg};
 use crate::fence::fenced;
 
 /// The largest picture file, in bytes.
@@ -19,6 +19,8 @@ pub const SIDE_MAX: usize = 16_384;
 pub const POINTS_MAX: usize = 64_000_000;
 
 const PNG: &[u8] = b"\x89PNG\r\n\x1a\n";
+/// Bytes of EXIF data that are looked through.
+const EXIF_BYTES_MAX: u64 = 1 << 20;
 /// Deflate never packs tighter than this.
 const DEFLATE_MAX: usize = 1032;
 
@@ -31,13 +33,14 @@ pub(super) enum Alpha {
     OnWhite,
 }
 
-/// (height, width) of the picture that `bytes` hold or begin.
+/// (height, width) of the upright picture in the file `all`, which begins with `bytes`.
 ///
 /// # Errors
 /// In words, without the file's name: not a picture, or one beyond the limits.
-pub(super) fn size(bytes: &[u8]) -> Result<(usize, usize), String> {
+pub(super) fn size_in(bytes: &[u8], all: &mut (impl Read + Seek)) -> Result<(usize, usize), String> {
     let (height, width) = if bytes.starts_with(PNG) {
-        png_size(bytes)?
+        let (height, width) = png_size(bytes)?;
+        upright_size(height, width, png_orientation(all))
     } else if bytes.starts_with(b"\xFF\xD8\xFF") {
         let header = jpeg::header(bytes)?;
         upright_size(header.height, header.width, header.orientation)
@@ -48,6 +51,14 @@ pub(super) fn size(bytes: &[u8]) -> Result<(usize, usize), String> {
     Ok((height, width))
 }
 
+/// (height, width) of the upright picture that `bytes` hold.
+///
+/// # Errors
+/// As [`size_in`].
+pub(super) fn size(bytes: &[u8]) -> Result<(usize, usize), String> {
+    size_in(bytes, &mut Cursor::new(bytes))
+}
+
 /// The picture that `bytes` hold, upright.
 ///
 /// # Errors
@@ -55,8 +66,9 @@ pub(super) fn size(bytes: &[u8]) -> Result<(usize, usize), String> {
 pub(super) fn picture(bytes: &[u8], alpha: Alpha) -> Result<Picture, String> {
     size(bytes)?;
     if bytes.starts_with(PNG) {
-        return fenced(|| png(bytes, alpha))
-            .unwrap_or_else(|_| Err("is a PNG that cannot be decoded".into()));
+        let picture =
+            fenced(|| png(bytes, alpha)).unwrap_or_else(|_| Err("is a PNG that cannot be decoded".into()))?;
+        return Ok(picture.upright(png_orientation(&mut Cursor::new(bytes))));
     }
     let orientation = jpeg::header(bytes)?.orientation;
     Ok(jpeg::decode(bytes)?.upright(orientation))
@@ -102,6 +114,32 @@ fn png_size(bytes: &[u8]) -> Result<(usize, usize), String> {
     let header = header.ok_or("is a PNG without its header")?;
     let number = |at: usize| header[at..at + 4].iter().fold(0, |value, byte| value << 8 | usize::from(*byte));
     Ok((number(12), number(8)))
+}
+
+/// The EXIF orientation of a PNG; 1 where it says nothing. Its chunk may come before the picture or after it.
+fn png_orientation(file: &mut (impl Read + Seek)) -> u8 {
+    let mut at = PNG.len() as u64;
+    let mut next = || -> Option<([u8; 4], Vec<u8>)> {
+        file.seek(SeekFrom::Start(at)).ok()?;
+        let (mut length, mut name) = ([0; 4], [0; 4]);
+        file.read_exact(&mut length).and_then(|()| file.read_exact(&mut name)).ok()?;
+        let length = u64::from(u32::from_be_bytes(length));
+        // Its length and name before the data, their checksum behind.
+        at += length + 12;
+        let mut data = Vec::new();
+        if name == *b"eXIf" {
+            file.take(length.min(EXIF_BYTES_MAX)).read_to_end(&mut data).ok()?;
+        }
+        Some((name, data))
+    };
+    while let Some((name, data)) = next() {
+        match &name {
+            b"eXIf" => return exif::orientation(data.strip_prefix(exif::MARK).unwrap_or(&data)).unwrap_or(1),
+            b"IEND" => break,
+            _ => {}
+        }
+    }
+    1
 }
 
 fn png(bytes: &[u8], alpha: Alpha) -> Result<Picture, String> {

@@ -84,7 +84,8 @@ fn size(path: &Path, bytes: u64) -> std::result::Result<(usize, usize), String> 
         read.map_err(|error| format!("cannot be read: {error}"))?;
         Ok(start)
     };
-    match decode::size(&start(BEGINNING)?) {
+    let mut file = File::open(path).map_err(|error| format!("cannot be read: {error}"))?;
+    match decode::size_in(&start(BEGINNING)?, &mut file) {
         Err(_) if bytes > BEGINNING => decode::size(&start(PICTURE_BYTES_MAX)?),
         found => found,
     }

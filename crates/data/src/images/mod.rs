@@ -5,6 +5,7 @@
 //! before a run begins.
 
 mod decode;
+mod exif;
 mod files;
 mod folder;
 mod idx;

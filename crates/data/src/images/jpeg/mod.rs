@@ -7,11 +7,11 @@
 
 mod bits;
 mod color;
-mod exif;
 mod idct;
 mod scan;
 mod upsample;
 
+use super::exif;
 use super::picture::Picture;
 use bits::Huffman;
 
@@ -86,7 +86,9 @@ pub(super) fn header(bytes: &[u8]) -> Result<Header, String> {
     let (mut at, mut orientation) = (2, 1);
     while let Some(Segment { marker, body, end }) = segment(bytes, at)? {
         match marker {
-            0xE1 => orientation = exif::orientation(body).unwrap_or(orientation),
+            0xE1 => {
+                orientation = body.strip_prefix(exif::MARK).and_then(exif::orientation).unwrap_or(orientation)
+            }
             0xC0..=0xC2 => {
                 let (height, width) = (number(body, 1)?, number(body, 3)?);
                 return Ok(Header { width, height, orientation });

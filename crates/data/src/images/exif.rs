@@ -1,8 +1,10 @@
 //! The orientation in an EXIF block: tag 0x0112 of the first TIFF directory.
 
-/// The orientation, 1 to 8, that the body of an APP1 marker gives; `None` where it gives none.
-pub(super) fn orientation(body: &[u8]) -> Option<u8> {
-    let tiff = body.strip_prefix(b"Exif\0\0")?;
+/// What the block begins with in JPEG, and in PNG files of some writers.
+pub(super) const MARK: &[u8] = b"Exif\0\0";
+
+/// The orientation, 1 to 8, that a TIFF file gives; `None` where it gives none.
+pub(super) fn orientation(tiff: &[u8]) -> Option<u8> {
     let little = match tiff.get(..4)? {
         b"II*\0" => true,
         b"MM\0*" => false,
