@@ -9,7 +9,9 @@
 //! an encoder–decoder model `peft` has layer i read parts 4i and 4i + 1 of the 2·layers parts, counted round, and so does
 //! this, with a file in `peft`'s form. Prefixes elsewhere (`at`) have a form of their own, in model order.
 
-use engraft_nn::{Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Patch, Result, Role, Site, Stack};
+use engraft_nn::{
+    Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Patch, Result, Role, Site, Sites, Stack,
+};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
@@ -22,8 +24,8 @@ struct Prefix {
     zero: bool,
     /// The file holds what `peft`'s projection, of this inner width, made of its rows.
     projected: Option<usize>,
-    /// Which attentions of an encoder–decoder model.
-    at: Vec<Place>,
+    /// Which attentions of an encoder–decoder model; the decoder's own where nothing is said.
+    at: Option<Vec<Place>>,
 }
 
 /// An attention of an encoder–decoder model.
@@ -79,8 +81,8 @@ static INFO: Info = Info {
         Field {
             name: "at",
             kind: FieldKind::TextList,
-            default: Some("[\"decoder\"]"),
-            doc: "Which attentions of an encoder-decoder model: encoder, decoder, cross.",
+            default: None,
+            doc: "Which attentions of an encoder-decoder model: encoder, decoder, cross; decoder if absent.",
         },
     ],
 };
@@ -98,19 +100,38 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 /// `at`, in the order of [`PLACES`].
-fn read_places(r: &mut Reader<'_>) -> Vec<Place> {
-    let Some(names) = r.texts("at") else { return vec![Place::Decoder] };
+fn read_places(r: &mut Reader<'_>) -> Option<Vec<Place>> {
+    let names = r.texts("at")?;
     for name in names.iter().filter(|name| !PLACES.iter().any(|(known, _)| known == *name)) {
         r.problem(format!("`at`: expected encoder, decoder or cross, found {name}"));
     }
     if names.is_empty() {
         r.problem("`at`: expected at least one of encoder, decoder and cross");
     }
-    PLACES
-        .iter()
-        .filter(|(known, _)| names.iter().any(|name| name == known))
-        .map(|(_, place)| *place)
-        .collect()
+    let asked = PLACES.iter().filter(|(known, _)| names.iter().any(|name| name == known));
+    Some(asked.map(|(_, place)| *place).collect())
+}
+
+/// The attentions that a model does not have, and those that it has.
+fn absent(asked: &[Place], sites: &Sites) -> Result<()> {
+    let has =
+        |place| sites.of_kind(|k| matches!(k, Kind::KeyValue { .. })).any(|s| Place::of(s) == Some(place));
+    let names = |wanted: &dyn Fn(Place) -> bool| -> Vec<&str> {
+        PLACES.iter().filter(|(_, place)| wanted(*place)).map(|(name, _)| *name).collect()
+    };
+    let missing = names(&|place| asked.contains(&place) && !has(place));
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let there = names(&has);
+    let help = match there.is_empty() {
+        true => "it has one stack, all of whose attentions are meant; leave `at` out".to_owned(),
+        false => format!("it has {}", there.join(", ")),
+    };
+    Err(Error::Unsupported(format!(
+        "`at` names {}, which this model does not have: {help}",
+        missing.join(", ")
+    )))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
@@ -121,7 +142,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let (tokens, _) = read_prompt_keys(&mut r);
-    let at = if own { read_places(&mut r) } else { vec![Place::Decoder] };
+    let at = if own { read_places(&mut r) } else { None };
     // Saved are the projected rows: all that a forward needs.
     let inner = r.count("encoder_hidden_size", 1, usize::MAX);
     let projected = r.flag("prefix_projection", false).then_some(inner);
@@ -131,7 +152,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Prefix { tokens: 3, zero: false, projected: None, at: vec![Place::Decoder] })
+    Box::new(Prefix { tokens: 3, zero: false, projected: None, at: None })
 }
 
 impl Method for Prefix {
@@ -140,8 +161,9 @@ impl Method for Prefix {
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+        absent(self.at.as_deref().unwrap_or_default(), b.sites())?;
         let all = b.sites().of_kind(|k| matches!(k, Kind::KeyValue { .. }));
-        let wanted = all.filter(|s| Place::of(s).is_none_or(|place| self.at.contains(&place)));
+        let wanted = all.filter(|s| Place::of(s).is_none_or(|place| self.places().contains(&place)));
         let places: Vec<(&Site, usize, usize)> = wanted
             .filter_map(|s| match s.kind {
                 Kind::KeyValue { heads, dim } => Some((s, heads, dim)),
@@ -184,7 +206,8 @@ impl Method for Prefix {
         });
         let mut map = own.as_object().cloned().unwrap_or_default();
         if self.is_own_form() {
-            let names = PLACES.iter().filter(|(_, place)| self.at.contains(place)).map(|(name, _)| *name);
+            let names =
+                PLACES.iter().filter(|(_, place)| self.places().contains(place)).map(|(name, _)| *name);
             map.insert("at".into(), names.collect());
         }
         map
@@ -206,7 +229,11 @@ impl Method for Prefix {
 impl Prefix {
     /// Whether `peft` has no such prefix.
     fn is_own_form(&self) -> bool {
-        self.at != [Place::Decoder]
+        self.places() != [Place::Decoder]
+    }
+
+    fn places(&self) -> &[Place] {
+        self.at.as_deref().unwrap_or(&[Place::Decoder])
     }
 }
 
@@ -274,6 +301,25 @@ mod tests {
         assert!(one(true).trains_on().is_err(), "the projection is not in the file");
         let wrong = json!({ "at": ["decoder", "head"] });
         assert!(from_settings(wrong.as_object().unwrap()).is_err());
-        survives_saving(&[chosen("prefix", json!({ "at": ["cross", "encoder"] }))], &[]);
+        let places = json!({ "at": ["cross", "encoder"] });
+        assert!(from_settings(places.as_object().unwrap()).is_ok());
+    }
+
+    #[test]
+    fn attentions_that_a_model_does_not_have_are_refused() {
+        let (one_stack, info) = toy();
+        for place in ["encoder", "decoder", "cross"] {
+            let wanted = [chosen("prefix", json!({ "at": [place] }))];
+            let error =
+                crate::attach(&wanted, &[], &one_stack, &info, 7).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(place) && error.contains("leave `at` out"), "{error}");
+        }
+        let mut both = Sites::default();
+        let kind = || Kind::KeyValue { heads: 2, dim: 2 };
+        both.set_stack(Stack::Encoder);
+        both.add("encoder", Role::Attention, Some(0), kind());
+        assert!(absent(&[Place::Encoder], &both).is_ok());
+        let error = absent(&[Place::Encoder, Place::Cross], &both).unwrap_err().to_string();
+        assert!(error.contains("`at` names cross,") && error.contains("it has encoder"), "{error}");
     }
 }
