@@ -18,6 +18,7 @@ mod finite;
 mod fit;
 mod labels;
 mod metrics;
+mod names;
 mod objective;
 mod open;
 mod optimizer;

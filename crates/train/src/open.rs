@@ -18,6 +18,7 @@ use crate::attach::{AttachedAdapter, from_recipe};
 use crate::batch::Feed;
 use crate::fingerprint::{Fingerprint, of_data, of_weights};
 use crate::labels::label_names;
+use crate::names;
 use crate::objective::Objective;
 use crate::read::{Examples, Reading, config_classes, decide_task, known_labels};
 use crate::session::{Session, feed_options};
@@ -93,8 +94,7 @@ impl Session {
         }
         let weights = Weights::open(&model_dir, &options.limits)?;
         let fingerprint = Fingerprint::new(of_weights(&weights), of_data(&examples.train));
-        let guesses = examples.train.report.guesses.iter().cloned();
-        let notes = attached.notes.into_iter().chain(guesses).chain(doubts(recipe, &examples)).collect();
+        let notes = [attached.notes, doubts(recipe, &examples, &config, &loaded)].concat();
         Ok(Session {
             objective: Objective::of(loaded.model.info().task)?,
             shift: Shift::of(&config),
@@ -155,9 +155,18 @@ fn load_model(
     }
 }
 
-/// What can be trained but hardly is what was meant.
-fn doubts(recipe: &Recipe, examples: &Examples) -> Vec<String> {
-    let mut doubts = Vec::new();
+/// What to tell where the model's own head serves classes of other names. An adapter brings a head of its own.
+fn kept_head(recipe: &Recipe, examples: &Examples, config: &Value, loaded: &Loaded) -> Option<String> {
+    let continues = recipe.methods.iter().any(|method| method.from.is_some());
+    let (names, known) = (examples.labels.as_ref()?, known_labels(config)?);
+    let is_own = loaded.new_tensors.is_empty() && !continues;
+    is_own.then(|| names::kept_head(names, &known, loaded.model.sites()))?
+}
+
+/// Guesses about the data, and what can be trained but hardly is what was meant.
+fn doubts(recipe: &Recipe, examples: &Examples, config: &Value, loaded: &Loaded) -> Vec<String> {
+    let mut doubts = examples.train.report.guesses.clone();
+    doubts.extend(kept_head(recipe, examples, config, loaded));
     let rate = recipe.train.learning_rate;
     if rate > 1.0 {
         doubts.push(format!(
@@ -223,12 +232,13 @@ fn classes(
 /// An error for a classifier that `transformers` would train on something else than one class a row: scores, or several
 /// classes at once.
 fn classes_only(recipe: &Recipe, task: recipe::Task, config: &Value) -> Result<()> {
-    if task != recipe::Task::SequenceClassification {
-        return Ok(());
-    }
+    let class = match task {
+        recipe::Task::SequenceClassification => "ForSequenceClassification",
+        recipe::Task::ImageClassification => "ForImageClassification",
+        _ => return Ok(()),
+    };
     let kind = config.get("problem_type").and_then(Value::as_str);
-    let has_head =
-        config["architectures"][0].as_str().is_some_and(|c| c.ends_with("ForSequenceClassification"));
+    let has_head = config["architectures"][0].as_str().is_some_and(|name| name.contains(class));
     let title = match kind {
         Some("single_label_classification") => return Ok(()),
         Some(other) => format!("`problem_type` of config.json is `{other}`, which is not trained yet"),

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::golden;
-use engraft_data::{ImageSource, PictureModel, Processor, read_images};
+use engraft_data::{ImageSource, Labels, PictureModel, Processor, read_images};
 use engraft_recipe::Recipe;
 use engraft_store::{Limits, Weights};
 use engraft_train::{Session, method_specs};
@@ -89,6 +89,46 @@ fn pictures_of_a_size_that_the_model_does_not_read_are_refused() {
     home("dinov2", crop(2)).refused("", &["2 × 2 pixels", "at least (`patch_size` in config.json)"]);
     home("dinov2", crop(16_384))
         .refused("", &["becomes 16384 × 16384 pixels", "may be given 16777216", "set crop_size in"]);
+}
+
+#[test]
+fn names_that_the_head_does_not_know_are_told_or_refused() {
+    let own = json!({"id2label": {"0": "cat", "1": "dog", "2": "bird", "3": "fish", "4": "horse"}});
+    let home = |names: &[&str]| Home::new("vit", &own, &square(12)).classes(names);
+    let class = |session: &Session| match session.train.examples[0].labels {
+        Labels::Class(class) => class,
+        _ => panic!("no class"),
+    };
+    let session = home(&["dog", "horse"]).open("").unwrap();
+    assert_eq!((class(&session), session.labels.as_ref().map(Vec::len)), (1, Some(5)));
+    assert!(session.new_tensors.is_empty() && !session.notes.iter().any(|note| note.contains("head")));
+    home(&["dog", "hrse"]).refused("", &["`hrse` (did you mean `horse`?)", "data.labels", "recipe.toml:7:8"]);
+    let session = home(&["a", "b", "birds", "d", "e"]).open("").unwrap();
+    let note = session.notes.iter().find(|note| note.contains("is kept")).unwrap();
+    for part in
+        ["`a`, `b`, `birds` (did you mean `bird`?)", "`cat`, `dog`, `bird`", r#"train_also = ["classifier"]"#]
+    {
+        assert!(note.contains(part), "{part} is not in {note}");
+    }
+    let reordered = "labels = [\"dog\", \"cat\", \"bird\", \"fish\", \"horse\"]";
+    let session = home(&["dog", "horse"]).open(reordered).unwrap();
+    assert!(session.notes.iter().any(|note| note.contains("in another order")), "{:?}", session.notes);
+    let session = home(&["a", "b"]).open("").unwrap();
+    assert!(!session.new_tensors.is_empty() && !session.notes.iter().any(|note| note.contains("is kept")));
+    let session = home(&["a"]).open("").unwrap();
+    assert!(session.notes.iter().any(|note| note.contains("the same label")), "{:?}", session.notes);
+    let session = home(&["dog"]).open("").unwrap();
+    assert!(session.notes.iter().any(|note| note.contains("the same label")), "{:?}", session.notes);
+}
+
+#[test]
+fn heads_that_are_not_trained_on_one_class_a_picture_are_refused() {
+    for kind in ["regression", "multi_label_classification"] {
+        for model in ["vit", "deit_teacher"] {
+            let home = Home::new(model, &json!({"problem_type": kind}), &square(12)).classes(&["a", "b"]);
+            home.refused("", &[kind, "not trained yet", "single_label_classification"]);
+        }
+    }
 }
 
 #[test]

@@ -9,19 +9,24 @@ use engraft_recipe as recipe;
 use serde_json::Value;
 
 use super::{Examples, Read, Reading, at, hold_out};
-use crate::{Error, Result};
+use crate::{Error, Result, names};
 
 impl Reading<'_> {
     /// Training and evaluation pictures.
     pub(super) fn pictures(&self) -> Read<Examples> {
-        let labels = self.data.labels.clone().or_else(|| self.known.clone());
         let set = |path: &Path, labels_path, names| self.picture_set(path, labels_path, names);
-        let first = set(&self.data.path, self.data.labels_path.as_deref(), labels);
-        // The model's own names serve where they are those of the data; other data bring their own.
-        let again = |_| set(&self.data.path, self.data.labels_path.as_deref(), None);
-        let first =
-            if self.data.labels.is_none() && self.known.is_some() { first.or_else(again) } else { first };
-        let mut train = at("data.path", first)?;
+        let first = |names| set(&self.data.path, self.data.labels_path.as_deref(), names);
+        let known = self.known.as_ref().filter(|_| self.data.labels.is_none());
+        // Numbers mean the model's classes where it has so many; names are compared with its own.
+        let numbered = matches!(self.data.format, recipe::Format::Idx | recipe::Format::Npy);
+        let found = match known.filter(|_| numbered) {
+            Some(known) => first(Some(known.clone())).or_else(|_| first(None)),
+            None => first(self.data.labels.clone()),
+        };
+        let mut train = at("data.path", found)?;
+        if let Some(known) = known {
+            at("data.path", names::settle(&mut train, known))?;
+        }
         let labels = train.labels.clone();
         let mut eval = None;
         if let Some(path) = &self.data.eval_path {
