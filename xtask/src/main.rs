@@ -3,6 +3,8 @@
 
 mod docs;
 #[cfg(test)]
+mod names;
+#[cfg(test)]
 mod tidy;
 
 use std::path::{Path, PathBuf};
