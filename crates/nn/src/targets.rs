@@ -64,7 +64,7 @@ pub enum TargetError {
         total: usize,
         /// Which roles the model has and how their modules are called.
         note: String,
-        /// Module names that the roles asked for (or q and v) have here.
+        /// Module names of queries and values here, those of the cross-attention where that was asked for.
         suggestion: Vec<String>,
     },
 }
@@ -205,6 +205,10 @@ fn whole(pattern: &str) -> Result<Regex, TargetError> {
 fn dead_error(sites: &Sites, names: Vec<String>, all: bool) -> TargetError {
     let linear: Vec<&Site> = sites.of_kind(|k| matches!(k, Kind::Linear { .. })).collect();
     let (mut notes, mut suggestion) = (Vec::new(), Vec::new());
+    let usual = match names.iter().any(|name| name.starts_with("cross")) {
+        true => [Role::CrossQ, Role::CrossV, Role::CrossV],
+        false => [Role::Q, Role::V, Role::Qkv],
+    };
     for (role, name) in Role::ALL {
         let mut modules: Vec<(&str, usize)> = Vec::new();
         for site in linear.iter().filter(|s| s.role == *role) {
@@ -215,7 +219,7 @@ fn dead_error(sites: &Sites, names: Vec<String>, all: bool) -> TargetError {
         }
         for (module, count) in modules {
             notes.push(format!("role {name} is `{module}` ({count})"));
-            if matches!(role, Role::Q | Role::V | Role::Qkv) {
+            if usual.contains(role) {
                 suggestion.push(module.to_string());
             }
         }

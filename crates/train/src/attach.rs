@@ -78,7 +78,12 @@ pub(crate) fn from_recipe(
         return Err(problems);
     }
     let attached = attach(&chosen, &train_also, model.sites(), model.info(), recipe.train.seed);
-    let attached = attached.map_err(|e| vec![recipe.problem_at("method", e.to_string())])?;
+    let attached = attached.map_err(|e| match (e, methods) {
+        (e @ engraft_nn::Error::Targets(TargetError::Dead { .. }), [only]) => {
+            vec![dead_targets(recipe, only, e)]
+        }
+        (e, _) => vec![recipe.problem_at("method", e.to_string())],
+    })?;
     for dead in &attached.dead_targets {
         // Each method's targets match, but not all under the same names.
         let title = format!(
@@ -292,6 +297,12 @@ fn parse_roles(
     if problems.is_empty() { Ok(found) } else { Err(problems) }
 }
 
+/// The head's module, where the role of the head is all that was asked for and the model has one.
+fn whole_head<'a>(names: &[String], note: &'a str) -> Option<&'a str> {
+    let head = note.split(", ").find_map(|part| part.strip_prefix("role head is `"));
+    head.filter(|_| names == ["head"])?.split('`').next()
+}
+
 /// The error of targets that match nothing: every dead name underlined, what the model has instead, what to write.
 fn dead_targets(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error) -> Problem {
     let key = if table.targets.is_none() && !table.roles.is_empty() { "roles" } else { "targets" };
@@ -300,6 +311,12 @@ fn dead_targets(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error) 
     else {
         return recipe.problem_at(&at, error.to_string());
     };
+    if let Some(module) = whole_head(&names, &note) {
+        let title =
+            format!("the head is no target of `{at}` here: `{module}` is trained as a whole or not at all");
+        let help = format!("leave `head` out, and set `train_also = [{module:?}]` to train it");
+        return recipe.problem_at(&at, title).help(help);
+    }
     let shown = |names: &[String]| names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
     let model = &recipe.model.value;
     let title = match all {
@@ -331,7 +348,11 @@ fn dead_targets(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error) 
     }
     // The roles that nearly every recipe wants; all of them where the model has none of these.
     let parts: Vec<&str> = note.split(", ").collect();
-    let usual = |part: &&str| ["role q ", "role v ", "role qkv "].iter().any(|r| part.starts_with(r));
+    let crossed = names.iter().any(|name| name.starts_with("cross"));
+    let usual = |part: &&str| match crossed {
+        true => ["role cross.q ", "role cross.v "].iter().any(|r| part.starts_with(r)),
+        false => ["role q ", "role v ", "role qkv "].iter().any(|r| part.starts_with(r)),
+    };
     let few: Vec<&str> = parts.iter().copied().filter(usual).collect();
     let words = if few.is_empty() { note.clone() } else { few.join(", ") };
     problem = problem.note(format!("in this model {words}"));
@@ -339,8 +360,11 @@ fn dead_targets(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error) 
         true => problem,
         false => {
             let list = suggestion.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>().join(", ");
-            let roles =
-                if few.iter().any(|r| r.starts_with("role qkv ")) { "\"qkv\"" } else { "\"q\", \"v\"" };
+            let roles = match few.iter().any(|r| r.starts_with("role qkv ")) {
+                _ if crossed => "\"cross.q\", \"cross.v\"",
+                true => "\"qkv\"",
+                false => "\"q\", \"v\"",
+            };
             problem.help(format!("write `targets = [{list}]`, or `roles = [{roles}]` for any model"))
         }
     }

@@ -46,9 +46,13 @@ impl Home {
     }
 
     fn open(&self, data: &str) -> engraft_train::Result<Session> {
+        self.open_roles("q", data)
+    }
+
+    fn open_roles(&self, roles: &str, data: &str) -> engraft_train::Result<Session> {
         let at = |name: &str| -> PathBuf { self.path().join(name) };
         let text = format!(
-            "model = {:?}\n[method]\nname = \"lora\"\nroles = [\"q\"]\n[data]\nformat = \"images\"\npath = {:?}\n{data}\n[train]\nsteps = 1\n",
+            "model = {:?}\n[method]\nname = \"lora\"\nroles = [{roles:?}]\n[data]\nformat = \"images\"\npath = {:?}\n{data}\n[train]\nsteps = 1\n",
             at("model"),
             at("data"),
         );
@@ -119,6 +123,16 @@ fn names_that_the_head_does_not_know_are_told_or_refused() {
     assert!(session.notes.iter().any(|note| note.contains("the same label")), "{:?}", session.notes);
     let session = home(&["dog"]).open("").unwrap();
     assert!(session.notes.iter().any(|note| note.contains("the same label")), "{:?}", session.notes);
+}
+
+#[test]
+fn a_head_is_trained_whole_and_no_target() {
+    let home = Home::new("vit", &json!({}), &square(12)).classes(&["a", "b"]);
+    let error = home.open_roles("head", "").map(|_| ()).unwrap_err().to_string();
+    assert!(
+        error.contains("`train_also = [\"classifier\"]`") && !error.contains("matches nothing"),
+        "{error}"
+    );
 }
 
 #[test]
