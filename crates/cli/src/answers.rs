@@ -68,7 +68,7 @@ fn parted(example: &Example) -> Option<(Vec<u32>, Vec<u32>)> {
 /// Lets the model answer every question; `progress` is told (answered, all).
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn answers(
     engine: &Engine,
     tokenizer: &Tokenizer,

@@ -151,7 +151,7 @@ fn introduce(session: &Session, cx: &Context) {
         Some(_) => String::new(),
     };
     cx.ui.say(&format!("data  {} examples{eval}{length}{cut}", report.examples));
-    session.notes.iter().for_each(|note| cx.ui.reason(&format!("note: {note}")));
+    session.notes.iter().for_each(|note| cx.ui.note(note));
     for name in &session.new_tensors {
         cx.ui.reason(&format!("note: {name} is not in the model's files and starts at random"));
     }
