@@ -7,7 +7,7 @@ use engraft_data::TemplateOptions;
 use engraft_report::human;
 use engraft_store::Limits;
 use engraft_store::hub::Progress;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressStyle;
 
 use crate::commands::template_worker;
 use crate::environment::Environment;
@@ -36,7 +36,7 @@ impl Context {
             let message = "expected a directory or a Hub id, found an empty name";
             return Err(Failure::before_work(message));
         }
-        let bar = if self.ui.is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        let bar = self.ui.bar();
         let style = ProgressStyle::with_template("{msg} {bytes}/{total_bytes} {bytes_per_sec} {eta} left");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         let mut file = String::new();

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::io::{ErrorKind, IsTerminal, Write};
 
+use indicatif::ProgressBar;
 use serde_json::{Map, Value};
 
 use crate::environment::Environment;
@@ -77,6 +78,11 @@ impl Ui {
         if !self.quiet {
             self.raw(&format!("{line}\n"));
         }
+    }
+
+    /// A bar for work of a length that is told later; hidden where nobody watches.
+    pub fn bar(&self) -> ProgressBar {
+        if self.is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() }
     }
 
     /// A line that gives reasons, shown by `-v`.

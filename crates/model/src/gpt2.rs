@@ -18,6 +18,7 @@ use engraft_tensor::ops::Unary;
 
 use crate::config::Config;
 use crate::facts::{Facts, Length};
+use crate::fused::FusedAttention;
 use crate::reader::Reader;
 use crate::{Architecture, Head, Result, pooling, positions};
 
@@ -109,16 +110,13 @@ struct Gpt2 {
 struct Layer {
     site: SiteId,
     attention_norm: Norm,
-    qkv: Linear,
-    attend: Attend,
-    o: Linear,
+    attention: FusedAttention,
     attention_site: SiteId,
     mlp_norm: Norm,
     up: Linear,
     activation: Unary,
     down: Linear,
     mlp_site: SiteId,
-    heads: usize,
 }
 
 fn build(
@@ -190,27 +188,25 @@ impl Layer {
         let up = r.linear_transposed(&at("mlp.c_fc"), Role::Up, layer, (s.inner, s.width))?;
         let down = r.linear_transposed(&at("mlp.c_proj"), Role::Down, layer, (s.width, s.inner))?;
         let mlp_site = r.sites.add(at("output_adapters"), Role::Mlp, layer, sublayer);
-        let (activation, heads) = (s.activation, s.heads);
+        let attention = FusedAttention { qkv, attend, o, heads: s.heads };
+        let activation = s.activation;
         Ok(Layer {
             site,
             attention_norm,
-            qkv,
-            attend,
-            o,
+            attention,
             attention_site,
             mlp_norm,
             up,
             activation,
             down,
             mlp_site,
-            heads,
         })
     }
 
     /// h [tokens, width] → [tokens, width].
     fn forward(&self, h: &Tensor, sites: &Sites, cx: &Pass) -> engraft_nn::Result<Tensor> {
         let x = self.attention_norm.forward(h, cx)?;
-        let y = self.attention(&x, sites, cx)?;
+        let y = self.attention.forward(&x, sites, cx)?;
         let seen = Sublayer { residual: h, input: &x, output: y, norm: None };
         let h = cx.sublayer(sites, self.attention_site, seen, None)?.plus(h)?;
         let x = self.mlp_norm.forward(&h, cx)?;
@@ -218,16 +214,6 @@ impl Layer {
         let y = self.down.forward(&y, sites, cx)?;
         let seen = Sublayer { residual: &h, input: &x, output: y, norm: None };
         Ok(cx.sublayer(sites, self.mlp_site, seen, None)?.plus(&h)?)
-    }
-
-    /// x [tokens, width] → [tokens, width].
-    fn attention(&self, x: &Tensor, sites: &Sites, cx: &Pass) -> engraft_nn::Result<Tensor> {
-        let (tokens, width) = (x.dim(0), x.width());
-        let all = self.qkv.forward(x, sites, cx)?;
-        let part =
-            |i: usize| all.narrow(1, i * width, width)?.reshape([tokens, self.heads, width / self.heads]);
-        let y = self.attend.forward(&part(0)?, &part(1)?, &part(2)?, cx)?;
-        self.o.forward(&y.reshape([tokens, width])?, sites, cx)
     }
 }
 
@@ -242,7 +228,7 @@ impl Model for Gpt2 {
 
     fn features(&self, inputs: &Inputs, cx: &Pass) -> engraft_nn::Result<Output> {
         inputs.layout.expect_filled()?;
-        let cx = cx.with_prefixes(self.layers[0].attend.site())?;
+        let cx = cx.with_prefixes(self.layers[0].attention.site())?;
         let words = self.words.forward(inputs.ids()?, &self.sites, &cx)?;
         let (words, cx) = cx.with_prompts(self.prompt, &words)?;
         let rows = positions::columns(&cx, self.info.max_positions)?;

@@ -8,6 +8,7 @@ mod config;
 mod dinov2;
 mod error;
 mod facts;
+mod fused;
 mod gpt2;
 mod llama;
 mod picture;

@@ -19,6 +19,7 @@ use engraft_tensor::ops::Unary;
 
 use crate::config::Config;
 use crate::facts::Facts;
+use crate::fused::FusedAttention;
 use crate::picture::{PatchPaths, Patches, Sizes, token_rows};
 use crate::pooling::means;
 use crate::reader::Reader;
@@ -52,9 +53,7 @@ struct PostVit {
 /// One block.
 struct Layer {
     site: SiteId,
-    qkv: Linear,
-    attend: Attend,
-    o: Linear,
+    attention: FusedAttention,
     attention_norm: Norm,
     attention_site: SiteId,
     up: Linear,
@@ -62,7 +61,6 @@ struct Layer {
     down: Linear,
     mlp_norm: Norm,
     mlp_site: SiteId,
-    heads: usize,
 }
 
 fn build(
@@ -108,6 +106,7 @@ impl Layer {
         let attend = Attend::declare(&mut r.sites, &at("attn"), i, spec);
         let o = r.linear(&at("attn.out_proj"), Role::O, layer, (s.width, s.width), true)?;
         let sublayer = Kind::Sublayer { width: s.width };
+        let attention = FusedAttention { qkv, attend, o, heads };
         let attention_site = r.sites.add(at("attention_adapters"), Role::Attention, layer, sublayer.clone());
         let attention_norm = r.norm(&at("norm1"), layer, s.width, s.eps, true)?;
         let up = r.linear(&at("ffn.fc1"), Role::Up, layer, (inner, s.width), true)?;
@@ -116,9 +115,7 @@ impl Layer {
         let mlp_norm = r.norm(&at("norm2"), layer, s.width, s.eps, true)?;
         Ok(Layer {
             site,
-            qkv,
-            attend,
-            o,
+            attention,
             attention_norm,
             attention_site,
             up,
@@ -126,13 +123,12 @@ impl Layer {
             down,
             mlp_norm,
             mlp_site,
-            heads,
         })
     }
 
     /// h [tokens, width] → [tokens, width].
     fn forward(&self, h: &Tensor, sites: &Sites, cx: &Pass) -> engraft_nn::Result<Tensor> {
-        let y = self.attention(h, sites, cx)?;
+        let y = self.attention.forward(h, sites, cx)?;
         let seen = Sublayer { residual: h, input: h, output: y, norm: None };
         let y = cx.sublayer(sites, self.attention_site, seen, Some(&self.attention_norm))?;
         let h = self.attention_norm.forward(&y.plus(h)?, cx)?;
@@ -141,16 +137,6 @@ impl Layer {
         let seen = Sublayer { residual: &h, input: &h, output: y, norm: None };
         let y = cx.sublayer(sites, self.mlp_site, seen, Some(&self.mlp_norm))?;
         self.mlp_norm.forward(&y.plus(&h)?, cx)
-    }
-
-    /// x [tokens, width] → [tokens, width].
-    fn attention(&self, x: &Tensor, sites: &Sites, cx: &Pass) -> engraft_nn::Result<Tensor> {
-        let (tokens, width) = (x.dim(0), x.width());
-        let all = self.qkv.forward(x, sites, cx)?;
-        let part =
-            |i: usize| all.narrow(1, i * width, width)?.reshape([tokens, self.heads, width / self.heads]);
-        let y = self.attend.forward(&part(0)?, &part(1)?, &part(2)?, cx)?;
-        self.o.forward(&y.reshape([tokens, width])?, sites, cx)
     }
 }
 
@@ -169,7 +155,7 @@ impl Model for PostVit {
         if let Some(trained) = self.info.picture {
             self.patches.expect_trained_size(inputs, trained)?;
         }
-        let first = self.layers[0].attend.site();
+        let first = self.layers[0].attention.site();
         let learned = |all: &Tensor, _: (usize, usize)| Ok(all.clone());
         let (mut h, cx) = self.patches.forward(inputs, first, learned, &self.sites, cx)?;
         for layer in &self.layers {

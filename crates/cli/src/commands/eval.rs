@@ -1,6 +1,6 @@
 //! `engraft eval`: loss and metrics of a model and its adapter, of a recipe, of a finished run.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use engraft_nn::Task;
@@ -8,7 +8,6 @@ use engraft_recipe::Recipe;
 use engraft_report::{Align, Table, human};
 use engraft_store::{read_config, write_atomic};
 use engraft_train::{Evaluation, Session, evaluate, model_labels};
-use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::train::open;
@@ -132,7 +131,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
 
 fn score(session: &Session, with_adapter: bool, cx: &Context) -> Outcome<Evaluation> {
     let Some(data) = &session.eval else { return Err(Failure::before_work("there are no evaluation data")) };
-    let bar = bar(cx);
+    let bar = cx.ui.bar();
     let found = evaluate(&session.evaluated(with_adapter)?, data, &mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
@@ -141,12 +140,8 @@ fn score(session: &Session, with_adapter: bool, cx: &Context) -> Outcome<Evaluat
     Ok(found?)
 }
 
-fn bar(cx: &Context) -> ProgressBar {
-    if cx.ui.is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() }
-}
-
-/// The prompts of the evaluation data.
-fn asked(texts: &Texts, session: &Session, cx: &Context) -> Outcome<Vec<Question>> {
+/// The prompts of the evaluation data, and the tokens that end an answer.
+fn asked(texts: &Texts, session: &Session, cx: &Context) -> Outcome<(Vec<Question>, HashSet<u32>)> {
     let task = session.model.info().task;
     if !matches!(task, Task::CausalLm | Task::Seq2Seq) {
         return Err(Failure::before_work(format!(
@@ -176,20 +171,19 @@ fn asked(texts: &Texts, session: &Session, cx: &Context) -> Outcome<Vec<Question
         return Err(Failure::before_work(message));
     }
     found.truncate(texts.prompts.map_or(usize::MAX, |n| n as usize));
-    Ok(found)
+    Ok((found, ends))
 }
 
 /// The scores of the model's own answers.
 fn answered(
     texts: &Texts,
-    questions: Vec<Question>,
+    (questions, ends): (Vec<Question>, HashSet<u32>),
     session: Session,
     with_adapter: bool,
     cx: &Context,
 ) -> Outcome<BTreeMap<String, f64>> {
     let Some(tokenizer) = &session.tokenizer else { return Ok(BTreeMap::new()) };
     let config = read_config(&session.model_dir.join("config.json"), &cx.limits).before_work()?;
-    let ends = ends_of(&session.model_dir, tokenizer, &cx.limits).before_work()?;
     let engine = Engine {
         dir: session.model_dir,
         config,
@@ -201,7 +195,7 @@ fn answered(
     };
     let by = Search { beams: texts.beams as usize, length_penalty: 1.0, early_stopping: false };
     let writing = Writing { most: texts.max_tokens as usize, by: (texts.beams > 1).then_some(by) };
-    let bar = bar(cx);
+    let bar = cx.ui.bar();
     let found = answers(&engine, tokenizer, questions, writing, &ends, &mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);

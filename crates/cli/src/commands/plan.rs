@@ -114,6 +114,16 @@ fn text(sizes: &Estimate, tried: Option<&Trial>, room: &Room, smaller: &[Smaller
     text
 }
 
+/// The parts that memory is counted in.
+pub fn parts(sizes: &Estimate) -> String {
+    format!(
+        "base {} + adapter, optimizer {} + activations {}",
+        human::bytes(sizes.base_bytes),
+        human::bytes(sizes.adapter_bytes),
+        human::bytes(sizes.activation_bytes)
+    )
+}
+
 /// The parts as they are counted, and what a step of the largest batch has taken.
 fn memory(sizes: &Estimate, tried: Option<&Trial>, room: &Room) -> String {
     let measured = tried.and_then(|tried| tried.peak_bytes);
@@ -123,12 +133,7 @@ fn memory(sizes: &Estimate, tried: Option<&Trial>, room: &Room) -> String {
         Some(room) => format!(" of {}: too large", human::bytes(room)),
         None => String::new(),
     };
-    let parts = format!(
-        "base {} + adapter, optimizer {} + activations {}",
-        human::bytes(sizes.base_bytes),
-        human::bytes(sizes.adapter_bytes),
-        human::bytes(sizes.activation_bytes)
-    );
+    let parts = parts(sizes);
     let tokens = sizes.largest_batch_tokens;
     match measured {
         Some(_) => format!(

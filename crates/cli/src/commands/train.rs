@@ -1,15 +1,16 @@
 //! `engraft train`: a recipe to a run directory.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use engraft_recipe::{Dtype, Recipe};
 use engraft_report::human;
 use engraft_store::run::RunDir;
 use engraft_train::{Evaluation, NotFinite, RunOptions, Session, SessionOptions, Status, estimate, smaller};
-use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
+use super::plan::parts;
 use crate::context::Context;
 use crate::failure::{BeforeWork, Failure, Outcome, code};
 use crate::machine;
@@ -164,12 +165,10 @@ fn refuse_too_large(session: &Session, room: u64) -> Outcome {
         return Ok(());
     }
     let mut message = format!(
-        "the run needs about {} of memory, {} are there: base {} + adapter, optimizer {} + activations {}",
+        "the run needs about {} of memory, {} are there: {}",
         human::bytes(sizes.total_bytes()),
         human::bytes(room),
-        human::bytes(sizes.base_bytes),
-        human::bytes(sizes.adapter_bytes),
-        human::bytes(sizes.activation_bytes)
+        parts(&sizes)
     );
     for option in smaller(session, &sizes, room) {
         let total = human::bytes(option.total_bytes);
@@ -181,10 +180,12 @@ fn refuse_too_large(session: &Session, room: u64) -> Outcome {
 
 /// Decodes every picture file once, so that a damaged one does not end the run hours later.
 fn check_pictures(session: &Session, cx: &Context) -> Outcome {
-    let parts = [&session.train.images, &session.eval.as_ref().and_then(|eval| eval.images.clone())];
-    let bar = if cx.ui.is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
-    bar.set_message("checking pictures");
-    let checked = parts.into_iter().flatten().try_for_each(|images| {
+    let train = session.train.images.as_ref();
+    let eval = session.eval.as_ref().and_then(|eval| eval.images.as_ref());
+    // A part that was held out shares the pictures of the whole.
+    let other = eval.filter(|eval| train.is_none_or(|train| !Arc::ptr_eq(train, eval)));
+    let bar = cx.ui.bar();
+    let checked = train.into_iter().chain(other).try_for_each(|images| {
         images.check(&mut |done, all| {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
