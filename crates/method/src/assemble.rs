@@ -272,7 +272,8 @@ pub fn save_adapter(
                     tensors.push((method.file_name(&own_name(site)), own_value(site)?));
                 }
             }
-            let map = config(method.as_ref(), targets.as_ref(), &train_also, base_model, sites, info)?;
+            let of = Saved { adapter, base_model, sites, info };
+            let map = config(method.as_ref(), targets.as_ref(), &train_also, &of)?;
             biases_of_decoders(&mut tensors, &train_also, sites);
             tensors.extend(biases_of_saved(&map, &train_also, &tensors, sites));
             tensors.extend(tied::copies(&map, &tensors, sites)?);
@@ -285,9 +286,8 @@ pub fn save_adapter(
             map
         }
         several => {
-            let of = |(m, t): &Chosen| {
-                Ok(Value::Object(config(m.as_ref(), t.as_ref(), &[], base_model, sites, info)?))
-            };
+            let saved = Saved { adapter, base_model, sites, info };
+            let of = |(m, t): &Chosen| Ok(Value::Object(config(m.as_ref(), t.as_ref(), &[], &saved)?));
             let mut union = peft::write_header(UNION, base_model, info, &train_also);
             union.insert("methods".into(), json!(several.iter().map(of).collect::<Result<Vec<_>>>()?));
             union
@@ -313,14 +313,21 @@ fn own_value(site: &Site) -> Result<Tensor> {
     }
 }
 
+/// What is saved, and for which model.
+struct Saved<'a> {
+    adapter: &'a Adapter,
+    base_model: &'a str,
+    sites: &'a Sites,
+    info: &'a ModelInfo,
+}
+
 fn config(
     method: &dyn Method,
     targets: Option<&Targets>,
     train_also: &[String],
-    base_model: &str,
-    sites: &Sites,
-    info: &ModelInfo,
+    saved: &Saved<'_>,
 ) -> Result<Map<String, Value>> {
+    let Saved { adapter, base_model, sites, info } = *saved;
     let mut map = peft::write_header(method.peft_type(), base_model, info, train_also);
     let targets = targets.cloned().or_else(|| method.default_targets(sites));
     let targets = targets.map(|targets| Targets { train_also: train_also.to_vec(), ..targets });
@@ -328,7 +335,7 @@ fn config(
         Some(targets) => method.resolve(targets, sites)?.sites,
         None => Vec::new(),
     };
-    map.extend(method.config(&Described { info, sites, chosen: &chosen }));
+    map.extend(method.config(&Described { info, sites, chosen: &chosen, adapter }));
     peft::agree_on_storage(&mut map, sites, &chosen);
     if let Some(targets) = targets {
         let by_layer = map.contains_key("layers_to_transform");

@@ -1,34 +1,38 @@
 //! Fine-tuning methods, one file each, blind to models.
 //!
 //! A method is a configuration that fills an adapter with patches at the sites it was given, and hooks into training.
-//! To add one: write its file, add `mod` and one line to [`METHODS`], commit one fixture made elsewhere.
+//! Files lie by the classes of the surveys. To add one: write its file, add `mod` and one line to [`METHODS`], commit
+//! one fixture made elsewhere.
 
+mod additive;
 mod assemble;
-mod bitfit;
-mod bottleneck;
+mod calibration;
 mod copies;
 mod entry;
-mod full;
-mod ia3;
-mod lora;
 mod peft;
-mod prefix;
-mod prompt;
+mod prompts;
 mod read;
+mod reparameterized;
+mod selective;
 #[cfg(test)]
 mod testing;
 mod tied;
-mod vpt;
 
 use std::sync::Arc;
 
 use engraft_nn::{
     Adapter, Builder, ModelInfo, Output, Pass, Resolution, Result, Role, SiteId, Sites, Targets,
 };
-use engraft_tensor::{Gradients, Tensor};
+use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
+use additive::{bottleneck, ia3};
+use prompts::{prefix, prompt, vpt};
+use reparameterized::lora;
+use selective::{bitfit, full};
+
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
+pub use calibration::{Calibration, Observe, Seen, observe};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
 pub use read::pattern;
 
@@ -58,6 +62,18 @@ pub trait Method: Send + Sync {
         1.0
     }
 
+    /// Whether weight decay reaches a parameter group.
+    fn decays(&self, _group: &str) -> bool {
+        true
+    }
+
+    /// Before the first step of a new run: may run the base on training batches and set what it attached by what it saw
+    /// (starts from activations or gradients, masks by importance). A run that is resumed or goes on from a saved adapter
+    /// does not come here.
+    fn prepare(&self, _adapter: &Arc<Adapter>, _base: &dyn Calibration) -> Result<()> {
+        Ok(())
+    }
+
     /// A scalar added to the loss.
     fn penalty(&self, _adapter: &Adapter, _step: Step) -> Result<Option<Tensor>> {
         Ok(None)
@@ -79,8 +95,8 @@ pub trait Method: Send + Sync {
         Ok(())
     }
 
-    /// After the update: may change parameters (proximal steps, pruning of ranks).
-    fn after_step(&self, _adapter: &Adapter, _step: Step) -> Result<()> {
+    /// After the update: may change parameters (proximal steps, pruning of ranks) and forget their moments.
+    fn after_step(&self, _adapter: &Adapter, _moments: &mut dyn Forget, _step: Step) -> Result<()> {
         Ok(())
     }
 
@@ -141,6 +157,14 @@ pub struct Described<'a> {
     pub sites: &'a Sites,
     /// The chosen ones, in model order.
     pub chosen: &'a [SiteId],
+    /// The adapter, whose ranks training may have changed.
+    pub adapter: &'a Adapter,
+}
+
+/// The optimizer's memory of earlier gradients.
+pub trait Forget {
+    /// Makes it begin anew for `param`.
+    fn forget(&mut self, param: &Param);
 }
 
 /// Where training is.

@@ -70,7 +70,7 @@ impl<'a> Builder<'a> {
     ) -> Result<Param> {
         let name = format!("{}{name}", self.prefix);
         let param = Param::new(init.tensor(shape, self.seed, &name)?);
-        self.add(name, param.clone(), group)?;
+        self.add(name, param.clone(), group, true)?;
         Ok(param)
     }
 
@@ -78,17 +78,26 @@ impl<'a> Builder<'a> {
     pub fn fixed(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
         let name = format!("{}{name}", self.prefix);
         let param = Param::frozen(init.tensor(shape, self.seed, &name)?);
-        self.add(name, param.clone(), "")?;
+        self.add(name, param.clone(), "", true)?;
         Ok(param)
     }
 
-    fn add(&mut self, name: String, param: Param, group: &'static str) -> Result<()> {
+    /// A tensor that training needs and a finished adapter does not (averages, counters, gates): in checkpoints, not in
+    /// the adapter's file.
+    pub fn state(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
+        let name = format!("{}{name}", self.prefix);
+        let param = Param::frozen(init.tensor(shape, self.seed, &name)?);
+        self.add(name, param.clone(), "", false)?;
+        Ok(param)
+    }
+
+    fn add(&mut self, name: String, param: Param, group: &'static str, saved: bool) -> Result<()> {
         if self.adapter.params().iter().any(|p| p.name == name) {
             return Err(Error::Unsupported(format!(
                 "two methods make a tensor named `{name}`; let only one of them train it"
             )));
         }
-        self.adapter.push_param(NamedParam { name, param, group, saved: true });
+        self.adapter.push_param(NamedParam { name, param, group, saved });
         Ok(())
     }
 

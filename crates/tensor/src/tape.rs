@@ -108,6 +108,24 @@ impl Tensor {
         }
     }
 
+    /// The same values; backward shows their gradient, of the same shape, to `look` as it passes. Recorded whether or not
+    /// anything below is, so that gradients may be seen where nothing is trained.
+    pub fn observe(&self, look: impl FnOnce(&Tensor) -> Result<()> + Send + 'static) -> Tensor {
+        let edge = self.edge();
+        let backward = move |dy: Tensor, sink: &mut Sink| {
+            look(&dy)?;
+            sink.add(&edge, dy)
+        };
+        match MODE.get() {
+            Mode::Record => self.detach().with_node(Some(Node::new("observe", Some(Box::new(backward))))),
+            Mode::Off => self.clone(),
+            Mode::Watch => {
+                WATCHED.set(true);
+                self.clone()
+            }
+        }
+    }
+
     /// Gradients of this scalar with respect to every [`Param`] it was computed from.
     pub fn backward(&self) -> Result<Gradients> {
         if self.len() != 1 {
@@ -398,6 +416,27 @@ mod tests {
         }
         x.sum().unwrap().backward().unwrap();
         assert_eq!(freed.load(SeqCst), 5);
+    }
+
+    #[test]
+    fn a_gradient_is_seen_where_nothing_is_trained() {
+        let seen: Arc<Mutex<Vec<Vec<f32>>>> = Arc::default();
+        for checkpointed in [false, true] {
+            let slot = seen.clone();
+            let f = move |v: &[Tensor]| {
+                let slot = slot.clone();
+                Ok(v[0].observe(move |dy| {
+                    slot.lock().unwrap().push(dy.to_vec()?);
+                    Ok(())
+                }))
+            };
+            let x = sample(&[3], 1);
+            let y = if checkpointed { checkpoint(&[&x], f) } else { f(&[x]) }.unwrap();
+            let gradients = y.unary(Unary::Square).unwrap().sum().unwrap().backward().unwrap();
+            assert!(gradients.by_leaf.is_empty());
+        }
+        let expected: Vec<f32> = sample(&[3], 1).to_vec().unwrap().iter().map(|v| 2.0 * v).collect();
+        assert_eq!(*seen.lock().unwrap(), [expected.clone(), expected]);
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct AttachedAdapter {
     pub train_also: Vec<String>,
     /// What the file names and the model does not have.
     pub notes: Vec<String>,
+    /// Whether it was read from a file rather than made.
+    pub saved: bool,
 }
 
 /// Reads an adapter directory onto `model`.
@@ -41,6 +43,7 @@ pub fn open_adapter(model: &dyn Model, dir: &Path, limits: &Limits) -> Result<At
         methods: loaded.methods,
         train_also: loaded.train_also,
         notes: loaded.dead.iter().map(note).collect(),
+        saved: true,
     })
 }
 
@@ -100,7 +103,7 @@ pub(crate) fn from_recipe(
     if attached.adapter.trained_count() == 0 {
         return Err(vec![recipe.problem_at("method", "nothing would be trained")]);
     }
-    Ok(AttachedAdapter { adapter: attached.adapter, methods: chosen, train_also, notes })
+    Ok(AttachedAdapter { adapter: attached.adapter, methods: chosen, train_also, notes, saved: false })
 }
 
 /// A name of `train_also` that the model does not have, with the nearest that it has.

@@ -220,6 +220,14 @@ impl<'a> Feed<'a> {
         chosen.iter().map(|groups| self.pack(groups, epoch)).collect()
     }
 
+    /// Micro-batch `number` of training, from 0.
+    pub fn micro(&self, number: u64) -> Result<Batch> {
+        let per_epoch = self.batches.per_epoch().max(1) as u64;
+        let (epoch, place) = (number / per_epoch, (number % per_epoch) as usize);
+        let order = self.batches.epoch(epoch);
+        self.pack(order.batch(place).unwrap_or(&[]), epoch)
+    }
+
     fn pack(&self, groups: &[usize], epoch: u64) -> Result<Batch> {
         let examples: Vec<Example> = groups
             .iter()
@@ -284,6 +292,7 @@ mod tests {
         assert_eq!(rows(feed.step(1).unwrap()), [vec![0, 1], vec![2, 3]]);
         assert_eq!(rows(feed.step(2).unwrap()), [vec![4]]);
         assert_eq!(rows(feed.step(3).unwrap()), [vec![0, 1], vec![2, 3]]);
+        assert_eq!([0, 2, 4].map(|n| feed.micro(n).unwrap().rows), [vec![0, 1], vec![4], vec![2, 3]]);
         assert_eq!((feed.largest(1), feed.largest(5)), (Some((1, 6)), Some((1, 6))));
         let mut by_row = Feed::new(&data, options(1, 1)).unwrap();
         assert_eq!((by_row.largest(4), by_row.largest(12)), (Some((4, 4)), Some((5, 5))));

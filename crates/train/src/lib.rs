@@ -6,6 +6,7 @@
 
 mod attach;
 mod batch;
+mod calibrate;
 mod check;
 mod checkpoint;
 mod error;

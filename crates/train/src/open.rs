@@ -105,6 +105,7 @@ impl Session {
             new_tensors: loaded.new_tensors,
             adapter: Arc::new(attached.adapter),
             methods: attached.methods,
+            goes_on: attached.saved,
             train_also: attached.train_also,
             tokenizer,
             train: examples.train,

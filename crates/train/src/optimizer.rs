@@ -1,9 +1,9 @@
 //! AdamW over the parameters of an adapter: one rule, moments a parameter, a rate factor a group.
 //!
-//! As `transformers` does for adapters, weight decay reaches every trained tensor; a tensor without a gradient in a
-//! step stays as it is.
+//! As `transformers` does for adapters, weight decay reaches every trained tensor, unless its method says otherwise; a
+//! tensor without a gradient in a step stays as it is.
 
-use engraft_method::Method;
+use engraft_method::{Forget, Method};
 use engraft_nn::Adapter;
 use engraft_recipe::Train;
 use engraft_tensor::optim::{AdamW, Moments, clip};
@@ -19,6 +19,8 @@ pub struct Slot {
     pub param: Param,
     /// What its group multiplies the learning rate by.
     pub factor: f64,
+    /// Whether weight decay reaches it.
+    decays: bool,
     /// First and second moments, shape of the parameter.
     pub moments: Moments,
 }
@@ -46,6 +48,7 @@ impl Optimizer {
             name: p.name.clone(),
             param: p.param.clone(),
             factor: factor(p.group),
+            decays: methods.iter().all(|m| m.decays(p.group)),
             moments: Moments::zeros(&p.param),
         };
         Optimizer {
@@ -71,10 +74,19 @@ impl Optimizer {
     ) -> Result<()> {
         for slot in &mut self.slots {
             if let Some(gradient) = gradients.get(&slot.param) {
-                let rule = AdamW { learning_rate: learning_rate * slot.factor, ..self.rule };
+                let weight_decay = if slot.decays { self.rule.weight_decay } else { 0.0 };
+                let rule = AdamW { learning_rate: learning_rate * slot.factor, weight_decay, ..self.rule };
                 rule.update(&slot.param, gradient, scale, number, &mut slot.moments)?;
             }
         }
         Ok(())
+    }
+}
+
+impl Forget for Optimizer {
+    fn forget(&mut self, param: &Param) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.param.same(param)) {
+            slot.moments = Moments::zeros(param);
+        }
     }
 }

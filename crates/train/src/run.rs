@@ -155,6 +155,9 @@ impl<'a> Run<'a> {
         let checkpoints = dir.checkpoints();
         let mut resumed = None;
         let (state, id) = if saved::steps(&RealDisk, &checkpoints)?.is_empty() {
+            if !session.goes_on {
+                crate::calibrate::prepare(session)?;
+            }
             let state = State { fingerprint: session.fingerprint.clone(), ..State::default() };
             let id = new_id(&plan_hash);
             checkpoint::write(&checkpoints, &id, &plan_hash, &state, &session.adapter, &trainer.optimizer)?;

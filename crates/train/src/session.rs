@@ -31,6 +31,8 @@ pub struct Session {
     pub adapter: Arc<Adapter>,
     /// The adapter's methods with their targets.
     pub methods: Vec<Chosen>,
+    /// Whether the adapter was saved before and training goes on from it.
+    pub goes_on: bool,
     /// Modules trained as a whole.
     pub train_also: Vec<String>,
     /// The tokenizer; `tensors` data need none.

@@ -121,7 +121,7 @@ impl<'s> Trainer<'s> {
             return Err(self.not_finite(number, loss, norm, &batches, &gradients)?);
         }
         for (method, _) in &session.methods {
-            method.after_step(&session.adapter, at)?;
+            method.after_step(&session.adapter, &mut self.optimizer, at)?;
         }
         self.norms.push_back(norm);
         self.norms.drain(..self.norms.len().saturating_sub(NORMS));

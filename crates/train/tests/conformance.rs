@@ -112,11 +112,16 @@ fn every_method(precision: Precision, storage: Storage) {
     let models = fixtures::golden().join("models");
     let mut failures = Vec::new();
     let mut count = 0;
-    for name in fixtures::directories(&models) {
+    for (model, name) in fixtures::directories(&models).into_iter().enumerate() {
         let loaded = fixtures::model(&models.join(&name), precision, storage);
         let crossed = loaded.model.sites().iter().any(|s| s.role == Role::CrossAttention);
-        for (title, methods) in adapters(crossed).into_iter().chain(of_model(&loaded)) {
+        for (number, (title, methods)) in adapters(crossed).into_iter().chain(of_model(&loaded)).enumerate() {
             let exact = precision == Precision::F32;
+            // How the base is kept is none of a method's business: each meets other ways on a third of the models.
+            let usual = exact && storage == Storage::Dense;
+            if !fixtures::wanted(&title) || !usual && !(model + number).is_multiple_of(3) {
+                continue;
+            }
             let setting = Setting { title: &title, loaded: &loaded, exact, methods: &methods };
             count += 1;
             if let Err(problem) = setting.check() {

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 #[test]
 fn committed_cases() {
     let count = all_cases(&fixtures::golden());
-    assert!(count >= 200, "only {count} cases");
+    assert!(count >= 200 || std::env::var("ENGRAFT_ONLY").is_ok(), "only {count} cases");
 }
 
 #[test]
@@ -34,7 +34,7 @@ fn cases_from_outside() {
 fn all_cases(root: &Path) -> usize {
     let names = fixtures::directories(&root.join("cases"));
     let mut failures = Vec::new();
-    for name in &names {
+    for name in names.iter().filter(|name| fixtures::wanted(name)) {
         failures.extend(case(root, name).into_iter().map(|problem| format!("{name}: {problem}")));
     }
     assert!(failures.is_empty(), "{} of {} cases:\n{}", failures.len(), names.len(), failures.join("\n"));

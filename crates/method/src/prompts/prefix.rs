@@ -15,7 +15,7 @@ use engraft_nn::{
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
+use super::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
 use crate::read::Reader;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 

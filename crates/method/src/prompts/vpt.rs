@@ -16,7 +16,7 @@ use engraft_tensor::ops::cat;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::prompt::TOKENS_MAX;
+use super::prompt::TOKENS_MAX;
 use crate::read::Reader;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 

@@ -1,0 +1,4 @@
+//! New modules beside or behind the frozen ones.
+
+pub(crate) mod bottleneck;
+pub(crate) mod ia3;

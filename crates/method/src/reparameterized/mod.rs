@@ -1,0 +1,3 @@
+//! Low-dimensional changes of weights that fold into them.
+
+pub(crate) mod lora;

@@ -1,0 +1,4 @@
+//! A part of the pretrained numbers, trained in place.
+
+pub(crate) mod bitfit;
+pub(crate) mod full;

@@ -1,0 +1,72 @@
+//! The base and the training data, as a method sees them before the first step.
+
+use std::sync::Arc;
+
+use engraft_method::Calibration;
+use engraft_nn::{Adapter, Error as Nn, ModelInfo, Names, Pass, Result as NnResult, Sites};
+use engraft_tensor::{Gradients, no_grad, on_pool};
+
+use crate::batch::{Batch, Feed};
+use crate::session::Session;
+use crate::{Error, Result};
+
+/// Lets every method of a new run set what it attached by what the base does with the data.
+pub(crate) fn prepare(session: &Session) -> Result<()> {
+    let base = Base { session, feed: session.feed()? };
+    for (method, _) in &session.methods {
+        on_pool(|| method.prepare(&session.adapter, &base))?;
+    }
+    Ok(())
+}
+
+struct Base<'s> {
+    session: &'s Session,
+    feed: Feed<'s>,
+}
+
+impl Base<'_> {
+    fn batch(&self, number: u64, probe: &Arc<Adapter>) -> NnResult<(Batch, Pass)> {
+        let batch = self.feed.micro(number).map_err(as_nn)?;
+        let cx = Pass::new(batch.inputs.layout.clone(), Some(probe.clone()))
+            .checkpointing(self.session.plan.train.gradient_checkpointing);
+        Ok((batch, cx))
+    }
+}
+
+fn as_nn(error: Error) -> Nn {
+    match error {
+        Error::Model(e) => e,
+        other => Nn::Unsupported(other.to_string()),
+    }
+}
+
+impl Calibration for Base<'_> {
+    fn sites(&self) -> &Arc<Sites> {
+        let sites = self.session.model.sites();
+        match (self.session.adapter.names(), sites.older()) {
+            (Names::Older, Some(older)) => older,
+            _ => sites,
+        }
+    }
+
+    fn info(&self) -> &ModelInfo {
+        self.session.model.info()
+    }
+
+    fn seed(&self) -> u64 {
+        self.session.plan.train.seed
+    }
+
+    fn forward(&self, number: u64, probe: &Arc<Adapter>) -> NnResult<()> {
+        let (batch, cx) = self.batch(number, probe)?;
+        no_grad(|| self.session.model.features(&batch.inputs, &cx)).map(|_| ())
+    }
+
+    fn backward(&self, number: u64, probe: &Arc<Adapter>) -> NnResult<Gradients> {
+        let (batch, cx) = self.batch(number, probe)?;
+        let objective = &self.session.objective;
+        let labels = objective.count(&batch, false).max(1);
+        let loss = objective.loss(&self.session.model, &batch, &cx).map_err(as_nn)?;
+        Ok(loss.scale(1.0 / labels as f32)?.backward()?)
+    }
+}
