@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::isa::{Task, dispatch, isa};
 use super::lanes::Lanes;
 use super::pack::{Precision, Words};
-use super::tile::{Kernel, LEFT_STRIDE, MR, Plain};
+use super::tile::{Kernel, MR, Plain, RUN_WORDS};
 
 /// Steps in a measured run: some tens of microseconds.
 const STEPS: usize = 1 << 14;
@@ -14,7 +14,7 @@ const STEPS: usize = 1 << 14;
 /// The best rate of the tile's instructions on one core, in floating-point operations a second: the best of `tries` short
 /// runs.
 pub fn peak_flops(precision: Precision, tries: usize) -> f64 {
-    let words = Words::zeroed(MR * LEFT_STRIDE);
+    let words = Words::zeroed(MR * RUN_WORDS);
     let mut best = 0.0;
     for _ in 0..tries {
         dispatch(isa(), Measure { precision, words: words.as_slice(), best: &mut best });
@@ -46,7 +46,7 @@ impl Task for Measure<'_> {
 /// The processor has the kernel's instructions.
 #[inline(always)]
 unsafe fn measure<K: Kernel, const NV: usize>(words: &[u32]) -> f64 {
-    assert!(words.len() >= MR * LEFT_STRIDE && NV * K::L::WIDTH <= LEFT_STRIDE);
+    assert!(words.len() >= MR * RUN_WORDS && NV * K::L::WIDTH <= RUN_WORDS);
     // SAFETY: the caller's promise; the line above proves that `words` hold one step of either side.
     unsafe {
         let mut acc = [[K::L::zero(); NV]; MR];

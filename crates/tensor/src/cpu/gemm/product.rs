@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::isa::{Task, dispatch};
 use super::lanes::Lanes;
 use super::pack::{Layout, Precision, Words, round_row, transposed_panel};
-use super::tile::{Init, Kernel, LEFT_STRIDE, MR, Plain, RUN_WORDS, Run, tile, widen};
+use super::tile::{Init, Kernel, MR, Plain, RUN_WORDS, Run, tile, widen};
 
 /// Rows of a forward chunk: 240 packed rows of 1 KiB take half of a second-level cache of 512 KiB.
 const FORWARD_ROWS: usize = 240;
@@ -160,7 +160,7 @@ impl Product<'_> {
 /// Packed pieces of one thread.
 #[derive(Default)]
 struct Scratch {
-    /// The left side of a chunk for one run of k, `[rows, LEFT_STRIDE]`.
+    /// The left side of a chunk for one run of k, `[rows / MR, RUN_WORDS, MR]`.
     left: Words,
     /// A transposed panel for one run of k, `[steps, NR]`.
     panel: Words,
@@ -207,7 +207,7 @@ impl Chunk<'_> {
         let layout = product.layout;
         let width = K::L::WIDTH * NV;
         let run_k = RUN_WORDS / K::LEFT_WORDS * K::STEP_K;
-        scratch.left.reserve(self.rows.len().next_multiple_of(MR) * LEFT_STRIDE);
+        scratch.left.reserve(self.rows.len().next_multiple_of(MR) * RUN_WORDS);
         if product.direction == Direction::Backward {
             scratch.panel.reserve(run_k / K::STEP_K * width);
         }
@@ -254,18 +254,24 @@ impl Chunk<'_> {
     #[inline(always)]
     fn pack_left<K: Kernel>(&self, k0: usize, k: usize, left: &mut [u32]) {
         let product = self.product;
-        for (i, r) in self.rows.clone().enumerate() {
-            let row = &product.a[r * product.a_stride + k0..][..k];
-            let packed = &mut left[i * LEFT_STRIDE..(i + 1) * LEFT_STRIDE];
-            if K::LEFT_WORDS < K::STEP_K {
-                round_row(row, packed);
-                continue;
+        let words = k.div_ceil(K::STEP_K) * K::LEFT_WORDS;
+        let mut packed = [[0u32; RUN_WORDS]; MR];
+        for (tile, first) in left.chunks_exact_mut(RUN_WORDS * MR).zip(self.rows.clone().step_by(MR)) {
+            for (r, packed) in (first..self.rows.end).zip(&mut packed) {
+                let row = &product.a[r * product.a_stride + k0..][..k];
+                if K::LEFT_WORDS < K::STEP_K {
+                    round_row(row, packed);
+                    continue;
+                }
+                for (word, value) in packed.iter_mut().zip(row) {
+                    *word = product.layout.precision.round(*value).to_bits();
+                }
+                // An odd k leaves half a step, which must not read what an earlier run left there.
+                packed[k..k.next_multiple_of(K::STEP_K)].fill(0);
             }
-            for (word, value) in packed.iter_mut().zip(row) {
-                *word = product.layout.precision.round(*value).to_bits();
+            for (w, place) in tile.as_chunks_mut::<MR>().0.iter_mut().enumerate().take(words) {
+                *place = std::array::from_fn(|i| packed[i][w]);
             }
-            // An odd k leaves half a step, which must not read what an earlier run left there.
-            packed[k..k.next_multiple_of(K::STEP_K)].fill(0);
         }
     }
 
@@ -311,7 +317,7 @@ impl Chunk<'_> {
                         K::L::prefetch(next.wrapping_add(word));
                     }
                 }
-                let a = left[i * LEFT_STRIDE..].as_ptr();
+                let a = left[i * RUN_WORDS..].as_ptr();
                 let run = Run { a, b: weights, steps, init, c, c_stride: product.c_stride };
                 if columns == width {
                     tile::<K, NV>(rows, &run);

@@ -3,18 +3,14 @@
 //! `c[i][j] = init[i][j] + Σ_k a[i][k] · b[k][j]`, the sum taken in the order of k by one accumulator an element. So an
 //! element's bits depend neither on the tile's height nor on how k is cut into runs.
 //!
-//! Shapes: `a` is `[MR, LEFT_STRIDE]` words, `b` is `[steps, NV · WIDTH]` words; a step is one k in f32, two in bf16.
+//! Shapes: `a` is `[words of a run, MR]`, so that a tile reads it from one end to the other, `b` is `[steps, NV · WIDTH]` words; a step is one k in f32, two in bf16.
 
 use std::marker::PhantomData;
 
 use super::lanes::{DotLanes, Lanes};
 
-/// Words of one packed row of the left side: the longest run of k.
+/// Words of the left side in the longest run of k.
 pub(super) const RUN_WORDS: usize = 256;
-
-/// Words from one packed row of the left side to the next. A constant, so that the rows of a tile are displacements of
-/// one address; not a power of two, so that they do not fall into the same cache sets.
-pub(super) const LEFT_STRIDE: usize = RUN_WORDS + 16;
 
 /// Rows of the highest tile: 6 × 2 vectors of AVX2 (16 registers), 6 × 4 of AVX-512 (32 registers).
 pub(super) const MR: usize = 6;
@@ -31,7 +27,7 @@ pub(super) trait Kernel {
     /// bits.
     const WIDENS: bool = Self::LEFT_WORDS > 1;
 
-    /// Adds step `b` (`NV · WIDTH` words) times the left words at `a` (rows [`LEFT_STRIDE`] words apart) to `acc`.
+    /// Adds step `b` (`NV · WIDTH` words) times the left words at `a` (`[LEFT_WORDS, MR]`) to `acc`.
     ///
     /// # Safety
     /// The processor has the lanes' instructions; `a` and `b` are good for one step.
@@ -83,7 +79,7 @@ impl<L: Lanes> Kernel for Widened<L> {
             for (j, w) in weights.iter_mut().enumerate() {
                 *w = L::widen_odd(b.add(j * L::WIDTH));
             }
-            add_outer::<L, M, NV>(acc, a.add(1), weights);
+            add_outer::<L, M, NV>(acc, a.add(MR), weights);
         }
     }
 }
@@ -105,7 +101,7 @@ impl<L: DotLanes> Kernel for Dot<L> {
                 *w = L::load(b.add(j * L::WIDTH));
             }
             for (i, row) in acc.iter_mut().enumerate() {
-                let left = L::splat(a.add(i * LEFT_STRIDE));
+                let left = L::splat(a.add(i));
                 for (sum, w) in row.iter_mut().zip(weights) {
                     *sum = L::dot(*sum, left, w);
                 }
@@ -127,7 +123,7 @@ unsafe fn add_outer<L: Lanes, const M: usize, const NV: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         for (i, row) in acc.iter_mut().enumerate() {
-            let left = L::splat(a.add(i * LEFT_STRIDE));
+            let left = L::splat(a.add(i));
             for (sum, w) in row.iter_mut().zip(weights) {
                 *sum = L::fma(*sum, left, w);
             }
@@ -146,7 +142,7 @@ pub(super) struct Init {
 
 /// One run of k for one tile.
 pub(super) struct Run {
-    /// Left side, `[rows, LEFT_STRIDE]`.
+    /// Left side, `[words of the run, MR]`.
     pub a: *const u32,
     /// Weights, `[steps, panel width]`.
     pub b: *const u32,
@@ -196,7 +192,7 @@ unsafe fn tile_of<K: Kernel, const M: usize, const NV: usize>(run: &Run) {
         let (mut a, mut b) = (run.a, run.b);
         for _ in 0..run.steps {
             K::step::<M, NV>(&mut acc, a, b);
-            a = a.add(K::LEFT_WORDS);
+            a = a.add(K::LEFT_WORDS * MR);
             b = b.add(NV * width);
         }
         for (i, row) in acc.iter().enumerate() {
