@@ -17,6 +17,7 @@ GROUPS = {
     "cases": ("cases", "peft"),
     "bitfit": ("selective", "peft"),
     "heads": ("heads", "peft"),
+    "combine": ("combine", "peft"),
     "trajectories": ("trajectories", "peft"),
     "vpt": ("vpt", "peft"),
     "generation": ("generation", "peft"),

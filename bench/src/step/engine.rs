@@ -55,6 +55,7 @@ fn open(recipe: &Path) -> Result<Session> {
         hub: &hub,
         progress: &mut |_| {},
         working_dir: std::env::current_dir()?,
+        packed: Default::default(),
         limits: Default::default(),
         templates: TemplateOptions::default(),
     };

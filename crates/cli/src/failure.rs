@@ -79,6 +79,14 @@ impl Failure {
         self
     }
 
+    /// The same, saying first which of several runs it is about.
+    pub fn of(mut self, name: &str) -> Failure {
+        if let Message::Text(text) = &mut self.message {
+            text.insert_str(0, &format!("{name}: "));
+        }
+        self
+    }
+
     /// Shows the message on standard error.
     pub fn show(&self, ui: &Ui) {
         match &self.message {

@@ -14,6 +14,7 @@ mod gate;
 mod generation;
 mod machine;
 mod merge;
+mod probe;
 mod progress;
 mod recipes;
 mod sampling;

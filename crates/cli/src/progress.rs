@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use engraft_report::human;
 use engraft_train::{EvalEvent, Event, Observer, StepEvent};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::ui::Ui;
 
@@ -21,6 +21,8 @@ const BAR: usize = 16;
 /// Shows a run while it goes on.
 pub struct Progress<'a> {
     ui: &'a Ui,
+    /// Said before each line, of one among several runs.
+    name: String,
     bar: Option<ProgressBar>,
     arrows: [char; 2],
     total: u64,
@@ -43,6 +45,7 @@ impl<'a> Progress<'a> {
         });
         Progress {
             ui,
+            name: String::new(),
             bar,
             arrows: if utf8 { ['▼', '▲'] } else { ['v', '^'] },
             total,
@@ -54,6 +57,12 @@ impl<'a> Progress<'a> {
         }
     }
 
+    /// One of several runs that go on together, each with a line in `lines`.
+    pub fn among(self, name: &str, lines: &MultiProgress) -> Self {
+        let bar = self.bar.map(|bar| lines.add(bar));
+        Progress { name: format!("{name}  "), bar, ..self }
+    }
+
     /// Takes the line away.
     pub fn clear(&self) {
         if let Some(bar) = &self.bar {
@@ -63,9 +72,10 @@ impl<'a> Progress<'a> {
 
     /// A line that stays.
     fn say(&self, line: &str) {
+        let line = format!("{}{line}", self.name);
         match &self.bar {
-            Some(bar) => bar.suspend(|| self.ui.say(line)),
-            None => self.ui.say(line),
+            Some(bar) => bar.suspend(|| self.ui.say(&line)),
+            None => self.ui.say(&line),
         }
     }
 
@@ -88,7 +98,8 @@ impl<'a> Progress<'a> {
         match &self.bar {
             Some(bar) => {
                 bar.set_position(step.step);
-                bar.set_message(fitting(fields, self.ui.width().saturating_sub(BAR + 2)));
+                let width = self.ui.width().saturating_sub(BAR + 2 + self.name.chars().count());
+                bar.set_message(format!("{}{}", self.name, fitting(fields, width)));
             }
             None => {
                 self.last_line = Instant::now();

@@ -5,6 +5,7 @@
 //! one fixture made elsewhere.
 
 mod additive;
+pub mod algebra;
 mod assemble;
 mod calibration;
 mod copies;

@@ -11,6 +11,7 @@ mod facts;
 mod fused;
 mod gpt2;
 mod llama;
+mod packed;
 mod picture;
 mod pooling;
 mod positions;
@@ -33,6 +34,7 @@ use serde_json::Value;
 
 pub use error::{Error, Mismatch, MismatchRow, Result};
 pub use facts::{Facts, TokenLimit, labels_in, token_limit};
+pub use packed::Packed;
 
 use config::Config;
 use reader::{Prefixes, Reader};
@@ -96,6 +98,8 @@ pub struct LoadOptions {
     pub storage: Storage,
     /// What the files may ask for.
     pub limits: Limits,
+    /// Weights that other models of this process have packed.
+    pub packed: Packed,
 }
 
 impl Default for LoadOptions {
@@ -107,6 +111,7 @@ impl Default for LoadOptions {
             precision: Precision::F32,
             storage: Storage::Dense,
             limits: Limits::default(),
+            packed: Packed::default(),
         }
     }
 }
@@ -160,14 +165,14 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<Loaded> {
     let weights = Weights::open(dir, &options.limits)?;
     let prefixes = architecture.prefixes(&weights, task);
 
-    let mut dry = Reader::new(&weights, options, prefixes.clone(), true);
+    let mut dry = Reader::new(dir, &weights, options, prefixes.clone(), true);
     (architecture.build)(architecture, &mut c, &mut dry, head)?;
     c.finish()?;
     let unused = architecture.check_extra(&weights, &prefixes, &mut dry);
     if !dry.rows.is_empty() {
         return Err(Error::Tensors(mismatch(dir, &weights, &config, dry)));
     }
-    let mut reader = Reader::new(&weights, options, prefixes, false);
+    let mut reader = Reader::new(dir, &weights, options, prefixes, false);
     let model = (architecture.build)(architecture, &mut c, &mut reader, head)?;
     let mapped = weights.files().iter().filter_map(|f| f.metadata().ok()).map(|m| m.len()).sum();
     Ok(Loaded {

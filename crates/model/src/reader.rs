@@ -9,15 +9,17 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use engraft_nn::weight::{FileRows, Storage, TransposedRows};
 use engraft_nn::{Convolution, Embedding, Init, Joined, Linear, Norm, Parameter, Role, Sites, Weight};
 use engraft_store::{Dtype, RawTensor, Weights};
 use engraft_tensor::Tensor;
-use engraft_tensor::frozen::RowSource;
+use engraft_tensor::frozen::{Precision, RowSource};
 
 use crate::error::MismatchRow;
+use crate::packed::{Key, place};
 use crate::{Bytes, LoadOptions, Result};
 
 /// Which share of the memory a tensor is counted in.
@@ -42,6 +44,7 @@ pub(crate) type Renamed = &'static [(&'static str, &'static str)];
 
 /// See the module.
 pub(crate) struct Reader<'a> {
+    dir: PathBuf,
     weights: &'a Weights,
     options: &'a LoadOptions,
     prefixes: Prefixes,
@@ -72,8 +75,15 @@ impl RowSource for Absent {
 }
 
 impl<'a> Reader<'a> {
-    pub fn new(weights: &'a Weights, options: &'a LoadOptions, prefixes: Prefixes, dry: bool) -> Self {
+    pub fn new(
+        dir: &Path,
+        weights: &'a Weights,
+        options: &'a LoadOptions,
+        prefixes: Prefixes,
+        dry: bool,
+    ) -> Self {
         Reader {
+            dir: place(dir),
             weights,
             options,
             prefixes,
@@ -165,14 +175,26 @@ impl<'a> Reader<'a> {
     /// The matrix `name` [out, in]; matrices of blocks are kept in the storage that was asked for.
     fn matrix(&mut self, name: &str, (out, inn): (usize, usize), part: Part) -> Result<Arc<Weight>> {
         let raw = self.take(name, &[out, inn]);
-        self.packed(name, raw, (out, inn), part)
+        self.packed(name, raw, 0, (out, inn), part)
     }
 
-    /// The matrix [out, in] of a tensor that was taken.
+    /// What rows of a tensor are when they are packed so.
+    fn key(
+        &self,
+        tensor: &str,
+        (first, rows): (usize, usize),
+        storage: Option<Storage>,
+        precision: Option<Precision>,
+    ) -> Key {
+        Key { dir: self.dir.clone(), tensor: tensor.to_owned(), first, rows, storage, precision }
+    }
+
+    /// The matrix [out, in] of a tensor that was taken, whose rows are those of `name` from `first` on.
     fn packed(
         &mut self,
         name: &str,
         raw: Option<RawTensor>,
+        first: usize,
         shape: (usize, usize),
         part: Part,
     ) -> Result<Arc<Weight>> {
@@ -180,9 +202,14 @@ impl<'a> Reader<'a> {
             return Ok(Arc::new(Weight::table(Arc::new(Absent(shape)), None)));
         };
         let storage = if part == Part::Block { self.options.storage } else { Storage::Dense };
-        let weight = Weight::matrix(&FileRows::new(name, &raw)?, storage, self.options.precision)?;
+        let precision = self.options.precision;
+        let key = self.key(name, (first, shape.0), Some(storage), Some(precision));
+        let weight = self
+            .options
+            .packed
+            .get(key, || Ok(Weight::matrix(&FileRows::new(name, &raw)?, storage, precision)?))?;
         self.count(part, weight.bytes());
-        Ok(Arc::new(weight))
+        Ok(weight)
     }
 
     /// A linear layer whose matrix the file holds as [in, out] (GPT-2's `Conv1D`), with bias.
@@ -195,16 +222,19 @@ impl<'a> Reader<'a> {
     ) -> Result<Linear> {
         let name = self.name(path);
         let tensor = format!("{name}.weight");
+        let (storage, precision) = (self.options.storage, self.options.precision);
         let weight = match self.take(&tensor, &[inn, out]) {
-            None => Weight::table(Arc::new(Absent((out, inn))), None),
+            None => Arc::new(Weight::table(Arc::new(Absent((out, inn))), None).stored_transposed()),
             Some(raw) => {
-                let rows = TransposedRows::new(&tensor, &raw)?;
-                Weight::matrix(&rows, self.options.storage, self.options.precision)?
+                let key = self.key(&tensor, (0, out), Some(storage), Some(precision));
+                self.options.packed.get(key, || {
+                    let rows = TransposedRows::new(&tensor, &raw)?;
+                    Ok(Weight::matrix(&rows, storage, precision)?.stored_transposed())
+                })?
             }
         };
         self.count(Part::Block, weight.bytes());
         let bias = self.vector(&format!("{name}.bias"), out)?;
-        let weight = Arc::new(weight.stored_transposed());
         Ok(Linear::declare(&mut self.sites, (path, &name), role, layer, weight, Some(bias)))
     }
 
@@ -237,15 +267,19 @@ impl<'a> Reader<'a> {
         let (tensor, shape) = (format!("{name}.weight"), (out, channels * height * width));
         let stored = if flat { vec![shape.0, shape.1] } else { vec![out, channels, height, width] };
         let weight = match self.take(&tensor, &stored) {
-            None => Weight::table(Arc::new(Absent(shape)), None),
+            None => Arc::new(Weight::table(Arc::new(Absent(shape)), None)),
             Some(raw) => {
-                let rows = FileRows::flattened(&tensor, &raw, shape)?;
-                Weight::matrix(&rows, Storage::Dense, self.options.precision)?
+                let precision = self.options.precision;
+                let key = self.key(&tensor, (0, out), Some(Storage::Dense), Some(precision));
+                self.options.packed.get(key, || {
+                    let rows = FileRows::flattened(&tensor, &raw, shape)?;
+                    Ok(Weight::matrix(&rows, Storage::Dense, precision)?)
+                })?
             }
         };
         self.count(Part::Embedding, weight.bytes());
         let bias = self.vector(&format!("{name}.bias"), out)?;
-        Ok(Convolution::declare(&mut self.sites, (path, &name), window, flat, Arc::new(weight), Some(bias)))
+        Ok(Convolution::declare(&mut self.sites, (path, &name), window, flat, weight, Some(bias)))
     }
 
     /// A bare parameter of the file's `shape` (a class token, learned positions, a layer scale), seen as a vector.
@@ -316,7 +350,9 @@ impl<'a> Reader<'a> {
             };
             let rows = number * out..(number + 1) * out;
             let cut = |t: &Option<RawTensor>| t.as_ref().map(|t| t.rows(rows.clone())).transpose();
-            let weight = self.packed(&format!("{name}.weight"), cut(matrix)?, (out, inn), Part::Block)?;
+            let matrix = cut(matrix)?;
+            let weight =
+                self.packed(&format!("{name}.weight"), matrix, rows.start, (out, inn), Part::Block)?;
             let bias = self.unpacked(cut(bias)?, out)?;
             parts.push(Linear::declare(&mut self.sites, (path, &name), *role, layer, weight, Some(bias)));
             self.sites.set_rows(path, rows.clone());
@@ -399,14 +435,17 @@ impl<'a> Reader<'a> {
     ) -> Result<Embedding> {
         let name = format!("{module}.weight");
         let weight = match self.take(&name, &[rows, width]) {
-            None => Weight::table(Arc::new(Absent((rows, width))), None),
+            None => Arc::new(Weight::table(Arc::new(Absent((rows, width))), None)),
             Some(raw) => {
-                let source = FileRows::new(&name, &raw)?;
-                Weight::table(Arc::new(source), tied.then_some(self.options.precision))
+                let precision = tied.then_some(self.options.precision);
+                let key = self.key(&name, (0, rows), None, precision);
+                self.options
+                    .packed
+                    .get(key, || Ok(Weight::table(Arc::new(FileRows::new(&name, &raw)?), precision)))?
             }
         };
         self.count(Part::Embedding, weight.bytes());
-        Ok(Embedding::declare(&mut self.sites, (path, module), role, Arc::new(weight)))
+        Ok(Embedding::declare(&mut self.sites, (path, module), role, weight))
     }
 
     /// The table at `path` that several modules share: the files call it `shared`, or hold a copy under each path.

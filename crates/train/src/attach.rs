@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use engraft_method::{Chosen, Field, FieldKind, attach, find, load_adapter, pattern};
+use engraft_method::{Chosen, Field, FieldKind, Named, attach, find, load_adapter, pattern};
 use engraft_nn::{Adapter, LayerChoice, Matcher, Model, Role, Sites, TargetError, Targets};
 use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
-use engraft_store::{Limits, RawTensor, read_adapter};
+use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
 use engraft_tensor::Tensor;
 
 use crate::Result;
@@ -25,17 +25,21 @@ pub struct AttachedAdapter {
     pub saved: bool,
 }
 
+/// The tensors of an adapter's file by name.
+pub fn adapter_tensors(files: &AdapterFiles) -> Result<Named> {
+    let tensor = |(name, raw): (&str, &RawTensor)| {
+        Ok((name.to_owned(), Tensor::from_vec(raw.to_f32()?, raw.shape.clone())?))
+    };
+    files.weights.iter().map(tensor).collect()
+}
+
 /// Reads an adapter directory onto `model`.
 ///
 /// # Errors
 /// A method that is not there, tensors that do not fit.
 pub fn open_adapter(model: &dyn Model, dir: &Path, limits: &Limits) -> Result<AttachedAdapter> {
     let files = read_adapter(dir, limits)?;
-    let tensor = |(name, raw): (&str, &RawTensor)| {
-        Ok((name.to_owned(), Tensor::from_vec(raw.to_f32()?, raw.shape.clone())?))
-    };
-    let tensors = files.weights.iter().map(tensor).collect::<Result<Vec<_>>>()?;
-    let loaded = load_adapter(&files.config, tensors, model.sites(), model.info())?;
+    let loaded = load_adapter(&files.config, adapter_tensors(&files)?, model.sites(), model.info())?;
     let note =
         |name: &String| format!("{}: `{name}` is named and matches nothing in this model", dir.display());
     Ok(AttachedAdapter {

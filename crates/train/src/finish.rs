@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use engraft_data::{Dataset, Tokenizer};
-use engraft_method::save_adapter;
+use engraft_method::{Named, save_adapter};
 use engraft_nn::{Base, Layout, Pass, Patch, Patched, Value};
 use engraft_report::run::{Change, EvalRow, Fact, Setting, Verdict};
 use engraft_report::{Events, RunData, human, training_plot};
@@ -34,16 +34,21 @@ pub(crate) fn write_adapter(session: &Session, dir: &Path) -> Result<()> {
         session.model.sites(),
         session.model.info(),
     )?;
+    write_adapter_files(dir, &config, &tensors)?;
+    match &session.labels {
+        Some(names) => crate::labels::write(dir, names),
+        None => Ok(()),
+    }
+}
+
+/// Writes an adapter directory.
+pub fn write_adapter_files(dir: &Path, config: &serde_json::Value, tensors: &Named) -> Result<()> {
     let values: Vec<Vec<f32>> =
         tensors.iter().map(|(_, t)| t.to_vec()).collect::<engraft_tensor::Result<_>>()?;
     let named = tensors.iter().zip(&values);
     let entries: Vec<Entry> =
         named.map(|((name, tensor), values)| Entry::f32(name.clone(), tensor.shape(), values)).collect();
-    engraft_store::write_adapter(dir, &config, &entries)?;
-    match &session.labels {
-        Some(names) => crate::labels::write(dir, names),
-        None => Ok(()),
-    }
+    Ok(engraft_store::write_adapter(dir, config, &entries)?)
 }
 
 /// Writes `plot.svg` and `report.json`; gives the plot.

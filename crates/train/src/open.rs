@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use engraft_data::{Labels, TemplateOptions, Tokenizer};
-use engraft_model::{LoadOptions, Loaded, load, token_limit};
+use engraft_model::{LoadOptions, Loaded, Packed, load, token_limit};
 use engraft_nn::Task;
 use engraft_nn::weight::Storage;
 use engraft_recipe::{self as recipe, Dtype, Facts, Problem, Quantize, Recipe};
@@ -35,6 +35,8 @@ pub struct SessionOptions<'a> {
     pub working_dir: PathBuf,
     /// What files may ask for.
     pub limits: Limits,
+    /// Weights that other sessions have packed: sessions that share them hold one base.
+    pub packed: Packed,
     /// What chat templates may ask for, and where they are rendered.
     pub templates: TemplateOptions,
 }
@@ -72,12 +74,8 @@ impl Session {
             false => keep(Err(missing), &mut problems),
         };
         let classes = classes(recipe, task, examples.as_ref(), &config);
-        let loaded = load_model(
-            recipe,
-            &model_dir,
-            &load_options(recipe, task, classes, &options.limits),
-            &mut problems,
-        )?;
+        let loaded =
+            load_model(recipe, &model_dir, &load_options(recipe, task, classes, options), &mut problems)?;
         let facts = facts(recipe, task, examples.as_ref(), max_length, &options.working_dir)?;
         let plan = keep(recipe.plan(&facts).map_err(|found| found.list), &mut problems);
         let methods = plan.as_ref().map_or(&recipe.methods, |plan| &plan.methods);
@@ -295,7 +293,12 @@ fn tokenizer(recipe: &Recipe, dir: &Path, config: &Value) -> Result<(Option<Toke
     Ok((tokenizer, recipe.data.max_length.unwrap_or(length.clamp(1, 1024))))
 }
 
-fn load_options(recipe: &Recipe, task: recipe::Task, labels: Option<usize>, limits: &Limits) -> LoadOptions {
+fn load_options(
+    recipe: &Recipe,
+    task: recipe::Task,
+    labels: Option<usize>,
+    options: &SessionOptions<'_>,
+) -> LoadOptions {
     let task = match task {
         recipe::Task::Auto => None,
         recipe::Task::CausalLm => Some(Task::CausalLm),
@@ -314,7 +317,15 @@ fn load_options(recipe: &Recipe, task: recipe::Task, labels: Option<usize>, limi
         Dtype::F32 => Precision::F32,
         Dtype::Bf16 => Precision::Bf16,
     };
-    LoadOptions { task, labels, seed: recipe.train.seed, precision, storage, limits: limits.clone() }
+    LoadOptions {
+        task,
+        labels,
+        seed: recipe.train.seed,
+        precision,
+        storage,
+        limits: options.limits.clone(),
+        packed: options.packed.clone(),
+    }
 }
 
 fn steps_per_epoch(recipe: &Recipe, examples: &Examples, max_length: usize) -> Result<u64> {

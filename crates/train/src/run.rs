@@ -106,6 +106,43 @@ pub fn train(session: &Session, options: &RunOptions, observer: &mut dyn Observe
     run.end(status)
 }
 
+/// One of several runs that are trained together.
+pub struct Member<'a> {
+    /// What it works on.
+    pub session: &'a Session,
+    /// How it is to be made.
+    pub options: &'a RunOptions,
+    /// Watches it.
+    pub observer: &'a mut dyn Observer,
+}
+
+/// Trains several runs in turn, one step each, until all have ended: sessions opened with the same
+/// [`crate::SessionOptions::packed`] hold their base once, and the activations of one step exist at a time. Each run has its
+/// own directory, and the bits it has alone. One that fails leaves the others going.
+pub fn train_together(members: Vec<Member<'_>>) -> Vec<Result<Outcome>> {
+    let mut ended: Vec<Option<Result<Outcome>>> = Vec::new();
+    let mut going = Vec::new();
+    for (number, Member { session, options, observer }) in members.into_iter().enumerate() {
+        match Run::open(session, options, observer) {
+            Ok(run) => {
+                going.push((number, run));
+                ended.push(None);
+            }
+            Err(e) => ended.push(Some(Err(e))),
+        }
+    }
+    while !going.is_empty() {
+        for (number, mut run) in std::mem::take(&mut going) {
+            match run.advance() {
+                Ok(None) => going.push((number, run)),
+                Ok(Some(status)) => ended[number] = Some(run.end(status)),
+                Err(e) => ended[number] = Some(Err(e)),
+            }
+        }
+    }
+    ended.into_iter().flatten().collect()
+}
+
 /// Bytes that a run writes at least: two checkpoints and the small files.
 fn bytes_written(adapter: &Adapter) -> u64 {
     2 * checkpoint::bytes(adapter) + SMALL_FILES_BYTES
@@ -236,38 +273,53 @@ impl<'a> Run<'a> {
 
     /// The steps that are left.
     fn steps(&mut self) -> Result<Status> {
+        loop {
+            if let Some(status) = self.advance()? {
+                return Ok(status);
+            }
+        }
+    }
+
+    /// One step and what is due after it; the status where there are no more.
+    fn advance(&mut self) -> Result<Option<Status>> {
+        // Time between two steps belongs to another run.
+        self.clock = Instant::now();
         let plan = &self.session.plan;
-        if self.state.step == 0 {
+        if self.state.step == 0 && self.before.is_none() {
             self.before = self.evaluate()?;
         }
-        while self.state.step < plan.steps {
-            if self.is_early() {
-                return Ok(Status::EarlyStop);
-            }
-            let number = self.state.step + 1;
-            let stepped = self.trainer.step(number).map_err(|e| self.with_kept(e))?;
-            self.state.step = number;
-            self.state.loss_sum += stepped.event.loss;
-            self.state.tokens += stepped.event.tokens;
-            self.log(Event::Step(stepped.event))?;
-            for warning in stepped.warnings {
-                self.warn(warning)?;
-            }
-            let mut due =
-                plan.train.checkpoint_every > 0 && number.is_multiple_of(plan.train.checkpoint_every);
-            if plan.eval_every > 0 && number.is_multiple_of(plan.eval_every) && self.session.eval.is_some() {
-                self.evaluate()?;
-                due |= self.state.best.as_ref().is_some_and(|best| best.step == number);
-            }
-            let stop = self.options.stop.load(Ordering::Relaxed);
-            if due || stop || number == plan.steps || self.failed_saves > 0 {
-                self.save(stop || number == plan.steps)?;
-            }
-            if stop && number < plan.steps {
-                return Ok(Status::Interrupted);
-            }
+        if self.is_early() {
+            return Ok(Some(Status::EarlyStop));
         }
-        Ok(if self.is_early() { Status::EarlyStop } else { Status::Done })
+        if self.state.step >= plan.steps {
+            return Ok(Some(Status::Done));
+        }
+        let number = self.state.step + 1;
+        let stepped = self.trainer.step(number).map_err(|e| self.with_kept(e))?;
+        self.state.step = number;
+        self.state.loss_sum += stepped.event.loss;
+        self.state.tokens += stepped.event.tokens;
+        self.log(Event::Step(stepped.event))?;
+        for warning in stepped.warnings {
+            self.warn(warning)?;
+        }
+        let mut due = plan.train.checkpoint_every > 0 && number.is_multiple_of(plan.train.checkpoint_every);
+        if plan.eval_every > 0 && number.is_multiple_of(plan.eval_every) && self.session.eval.is_some() {
+            self.evaluate()?;
+            due |= self.state.best.as_ref().is_some_and(|best| best.step == number);
+        }
+        let stop = self.options.stop.load(Ordering::Relaxed);
+        if due || stop || number == plan.steps || self.failed_saves > 0 {
+            self.save(stop || number == plan.steps)?;
+        }
+        self.count_time();
+        Ok((stop && number < plan.steps).then_some(Status::Interrupted))
+    }
+
+    /// Adds what the clock shows to the seconds of the run.
+    fn count_time(&mut self) {
+        self.state.seconds += self.clock.elapsed().as_secs_f64();
+        self.clock = Instant::now();
     }
 
     fn is_early(&self) -> bool {
@@ -310,8 +362,7 @@ impl<'a> Run<'a> {
         if self.saved == Some(self.state.step) {
             return Ok(());
         }
-        self.state.seconds += self.clock.elapsed().as_secs_f64();
-        self.clock = Instant::now();
+        self.count_time();
         let dir = self.dir.checkpoints();
         let optimizer = &self.trainer.optimizer;
         match checkpoint::write(

@@ -29,6 +29,7 @@ fn open(method: &str, data: &str, train: &str) -> engraft_train::Result<Session>
         hub: &hub,
         progress: &mut |_| {},
         working_dir: root,
+        packed: Default::default(),
         limits: Limits::default(),
         templates: TemplateOptions::default(),
     };

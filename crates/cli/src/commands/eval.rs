@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
+use engraft_model::Packed;
 use engraft_nn::Task;
 use engraft_recipe::Recipe;
 use engraft_report::{Align, Table, human};
@@ -97,7 +98,7 @@ struct Texts {
 /// Evaluates, prints, and judges the gates.
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     let (recipe, with_adapter) = recipe(args, cx)?;
-    let session = open(&recipe, cx)?;
+    let session = open(&recipe, &Packed::default(), cx)?;
     if session.eval.is_none() {
         let message =
             "there are no evaluation data; give --set data.eval_path=FILE or data.eval_fraction=0.1";

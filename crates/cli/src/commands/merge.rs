@@ -5,30 +5,18 @@
 
 use std::path::{Path, PathBuf};
 
-use engraft_data::{Example, Tokenizer};
 use engraft_model::LoadOptions;
-use engraft_nn::{Init, Inputs, Picture, Task};
+use engraft_nn::Task;
 use engraft_report::human;
 use engraft_store::{Weights, python_json, write_atomic, write_model};
 use serde_json::json;
 
-use super::logits::pack;
 use crate::context::Context;
 use crate::engine::{Dtype, Engine, ModelArgs};
 use crate::failure::{BeforeWork, Failure, Outcome};
 use crate::merge::Merge;
+use crate::probe::{Measured, Probes, largest_difference};
 
-/// Texts on which the merged model is compared when none are given.
-const PROBES: [&str; 6] = [
-    "Once upon a time there was a little girl who lived near the sea with her old grandfather.",
-    "The committee has reviewed your application and will write to you before the end of the month.",
-    "Water boils at 100 degrees Celsius at sea level, and at a lower temperature in the mountains.",
-    "I cannot log in since this morning; my password seems to have expired over the weekend.",
-    "def add(a, b):\n    return a + b\n",
-    "The ship left the harbour at dawn, and nobody on board knew where the captain meant to go.",
-];
-/// Tokens of a probe.
-const PROBE_TOKENS: usize = 256;
 /// Files of a model directory that hold weights in some form and are not copied.
 const WEIGHT_ENDS: [&str; 10] =
     ["safetensors", "bin", "pt", "pth", "h5", "msgpack", "onnx", "gguf", "ot", "safetensors.index.json"];
@@ -68,15 +56,15 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         quantize: None,
     };
     let engine = Engine::load(&model, cx)?;
-    let probes = probes(args, &engine).before_work()?;
-    let adapted = measure(&engine, &probes)?;
+    let probes = Probes::of(args.probe.as_deref(), &engine)?;
+    let adapted = probes.measure(&engine)?;
 
     let (changed, untied, added, bytes) = write(&engine, &args.out, cx)?;
     let (options, task) =
         (LoadOptions { limits: cx.limits.clone(), ..LoadOptions::default() }, engine.model.info().task);
     drop(engine);
     let merged = Engine::open(&args.out, &LoadOptions { task: Some(task), ..options }, cx)?;
-    let merged = measure(&merged, &probes)?;
+    let merged = probes.measure(&merged)?;
     let change = largest_difference(&adapted.logits, &merged.logits);
     let perplexity = |measured: &Measured| measured.loss.map(f64::exp);
     if args.json {
@@ -101,7 +89,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     Ok(())
 }
 
-fn refuse_full(out: &Path) -> Outcome {
+pub(super) fn refuse_full(out: &Path) -> Outcome {
     let is_empty = |dir: &Path| std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
     if out.symlink_metadata().is_ok() && !is_empty(out) {
         let message = format!("{} exists and is not an empty directory; choose another --out", out.display());
@@ -183,117 +171,9 @@ fn copy_others(from: &Path, to: &Path) -> Outcome {
     Ok(())
 }
 
-/// Logits and loss on the probes.
-struct Measured {
-    logits: Vec<f32>,
-    /// Mean loss of the next token; for models that predict it and texts that are words.
-    loss: Option<f64>,
-}
-
-impl Measured {
-    fn largest(&self) -> f64 {
-        self.logits.iter().fold(0.0, |most, x| f64::max(most, f64::from(x.abs())))
-    }
-}
-
-/// What merged and adapted model are compared on.
-enum Probes {
-    /// Token ids, and whether they are text.
-    Tokens { examples: Vec<Example>, is_text: bool },
-    /// Pictures of noise.
-    Pictures(Box<Inputs>),
-}
-
-fn probes(args: &Args, engine: &Engine) -> Outcome<Probes> {
-    let example = |ids: Vec<u32>| Example { ids, ..Example::default() };
-    if let Some(Picture { channels, height, width }) = engine.model.info().picture {
-        let shape = [4, channels, height, width];
-        let inputs = Inputs::pixels(Init::Normal(1.0).tensor(&shape, 0, "probes")?)?;
-        return Ok(Probes::Pictures(Box::new(inputs)));
-    }
-    if !engine.dir.join("tokenizer.json").is_file() {
-        // Without a tokenizer any ids show whether the logits agree; they say nothing of perplexity.
-        let vocabulary = engine.model.info().vocabulary as u64;
-        let mut random = engraft_data::rng::Random::new(0, 0, 0);
-        let mut ids = || (0..16).map(|_| random.below(vocabulary) as u32).collect();
-        return Ok(Probes::Tokens { examples: (0..4).map(|_| example(ids())).collect(), is_text: false });
-    }
-    let tokenizer = Tokenizer::open(&engine.dir)?;
-    let text = match &args.probe {
-        Some(path) => {
-            let bytes = engraft_store::json::read_capped(path, "config_json", 4 << 20)?;
-            String::from_utf8(bytes)
-                .map_err(|_| Failure::before_work(format!("{} is not UTF-8", path.display())))?
-        }
-        None => PROBES.join("\u{0}"),
-    };
-    let separator = if args.probe.is_some() { '\n' } else { '\u{0}' };
-    let limit = engine.model.info().max_positions.min(PROBE_TOKENS);
-    let mut examples = Vec::new();
-    for line in text.split(separator).filter(|line| !line.trim().is_empty()).take(64) {
-        examples.push(example(tokenizer.encode_cut(line, None, limit)?.0.ids));
-    }
-    examples.retain(|e| e.ids.len() > 1);
-    if examples.is_empty() {
-        return Err(Failure::before_work("the probe file holds no text; give it a few lines"));
-    }
-    Ok(Probes::Tokens { examples, is_text: true })
-}
-
-fn measure(engine: &Engine, probes: &Probes) -> Outcome<Measured> {
-    let info = engine.model.info();
-    let (examples, is_text) = match probes {
-        Probes::Pictures(inputs) => {
-            return Ok(Measured { logits: engine.logits(inputs)?.to_vec()?, loss: None });
-        }
-        Probes::Tokens { examples, is_text } => (examples, *is_text),
-    };
-    let (mut logits, mut loss, mut count) = (Vec::new(), 0.0, 0usize);
-    for example in examples {
-        let inputs = pack(std::slice::from_ref(example))?;
-        // A decoder is given the same text as its encoder.
-        let inputs = match info.task {
-            Task::Seq2Seq => {
-                let (ids, layout) = (inputs.ids()?.clone(), inputs.layout.clone());
-                inputs.with_target(ids, layout)
-            }
-            _ => inputs,
-        };
-        let rows = engine.logits(&inputs)?.to_vec()?;
-        if info.task == Task::CausalLm {
-            let next = example.ids.iter().skip(1);
-            for (row, id) in rows.chunks_exact(info.outputs).zip(next) {
-                loss += negative_log_likelihood(row, *id as usize);
-                count += 1;
-            }
-        }
-        logits.extend(rows);
-    }
-    let loss = (is_text && count > 0).then(|| loss / count as f64);
-    Ok(Measured { logits, loss })
-}
-
-/// −log softmax of `row` at `id`, in f64.
-fn negative_log_likelihood(row: &[f32], id: usize) -> f64 {
-    let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.iter().map(|x| f64::from(x - largest).exp()).sum();
-    sum.ln() - f64::from(row.get(id).copied().unwrap_or(largest) - largest)
-}
-
-fn largest_difference(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).fold(0.0, |most, (a, b)| f64::max(most, f64::from((a - b).abs())))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_loss_is_minus_log_softmax() {
-        let row = [1.0f32, 2.0, 3.0];
-        let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
-        assert!((negative_log_likelihood(&row, 0) - (sum.ln() - 1.0)).abs() < 1e-6);
-    }
 
     #[test]
     fn a_directory_with_anything_in_it_is_refused() {

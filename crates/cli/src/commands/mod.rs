@@ -1,18 +1,21 @@
 //! The commands, one a file.
 
+mod combine;
 mod completions;
 mod doctor;
 mod eval;
+mod extract;
 mod generate;
 mod init;
 mod inspect;
-mod logits;
+pub mod logits;
 mod merge;
 mod methods;
 mod plan;
 mod report;
 mod schema;
 pub mod template_worker;
+mod together;
 mod train;
 
 use crate::context::Context;
@@ -31,6 +34,10 @@ pub enum Command {
     Generate(generate::Args),
     /// Folds an adapter into a plain model directory
     Merge(merge::Args),
+    /// Combines adapters into one
+    Combine(combine::Args),
+    /// Makes an adapter of what differs between two models
+    Extract(extract::Args),
     /// Computes logits of given tensors
     Logits(logits::Args),
     /// Looks at data and writes a recipe for it, with reasons
@@ -61,6 +68,8 @@ impl Command {
             Command::Eval(args) => eval::run(args, cx),
             Command::Generate(args) => generate::run(args, cx),
             Command::Merge(args) => merge::run(args, cx),
+            Command::Combine(args) => combine::run(args, cx),
+            Command::Extract(args) => extract::run(args, cx),
             Command::Logits(args) => logits::run(args, cx),
             Command::Init(args) => init::run(args, cx),
             Command::Methods(args) => methods::run(args, cx),

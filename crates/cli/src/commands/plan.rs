@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use engraft_model::Packed;
 use engraft_report::human;
 use engraft_train::{Estimate, Smaller, Trial, estimate, smaller, trial};
 use serde_json::json;
@@ -42,7 +43,7 @@ pub struct Args {
 /// Prints the estimate.
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     let recipe = read(&file_of(&args.recipe), &args.set)?;
-    let session = open(&recipe, cx)?;
+    let session = open(&recipe, &Packed::default(), cx)?;
     if args.resolved {
         cx.ui.stream(&session.plan.to_toml());
         return Ok(());

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use engraft_model::Packed;
 use engraft_recipe::{Dtype, Recipe};
 use engraft_report::human;
 use engraft_store::run::RunDir;
@@ -26,55 +27,69 @@ Examples:
   engraft train recipe.toml --set method.rank=16 --out runs/b
   engraft train recipe.toml --check        two steps of everything
   engraft train recipe.toml --resume        goes on where the run was cut off
+  engraft train a.toml b.toml c.toml        several adapters in turn, their base in memory once
+
+Several recipes are trained together, a step each in turn: every run has a directory of its own (OUT/NAME), its own data and
+settings, and the bits it has alone.
 
 The first Ctrl-C finishes the step, saves and prints how to go on; the second leaves at once.")]
 pub struct Args {
-    /// A recipe, `-` for standard input, or a run directory to take its plan
-    recipe: PathBuf,
+    /// A recipe, `-` for standard input, or a run directory to take its plan; several are trained together
+    #[arg(required = true, value_name = "RECIPE")]
+    pub(super) recipes: Vec<PathBuf>,
     /// Sets a value of the recipe, such as train.epochs=1; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
-    /// The run directory; runs/NAME if left out
+    pub(super) set: Vec<String>,
+    /// The run directory, of several recipes the one that holds theirs; runs/NAME if left out
     #[arg(long, value_name = "DIR")]
-    out: Option<PathBuf>,
+    pub(super) out: Option<PathBuf>,
     /// Goes on with the run in the run directory
     #[arg(long)]
-    resume: bool,
+    pub(super) resume: bool,
     /// With --resume, refuses where the bits could differ from an uninterrupted run
     #[arg(long, requires = "resume")]
-    exact: bool,
+    pub(super) exact: bool,
     /// Takes two steps of everything (data, training, saving, resuming, evaluation) and leaves nothing
     #[arg(long, conflicts_with_all = ["resume", "json"])]
-    check: bool,
+    pub(super) check: bool,
     /// Runs even where the run is estimated to need more memory than there is
     #[arg(long)]
-    overcommit: bool,
+    pub(super) overcommit: bool,
     /// Prints a JSON object at the end
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 /// Trains.
 pub fn run(args: &Args, cx: &Context) -> Outcome {
+    match &args.recipes[..] {
+        [only] => one(args, only, cx),
+        several => super::together::run(args, several, cx),
+    }
+}
+
+/// Trains one recipe.
+fn one(args: &Args, path: &Path, cx: &Context) -> Outcome {
     let started = Instant::now();
     let stop = Stop::listen()?;
-    let recipe = read(&file_of(&args.recipe), &args.set)?;
-    let out = args.out.clone().unwrap_or_else(|| match args.resume && args.recipe.is_dir() {
-        true => args.recipe.clone(),
-        false => default_out(&args.recipe),
+    let recipe = read(&file_of(path), &args.set)?;
+    let out = args.out.clone().unwrap_or_else(|| match args.resume && path.is_dir() {
+        true => path.to_owned(),
+        false => default_out(path),
     });
     if !args.check {
         // Before the model is read: that may take minutes.
         RunDir::look(&out, args.resume).before_work()?;
     }
-    let session = open(&recipe, cx)?;
+    let session = open(&recipe, &Packed::default(), cx)?;
     introduce(&session, cx);
     if let Some(room) = machine::room().filter(|_| !args.overcommit) {
         refuse_too_large(&session, room)?;
     }
     check_pictures(&session, cx)?;
     if args.check {
-        return check(session, &out, cx);
+        check(session, &out, cx)?;
+        return Ok(());
     }
     let mut progress = Progress::new(&cx.ui, session.plan.steps, cx.environment.utf8);
     let options = RunOptions {
@@ -103,8 +118,9 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     Ok(())
 }
 
-/// Loads what the recipe names. Every mistake is one before any work.
-pub fn open(recipe: &Recipe, cx: &Context) -> Outcome<Session> {
+/// Loads what the recipe names; the weights of its base are taken from `packed` where they are there. Every mistake is one
+/// before any work.
+pub fn open(recipe: &Recipe, packed: &Packed, cx: &Context) -> Outcome<Session> {
     if cx.environment.threads.is_none() && recipe.train.threads > 0 {
         crate::set_threads(recipe.train.threads);
     }
@@ -118,13 +134,14 @@ pub fn open(recipe: &Recipe, cx: &Context) -> Outcome<Session> {
         progress: &mut |_| {},
         working_dir: std::env::current_dir().before_work()?,
         limits: cx.limits.clone(),
+        packed: packed.clone(),
         templates: cx.templates()?,
     };
     Session::open(recipe, &mut options).before_work()
 }
 
 /// What is about to be trained, in a few lines.
-fn introduce(session: &Session, cx: &Context) {
+pub(super) fn introduce(session: &Session, cx: &Context) {
     let info = session.model.info();
     let titles: Vec<&str> = session.methods.iter().map(|(method, _)| method.info().title).collect();
     cx.ui.say(&format!(
@@ -179,7 +196,7 @@ fn refuse_too_large(session: &Session, room: u64) -> Outcome {
 }
 
 /// Decodes every picture file once, so that a damaged one does not end the run hours later.
-fn check_pictures(session: &Session, cx: &Context) -> Outcome {
+pub(super) fn check_pictures(session: &Session, cx: &Context) -> Outcome {
     let train = session.train.images.as_ref();
     let eval = session.eval.as_ref().and_then(|eval| eval.images.as_ref());
     // A part that was held out shares the pictures of the whole.
@@ -196,7 +213,7 @@ fn check_pictures(session: &Session, cx: &Context) -> Outcome {
 }
 
 /// Two steps of everything, in a directory that goes away again, where the run itself would be written.
-fn check(session: Session, out: &Path, cx: &Context) -> Outcome {
+pub(super) fn check(session: Session, out: &Path, cx: &Context) -> Outcome {
     let parent = out.ancestors().skip(1).find(|dir| dir.is_dir()).unwrap_or(Path::new("."));
     let mut progress = Progress::new(&cx.ui, 2, cx.environment.utf8);
     let checked = engraft_train::check(session, parent, &mut progress);
@@ -208,9 +225,10 @@ fn check(session: Session, out: &Path, cx: &Context) -> Outcome {
     Ok(())
 }
 
-/// The command that repeats or resumes the run.
-fn command(args: &Args, out: &Path, resume: bool) -> String {
-    let mut words = vec!["engraft".to_owned(), "train".to_owned(), shell(&args.recipe.to_string_lossy())];
+/// The command that repeats or resumes what was asked for.
+pub(super) fn command(args: &Args, out: &Path, resume: bool) -> String {
+    let mut words = vec!["engraft".to_owned(), "train".to_owned()];
+    words.extend(args.recipes.iter().map(|recipe| shell(&recipe.to_string_lossy())));
     for set in &args.set {
         words.extend(["--set".to_owned(), shell(set)]);
     }
@@ -222,7 +240,7 @@ fn command(args: &Args, out: &Path, resume: bool) -> String {
 }
 
 /// How to go on after a run that did not come to its end.
-fn failed(error: engraft_train::Error, args: &Args, out: &Path, session: &Session) -> Failure {
+pub(super) fn failed(error: engraft_train::Error, args: &Args, out: &Path, session: &Session) -> Failure {
     use engraft_train::Error::{Checkpoint, NotFinite, Resume, Store};
     match error {
         NotFinite(found) => not_finite(&found, args, session),
@@ -257,7 +275,10 @@ fn not_finite(found: &NotFinite, args: &Args, session: &Session) -> Failure {
     let rate = human::number(session.plan.train.learning_rate / 10.0, 2);
     let sets = args.set.iter().filter(|set| !set.starts_with("train.learning_rate"));
     let sets: String = sets.map(|set| format!(" --set {}", shell(set))).collect();
-    let recipe = shell(&args.recipe.to_string_lossy());
+    let [recipe] = &args.recipes[..] else {
+        return failure.ending(&format!("try   train.learning_rate = {rate} in its recipe"));
+    };
+    let recipe = shell(&recipe.to_string_lossy());
     let next = format!("engraft train {recipe} --out NEW{sets} --set train.learning_rate={rate}");
     failure.ending(&format!("try   {next}"))
 }
@@ -273,11 +294,22 @@ fn headline(before: Option<&Evaluation>, after: Option<&Evaluation>, per_row: bo
 }
 
 /// The evaluation before training, which an earlier part of the run logged.
-fn before(run: &Path) -> Option<Evaluation> {
+pub(super) fn before(run: &Path) -> Option<Evaluation> {
     // Only a line of the summary is lost where the log cannot be read; the run itself has read and written it.
     let events = engraft_train::run_data(run).ok()?.events?;
     let eval = events.evals.into_iter().find(|eval| eval.step == 0)?;
     Some(Evaluation { loss: eval.loss?, labels: 0, metrics: eval.metrics })
+}
+
+/// How a run ended, in one line.
+pub(super) fn summary(session: &Session, outcome: &engraft_train::Outcome) -> String {
+    let task = session.model.info().task;
+    let mut parts = vec![outcome.status.name().to_owned(), human::duration(outcome.seconds)];
+    parts.extend(headline(outcome.before.as_ref(), outcome.after.as_ref(), task.is_classification()));
+    if outcome.before.is_none() {
+        parts.push(format!("mean loss {}", human::number(outcome.mean_loss, 4)));
+    }
+    parts.join("  ")
 }
 
 fn finish(args: &Args, session: &Session, outcome: &engraft_train::Outcome, cx: &Context) {
@@ -287,12 +319,7 @@ fn finish(args: &Args, session: &Session, outcome: &engraft_train::Outcome, cx: 
         return;
     }
     let task = session.model.info().task;
-    let mut parts = vec![outcome.status.name().to_owned(), human::duration(outcome.seconds)];
-    parts.extend(headline(outcome.before.as_ref(), outcome.after.as_ref(), task.is_classification()));
-    if outcome.before.is_none() {
-        parts.push(format!("mean loss {}", human::number(outcome.mean_loss, 4)));
-    }
-    ui.print(&format!("{}\n", parts.join("  ")));
+    ui.print(&format!("{}\n", summary(session, outcome)));
     if ui.quiet() {
         return;
     }
@@ -320,7 +347,7 @@ fn finish(args: &Args, session: &Session, outcome: &engraft_train::Outcome, cx: 
     ui.print(&format!("next  {next}\n"));
 }
 
-fn object(outcome: &engraft_train::Outcome) -> Value {
+pub(super) fn object(outcome: &engraft_train::Outcome) -> Value {
     let eval =
         |eval: &Option<Evaluation>| eval.as_ref().map(|e| json!({ "loss": e.loss, "metrics": e.metrics }));
     let path = |path: &Option<PathBuf>| path.as_ref().map(|p| p.display().to_string());

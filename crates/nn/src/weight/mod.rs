@@ -14,7 +14,7 @@ pub use file::{FileRows, TransposedRows};
 pub use nf4::Nf4;
 
 /// How the base is kept in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Storage {
     /// Packed in the compute precision.
     Dense,

@@ -35,6 +35,7 @@ pub fn opened(recipe: &Recipe) -> engraft_train::Result<Session> {
         hub: &hub,
         progress: &mut |_| {},
         working_dir: PathBuf::from("/"),
+        packed: Default::default(),
         limits: Limits::default(),
         templates: TemplateOptions::default(),
     };

@@ -1,0 +1,226 @@
+//! `engraft combine`: several adapters to one, and how far it is from their exact sum.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use engraft_method::algebra::{Combined, Options, Rule, Sign, Term, combine};
+use engraft_method::load_adapter;
+use engraft_model::LoadOptions;
+use engraft_report::human;
+use engraft_tensor::Tensor;
+use engraft_train::write_adapter_files;
+use serde_json::json;
+
+use super::merge::refuse_full;
+use crate::context::Context;
+use crate::engine::Engine;
+use crate::failure::{BeforeWork, Failure, Outcome};
+use crate::probe::{Measured, Probes, largest_difference};
+
+/// How signs are elected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum SignOf {
+    /// The sign of the sum.
+    #[default]
+    Total,
+    /// The sign that more adapters have.
+    Frequency,
+}
+
+/// Arguments.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  engraft combine a/adapter b/adapter --out both              their exact sum
+  engraft combine a/adapter=0.7 b/adapter=0.3 --rule svd --rank 8 --out mixed
+  engraft combine a/adapter b/adapter=-0.5 --out without-b    takes half of b away
+  engraft combine a/adapter b/adapter --rule ties --density 0.2 --out ties
+  engraft combine seed0/adapter seed1/adapter seed2/adapter --rule average --out soup
+  engraft combine a/adapter b/adapter --out both --model DIR --probe texts.txt")]
+pub struct Args {
+    /// Adapter directories, each with its weight after `=`; 1 where none is given (of average: equal shares)
+    #[arg(required = true, value_name = "ADAPTER[=WEIGHT]", allow_hyphen_values = true)]
+    adapters: Vec<String>,
+    /// The adapter directory to write; it must not exist or be empty
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// cat, average, linear, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four also with _svd
+    #[arg(long, default_value = "cat", value_name = "RULE", value_parser = rule)]
+    rule: Rule,
+    /// Rank of a result that is cut by singular values; the largest of the adapters' if left out
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    rank: Option<u32>,
+    /// Share of the numbers that a pruning rule keeps
+    #[arg(long, value_name = "SHARE")]
+    density: Option<f64>,
+    /// How TIES elects signs
+    #[arg(long, value_enum, default_value_t)]
+    sign: SignOf,
+    /// Seed of what DARE drops
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// A base model, to compare logits of the result with those of the exact sum
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// A text file, a text a line, to compare on
+    #[arg(long, value_name = "FILE", requires = "model")]
+    probe: Option<PathBuf>,
+    /// Prints JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn rule(text: &str) -> Result<Rule, String> {
+    let found = Rule::ALL.iter().find(|(name, _)| *name == text.replace('-', "_"));
+    found.map(|(_, rule)| *rule).ok_or_else(|| {
+        let names: Vec<&str> = Rule::ALL.iter().map(|(name, _)| *name).collect();
+        format!("expected one of {}", names.join(", "))
+    })
+}
+
+/// Combines, writes, and compares where a model is given.
+pub fn run(args: &Args, cx: &Context) -> Outcome {
+    refuse_full(&args.out)?;
+    check(args)?;
+    let terms = args.adapters.iter().map(|text| term(text, cx)).collect::<Outcome<Vec<_>>>()?;
+    let options = Options {
+        rule: args.rule,
+        rank: args.rank.map(|rank| rank as usize),
+        density: args.density.unwrap_or(1.0),
+        sign: if args.sign == SignOf::Total { Sign::Total } else { Sign::Frequency },
+        seed: args.seed,
+    };
+    let combined = combine(&terms, &options).before_work()?;
+    let compared = match &args.model {
+        Some(model) => Some(compare(args, model, &terms, &options, &combined, cx)?),
+        None => None,
+    };
+    write_adapter_files(&args.out, &combined.config, &combined.tensors)?;
+    tell(args, &combined, compared.as_ref(), cx);
+    Ok(())
+}
+
+fn check(args: &Args) -> Outcome {
+    if args.rule.prunes() && args.density.is_none() {
+        return Err(Failure::before_work(
+            "this rule keeps a share of the numbers; give it, such as --density 0.2",
+        ));
+    }
+    if !args.rule.prunes() && args.density.is_some() {
+        return Err(Failure::before_work("--density belongs to the rules ties, dare and magnitude_prune"));
+    }
+    if args.rank.is_some() && !args.rule.cuts() {
+        return Err(Failure::before_work("--rank belongs to svd and the rules that end in _svd"));
+    }
+    Ok(())
+}
+
+/// An adapter and its weight, from `DIR` or `DIR=WEIGHT`.
+fn term(text: &str, cx: &Context) -> Outcome<Term> {
+    let split = text.rsplit_once('=').filter(|_| !Path::new(text).is_dir());
+    let (name, weight) = match split {
+        None => (text, 1.0),
+        Some((name, weight)) => match weight.parse::<f64>() {
+            Ok(weight) if weight.is_finite() && weight != 0.0 => (name, weight),
+            _ => {
+                let message =
+                    format!("{text}: expected a weight other than zero after `=`, found `{weight}`");
+                return Err(Failure::before_work(message));
+            }
+        },
+    };
+    let files = engraft_store::read_adapter(&cx.resolve(name)?, &cx.limits).before_work()?;
+    let tensors = engraft_train::adapter_tensors(&files).before_work()?;
+    Ok(Term { name: name.to_owned(), config: files.config, tensors, weight })
+}
+
+/// What the result does to the model's outputs, beside the exact sum.
+struct Compared {
+    exact: Measured,
+    result: Measured,
+    base: Measured,
+}
+
+fn compare(
+    args: &Args,
+    model: &str,
+    terms: &[Term],
+    options: &Options,
+    combined: &Combined,
+    cx: &Context,
+) -> Outcome<Compared> {
+    let dir = cx.resolve(model)?;
+    let tensors = combined.tensors.iter().map(|(name, t)| (name.as_str(), t.shape()));
+    let config = engraft_store::read_config(&dir.join("config.json"), &cx.limits).before_work()?;
+    let load = LoadOptions {
+        labels: engraft_model::labels_in(&config, tensors),
+        limits: cx.limits.clone(),
+        ..LoadOptions::default()
+    };
+    let mut engine = Engine::open(&dir, &load, cx)?;
+    let probes = Probes::of(args.probe.as_deref(), &engine)?;
+    let base = probes.measure(&engine)?;
+    let mut with = |config: &serde_json::Value, tensors: &[(String, Tensor)]| -> Outcome<Measured> {
+        let (sites, info) = (engine.model.sites().clone(), engine.model.info().clone());
+        let loaded = load_adapter(config, tensors.to_vec(), &sites, &info).before_work()?;
+        (engine.adapter, engine.methods) = (Some(Arc::new(loaded.adapter)), loaded.methods);
+        probes.measure(&engine)
+    };
+    let result = with(&combined.config, &combined.tensors)?;
+    let exact = match args.rule {
+        // Means have no sum to be compared with but themselves.
+        Rule::Cat | Rule::Average => with(&combined.config, &combined.tensors)?,
+        _ => {
+            let sum = combine(terms, &Options { rule: Rule::Cat, ..*options }).before_work()?;
+            with(&sum.config, &sum.tensors)?
+        }
+    };
+    Ok(Compared { exact, result, base })
+}
+
+fn tell(args: &Args, combined: &Combined, compared: Option<&Compared>, cx: &Context) {
+    let perplexity = |m: &Measured| m.loss.map(f64::exp);
+    if args.json {
+        let compared = compared.map(|c| {
+            json!({
+                "largest_logit": c.exact.largest(),
+                "largest_logit_change": largest_difference(&c.exact.logits, &c.result.logits),
+                "perplexity_base": perplexity(&c.base), "perplexity_exact": perplexity(&c.exact),
+                "perplexity": perplexity(&c.result),
+            })
+        });
+        cx.ui.json(json!({
+            "out": args.out.display().to_string(), "rank": combined.config["r"], "error": combined.error,
+            "worst": combined.worst.as_ref().map(|(path, error)| json!({ "module": path, "error": error })),
+            "notes": combined.notes, "compared": compared,
+        }));
+        return;
+    }
+    let mut line = format!("{} adapters combined", args.adapters.len());
+    if let Some(rank) = combined.config["r"].as_u64() {
+        line.push_str(&format!(", rank {rank}"));
+    }
+    if let Some(error) = combined.error {
+        line.push_str(&format!("; {} of their exact sum is lost or added", percent(error)));
+    }
+    if let Some((path, error)) = combined.worst.as_ref().filter(|(_, error)| *error > 1e-5) {
+        line.push_str(&format!(", most at {path}: {}", percent(*error)));
+    }
+    cx.ui.print(&format!("{line}\n"));
+    combined.notes.iter().for_each(|note| cx.ui.note(note));
+    if let Some(c) = compared {
+        let change = largest_difference(&c.exact.logits, &c.result.logits);
+        let mut line = format!("largest logit change against the exact sum {}", human::number(change, 2));
+        if let (Some(base), Some(exact), Some(result)) =
+            (perplexity(&c.base), perplexity(&c.exact), perplexity(&c.result))
+        {
+            line.push_str(&format!("; perplexity {base:.2} alone, {exact:.2} exact, {result:.2} combined"));
+        }
+        cx.ui.print(&format!("{line}\n"));
+    }
+    cx.ui.print(&format!("adapter  {}\n", args.out.display()));
+}
+
+fn percent(share: f64) -> String {
+    format!("{}%", human::number(100.0 * share, 2))
+}

@@ -1,0 +1,147 @@
+//! `engraft combine` and `engraft extract`: sums as `peft` makes them, and what differs between two models.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use engraft_store::{Limits, Weights};
+use serde_json::Value;
+
+fn engraft(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_engraft")).args(args).output().unwrap()
+}
+
+fn succeeds(args: &[&str]) -> String {
+    let output = engraft(args);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn refused(args: &[&str]) -> String {
+    let output = engraft(args);
+    assert_eq!(output.status.code(), Some(2), "{args:?}");
+    String::from_utf8_lossy(&output.stderr).split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden")
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn tensor(file: &Path, name: &str) -> Vec<f32> {
+    Weights::open_file(file, &Limits::default()).unwrap().get(name).unwrap().to_f32().unwrap()
+}
+
+/// Logits of a model with or without an adapter.
+fn logits(model: &Path, adapter: Option<&Path>, dir: &Path) -> Vec<f32> {
+    let (inputs, out) = (golden().join("inputs/llama/inputs.safetensors"), dir.join("logits.safetensors"));
+    let mut args = vec!["logits", "--model", text(model), "--inputs", text(&inputs), "--out", text(&out)];
+    if let Some(adapter) = adapter {
+        args.extend(["--adapter", text(adapter)]);
+    }
+    succeeds(&args);
+    tensor(&out, "logits")
+}
+
+fn largest(values: &[f32]) -> f64 {
+    values.iter().fold(0.0, |most, v| f64::max(most, f64::from(v.abs())))
+}
+
+#[test]
+fn sums_are_those_of_peft() {
+    let (root, dir) = (golden().join("combine"), tempfile::tempdir().unwrap());
+    let cases: Value = serde_json::from_slice(&fs::read(root.join("cases.json")).unwrap()).unwrap();
+    let model = golden().join("models/llama");
+    let weights = cases["weights"].as_object().unwrap();
+    let terms: Vec<String> =
+        weights.iter().map(|(name, weight)| format!("{}={weight}", text(&root.join(name)))).collect();
+    for (name, case) in cases["cases"].as_object().unwrap() {
+        let out = dir.path().join(name);
+        let mut args =
+            vec!["combine", "--out", text(&out), "--json", "--rule", case["rule"].as_str().unwrap()];
+        args.extend(terms.iter().map(String::as_str));
+        let numbers = [("svd_rank", "--rank"), ("density", "--density")];
+        let given: Vec<(&str, String)> =
+            numbers.iter().filter_map(|(key, flag)| Some((*flag, case.get(*key)?.to_string()))).collect();
+        given.iter().for_each(|(flag, value)| args.extend([*flag, value.as_str()]));
+        if let Some(sign) = case.get("majority_sign_method").and_then(Value::as_str) {
+            args.extend(["--sign", sign]);
+        }
+        let said: Value = serde_json::from_str(&succeeds(&args)).unwrap();
+        let exact = case["rule"] == "cat";
+        assert!((said["error"].as_f64().unwrap() < 1e-5) == exact, "{name}: {said}");
+        let (found, file) =
+            (logits(&model, Some(&out), dir.path()), root.join(format!("{name}.safetensors")));
+        let (expected, mask) = (tensor(&file, "logits"), tensor(&file, "mask"));
+        let width = expected.len() / mask.len();
+        let off = found.iter().zip(&expected).enumerate().filter(|(at, _)| mask[at / width] != 0.0);
+        let off = off.fold(0.0, |most, (_, (a, b))| f64::max(most, f64::from((a - b).abs())));
+        assert!(off < cases["tolerance"].as_f64().unwrap() * largest(&expected), "{name}: off by {off}");
+    }
+}
+
+#[test]
+fn what_cannot_be_combined_is_said() {
+    let (root, dir) = (golden(), tempfile::tempdir().unwrap());
+    let out = dir.path().join("out");
+    let (a, ia3) = (root.join("combine/a"), root.join("cases/llama__ia3/adapter"));
+    let combine = |args: &[&str]| refused(&[&["combine", "--out", text(&out)], args].concat());
+    assert!(combine(&[text(&a), text(&ia3)]).contains("IA3"));
+    assert!(combine(&[text(&a), "--rule", "ties"]).contains("--density"));
+    assert!(combine(&[text(&a), "--rank", "3"]).contains("svd"));
+    assert!(combine(&[text(&a), "--rule", "sum"]).contains("expected one of cat"));
+    assert!(combine(&[&format!("{}=x", text(&a))]).contains("found `x`"));
+    assert!(combine(&[&format!("{}=0", text(&a))]).contains("other than zero"));
+    assert!(!out.exists());
+    // Adapters that are no products can be averaged, where they are alike.
+    succeeds(&["combine", text(&ia3), text(&ia3), "--rule", "average", "--out", text(&out)]);
+    let same = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+    assert!(same(&out) == same(&ia3));
+}
+
+#[test]
+fn a_tuned_model_is_its_base_with_what_was_extracted() {
+    let (root, dir) = (golden(), tempfile::tempdir().unwrap());
+    let (model, tuned) = (root.join("models/llama"), dir.path().join("tuned"));
+    succeeds(&[
+        "merge",
+        "--model",
+        text(&model),
+        "--adapter",
+        text(&root.join("combine/a")),
+        "--out",
+        text(&tuned),
+    ]);
+    let expected = logits(&tuned, None, dir.path());
+    for (rank, near) in [("4", true), ("1", false)] {
+        let out = dir.path().join(rank);
+        let args = [
+            "extract",
+            "--model",
+            text(&model),
+            "--tuned",
+            text(&tuned),
+            "--out",
+            text(&out),
+            "--rank",
+            rank,
+            "--json",
+        ];
+        let said: Value = serde_json::from_str(&succeeds(&args)).unwrap();
+        assert!((said["error"].as_f64().unwrap() < 1e-4) == near, "{said}");
+        let found = logits(&model, Some(&out), dir.path());
+        let off =
+            found.iter().zip(&expected).fold(0.0, |most, (a, b)| f64::max(most, f64::from((a - b).abs())));
+        assert!((off < 2e-4 * largest(&expected)) == near, "rank {rank}: off by {off}");
+        assert!(
+            (said["largest_logit_change"].as_f64().unwrap() < 2e-4 * largest(&expected)) == near,
+            "{said}"
+        );
+    }
+    let out = dir.path().join("none");
+    let error = refused(&["extract", "--model", text(&model), "--tuned", text(&model), "--out", text(&out)]);
+    assert!(error.contains("nothing to extract"), "{error}");
+}

@@ -1,0 +1,87 @@
+//! `engraft train` with several recipes: each run is the one that it is alone.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn engraft(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_engraft")).args(args).current_dir(dir).output().unwrap()
+}
+
+fn succeeds(dir: &Path, args: &[&str]) -> String {
+    let output = engraft(dir, args);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn refused(dir: &Path, args: &[&str]) -> String {
+    let output = engraft(dir, args);
+    assert_eq!(output.status.code(), Some(2), "{args:?}");
+    String::from_utf8_lossy(&output.stderr).split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Recipes `a`, `b` and `c` of one base, which differ in method, rank, rate, steps and seed.
+fn recipes(dir: &Path) {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
+    let (model, data) =
+        (golden.join("models/llama"), golden.join("trajectories/llama__lora/batches.safetensors"));
+    let of = |name: &str, method: &str, train: &str| {
+        let text = format!(
+            "model = {:?}\n[method]\n{method}\n[data]\nformat = \"tensors\"\npath = {:?}\nshuffle = false\n[train]\nbatch_size = 2\n{train}\n",
+            model.display().to_string(),
+            data.display().to_string(),
+        );
+        fs::write(dir.join(format!("{name}.toml")), text).unwrap();
+    };
+    of("a", "name = \"lora\"\nrank = 2", "steps = 5\nlearning_rate = 1e-2");
+    of(
+        "b",
+        "name = \"lora\"\nrank = 5\ntargets = \"all-linear\"",
+        "steps = 3\nlearning_rate = 1e-3\nseed = 4",
+    );
+    of("c", "name = \"ia3\"", "steps = 4\nlearning_rate = 5e-3\ncheckpoint_every = 2");
+}
+
+fn adapter(dir: &Path, run: &str) -> Vec<u8> {
+    fs::read(dir.join(run).join("adapter/adapter_model.safetensors")).unwrap()
+}
+
+#[test]
+fn runs_that_go_on_together_have_the_bits_of_each_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    recipes(dir);
+    let said = succeeds(dir, &["train", "a.toml", "b.toml", "c.toml", "--out", "all", "--json"]);
+    let said: Value = serde_json::from_str(&said).unwrap();
+    let runs = said["runs"].as_array().unwrap();
+    let steps = |name: &str| runs.iter().find(|run| run["name"] == name).unwrap()["step"].as_u64().unwrap();
+    assert_eq!(["a", "b", "c"].map(steps), [5, 3, 4]);
+    for name in ["a", "b", "c"] {
+        succeeds(dir, &["train", &format!("{name}.toml"), "--out", &format!("alone/{name}")]);
+        assert!(adapter(dir, &format!("all/{name}")) == adapter(dir, &format!("alone/{name}")), "{name}");
+    }
+    // A run directory that is there is taken up by --resume alone; one that is not begins.
+    assert!(refused(dir, &["train", "a.toml", "b.toml", "--out", "all"]).contains("holds a run already"));
+    fs::remove_dir_all(dir.join("all/b")).unwrap();
+    succeeds(dir, &["train", "a.toml", "b.toml", "--out", "all", "--resume"]);
+    assert!(adapter(dir, "all/b") == adapter(dir, "alone/b"));
+}
+
+#[test]
+fn one_that_fails_leaves_the_others_going() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    recipes(dir);
+    let same = refused(dir, &["train", "a.toml", "./a.toml"]);
+    assert!(same.contains("would both run in runs/a"), "{same}");
+    let text = fs::read_to_string(dir.join("b.toml")).unwrap();
+    fs::write(dir.join("b.toml"), text.replace("1e-3", "1e30")).unwrap();
+    let output = engraft(dir, &["train", "a.toml", "b.toml", "--out", "all"]);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(errors.contains("b: ") && errors.contains("not finite"), "{errors}");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("a  done") && dir.join("all/a/adapter/adapter_config.json").is_file(), "{said}");
+}

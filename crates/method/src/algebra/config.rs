@@ -1,0 +1,90 @@
+//! The configuration of a combined adapter.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use engraft_nn::{Error, Result};
+use serde_json::{Map, Value, json};
+
+use super::Term;
+use crate::read::texts;
+
+/// Keys that say nothing about what an adapter computes.
+const ASIDE: [&str; 9] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_dropout",
+    "peft_version",
+    "revision",
+    "task_type",
+    "loftq_config",
+];
+
+/// Of the first, with the ranks of the result, scale 1, and the targets and modules of all.
+pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String, usize>) -> Value {
+    let mut map: Map<String, Value> = first.config.as_object().cloned().unwrap_or_default();
+    let rank = most_frequent(ranks.values().copied());
+    let others: Map<String, Value> =
+        ranks.iter().filter(|(_, r)| **r != rank).map(|(path, r)| (path.clone(), json!(r))).collect();
+    map.insert("r".into(), json!(rank));
+    map.insert("lora_alpha".into(), json!(rank));
+    map.insert("rank_pattern".into(), Value::Object(others.clone()));
+    map.insert("alpha_pattern".into(), Value::Object(others));
+    for off in ["use_rslora", "use_dora"] {
+        map.insert(off.into(), json!(false));
+    }
+    map.insert("init_lora_weights".into(), json!(true));
+    let narrow = ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"];
+    let differ =
+        |key: &&str| terms.iter().any(|t| unordered(t.config.get(*key)) != unordered(first.config.get(*key)));
+    if narrow.iter().any(|key| differ(&key)) {
+        narrow.iter().for_each(|key| drop(map.insert((*key).into(), Value::Null)));
+        map.insert("target_modules".into(), json!(ranks.keys().collect::<Vec<_>>()));
+    }
+    let saved: BTreeSet<String> =
+        terms.iter().filter_map(|t| texts(t.config.get("modules_to_save")?)).flatten().collect();
+    map.insert("modules_to_save".into(), if saved.is_empty() { Value::Null } else { json!(saved) });
+    Value::Object(map)
+}
+
+/// The most frequent; of equals the largest.
+fn most_frequent(ranks: impl Iterator<Item = usize>) -> usize {
+    let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
+    ranks.for_each(|rank| *counts.entry(rank).or_default() += 1);
+    counts.into_iter().max_by_key(|&(rank, count)| (count, rank)).map_or(1, |(rank, _)| rank)
+}
+
+/// A list whose order says nothing.
+fn unordered(value: Option<&Value>) -> Value {
+    match value.map(|v| (v, texts(v))) {
+        Some((_, Some(mut list))) => {
+            list.sort();
+            json!(list)
+        }
+        Some((v, None)) => v.clone(),
+        None => Value::Null,
+    }
+}
+
+/// Adapters whose tensors mean the same.
+///
+/// # Errors
+/// The first key that differs.
+pub(super) fn same_configuration(terms: &[Term]) -> Result<()> {
+    let Some(first) = terms.first() else { return Ok(()) };
+    let keys: BTreeSet<&String> =
+        terms.iter().filter_map(|t| t.config.as_object()).flat_map(|m| m.keys()).collect();
+    for key in keys.into_iter().filter(|key| !ASIDE.contains(&key.as_str())) {
+        for term in &terms[1..] {
+            let (a, b) = (unordered(first.config.get(key)), unordered(term.config.get(key)));
+            if a != b {
+                return Err(Error::Unsupported(format!(
+                    "the tensors of adapters configured otherwise do not mean the same: `{key}` is {a} in {} and {b} in {}; LoRAs can be added with the rule cat",
+                    first.name, term.name
+                )));
+            }
+        }
+    }
+    Ok(())
+}

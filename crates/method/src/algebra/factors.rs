@@ -1,0 +1,174 @@
+//! The low-rank products of adapter files, module by module.
+
+use std::collections::BTreeMap;
+
+use engraft_nn::{Error, Result};
+use engraft_tensor::Tensor;
+use serde_json::Value;
+
+use super::Term;
+use crate::Named;
+use crate::read::{Pattern, Reader};
+
+/// What ends the keys of a matrix's factors, and of a table's.
+const ENDS: [(&str, &str); 2] =
+    [(".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")];
+
+/// s·B·A of one adapter at one module, windows of a convolution laid flat.
+pub(super) struct Factors {
+    /// A [rank, in].
+    pub a: Tensor,
+    /// B [out, rank].
+    pub b: Tensor,
+    /// s.
+    pub scale: f64,
+}
+
+impl Factors {
+    /// s·B·A [out, in].
+    pub fn change(&self) -> Result<Tensor> {
+        Ok(self.b.matmul(&self.a)?.scale(self.scale as f32)?)
+    }
+}
+
+/// A module and what each adapter does to it.
+pub(super) struct Module {
+    /// Path of the module.
+    pub path: String,
+    key: String,
+    ends: (&'static str, &'static str),
+    /// Dimensions of A after the rank, of B after out and rank.
+    tails: (Vec<usize>, Vec<usize>),
+    /// By adapter; `None` where it leaves the module alone.
+    pub factors: Vec<Option<Factors>>,
+}
+
+impl Module {
+    /// Σ w·s·B·A [out, in].
+    pub fn sum(&self, terms: &[Term]) -> Result<Tensor> {
+        let mut sum: Option<Tensor> = None;
+        for (factors, term) in self.factors.iter().zip(terms) {
+            let Some(factors) = factors else { continue };
+            let part = factors.change()?.scale(term.weight as f32)?;
+            sum = Some(match sum {
+                Some(sum) => sum.add(&part)?,
+                None => part,
+            });
+        }
+        sum.ok_or_else(|| Error::Site { path: self.path.clone(), message: "no adapter changes it".into() })
+    }
+
+    /// The tensors of a file that holds A [rank, in] and B [out, rank].
+    pub fn written(&self, a: Tensor, b: Tensor) -> Result<Named> {
+        let (rank, out) = (a.dim(0), b.dim(0));
+        let a = a.reshape([&[rank], &self.tails.0[..]].concat())?;
+        let b = b.reshape([&[out, rank], &self.tails.1[..]].concat())?;
+        Ok(vec![(format!("{}{}", self.key, self.ends.0), a), (format!("{}{}", self.key, self.ends.1), b)])
+    }
+}
+
+/// What adapter files hold.
+pub(super) struct Found {
+    pub modules: Vec<Module>,
+    /// Biases of products, already added: s·c of each adapter times its weight.
+    pub biases: Named,
+    /// All else, by name, with the weights of the adapters that have it.
+    pub others: BTreeMap<String, Vec<(f64, Tensor)>>,
+}
+
+/// Alpha over rank, as each configuration counts it.
+struct Scales {
+    alpha: f64,
+    patterns: Vec<Pattern>,
+    root: bool,
+}
+
+impl Scales {
+    fn of(config: &Value) -> Scales {
+        let empty = serde_json::Map::new();
+        let mut r = Reader::file(config.as_object().unwrap_or(&empty));
+        Scales {
+            alpha: r.float("lora_alpha", 8.0),
+            patterns: r.patterns("alpha_pattern"),
+            root: r.flag("use_rslora", false),
+        }
+    }
+
+    fn at(&self, path: &str, rank: usize) -> f64 {
+        let alpha = Pattern::find(&self.patterns, path).unwrap_or(self.alpha);
+        alpha / if self.root { (rank as f64).sqrt() } else { rank as f64 }
+    }
+}
+
+/// The modules of `terms` in the order of their names.
+///
+/// # Errors
+/// Magnitudes, halves of products, shapes that differ.
+pub(super) fn modules(terms: &[Term]) -> Result<Found> {
+    let mut found: BTreeMap<String, Module> = BTreeMap::new();
+    let (mut biases, mut others): (BTreeMap<String, Tensor>, BTreeMap<String, Vec<(f64, Tensor)>>) =
+        Default::default();
+    for (number, term) in terms.iter().enumerate() {
+        let scales = Scales::of(&term.config);
+        let of = |name: &str| term.tensors.iter().find(|(n, _)| n == name).map(|(_, t)| t);
+        for (name, tensor) in &term.tensors {
+            if name.contains(".lora_magnitude_vector") {
+                return Err(Error::Unsupported(format!(
+                    "{}: {name}: magnitudes of DoRA do not add; average adapters configured alike, or merge one after another",
+                    term.name
+                )));
+            }
+            if let Some(key) = name.strip_suffix(".lora_B.bias") {
+                let rank = of(&format!("{key}.lora_B.weight")).map_or(1, |b| b.dim(1));
+                let part = tensor.scale((term.weight * scales.at(path_of(key), rank)) as f32)?;
+                let sum = match biases.remove(name) {
+                    Some(sum) => sum.add(&part)?,
+                    None => part,
+                };
+                biases.insert(name.clone(), sum);
+                continue;
+            }
+            if ENDS.iter().any(|ends| name.ends_with(ends.1)) {
+                continue;
+            }
+            let Some(ends) = ENDS.iter().find(|ends| name.ends_with(ends.0)) else {
+                others.entry(name.clone()).or_default().push((term.weight, tensor.clone()));
+                continue;
+            };
+            let key = &name[..name.len() - ends.0.len()];
+            let b = of(&format!("{key}{}", ends.1))
+                .ok_or_else(|| Error::Mismatch(vec![format!("{}: {key}{} is missing", term.name, ends.1)]))?;
+            let (rank, out) = (tensor.dim(0), b.dim(0));
+            let module = found.entry(key.to_owned()).or_insert_with(|| Module {
+                path: path_of(key).to_owned(),
+                key: key.to_owned(),
+                ends: *ends,
+                tails: (tensor.shape()[1..].to_vec(), b.shape()[2..].to_vec()),
+                factors: terms.iter().map(|_| None).collect(),
+            });
+            let same = module.tails.0 == tensor.shape()[1..]
+                && module.factors.iter().flatten().all(|f| f.b.dim(0) == out);
+            if !same {
+                let message = format!(
+                    "{}: {name} is {:?}, another adapter's {:?} wide",
+                    term.name,
+                    tensor.shape(),
+                    module.tails.0
+                );
+                return Err(Error::Mismatch(vec![message]));
+            }
+            let inn = tensor.shape()[1..].iter().product::<usize>();
+            module.factors[number] = Some(Factors {
+                a: tensor.reshape([rank, inn])?,
+                b: b.reshape([out, rank])?,
+                scale: scales.at(path_of(key), rank),
+            });
+        }
+    }
+    Ok(Found { modules: found.into_values().collect(), biases: biases.into_iter().collect(), others })
+}
+
+/// The path of a module as patterns see it.
+fn path_of(key: &str) -> &str {
+    key.strip_prefix("base_model.model.").unwrap_or(key)
+}

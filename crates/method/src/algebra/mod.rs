@@ -1,0 +1,344 @@
+//! Adapters → adapter: sums of low-rank products and means of equal ones. No model, no forward.
+//!
+//! A LoRA changes a module by s·B·A. The exact sum Σ w·s·B·A of several is `cat`, whose rank is the sum of ranks; every other
+//! rule trades exactness for a smaller rank or for fewer conflicts, and says how far it is from that sum.
+//!
+//! The rules are those of `peft`'s `add_weighted_adapter`: on the factors (`linear`, `ties`, …) each of A and B is combined by
+//! itself, with the root of its weight, so that products of different adapters come in; on the products (`svd`, `ties_svd`, …)
+//! the changes are combined and cut to a rank by singular values. `average` is the mean of every tensor of adapters that are
+//! configured alike (AdapterSoup, Chronopoulou et al. 2023, arXiv:2302.07027). TIES: Yadav et al. 2023, arXiv:2306.01708; DARE:
+//! Yu et al. 2024, arXiv:2311.03099; task arithmetic: Ilharco et al. 2023, arXiv:2212.04089.
+
+mod config;
+mod factors;
+mod rules;
+
+use std::collections::BTreeMap;
+
+use engraft_nn::{Error, Result};
+use engraft_tensor::linalg::svd;
+use engraft_tensor::{Tensor, no_grad};
+use serde_json::Value;
+
+use crate::Named;
+use config::{lora_config, same_configuration};
+use factors::{Factors, Module, modules};
+pub use rules::Sign;
+use rules::{Recipe, Stack};
+
+/// An adapter that takes part, as its file has it.
+pub struct Term {
+    /// What it is called in messages.
+    pub name: String,
+    /// `adapter_config.json`.
+    pub config: Value,
+    /// Its tensors.
+    pub tensors: Named,
+    /// Its weight; negative takes it away.
+    pub weight: f64,
+}
+
+/// How adapters are combined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// The exact sum: factors one after another.
+    Cat,
+    /// The mean of every tensor, of adapters configured alike.
+    Average,
+    /// Sum of A's and sum of B's.
+    Linear,
+    /// The sum, cut to a rank.
+    Svd,
+    /// TIES on the factors.
+    Ties,
+    /// TIES on the changes, cut to a rank.
+    TiesSvd,
+    /// DARE on the factors.
+    DareLinear,
+    /// DARE on the changes, cut to a rank.
+    DareLinearSvd,
+    /// DARE, then the election of signs of TIES, on the factors.
+    DareTies,
+    /// The same on the changes, cut to a rank.
+    DareTiesSvd,
+    /// The largest of each, on the factors.
+    MagnitudePrune,
+    /// The largest of each change, cut to a rank.
+    MagnitudePruneSvd,
+}
+
+impl Rule {
+    /// All of them by name.
+    pub const ALL: &'static [(&'static str, Rule)] = &[
+        ("cat", Rule::Cat),
+        ("average", Rule::Average),
+        ("linear", Rule::Linear),
+        ("svd", Rule::Svd),
+        ("ties", Rule::Ties),
+        ("ties_svd", Rule::TiesSvd),
+        ("dare_linear", Rule::DareLinear),
+        ("dare_linear_svd", Rule::DareLinearSvd),
+        ("dare_ties", Rule::DareTies),
+        ("dare_ties_svd", Rule::DareTiesSvd),
+        ("magnitude_prune", Rule::MagnitudePrune),
+        ("magnitude_prune_svd", Rule::MagnitudePruneSvd),
+    ];
+
+    /// Whether it keeps only a share of the numbers.
+    pub fn prunes(self) -> bool {
+        !matches!(self, Rule::Cat | Rule::Average | Rule::Linear | Rule::Svd)
+    }
+
+    /// Whether the result is cut to a rank.
+    pub fn cuts(self) -> bool {
+        use Rule::{DareLinearSvd, DareTiesSvd, MagnitudePruneSvd, Svd, TiesSvd};
+        matches!(self, Svd | TiesSvd | DareLinearSvd | DareTiesSvd | MagnitudePruneSvd)
+    }
+
+    fn recipe(self) -> Recipe {
+        use Rule::{
+            DareLinear, DareLinearSvd, DareTies, DareTiesSvd, MagnitudePrune, MagnitudePruneSvd, Ties,
+            TiesSvd,
+        };
+        match self {
+            Ties | TiesSvd => Recipe { keep_largest: true, keep_random: false, elect: true },
+            DareLinear | DareLinearSvd => Recipe { keep_largest: false, keep_random: true, elect: false },
+            DareTies | DareTiesSvd => Recipe { keep_largest: false, keep_random: true, elect: true },
+            MagnitudePrune | MagnitudePruneSvd => {
+                Recipe { keep_largest: true, keep_random: false, elect: false }
+            }
+            Rule::Cat | Rule::Average | Rule::Linear | Rule::Svd => Recipe::default(),
+        }
+    }
+}
+
+/// What a rule may be told.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The rule.
+    pub rule: Rule,
+    /// Rank of a result that is cut; the largest of the terms' if absent.
+    pub rank: Option<usize>,
+    /// Share of the numbers that a pruning rule keeps, above 0 and at most 1.
+    pub density: f64,
+    /// How TIES elects signs.
+    pub sign: Sign,
+    /// Seed of what DARE drops.
+    pub seed: u64,
+}
+
+/// A combined adapter.
+pub struct Combined {
+    /// `adapter_config.json`.
+    pub config: Value,
+    /// Its tensors.
+    pub tensors: Named,
+    /// ‖result − exact sum‖ / ‖exact sum‖ over all modules; `None` where the adapters are no low-rank products.
+    pub error: Option<f64>,
+    /// The module that is farthest from its sum, and how far.
+    pub worst: Option<(String, f64)>,
+    /// Facts worth telling.
+    pub notes: Vec<String>,
+}
+
+/// Combines adapters.
+///
+/// # Errors
+/// Adapters that the rule cannot combine: of other methods or shapes, of different ranks where factors are added.
+pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
+    let Some(first) = terms.first() else {
+        return Err(Error::Unsupported("there is no adapter to combine".into()));
+    };
+    for term in terms {
+        crate::from_file(&term.config).map_err(|e| Error::Unsupported(format!("{}: {e}", term.name)))?;
+    }
+    if options.rule.prunes() && !(options.density > 0.0 && options.density <= 1.0) {
+        let message = format!("density: expected a share above 0 and at most 1, found {}", options.density);
+        return Err(Error::Unsupported(message));
+    }
+    no_grad(|| match options.rule {
+        Rule::Average => average(terms),
+        _ => {
+            if let Some(other) = terms.iter().find(|t| !crate::peft::is_type(&t.config, "LORA")) {
+                let found = other.config.get("peft_type").and_then(Value::as_str).unwrap_or("none");
+                return Err(Error::Unsupported(format!(
+                    "{}: only low-rank products can be added so, and this is {found}; adapters configured alike can be averaged with the rule average",
+                    other.name
+                )));
+            }
+            low_rank(first, terms, options)
+        }
+    })
+}
+
+fn low_rank(first: &Term, terms: &[Term], options: &Options) -> Result<Combined> {
+    let found = modules(terms)?;
+    let mut tensors = Named::new();
+    let (mut off, mut whole, mut worst) = (0.0f64, 0.0f64, None::<(String, f64)>);
+    let mut ranks = BTreeMap::new();
+    for module in &found.modules {
+        let exact = module.sum(terms)?;
+        let (a, b) = combined(module, terms, options, &exact)?;
+        let (difference, size) = (norm(&b.matmul(&a)?.sub(&exact)?)?, norm(&exact)?);
+        off += difference * difference;
+        whole += size * size;
+        let relative = if size > 0.0 { difference / size } else { difference };
+        if worst.as_ref().is_none_or(|(_, most)| relative > *most) {
+            worst = Some((module.path.clone(), relative));
+        }
+        ranks.insert(module.path.clone(), a.dim(0));
+        tensors.extend(module.written(a, b)?);
+    }
+    tensors.extend(found.biases);
+    let mut notes = Vec::new();
+    let others = means(&found.others)?;
+    if !others.is_empty() {
+        let modules: Vec<&str> = others.iter().map(|(name, _)| name.as_str()).take(3).collect();
+        notes.push(format!(
+            "{} tensors that are trained as a whole ({}…) are averaged by weight: they do not add",
+            others.len(),
+            modules.join(", ")
+        ));
+        tensors.extend(others);
+    }
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    let error = if whole > 0.0 { (off / whole).sqrt() } else { off.sqrt() };
+    Ok(Combined { config: lora_config(first, terms, &ranks), tensors, error: Some(error), worst, notes })
+}
+
+/// A [rank, in] and B [out, rank] of the result, whose scale is 1.
+fn combined(module: &Module, terms: &[Term], options: &Options, exact: &Tensor) -> Result<(Tensor, Tensor)> {
+    let parts: Vec<(&Factors, f64, usize)> = module
+        .factors
+        .iter()
+        .zip(terms)
+        .enumerate()
+        .filter_map(|(number, (factors, term))| Some((factors.as_ref()?, term.weight, number)))
+        .collect();
+    let stack = |tensors: Vec<Tensor>, weights: Vec<f64>, which: &str| {
+        let numbers = parts.iter().map(|p| p.2).collect();
+        let name = format!("{}.{which}", module.path);
+        Stack { tensors, weights, numbers, name }.combine(options.rule.recipe(), options)
+    };
+    if options.rule == Rule::Cat {
+        let a = parts.iter().map(|(f, w, _)| f.a.scale((w * f.scale) as f32));
+        let a = a.collect::<engraft_tensor::Result<Vec<_>>>()?;
+        let cat = engraft_tensor::ops::cat;
+        let (a, b): (Vec<&Tensor>, Vec<&Tensor>) =
+            (a.iter().collect(), parts.iter().map(|(f, ..)| &f.b).collect());
+        return Ok((cat(&a, 0)?, cat(&b, 1)?));
+    }
+    if options.rule.cuts() {
+        let largest = parts.iter().map(|(f, ..)| f.a.dim(0)).max().unwrap_or(1);
+        let delta = match options.rule {
+            Rule::Svd => exact.clone(),
+            _ => {
+                let changes = parts.iter().map(|(f, ..)| f.change()).collect::<Result<Vec<_>>>()?;
+                stack(changes, parts.iter().map(|p| p.1).collect(), "change")?
+            }
+        };
+        return cut(&delta, options.rank.unwrap_or(largest));
+    }
+    let rank = parts.first().map_or(0, |(f, ..)| f.a.dim(0));
+    if let Some((other, ..)) = parts.iter().find(|(f, ..)| f.a.dim(0) != rank) {
+        let name = Rule::ALL.iter().find(|(_, rule)| *rule == options.rule).map_or("", |(name, _)| *name);
+        return Err(Error::Site {
+            path: module.path.clone(),
+            message: format!(
+                "the rule {name} adds factors of equal rank, found ranks {rank} and {}; use cat (exact), or svd with a rank",
+                other.a.dim(0)
+            ),
+        });
+    }
+    // A weight is shared between both factors; its sign goes to A.
+    let roots: Vec<f64> = parts.iter().map(|(f, w, _)| (w * f.scale).abs().sqrt()).collect();
+    let signed =
+        roots.iter().zip(&parts).map(|(root, (_, w, _))| if *w > 0.0 { *root } else { -root }).collect();
+    let a = stack(parts.iter().map(|(f, ..)| f.a.clone()).collect(), signed, "A")?;
+    let b = stack(parts.iter().map(|(f, ..)| f.b.clone()).collect(), roots, "B")?;
+    Ok((a, b))
+}
+
+/// The nearest product of rank `rank`, or of the matrix's own where that is smaller: A [rank, in] and B [out, rank].
+pub fn cut(change: &Tensor, rank: usize) -> Result<(Tensor, Tensor)> {
+    let found = svd(change)?;
+    let rank = rank.min(found.s.len());
+    let s = Tensor::from_vec(found.s[..rank].to_vec(), [1, rank])?;
+    let (out, all) = (found.u.dim(0), found.s.len());
+    let u = found.u.to_vec()?;
+    let left: Vec<f32> = (0..out).flat_map(|row| u[row * all..row * all + rank].to_vec()).collect();
+    Ok((found.vt.rows_between(0, rank)?, Tensor::from_vec(left, [out, rank])?.mul(&s)?))
+}
+
+/// Frobenius norm, in f64.
+fn norm(t: &Tensor) -> Result<f64> {
+    Ok(t.to_vec()?.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt())
+}
+
+/// The weighted mean of tensors of one name each.
+fn means(tensors: &BTreeMap<String, Vec<(f64, Tensor)>>) -> Result<Named> {
+    let mean = |(name, terms): (&String, &Vec<(f64, Tensor)>)| {
+        let total: f64 = terms.iter().map(|(w, _)| w).sum();
+        let share = |w: f64| if total == 0.0 { 1.0 / terms.len() as f64 } else { w / total };
+        let mut sum: Option<Tensor> = None;
+        for (weight, tensor) in terms {
+            let part = tensor.scale(share(*weight) as f32)?;
+            sum = Some(match sum {
+                None => part,
+                Some(sum) if sum.shape() == part.shape() => sum.add(&part)?,
+                Some(sum) => {
+                    return Err(Error::Mismatch(vec![format!(
+                        "{name}: {:?} and {:?} cannot be averaged",
+                        sum.shape(),
+                        part.shape()
+                    )]));
+                }
+            });
+        }
+        Ok(sum.map(|sum| (name.clone(), sum)))
+    };
+    tensors.iter().filter_map(|entry| mean(entry).transpose()).collect()
+}
+
+/// The mean of every tensor of adapters that are configured alike.
+fn average(terms: &[Term]) -> Result<Combined> {
+    same_configuration(terms)?;
+    let mut by_name: BTreeMap<String, Vec<(f64, Tensor)>> = BTreeMap::new();
+    for term in terms {
+        for (name, tensor) in &term.tensors {
+            by_name.entry(name.clone()).or_default().push((term.weight, tensor.clone()));
+        }
+    }
+    if let Some((name, found)) = by_name.iter().find(|(_, found)| found.len() != terms.len()) {
+        let message =
+            format!("{name}: in {} of {} adapters; all must hold the same tensors", found.len(), terms.len());
+        return Err(Error::Mismatch(vec![message]));
+    }
+    let tensors = means(&by_name)?;
+    let mut combined =
+        Combined { config: terms[0].config.clone(), tensors, error: None, worst: None, notes: Vec::new() };
+    if crate::peft::is_type(&combined.config, "LORA") {
+        let total: f64 = terms.iter().map(|t| t.weight).sum();
+        if let Ok(found) = modules(terms) {
+            let mean = Term {
+                name: "mean".into(),
+                config: combined.config.clone(),
+                tensors: combined.tensors.clone(),
+                weight: 1.0,
+            };
+            let mean = modules(std::slice::from_ref(&mean))?;
+            let (mut off, mut whole) = (0.0, 0.0);
+            for (module, result) in found.modules.iter().zip(&mean.modules) {
+                let exact = module.sum(terms)?.scale((1.0 / total) as f32)?;
+                let Some(Some(result)) = result.factors.first() else { continue };
+                off += norm(&result.change()?.sub(&exact)?)?.powi(2);
+                whole += norm(&exact)?.powi(2);
+            }
+            combined.error = (whole > 0.0).then(|| (off / whole).sqrt());
+        }
+    }
+    Ok(combined)
+}
+
+#[cfg(test)]
+mod tests;

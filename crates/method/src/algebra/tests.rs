@@ -1,0 +1,119 @@
+use engraft_tensor::testing::{close, sample};
+use serde_json::json;
+
+use super::*;
+use crate::testing::{attached, chosen, frozen, stir};
+
+/// A LoRA of the toy model with random contents.
+fn term(settings: Value, weight: f64) -> Term {
+    let methods = [chosen("lora", settings)];
+    let a = attached(&methods, &[]);
+    stir(&a, 0.3);
+    let (sites, info) = crate::testing::toy();
+    let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "base", &sites, &info).unwrap();
+    Term { name: format!("weight {weight}"), config, tensors, weight }
+}
+
+fn options(rule: Rule) -> Options {
+    Options { rule, rank: None, density: 0.5, sign: Sign::Total, seed: 3 }
+}
+
+/// W′ − W of q in the first layer under an adapter's file.
+fn change(config: &Value, tensors: &Named) -> Tensor {
+    let (sites, info) = crate::testing::toy();
+    let loaded = crate::load_adapter(config, tensors.clone(), &sites, &info).unwrap();
+    let merged = engraft_nn::merged_tensors(&sites, &loaded.adapter).unwrap();
+    let q = merged.iter().find(|m| m.site.path == "layers.0.attn.q").unwrap();
+    q.value.sub(&frozen("layers.0.attn.q")).unwrap()
+}
+
+#[test]
+fn cat_is_the_exact_sum_whatever_ranks_and_scales() {
+    let terms = [
+        term(json!({ "rank": 2, "alpha": 3.0 }), 0.7),
+        term(
+            json!({ "rank": 3, "rslora": true, "rank_pattern": { "v": 1 }, "alpha_pattern": { "q": 5.0 } }),
+            -0.4,
+        ),
+    ];
+    let sum = combine(&terms, &options(Rule::Cat)).unwrap();
+    let exact = terms.iter().fold(Tensor::zeros([6, 6]), |sum, t| {
+        sum.add(&change(&t.config, &t.tensors).scale(t.weight as f32).unwrap()).unwrap()
+    });
+    close(&change(&sum.config, &sum.tensors), &exact, 1e-6);
+    assert!(sum.error.unwrap() < 1e-6, "{:?}", sum.error);
+    assert_eq!((&sum.config["r"], &sum.config["rank_pattern"]["layers.0.attn.v"]), (&json!(5), &json!(3)));
+    // A rank as large as the sum's loses nothing, a smaller one what its singular values say.
+    let whole = combine(&terms, &Options { rank: Some(5), ..options(Rule::Svd) }).unwrap();
+    close(&change(&whole.config, &whole.tensors), &exact, 1e-5);
+    let cut = combine(&terms, &Options { rank: Some(1), ..options(Rule::Svd) }).unwrap();
+    assert!(cut.error.unwrap() > 0.05 && cut.error.unwrap() < 1.0, "{:?}", cut.error);
+}
+
+#[test]
+fn a_factor_s_weight_is_shared_and_its_sign_kept() {
+    let one = [term(json!({ "rank": 2 }), -0.25)];
+    for rule in [Rule::Linear, Rule::Cat, Rule::Svd] {
+        let sum = combine(&one, &options(rule)).unwrap();
+        assert!(sum.error.unwrap() < 1e-6, "{rule:?}");
+        let expected = change(&one[0].config, &one[0].tensors).scale(-0.25).unwrap();
+        close(&change(&sum.config, &sum.tensors), &expected, 1e-6);
+    }
+    let two = [term(json!({ "rank": 2 }), 1.0), term(json!({ "rank": 3 }), 1.0)];
+    let error = combine(&two, &options(Rule::Linear)).err().unwrap().to_string();
+    assert!(error.contains("ranks 2 and 3") && error.contains("cat"), "{error}");
+}
+
+#[test]
+fn pruning_keeps_its_share_and_dare_its_mean() {
+    let stack = |recipe, density, seed| {
+        let tensors = vec![sample(&[40, 50], 1)];
+        let stack = Stack { tensors, weights: vec![1.0], numbers: vec![0], name: "x".into() };
+        stack.combine(recipe, &Options { density, seed, ..options(Rule::Cat) }).unwrap().to_vec().unwrap()
+    };
+    let x = sample(&[40, 50], 1).to_vec().unwrap();
+    let kept = stack(Recipe { keep_largest: true, ..Recipe::default() }, 0.1, 0);
+    assert_eq!(kept.iter().filter(|v| **v != 0.0).count(), 200);
+    let least = kept.iter().filter(|v| **v != 0.0).fold(f32::MAX, |m, v| m.min(v.abs()));
+    assert!(x.iter().zip(&kept).all(|(x, k)| *k == *x || x.abs() <= least));
+    let drawn: Vec<Vec<f32>> =
+        (0..200).map(|seed| stack(Recipe { keep_random: true, ..Recipe::default() }, 0.3, seed)).collect();
+    let mean = |at: usize| drawn.iter().map(|d| d[at]).sum::<f32>() / drawn.len() as f32;
+    let off = (0..x.len()).map(|at| (mean(at) - x[at]).abs()).sum::<f32>() / x.len() as f32;
+    // The standard error of a mean of 200 draws is |x|·√(0.7/0.3/200) = 0.11·|x|.
+    let size = x.iter().map(|v| v.abs()).sum::<f32>() / x.len() as f32;
+    assert!(off < 0.12 * size, "{off} {size}");
+    assert!(drawn[0] != drawn[1]);
+}
+
+#[test]
+fn only_the_elected_sign_counts() {
+    let row = |values: [f32; 4]| Tensor::from_vec(values.to_vec(), [1, 4]).unwrap();
+    let stack = |sign| {
+        let tensors =
+            vec![row([1.0, -3.0, 0.0, 1.0]), row([2.0, 1.0, 0.0, -1.0]), row([-4.0, 1.0, 5.0, 0.0])];
+        let stack = Stack { tensors, weights: vec![1.0; 3], numbers: vec![0, 1, 2], name: "x".into() };
+        let recipe = Recipe { elect: true, ..Recipe::default() };
+        stack.combine(recipe, &Options { sign, ..options(Rule::Ties) }).unwrap().to_vec().unwrap()
+    };
+    assert_eq!(stack(Sign::Total), [-4.0, -3.0, 5.0, 1.0]);
+    assert_eq!(stack(Sign::Frequency), [1.5, 1.0, 5.0, 1.0]);
+}
+
+#[test]
+fn equal_adapters_average_to_themselves_and_others_are_refused() {
+    let a = || term(json!({ "rank": 2 }), 2.0);
+    let soup = combine(&[a(), a(), a()], &options(Rule::Average)).unwrap();
+    for ((name, found), (_, expected)) in soup.tensors.iter().zip(&a().tensors) {
+        close(found, expected, 1e-6);
+        assert!(a().tensors.iter().any(|(n, _)| n == name));
+    }
+    assert!(soup.error.unwrap() < 1e-6);
+    let other = term(json!({ "rank": 2, "alpha": 7.0 }), 1.0);
+    let error = combine(&[a(), other], &options(Rule::Average)).err().unwrap().to_string();
+    assert!(error.contains("lora_alpha"), "{error}");
+    let dora = term(json!({ "rank": 2, "dora": true }), 1.0);
+    assert!(combine(&[dora], &options(Rule::Cat)).err().unwrap().to_string().contains("DoRA"));
+    let wrong = combine(&[a()], &Options { density: 0.0, ..options(Rule::Ties) });
+    assert!(wrong.err().unwrap().to_string().contains("density"));
+}
