@@ -7,7 +7,6 @@ use engraft_method::{Chosen, Field, FieldKind, attach, find, load_adapter, patte
 use engraft_nn::{Adapter, LayerChoice, Matcher, Model, Role, Sites, TargetError, Targets};
 use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
 use engraft_store::{Limits, RawTensor, read_adapter};
-use engraft_tensor::Tensor;
 
 use crate::Result;
 
@@ -31,9 +30,7 @@ pub struct AttachedAdapter {
 /// A method that is not there, tensors that do not fit.
 pub fn open_adapter(model: &dyn Model, dir: &Path, limits: &Limits) -> Result<AttachedAdapter> {
     let files = read_adapter(dir, limits)?;
-    let tensor = |(name, raw): (&str, &RawTensor)| {
-        Ok((name.to_owned(), Tensor::from_vec(raw.to_f32()?, raw.shape.clone())?))
-    };
+    let tensor = |(name, raw): (&str, &RawTensor)| Ok((name.to_owned(), crate::tensors::tensor(raw)?));
     let tensors = files.weights.iter().map(tensor).collect::<Result<Vec<_>>>()?;
     let loaded = load_adapter(&files.config, tensors, model.sites(), model.info())?;
     let note =
