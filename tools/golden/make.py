@@ -19,6 +19,8 @@ GROUPS = {
     "heads": ("heads", "peft"),
     "trajectories": ("trajectories", "peft"),
     "vpt": ("vpt", "peft"),
+    "tokens": ("cases_selective", "peft"),
+    "masks": ("masks", "peft"),
     "generation": ("generation", "peft"),
     "images": ("images", "peft"),
     "nf4": ("nf4", "peft"),
