@@ -20,6 +20,8 @@ GROUPS = {
     "combine": ("combine", "peft"),
     "trajectories": ("trajectories", "peft"),
     "vpt": ("vpt", "peft"),
+    "tokens": ("cases_selective", "peft"),
+    "masks": ("masks", "peft"),
     "generation": ("generation", "peft"),
     "images": ("images", "peft"),
     "nf4": ("nf4", "peft"),

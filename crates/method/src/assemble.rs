@@ -113,7 +113,7 @@ fn build(
 }
 
 /// What precedes the names of a method's parameters.
-fn prefix(methods: &[Chosen], number: usize) -> String {
+pub fn prefix(methods: &[Chosen], number: usize) -> String {
     if methods.len() > 1 { format!("{number}.") } else { String::new() }
 }
 

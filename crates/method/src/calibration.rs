@@ -17,6 +17,22 @@ pub trait Calibration {
     fn info(&self) -> &ModelInfo;
     /// Seed of the run.
     fn seed(&self) -> u64;
+    /// The sites that the method was given, in model order.
+    fn targets(&self) -> &[SiteId] {
+        &[]
+    }
+    /// What precedes the names of the method's tensors in the adapter.
+    fn prefix(&self) -> &str {
+        ""
+    }
+    /// Micro-batches in a pass over the data.
+    fn micro_batches(&self) -> u64 {
+        1
+    }
+    /// Number of labels that the loss of micro-batch `number` is averaged over.
+    fn labels(&self, _number: u64) -> Result<usize> {
+        Ok(1)
+    }
     /// Runs micro-batch `number` of training (from 0) through the base with `probe`, nothing recorded.
     fn forward(&self, number: u64, probe: &Arc<Adapter>) -> Result<()>;
     /// The same, then backward from the loss averaged over the batch's labels; gives the gradients of the probe's own

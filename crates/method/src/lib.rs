@@ -15,6 +15,7 @@ mod prompts;
 mod read;
 mod reparameterized;
 mod selective;
+mod shared;
 #[cfg(test)]
 mod testing;
 mod tied;
@@ -30,9 +31,11 @@ use serde_json::{Map, Value};
 use additive::{bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
 use reparameterized::lora;
-use selective::{bitfit, full};
+use selective::{
+    bitfit, child_tuning, fish, full, pafi, random_mask, sam_mask, shira, sift, top_layers, trainable_tokens,
+};
 
-pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
+pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, prefix, save_adapter};
 pub use calibration::{Calibration, Observe, Seen, observe};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
 pub use read::pattern;
@@ -48,6 +51,15 @@ pub static METHODS: &[&Entry] = &[
     &vpt::ENTRY,
     &full::FULL,
     &full::HEAD,
+    &top_layers::ENTRY,
+    &trainable_tokens::ENTRY,
+    &shira::ENTRY,
+    &random_mask::ENTRY,
+    &pafi::ENTRY,
+    &fish::ENTRY,
+    &sam_mask::ENTRY,
+    &sift::ENTRY,
+    &child_tuning::ENTRY,
 ];
 
 /// A configured method.

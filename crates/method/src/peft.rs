@@ -6,8 +6,8 @@ use engraft_nn::{
 };
 use serde_json::{Map, Value, json};
 
-use crate::Method;
 use crate::read::{Reader, texts};
+use crate::{Info, Loaded, Method};
 
 /// The version whose keys are written.
 const VERSION: &str = "0.21.2";
@@ -16,6 +16,36 @@ const VERSION: &str = "0.21.2";
 pub(crate) fn is_type(config: &Value, peft_type: &str) -> bool {
     config.get("peft_type").and_then(Value::as_str) == Some(peft_type)
 }
+
+/// A method from a recipe's settings, whose names are those of its file.
+pub(crate) fn own_settings<M: Method + 'static>(
+    info: &'static Info,
+    settings: &Map<String, Value>,
+    read: impl FnOnce(&mut Reader<'_>) -> M,
+) -> Result<Box<dyn Method>> {
+    let mut r = Reader::settings(settings, info.fields);
+    let method = read(&mut r);
+    r.finish()?;
+    Ok(Box::new(method))
+}
+
+/// A method from its file, whose keys are a recipe's settings.
+pub(crate) fn own_file<M: Method + 'static>(
+    info: &'static Info,
+    config: &Value,
+    read: impl FnOnce(&mut Reader<'_>) -> M,
+) -> Result<Option<Loaded>> {
+    let Some(map) = config.as_object().filter(|_| is_type(config, info.peft_type)) else { return Ok(None) };
+    let mut r = Reader::file(map);
+    let train_also = read_header(&mut r);
+    let targets = read_targets(&mut r);
+    let method = read(&mut r);
+    r.finish()?;
+    Ok(Some(Loaded { method: Box::new(method), targets, train_also }))
+}
+
+/// Methods whose configuration in `peft` has no `exclude_modules`.
+const WITHOUT_EXCLUDE: &[&str] = &["SHIRA", "TRAINABLE_TOKENS"];
 
 /// Marks the keys of every configuration as known, and gives `modules_to_save`.
 pub(crate) fn read_header(r: &mut Reader<'_>) -> Vec<String> {
@@ -90,14 +120,19 @@ pub(crate) fn write_targets(
         (Matcher::Names(_), Some(_)) => !by_layer,
         (_, layers) => layers.is_some(),
     };
+    let excludes = !WITHOUT_EXCLUDE.contains(&method.peft_type());
     let mut map = Map::new();
-    if spelled {
+    if spelled || targets.exclude.is_some() && !excludes {
         map.insert("target_modules".into(), json!(module_names(targets, method, sites)?));
-        map.insert("exclude_modules".into(), Value::Null);
+        if excludes {
+            map.insert("exclude_modules".into(), Value::Null);
+        }
         return Ok(map);
     }
     map.insert("target_modules".into(), written(&targets.matcher));
-    map.insert("exclude_modules".into(), targets.exclude.as_ref().map_or(Value::Null, written));
+    if excludes {
+        map.insert("exclude_modules".into(), targets.exclude.as_ref().map_or(Value::Null, written));
+    }
     if let Some(layers) = &targets.layers {
         map.insert("layers_to_transform".into(), json!(layers.layers));
         map.insert("layers_pattern".into(), json!(layers.pattern));
@@ -169,7 +204,7 @@ pub(crate) fn kept_classifier<'s>(
     adapter: &Adapter,
 ) -> Option<(&'static str, Vec<&'s Site>)> {
     let classifies = matches!(task, Task::SequenceClassification | Task::TokenClassification);
-    if !classifies || !["LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING"].contains(&peft_type) {
+    if !classifies || !["LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING", "SHIRA"].contains(&peft_type) {
         return None;
     }
     CLASSIFIERS.iter().find_map(|name| {

@@ -59,6 +59,12 @@ impl<'a> Reader<'a> {
         self.read(key, "a number", Value::as_f64).unwrap_or(default)
     }
 
+    /// A share above zero, one at most; absent is `default`.
+    pub fn share(&mut self, key: &'static str, default: f64) -> f64 {
+        let share = |v: &Value| v.as_f64().filter(|p| *p > 0.0 && *p <= 1.0);
+        self.read(key, "a number above 0 and at most 1", share).unwrap_or(default)
+    }
+
     /// A probability below one.
     pub fn dropout(&mut self, key: &'static str) -> f32 {
         let share = |v: &Value| v.as_f64().filter(|p| (0.0..1.0).contains(p));

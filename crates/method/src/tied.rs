@@ -35,9 +35,42 @@ pub(crate) fn follow(b: &mut Builder<'_>) -> Result<Vec<SiteId>> {
     Ok(tied)
 }
 
+/// The weights that are the same tensor of the model as `site`, itself among them.
+pub(crate) fn sharing<'s>(sites: &'s Sites, site: &'s Site) -> impl Iterator<Item = &'s Site> {
+    let same = move |s: &&Site| s.id == site.id || site.tensor.is_some() && s.tensor == site.tensor;
+    sites.iter().filter(|s| s.is_weight()).filter(same)
+}
+
+/// The module that has the table's tensor, where it is none of the sites (T5's `shared`).
+pub(crate) fn own_name(sites: &Sites, table: &Site) -> Option<String> {
+    let stem = table.tensor.as_deref()?.strip_suffix(".weight")?;
+    // Files may leave the first parts of a path out.
+    let known = sites.iter().any(|s| s.path == stem || s.path.ends_with(&format!(".{stem}")));
+    (table.role == Role::Embed && !known).then(|| stem.to_owned())
+}
+
+/// Copies of trained rows: `peft` writes them at the table and at everything that shares its tensor.
+fn copies_of_rows(tensors: &Named, sites: &Sites) -> Named {
+    let key = |path: &str| format!("base_model.model.{path}.trainable_tokens_delta");
+    let (mut copies, mut done) = (Vec::new(), Vec::new());
+    for table in sites.iter().filter(|s| s.role == Role::Embed && s.is_weight()) {
+        let found = tensors.iter().find(|(other, _)| *other == key(&table.path));
+        let Some((own, rows)) = found.filter(|_| !done.contains(&table.id)) else { continue };
+        done.extend(sharing(sites, table).map(|s| s.id));
+        let others = sharing(sites, table).map(|s| s.path.clone()).chain(own_name(sites, table));
+        copies.extend(
+            others.map(|path| key(&path)).filter(|other| other != own).map(|other| (other, rows.clone())),
+        );
+    }
+    copies
+}
+
 /// The second copies that a file with this configuration holds of `tensors`.
 pub(crate) fn copies(config: &Map<String, Value>, tensors: &Named, sites: &Sites) -> Result<Named> {
     let mut copies = Vec::new();
+    if config.get("peft_type").and_then(Value::as_str) == Some("TRAINABLE_TOKENS") {
+        return Ok(copies_of_rows(tensors, sites));
+    }
     if config.get("ensure_weight_tying").and_then(Value::as_bool) != Some(true) {
         return Ok(copies);
     }

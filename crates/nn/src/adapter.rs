@@ -85,11 +85,15 @@ impl Adapter {
         let mut problems = Vec::new();
         let mut accepted = Vec::new();
         for p in self.params.iter().filter(|p| p.saved) {
-            let expected = p.param.value().shape().to_vec();
+            let own = p.param.value();
+            let (expected, dtype) = (own.shape().to_vec(), own.dtype());
             match given.remove(&p.name) {
                 None => problems.push(format!("{}: expected {expected:?}, absent", p.name)),
                 Some(t) if t.shape() != expected => {
                     problems.push(format!("{}: expected {expected:?}, found {:?}", p.name, t.shape()));
+                }
+                Some(t) if t.dtype() != dtype => {
+                    problems.push(format!("{}: expected {dtype:?}, found {:?}", p.name, t.dtype()));
                 }
                 Some(t) => accepted.push((p, t)),
             }

@@ -194,6 +194,32 @@ impl Tensor {
         }
     }
 
+    /// Whether both are the same elements where they lie, as clones are.
+    pub fn shares(&self, other: &Tensor) -> bool {
+        Arc::ptr_eq(&self.buffer, &other.buffer) && self.offset == other.offset && self.shape == other.shape
+    }
+
+    /// The elements as little-endian bytes, of any type. [`Error::HostRead`] inside a step.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        if HOST_READS_FORBIDDEN.with(Cell::get) > 0 {
+            return Err(Error::HostRead);
+        }
+        Ok(match self.dtype() {
+            DType::F32 => self.f32().iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::I64 => self.i64().iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::I32 => self.i32().iter().flat_map(|v| v.to_le_bytes()).collect(),
+        })
+    }
+
+    /// Whole numbers of either type as `I64`; those that came from the host are read where they lie.
+    pub fn to_i64(&self) -> Result<Vec<i64>> {
+        match self.dtype() {
+            DType::I64 => Ok(self.i64().to_vec()),
+            DType::I32 => Ok(self.i32().iter().map(|&v| i64::from(v)).collect()),
+            found => Err(Error::DType { op: "to_i64", expected: "I64 or I32", found }),
+        }
+    }
+
     /// The only element of a scalar, read on the host. [`Error::HostRead`] inside a step.
     pub fn item(&self) -> Result<f32> {
         if self.len() != 1 {

@@ -7,7 +7,6 @@ use engraft_method::{Chosen, Field, FieldKind, Named, attach, find, load_adapter
 use engraft_nn::{Adapter, LayerChoice, Matcher, Model, Role, Sites, TargetError, Targets};
 use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
 use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
-use engraft_tensor::Tensor;
 
 use crate::Result;
 
@@ -28,7 +27,7 @@ pub struct AttachedAdapter {
 /// The tensors of an adapter's file by name.
 pub fn adapter_tensors(files: &AdapterFiles) -> Result<Named> {
     let tensor = |(name, raw): (&str, &RawTensor)| {
-        Ok((name.to_owned(), Tensor::from_vec(raw.to_f32()?, raw.shape.clone())?))
+        Ok((name.to_owned(), crate::tensors::tensor(raw)?))
     };
     files.weights.iter().map(tensor).collect()
 }

@@ -183,6 +183,11 @@ impl<'a> Feed<'a> {
         (self.batches.per_epoch().div_ceil(self.options.accumulation) as u64).max(1)
     }
 
+    /// Micro-batches of one epoch.
+    pub fn micro_batches_per_epoch(&self) -> u64 {
+        self.batches.per_epoch().max(1) as u64
+    }
+
     /// Share of places that padding would take, 0 to 1, in the first epoch.
     pub fn padding_share(&self) -> f64 {
         self.batches.padding_share(0)

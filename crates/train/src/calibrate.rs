@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use engraft_method::Calibration;
-use engraft_nn::{Adapter, Error as Nn, ModelInfo, Names, Pass, Result as NnResult, Sites};
+use engraft_nn::{Adapter, Error as Nn, ModelInfo, Names, Pass, Result as NnResult, SiteId, Sites, Targets};
 use engraft_tensor::{Gradients, no_grad, on_pool};
 
 use crate::batch::{Batch, Feed};
@@ -12,8 +12,16 @@ use crate::{Error, Result};
 
 /// Lets every method of a new run set what it attached by what the base does with the data.
 pub(crate) fn prepare(session: &Session) -> Result<()> {
-    let base = Base { session, feed: session.feed()? };
-    for (method, _) in &session.methods {
+    let mut base = Base { session, feed: session.feed()?, targets: Vec::new(), prefix: String::new() };
+    for (number, (method, targets)) in session.methods.iter().enumerate() {
+        base.prefix = engraft_method::prefix(&session.methods, number);
+        base.targets = match targets.clone().or_else(|| method.default_targets(base.sites())) {
+            Some(targets) => {
+                let targets = Targets { train_also: session.train_also.clone(), ..targets };
+                method.resolve(&targets, base.sites())?.sites
+            }
+            None => Vec::new(),
+        };
         on_pool(|| method.prepare(&session.adapter, &base))?;
     }
     Ok(())
@@ -22,6 +30,10 @@ pub(crate) fn prepare(session: &Session) -> Result<()> {
 struct Base<'s> {
     session: &'s Session,
     feed: Feed<'s>,
+    /// The sites of the method that is prepared.
+    targets: Vec<SiteId>,
+    /// What precedes the names of its tensors.
+    prefix: String,
 }
 
 impl Base<'_> {
@@ -55,6 +67,23 @@ impl Calibration for Base<'_> {
 
     fn seed(&self) -> u64 {
         self.session.plan.train.seed
+    }
+
+    fn targets(&self) -> &[SiteId] {
+        &self.targets
+    }
+
+    fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    fn micro_batches(&self) -> u64 {
+        self.feed.micro_batches_per_epoch()
+    }
+
+    fn labels(&self, number: u64) -> NnResult<usize> {
+        let batch = self.feed.micro(number).map_err(as_nn)?;
+        Ok(self.session.objective.count(&batch, false).max(1))
     }
 
     fn forward(&self, number: u64, probe: &Arc<Adapter>) -> NnResult<()> {

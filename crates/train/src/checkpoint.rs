@@ -72,12 +72,11 @@ pub fn write(
     adapter: &Adapter,
     optimizer: &Optimizer,
 ) -> Result<PathBuf> {
-    let params = values(adapter.params().iter().map(|p| (p.name.clone(), p.param.value())))?;
+    let params = entries(adapter.params().iter().map(|p| (p.name.clone(), p.param.value())))?;
     let moments = optimizer.slots.iter().flat_map(|s| {
         [(format!("{}.m", s.name), s.moments.m.clone()), (format!("{}.v", s.name), s.moments.v.clone())]
     });
-    let moments = values(moments)?;
-    let (params, moments) = (entries(&params), entries(&moments));
+    let moments = entries(moments)?;
     let text = serde_json::to_string_pretty(state).map_err(|e| Error::Resume(e.to_string()))?;
     let none = BTreeMap::new();
     let files = [
@@ -96,14 +95,8 @@ pub fn bytes(adapter: &Adapter) -> u64 {
     (4 * all + 8 * adapter.trained_count() + 4096) as u64
 }
 
-type Named = (String, Vec<usize>, Vec<f32>);
-
-fn values(tensors: impl Iterator<Item = (String, Tensor)>) -> Result<Vec<Named>> {
-    tensors.map(|(name, t)| Ok((name, t.shape().to_vec(), t.to_vec()?))).collect()
-}
-
-fn entries(values: &[Named]) -> Vec<Entry<'_>> {
-    values.iter().map(|(name, shape, values)| Entry::f32(name.clone(), shape, values)).collect()
+fn entries(tensors: impl Iterator<Item = (String, Tensor)>) -> Result<Vec<Entry<'static>>> {
+    tensors.map(|(name, tensor)| crate::tensors::entry(name, &tensor)).collect()
 }
 
 /// The newest checkpoint that is whole and fits: sets adapter and optimizer, gives the state.
@@ -184,7 +177,7 @@ fn read(
 
 fn tensor(file: &Path, weights: &Weights, name: &str, shape: &[usize]) -> Result<Tensor> {
     match weights.get(name) {
-        Some(raw) if raw.shape == shape => Ok(Tensor::from_vec(raw.to_f32()?, shape)?),
+        Some(raw) if raw.shape == shape => crate::tensors::tensor(raw),
         other => {
             let found = other.map_or("absent".into(), |raw| format!("{:?}", raw.shape));
             Err(Error::Resume(format!("{}: {name}: expected {shape:?}, found {found}", file.display())))

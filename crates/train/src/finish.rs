@@ -7,7 +7,7 @@ use engraft_method::{Named, save_adapter};
 use engraft_nn::{Base, Layout, Pass, Patch, Patched, Value};
 use engraft_report::run::{Change, EvalRow, Fact, Setting, Verdict};
 use engraft_report::{Events, RunData, human, training_plot};
-use engraft_store::{Entry, json, write_atomic};
+use engraft_store::{json, write_atomic};
 use engraft_tensor::{Tensor, no_grad};
 
 use crate::batch::Batch;
@@ -43,11 +43,8 @@ pub(crate) fn write_adapter(session: &Session, dir: &Path) -> Result<()> {
 
 /// Writes an adapter directory.
 pub fn write_adapter_files(dir: &Path, config: &serde_json::Value, tensors: &Named) -> Result<()> {
-    let values: Vec<Vec<f32>> =
-        tensors.iter().map(|(_, t)| t.to_vec()).collect::<engraft_tensor::Result<_>>()?;
-    let named = tensors.iter().zip(&values);
-    let entries: Vec<Entry> =
-        named.map(|((name, tensor), values)| Entry::f32(name.clone(), tensor.shape(), values)).collect();
+    let entries = tensors.iter().map(|(name, tensor)| crate::tensors::entry(name, tensor));
+    let entries = entries.collect::<Result<Vec<_>>>()?;
     Ok(engraft_store::write_adapter(dir, config, &entries)?)
 }
 

@@ -16,7 +16,7 @@ pub(crate) fn first_not_finite(session: &Session) -> Result<Option<String>> {
         }
     }
     for p in session.adapter.params() {
-        if p.param.value().to_vec()?.iter().any(|v| !v.is_finite()) {
+        if p.param.value().to_vec().is_ok_and(|values| values.iter().any(|v| !v.is_finite())) {
             return Ok(Some(format!("{} of the adapter", p.name)));
         }
     }

@@ -30,6 +30,7 @@ mod session;
 mod sizes;
 mod specs;
 mod target;
+mod tensors;
 mod trainer;
 mod watch;
 

@@ -191,6 +191,7 @@ impl Setting<'_> {
         let table = has(&|s| s.role == Role::Embed && s.is_weight());
         // Its example starts as tokens.
         name == "prompt" && self.title == "prompt" && !table
+            || name == "trainable_tokens" && !table
             || name == "bitfit" && !has(&|s| s.path.ends_with(".bias"))
             || name == "head" && !has(&|s| s.role == Role::Head && s.is_weight())
     }

@@ -119,7 +119,8 @@ fn round_trip(
         match new_tensors.iter().find(|(k, _)| k == key) {
             None => problems.push(format!("{key} is not saved")),
             Some((_, new))
-                if new.shape() != value.shape() || new.to_vec().unwrap() != value.to_vec().unwrap() =>
+                if (new.shape(), new.dtype()) != (value.shape(), value.dtype())
+                    || new.to_bytes().unwrap() != value.to_bytes().unwrap() =>
             {
                 problems.push(format!("{key} is saved otherwise"));
             }

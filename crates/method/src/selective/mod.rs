@@ -1,4 +1,13 @@
 //! A part of the pretrained numbers, trained in place.
 
 pub(crate) mod bitfit;
+pub(crate) mod child_tuning;
+pub(crate) mod fish;
 pub(crate) mod full;
+pub(crate) mod pafi;
+pub(crate) mod random_mask;
+pub(crate) mod sam_mask;
+pub(crate) mod shira;
+pub(crate) mod sift;
+pub(crate) mod top_layers;
+pub(crate) mod trainable_tokens;

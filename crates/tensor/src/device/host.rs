@@ -2,9 +2,9 @@
 
 use super::{AdamWState, AttentionBackward, Buffer, Kernels, NormBackward};
 use crate::cpu::random::Key;
-use crate::cpu::{attention, cross_entropy, dropout, math, norm, primitives, rope};
+use crate::cpu::{attention, cross_entropy, dropout, math, norm, primitives, rope, sparse};
 use crate::frozen::{FrozenMatrix, RowSource};
-use crate::ops::{Attention, Binary, Norm, Product, Unary};
+use crate::ops::{Attention, Binary, Norm, Pattern, Product, Unary};
 use crate::optim::AdamW;
 use crate::tensor::Tensor;
 
@@ -73,6 +73,21 @@ impl Kernels for Cpu {
     }
     fn frozen_backward(&self, w: &FrozenMatrix, dy: &Tensor, accumulate: bool, dx: &mut Buffer) {
         w.backward(dy.f32(), dy.rows(), accumulate, dx.as_f32_mut());
+    }
+    fn sparse_forward(&self, s: &Pattern, values: &Tensor, x: &Tensor, y: &mut Buffer) {
+        sparse::add_product(s.places(), s.part(values.f32()), x.f32(), y.as_f32_mut());
+    }
+    fn sparse_backward(&self, s: &Pattern, values: &Tensor, dy: &Tensor, dx: &mut Buffer) {
+        sparse::add_product_back(s.places(), s.part(values.f32()), dy.f32(), dx.as_f32_mut());
+    }
+    fn sparse_entries(&self, s: &Pattern, x: &Tensor, dy: &Tensor, dv: &mut Buffer) {
+        sparse::add_entries(s.places(), x.f32(), dy.f32(), s.part_mut(dv.as_f32_mut()));
+    }
+    fn sparse_scatter(&self, s: &Pattern, values: &Tensor, w: &mut Buffer) {
+        sparse::scatter(s.places(), s.part(values.f32()), w.as_f32_mut());
+    }
+    fn sparse_gather(&self, s: &Pattern, w: &Tensor, dv: &mut Buffer) {
+        sparse::gather(s.places(), w.f32(), s.part_mut(dv.as_f32_mut()));
     }
     fn softmax(&self, x: &Tensor, y: &mut Buffer) {
         primitives::softmax(x.f32(), x.width(), y.as_f32_mut());

@@ -11,7 +11,7 @@ pub(crate) use buffer::Buffer;
 pub(crate) use host::cpu;
 
 use crate::frozen::{FrozenMatrix, RowSource};
-use crate::ops::{Attention, Binary, Norm, Product, Unary};
+use crate::ops::{Attention, Binary, Norm, Pattern, Product, Unary};
 use crate::optim::AdamW;
 use crate::tensor::Tensor;
 
@@ -49,6 +49,16 @@ pub(crate) trait Kernels {
     fn frozen_forward(&self, w: &FrozenMatrix, x: &Tensor, bias: Option<&Tensor>, y: &mut Buffer);
     /// dx = dy·W, or dx += dy·W.
     fn frozen_backward(&self, w: &FrozenMatrix, dy: &Tensor, accumulate: bool, dx: &mut Buffer);
+    /// y += x·Sᵀ, the entries of S being the pattern's part of `values`.
+    fn sparse_forward(&self, s: &Pattern, values: &Tensor, x: &Tensor, y: &mut Buffer);
+    /// dx += dy·S.
+    fn sparse_backward(&self, s: &Pattern, values: &Tensor, dy: &Tensor, dx: &mut Buffer);
+    /// The pattern's part of dv += the entries of dyᵀ·x at its places.
+    fn sparse_entries(&self, s: &Pattern, x: &Tensor, dy: &Tensor, dv: &mut Buffer);
+    /// w += S.
+    fn sparse_scatter(&self, s: &Pattern, values: &Tensor, w: &mut Buffer);
+    /// The pattern's part of dv += w at its places.
+    fn sparse_gather(&self, s: &Pattern, w: &Tensor, dv: &mut Buffer);
     /// Softmax over rows of `width`.
     fn softmax(&self, x: &Tensor, y: &mut Buffer);
     /// dx = y·(dy − Σ y·dy).

@@ -1,7 +1,7 @@
 //! Operations on tensors, one idea a file: shape check, kernel, gradient, test.
 //!
 //! `elementwise`, `reduce`, `shape`, `gather`, `matmul` and `softmax` are the primitives from which any method can be
-//! composed; `linear`, `low_rank`, `norm`, `rope`, `attention`, `gated`, `loss` and `dropout` are fused and are tested against
+//! composed; `linear`, `low_rank`, `sparse`, `norm`, `rope`, `attention`, `gated`, `loss` and `dropout` are fused and are tested against
 //! their composition.
 
 mod attention;
@@ -18,6 +18,7 @@ mod reduce;
 mod rope;
 mod shape;
 mod softmax;
+mod sparse;
 
 pub use attention::{Attention, RelativeBias, Spans, attention};
 pub use elementwise::{Binary, Unary};
@@ -29,3 +30,4 @@ pub use matmul::Product;
 pub use norm::{Norm, layer_norm, rms_norm};
 pub use rope::rope;
 pub use shape::cat;
+pub use sparse::Pattern;

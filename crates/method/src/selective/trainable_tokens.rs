@@ -1,0 +1,302 @@
+//! Trainable tokens: chosen rows of the embedding table are trained, the others stay.
+//!
+//! W′ = W with rows `token_indices` replaced by P, P starting as these rows. What shares the tensor of the table (a tied head,
+//! the tables of encoder and decoder) has the same rows replaced. The forward looks up, or puts x·Pᵀ in place of the logits of
+//! these rows; W′ is never formed.
+//!
+//! `peft`'s TRAINABLE_TOKENS; no paper. As in `peft` the values are the rows themselves and not differences, so that a table
+//! whose new rows are random may be drawn anew.
+//!
+//! `trainable_tokens_delta` [rows, width], in the order of `token_indices`; a tied head or table has a copy of its own in the file.
+
+use std::sync::Arc;
+
+use engraft_nn::{
+    Base, Builder, Error, Init, Kind, Matcher, Pass, Patch, Resolution, Result, Role, Site, SiteId, Sites,
+    Targets, Value as Frozen, WeightPatch,
+};
+use engraft_tensor::ops::{Pattern, cat};
+use engraft_tensor::{Param, Tensor};
+use serde_json::{Map, Value, json};
+
+use crate::read::Reader;
+use crate::tied::{own_name, sharing};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+
+struct TrainableTokens {
+    rows: Vec<usize>,
+    /// `init_weights` of a file, which says how the rows started.
+    as_they_are: bool,
+}
+
+static INFO: Info = Info {
+    name: "trainable_tokens",
+    title: "Trainable tokens",
+    class: "selective",
+    sites: "weight",
+    paper: "",
+    summary: "trains chosen rows of the embedding table",
+    mergeable: true,
+    identity_at_init: true,
+    default_roles: None,
+    peft_type: "TRAINABLE_TOKENS",
+    fields: &[Field {
+        name: "token_indices",
+        kind: FieldKind::IntList,
+        default: None,
+        doc: "Numbers of the tokens whose rows are trained.",
+    }],
+};
+
+/// In the registry.
+pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
+
+fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    peft::own_settings(&INFO, settings, |r| TrainableTokens { rows: read_rows(r), as_they_are: true })
+}
+
+fn from_file(config: &Value) -> Result<Option<Loaded>> {
+    peft::own_file(&INFO, config, |r| TrainableTokens {
+        rows: read_rows(r),
+        as_they_are: r.flag("init_weights", true),
+    })
+}
+
+fn read_rows(r: &mut Reader<'_>) -> Vec<usize> {
+    let rows = r.counts("token_indices").unwrap_or_default();
+    let mut sorted = rows.clone();
+    sorted.sort_unstable();
+    if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+        r.problem(format!("`token_indices`: {} is there twice", twice[0]));
+    }
+    if rows.is_empty() {
+        r.problem("`token_indices`: expected the numbers of the tokens to train, found none");
+    }
+    rows
+}
+
+fn example() -> Box<dyn Method> {
+    Box::new(TrainableTokens { rows: (5..25).rev().collect(), as_they_are: true })
+}
+
+impl Method for TrainableTokens {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+        let sites = b.sites();
+        if b.targets().is_empty() {
+            let message =
+                "this model reads no tokens, so that there are no rows to train; choose another method";
+            return Err(Error::Unsupported(message.into()));
+        }
+        let mut done: Vec<SiteId> = Vec::new();
+        for site in b.targets() {
+            if done.contains(&site.id) {
+                continue;
+            }
+            let (Kind::Embedding { rows, .. } | Kind::Linear { out: rows, .. }) = site.kind else {
+                let message = "rows of tables and heads are trained; leave convolutions out of the targets";
+                return Err(Error::Site { path: site.path.clone(), message: message.into() });
+            };
+            if let Some(row) = self.rows.iter().find(|row| **row >= rows) {
+                let message = format!("`token_indices` names {row}, and there are {rows} rows");
+                return Err(Error::Site { path: site.path.clone(), message });
+            }
+            let Frozen::Weight(weight) = &site.value else { continue };
+            let index = Tensor::from_i64(self.rows.iter().map(|&r| r as i64).collect(), [self.rows.len()])?;
+            let start = weight.lookup(&index)?;
+            let name = format!("{}.trainable_tokens_delta", site.path);
+            let param = b.param(&name, &start.shape().to_vec(), Init::Values(start))?;
+            // A head has no followers.
+            for tied in sharing(sites, site).filter(|s| s.id == site.id || site.role == Role::Embed) {
+                done.push(tied.id);
+                b.patch(tied.id, Patch::Weight(Box::new(Rows::new(&self.rows, param.clone(), tied)?)))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The table of tokens, as `peft` finds it.
+    fn default_targets(&self, sites: &Sites) -> Option<Targets> {
+        let table = sites.iter().find(|s| s.role == Role::Embed && s.is_weight())?;
+        Some(Matcher::Regex(own_name(sites, table).unwrap_or_else(|| table.path.clone())).into())
+    }
+
+    /// A table whose module is not among the sites (T5's `shared`) is named by its tensor.
+    fn resolve(&self, targets: &Targets, sites: &Sites) -> Result<Resolution> {
+        let (mut modules, mut ids) = (Sites::default(), Vec::new());
+        let mut add = |path: String, site: &Site| {
+            modules.add(path, site.role, site.layer, site.kind.clone());
+            ids.push(site.id);
+        };
+        for site in sites.iter().filter(|s| s.is_weight()) {
+            if let Some(name) = own_name(sites, site) {
+                add(name, site);
+            }
+            add(site.path.clone(), site);
+        }
+        let found = targets.resolve(&modules)?;
+        let mut chosen: Vec<SiteId> = found.sites.into_iter().map(|id| ids[id.0]).collect();
+        chosen.dedup();
+        Ok(Resolution { sites: chosen, dead: found.dead })
+    }
+
+    fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
+        let own = json!({ "init_weights": self.as_they_are, "token_indices": self.rows });
+        own.as_object().cloned().unwrap_or_default()
+    }
+}
+
+/// Some rows of a table, or of the head that shares it.
+struct Rows {
+    /// Which rows, `I64` `[n]`, in the order of P.
+    index: Tensor,
+    param: Param,
+    /// The order of P in which rows ascend, `I64` `[n]`.
+    ascending: Tensor,
+    /// The rows as a sparse matrix.
+    pattern: Arc<Pattern>,
+    /// Zero for the rows that are trained, one for the others.
+    others: Tensor,
+}
+
+impl Rows {
+    fn new(rows: &[usize], param: Param, site: &Site) -> Result<Rows> {
+        let (Kind::Embedding { rows: out, width: inn } | Kind::Linear { out, inn, .. }) = site.kind else {
+            return Err(Error::Site {
+                path: site.path.clone(),
+                message: "expected a table or a head".into(),
+            });
+        };
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        order.sort_by_key(|&i| rows[i]);
+        let places = order.iter().flat_map(|&i| (0..inn).map(move |c| (rows[i] * inn + c) as u64));
+        let index = |values: Vec<i64>| Tensor::from_i64(values, [rows.len()]);
+        let mut others = vec![1.0; out];
+        rows.iter().for_each(|&row| others[row] = 0.0);
+        Ok(Rows {
+            others: Tensor::from_vec(others, [out])?,
+            pattern: Arc::new(Pattern::new(places, (out, inn), 0)?),
+            ascending: index(order.iter().map(|&i| i as i64).collect())?,
+            index: index(rows.iter().map(|&r| r as i64).collect())?,
+            param,
+        })
+    }
+}
+
+impl WeightPatch for Rows {
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        let dense = base.dense()?;
+        let mut index: Vec<i64> = (0..dense.dim(0)).map(|row| (self.index.len() + row) as i64).collect();
+        for (number, &row) in self.index.ids()?.iter().enumerate() {
+            index[row as usize] = number as i64;
+        }
+        let index = Tensor::from_i64(index, [dense.dim(0)])?;
+        Ok(cat(&[&self.param.get(), &dense], 0)?.gather(&index)?)
+    }
+
+    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        let own = self.param.get().gather(&self.ascending)?;
+        let own = own.reshape([own.len()])?;
+        Ok(base.forward(x)?.mul(&self.others)?.add_sparse(x, &own, &self.pattern)?)
+    }
+
+    fn lookup(&self, ids: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        let rows = self.index.ids()?;
+        let mut index = Vec::with_capacity(ids.len());
+        for (token, id) in ids.ids()?.iter().enumerate() {
+            let own = rows.iter().position(|row| row == id);
+            index.push(own.unwrap_or(rows.len() + token) as i64);
+        }
+        if index.iter().all(|&i| i >= rows.len() as i64) {
+            return base.lookup(ids);
+        }
+        let index = Tensor::from_i64(index, [ids.len()])?;
+        Ok(cat(&[&self.param.get(), &base.lookup(ids)?], 0)?.gather(&index)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use engraft_nn::{Embedding, Linear};
+    use engraft_tensor::testing::{close, sample};
+
+    #[test]
+    fn only_the_rows_change() {
+        let a = attached(&[chosen("trainable_tokens", json!({ "token_indices": [7, 2] }))], &[]);
+        assert_eq!((names(&a), a.adapter.trained_count()), (vec!["tok.trainable_tokens_delta"], 2 * 6));
+        let ids = Tensor::from_i64(vec![2, 0, 7, 10, 2], [5]).unwrap();
+        close(&both_ways(&a, "tok", &ids).0, &frozen("tok").gather(&ids).unwrap(), 0.0);
+        stir(&a, 0.5);
+        let (fast, defined) = both_ways(&a, "tok", &ids);
+        close(&fast, &defined, 0.0);
+        let own = param(&a.adapter, "tok.trainable_tokens_delta").value();
+        close(&fast.rows_between(2, 3).unwrap(), &own.rows_between(0, 1).unwrap(), 0.0);
+        close(&fast.rows_between(4, 5).unwrap(), &own.rows_between(1, 2).unwrap(), 0.0);
+        let others = Tensor::from_i64(vec![0, 1, 3], [3]).unwrap();
+        close(&both_ways(&a, "tok", &others).0, &frozen("tok").gather(&others).unwrap(), 0.0);
+    }
+
+    #[test]
+    fn a_tied_head_follows_and_the_file_has_both() {
+        let (sites, info) = toy();
+        let mut sites = Arc::try_unwrap(sites).ok().unwrap();
+        let table = sample(&[11, 6], 8);
+        let precision = Some(engraft_tensor::frozen::Precision::F32);
+        let weight = Arc::new(engraft_nn::Weight::table(rows_of(&table), precision));
+        Embedding::declare(&mut sites, ("decoder.words", "shared"), Role::Embed, weight.clone());
+        Linear::declare_named(
+            &mut sites,
+            ("lm_head", "shared.weight"),
+            Role::Head,
+            None,
+            weight.clone(),
+            None,
+        );
+        let sites = Arc::new(sites);
+        let methods = [(
+            chosen("trainable_tokens", json!({ "token_indices": [9, 4] })).0,
+            Some(Targets::names(["shared"])),
+        )];
+        let a = crate::attach(&methods, &[], &sites, &info, 1).unwrap();
+        stir(&a, 0.4);
+        let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        let keys: Vec<&str> = tensors.iter().map(|(key, _)| key.as_str()).collect();
+        let key = |path: &str| format!("base_model.model.{path}.trainable_tokens_delta");
+        assert_eq!(keys, [key("decoder.words"), key("lm_head"), key("shared")]);
+        let loaded = crate::load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
+        let merged = engraft_nn::merged_tensors(&sites, &loaded.adapter).unwrap();
+        assert_eq!(merged.len(), 2);
+        close(&merged[0].value, &merged[1].value, 0.0);
+        let head = sites.iter().find(|s| s.path == "lm_head").unwrap();
+        let cx = Pass::new(engraft_nn::Layout::counted(&[3]).unwrap(), None);
+        let patched = engraft_nn::Patched::new(weight.as_ref(), loaded.adapter.at(head.id), head, &cx);
+        let x = sample(&[3, 6], 5);
+        close(&patched.forward(&x).unwrap(), &x.matmul_t(&patched.dense().unwrap()).unwrap(), 1e-5);
+        let mut other = tensors;
+        other[1].1 = other[1].1.scale(2.0).unwrap();
+        assert!(crate::load_adapter(&config, other, &sites, &info).is_err(), "copies that differ");
+    }
+
+    #[test]
+    fn configurations() {
+        survives_saving(&[chosen("trainable_tokens", json!({ "token_indices": [3, 1] }))], &["head"]);
+        let written = config(&[chosen("trainable_tokens", json!({ "token_indices": [3, 1] }))], &[]);
+        assert_eq!(written["target_modules"], json!("tok"));
+        assert!(written.get("exclude_modules").is_none());
+        for bad in [
+            json!({ "token_indices": [1, 1] }),
+            json!({ "token_indices": [] }),
+            json!({ "token_indices": [-1] }),
+        ] {
+            assert!(from_file(&with(written.clone(), bad.clone())).is_err(), "{bad}");
+        }
+        let (sites, info) = toy();
+        let outside = [chosen("trainable_tokens", json!({ "token_indices": [11] }))];
+        assert!(crate::attach(&outside, &[], &sites, &info, 0).is_err());
+    }
+}

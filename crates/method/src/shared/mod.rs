@@ -1,0 +1,5 @@
+//! What several methods share.
+
+pub(crate) mod mt19937;
+pub(crate) mod scores;
+pub(crate) mod sparse;

@@ -1,0 +1,56 @@
+//! Tensors of adapters and checkpoints, to and from files: numbers are f32, places and counters whole.
+
+use engraft_store::{Dtype, Entry, RawTensor};
+use engraft_tensor::{DType, Tensor};
+
+use crate::Result;
+
+/// A tensor in the type that it has.
+pub(crate) fn entry(name: impl Into<String>, tensor: &Tensor) -> Result<Entry<'static>> {
+    let dtype = match tensor.dtype() {
+        DType::F32 => Dtype::F32,
+        DType::I64 => Dtype::I64,
+        DType::I32 => Dtype::I32,
+    };
+    Ok(Entry::new(name, dtype, tensor.shape(), tensor.to_bytes()?))
+}
+
+/// A tensor of a file: whole numbers as they are, other types as f32.
+pub(crate) fn tensor(raw: &RawTensor) -> Result<Tensor> {
+    Ok(match raw.dtype {
+        Dtype::I64 => Tensor::from_i64(raw.to_i64()?, raw.shape.clone())?,
+        Dtype::I32 => {
+            let values = raw.to_i64()?.into_iter().map(|v| v as i32).collect();
+            Tensor::from_i32(values, raw.shape.clone())?
+        }
+        _ => Tensor::from_vec(raw.to_f32()?, raw.shape.clone())?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use engraft_store::{Limits, Weights, write_safetensors};
+
+    use super::*;
+
+    #[test]
+    fn every_type_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t.safetensors");
+        let tensors = [
+            ("a", Tensor::from_vec(vec![0.5, -2.0], [2]).unwrap()),
+            ("b", Tensor::from_i64(vec![-1, 1 << 40], [2, 1]).unwrap()),
+            ("c", Tensor::from_i32(vec![i32::MIN, 3], [1, 2]).unwrap()),
+        ];
+        let entries: Vec<Entry> = tensors.iter().map(|(name, t)| entry(*name, t).unwrap()).collect();
+        write_safetensors(&path, &entries, &BTreeMap::new()).unwrap();
+        let weights = Weights::open_file(&path, &Limits::default()).unwrap();
+        for (name, expected) in tensors {
+            let found = tensor(weights.get(name).unwrap()).unwrap();
+            assert_eq!((found.dtype(), found.shape()), (expected.dtype(), expected.shape()));
+            assert_eq!(found.to_bytes().unwrap(), expected.to_bytes().unwrap());
+        }
+    }
+}
