@@ -19,6 +19,8 @@ GROUPS = {
     "heads": ("heads", "peft"),
     "trajectories": ("trajectories", "peft"),
     "vpt": ("vpt", "peft"),
+    "multiplicative": ("cases_multiplicative", "peft"),
+    "hiwi": ("hiwi", "peft"),
     "generation": ("generation", "peft"),
     "images": ("images", "peft"),
     "nf4": ("nf4", "peft"),

@@ -14,6 +14,7 @@ mod prompts;
 mod read;
 mod reparameterized;
 mod selective;
+mod shared;
 #[cfg(test)]
 mod testing;
 mod tied;
@@ -26,10 +27,10 @@ use engraft_nn::{
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
-use additive::{bottleneck, ia3};
+use additive::{beft, bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
-use reparameterized::lora;
-use selective::{bitfit, full};
+use reparameterized::{boft, deft, delora, glora, gralora, hira, hiwi, hra, lora, oft, peanut, road};
+use selective::{bitfit, full, ln_tuning};
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
 pub use calibration::{Calibration, Observe, Seen, observe};
@@ -41,6 +42,19 @@ pub static METHODS: &[&Entry] = &[
     &lora::ENTRY,
     &ia3::ENTRY,
     &bitfit::ENTRY,
+    &ln_tuning::ENTRY,
+    &hira::ENTRY,
+    &hra::ENTRY,
+    &road::ENTRY,
+    &oft::ENTRY,
+    &boft::ENTRY,
+    &delora::ENTRY,
+    &gralora::ENTRY,
+    &glora::ENTRY,
+    &deft::ENTRY,
+    &peanut::ENTRY,
+    &hiwi::ENTRY,
+    &beft::ENTRY,
     &bottleneck::ENTRY,
     &prompt::ENTRY,
     &prefix::ENTRY,

@@ -2,3 +2,4 @@
 
 pub(crate) mod bitfit;
 pub(crate) mod full;
+pub(crate) mod ln_tuning;
