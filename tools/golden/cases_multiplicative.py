@@ -19,6 +19,7 @@ CONFIGS = {
     "ln_tuning": peft.LNTuningConfig, "hira": peft.HiraConfig, "hra": peft.HRAConfig, "road": peft.RoadConfig,
     "oft": peft.OFTConfig, "boft": peft.BOFTConfig, "delora": peft.DeloraConfig, "gralora": peft.GraloraConfig,
     "beft": peft.BeftConfig, "deft": peft.DeftConfig, "glora": peft.GloraConfig, "peanut": peft.PeanutConfig,
+    "lily": peft.LilyConfig,
 }
 # None: around one; True: around where it starts, which is the base's.
 BOUNDS = {
@@ -28,7 +29,7 @@ BOUNDS = {
     "boft_s": (None, 0.4), "delora_A": (False, 0.4), "delora_B": (False, 0.4), "delora_lambda": (True, 0.5),
     "gralora_A_general": (False, 0.3), "gralora_B_general": (False, 0.3), "gralora_A": (False, 0.4),
     "gralora_B": (False, 0.3), "beft_bias": (False, 0.4), "deft_P": (False, 0.4), "deft_R": (False, 0.3),
-    "glora_": (False, 0.3), "peanut_": (False, 0.4),
+    "glora_": (False, 0.3), "peanut_": (False, 0.4), "lily_": (False, 0.5),
 }
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -90,6 +91,10 @@ TABLE = [
     case("bert", "glora", "vector", "vectors, biases of targets trained", config_A_B="vector", config_C="vector", config_D_E="vector", bias="glora_only"),
     case("qwen2", "glora", "constant", "numbers", config_A_B="constant", config_C="none", config_D_E="constant"),
     case("bert", "glora", "bias", "the bias alone", config_A_B="none", config_C="lora", config_D_E="none", r=2),
+    # Lily's mean is over padding too, so its cases have none.
+    case("vit", "lily", None, "neighbours share A, all layers B", merge=False, r=4, num_B=3, stride_A=2, target_modules=["q_proj", "v_proj"]),
+    case("dinov2", "lily", "regex", "a pattern is one kind", merge=False, r=3, scaling=0.5, target_modules=r".*\.(q|v)_proj"),
+    case("vit_oblong", "lily", None, "two shapes of one target", merge=False, r=3, num_B=4, target_modules=["fc1", "fc2", "k_proj"]),
     case("llama", "peanut", None, "no hidden layers", r=6),
     case("bert", "peanut", "deep", "two hidden layers a side", r=4, depth=2, act_fn="gelu", scaling=0.5),
     case("t5", "peanut", None, "one hidden layer a side", r=4, depth=1, act_fn="tanh"),
@@ -110,6 +115,7 @@ TRAJECTORIES = {
     "bert__beft": ("bert", "padded", {}, "beft", {}),
     "llama__deft": ("llama", "full", {}, "deft", dict(r=3, decomposition_method="qr")),
     "bert__glora": ("bert", "padded", {}, "glora", dict(r=2, config_D_E="vector")),
+    "llama__lily": ("llama", "full", {}, "lily", dict(r=4, num_B=3, stride_A=2)),
     "llama__peanut": ("llama", "full", {}, "peanut", dict(r=4, depth=1, act_fn="gelu")),
 }
 

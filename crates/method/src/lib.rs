@@ -29,7 +29,7 @@ use serde_json::{Map, Value};
 
 use additive::{beft, bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
-use reparameterized::{boft, deft, delora, glora, gralora, hira, hiwi, hra, lora, oft, peanut, road};
+use reparameterized::{boft, deft, delora, glora, gralora, hira, hiwi, hra, lily, lora, oft, peanut, road};
 use selective::{bitfit, full, ln_tuning};
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
@@ -53,6 +53,7 @@ pub static METHODS: &[&Entry] = &[
     &glora::ENTRY,
     &deft::ENTRY,
     &peanut::ENTRY,
+    &lily::ENTRY,
     &hiwi::ENTRY,
     &beft::ENTRY,
     &bottleneck::ENTRY,

@@ -8,6 +8,7 @@ pub(crate) mod gralora;
 pub(crate) mod hira;
 pub(crate) mod hiwi;
 pub(crate) mod hra;
+pub(crate) mod lily;
 pub(crate) mod lora;
 pub(crate) mod oft;
 pub(crate) mod peanut;
