@@ -7,8 +7,14 @@ import torch
 from common import rng
 
 
+BOUNDS = {}  # part of a key -> `bound` of the tensors of a family that registers its own
+
+
 def bound(key, p):
     """(centre kept, half width) of the uniform distribution for one adapter tensor."""
+    for part, own in BOUNDS.items():
+        if part in key:
+            return own
     if "lora_A" in key or "lora_embedding_A" in key:
         return False, (3.0 / p.shape[1]) ** 0.5 if "lora_A" in key else 0.8
     if "prompt_encoder" in key:

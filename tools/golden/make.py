@@ -22,6 +22,8 @@ GROUPS = {
     "vpt": ("vpt", "peft"),
     "tokens": ("cases_selective", "peft"),
     "masks": ("masks", "peft"),
+    "multiplicative": ("cases_multiplicative", "peft"),
+    "hiwi": ("hiwi", "peft"),
     "generation": ("generation", "peft"),
     "images": ("images", "peft"),
     "nf4": ("nf4", "peft"),

@@ -1,7 +1,7 @@
 """How a row of the tables of cases is written down."""
 
 
-def case(model, method, variant, checks, merge=True, side="", **config):
+def case(model, method, variant, checks, /, merge=True, side="", **config):
     return dict(model=model, method=method, variant=variant, checks=checks, merge=merge, side=side, config=config)
 
 

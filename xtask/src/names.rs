@@ -128,7 +128,11 @@ fn methods_named(code: &str) -> Vec<String> {
             true => found.strings.iter().any(|text| text == name),
             false => all().any(|text| holds(text, name)),
         };
-        if is_named || all().any(|text| plain(text).contains(&title)) {
+        // A title of one word is looked for as a word: "oft" is in "of tensors" without its space.
+        let one_word = entry.info.title.chars().all(char::is_alphanumeric);
+        let titled =
+            |text: &String| if one_word { holds(text, &title) } else { plain(text).contains(&title) };
+        if is_named || all().any(titled) {
             named.push(name.to_owned());
         }
     }

@@ -13,7 +13,7 @@ use engraft_nn::{
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
-use crate::copies::{biases_of_decoders, biases_of_saved, one_bias_a_head, stale};
+use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_bias_a_head, stale};
 use crate::{Described, Method, from_file, peft, tied};
 
 const UNION: &str = "ENGRAFT_UNION";
@@ -154,20 +154,22 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     let (methods, train_also) = read_methods(config)?;
     let tensors = one_bias_a_head(tied::without_copies(tensors, config, sites)?, sites);
     let mut attached = build(&methods, &train_also, sites, info, 0, Vec::new())?;
-    let (mut names, mut copies) = (HashMap::new(), Vec::new());
+    let (mut names, mut copies) = (HashMap::new(), HashMap::new());
     for p in attached.adapter.params().iter().filter(|p| p.saved) {
         let (key, more) = file_names(&methods, &p.name);
         names.insert(key, p.name.clone());
-        copies.extend(more);
+        copies.extend(more.into_iter().map(|copy| (copy, p.name.clone())));
     }
-    let (mut given, mut rest) = (Vec::new(), Vec::new());
+    let (mut given, mut rest, mut copied) = (Vec::new(), Vec::new(), Vec::new());
     for (key, tensor) in tensors {
-        match names.get(&key) {
-            Some(name) => given.push((name.clone(), tensor)),
-            None if copies.contains(&key) || stale(&key) => {}
-            None => rest.push((key, tensor)),
+        match (names.get(&key), copies.get(&key)) {
+            (Some(name), _) => given.push((name.clone(), tensor)),
+            (None, Some(name)) => copied.push((key, name, tensor)),
+            (None, None) if stale(&key) => {}
+            (None, None) => rest.push((key, tensor)),
         }
     }
+    copies_are_equal(&copied, &given)?;
     let (unknown, others) = other_bases(rest, sites)?;
     given.extend(unknown);
     if !others.is_empty() {

@@ -1,6 +1,7 @@
 //! What adapter files hold more than once.
 
-use engraft_nn::{Sites, Value as Frozen};
+use engraft_nn::{Error, Result, Sites, Value as Frozen};
+use engraft_tensor::Tensor;
 use serde_json::{Map, Value};
 
 use crate::Named;
@@ -40,6 +41,18 @@ pub(crate) fn biases_of_decoders(tensors: &mut Named, train_also: &[String], sit
         }
         tensors.push((format!("base_model.model.{inner}"), value));
     }
+}
+
+/// An error where a tensor that is in the file again, under another key, has other values there.
+pub(crate) fn copies_are_equal(copied: &[(String, &String, Tensor)], given: &Named) -> Result<()> {
+    let mut wrong = Vec::new();
+    for (key, name, copy) in copied {
+        let Some((_, first)) = given.iter().find(|(other, _)| other == *name) else { continue };
+        if first.shape() != copy.shape() || first.to_vec()? != copy.to_vec()? {
+            wrong.push(format!("{key}: expected the values of {name}, whose copy it is, found others"));
+        }
+    }
+    if wrong.is_empty() { Ok(()) } else { Err(Error::Mismatch(wrong)) }
 }
 
 /// With `bias = "all"` peft also writes the biases of a replaced module as they were; they change nothing.

@@ -28,11 +28,11 @@ use engraft_nn::{
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
-use additive::{bottleneck, ia3};
+use additive::{beft, bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
-use reparameterized::lora;
+use reparameterized::{boft, deft, delora, glora, gralora, hira, hiwi, hra, lily, lora, oft, peanut, road};
 use selective::{
-    bitfit, child_tuning, fish, full, pafi, random_mask, sam_mask, shira, sift, top_layers, trainable_tokens,
+    bitfit, child_tuning, fish, full, ln_tuning, pafi, random_mask, sam_mask, shira, sift, top_layers, trainable_tokens,
 };
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, prefix, save_adapter};
@@ -45,6 +45,20 @@ pub static METHODS: &[&Entry] = &[
     &lora::ENTRY,
     &ia3::ENTRY,
     &bitfit::ENTRY,
+    &ln_tuning::ENTRY,
+    &hira::ENTRY,
+    &hra::ENTRY,
+    &road::ENTRY,
+    &oft::ENTRY,
+    &boft::ENTRY,
+    &delora::ENTRY,
+    &gralora::ENTRY,
+    &glora::ENTRY,
+    &deft::ENTRY,
+    &peanut::ENTRY,
+    &lily::ENTRY,
+    &hiwi::ENTRY,
+    &beft::ENTRY,
     &bottleneck::ENTRY,
     &prompt::ENTRY,
     &prefix::ENTRY,

@@ -12,6 +12,25 @@ use crate::{Info, Loaded, Method};
 /// The version whose keys are written.
 const VERSION: &str = "0.21.2";
 
+/// Types whose configuration in `peft` has no `exclude_modules`.
+const NO_EXCLUSION: &[&str] = &[
+    "ADAMSS",
+    "BEFT",
+    "C3A",
+    "FROD",
+    "GLORA",
+    "GRALORA",
+    "OSF",
+    "PVERA",
+    "RANDLORA",
+    "ROAD",
+    "SHIRA",
+    "SUPERTUNING",
+    "TINYLORA",
+    "UNILORA",
+    "VERA",
+];
+
 /// Whether this is the configuration of `peft_type`.
 pub(crate) fn is_type(config: &Value, peft_type: &str) -> bool {
     config.get("peft_type").and_then(Value::as_str) == Some(peft_type)
@@ -43,9 +62,6 @@ pub(crate) fn own_file<M: Method + 'static>(
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(method), targets, train_also }))
 }
-
-/// Methods whose configuration in `peft` has no `exclude_modules`.
-const WITHOUT_EXCLUDE: &[&str] = &["SHIRA", "TRAINABLE_TOKENS"];
 
 /// Marks the keys of every configuration as known, and gives `modules_to_save`.
 pub(crate) fn read_header(r: &mut Reader<'_>) -> Vec<String> {
@@ -109,6 +125,7 @@ pub(crate) fn write_targets(
     sites: &Sites,
     by_layer: bool,
 ) -> Result<Map<String, Value>> {
+    let excludes = !NO_EXCLUSION.contains(&method.peft_type());
     let written = |m: &Matcher| match m {
         Matcher::Names(names) => json!(names),
         Matcher::Regex(pattern) => json!(pattern),
@@ -117,22 +134,20 @@ pub(crate) fn write_targets(
     };
     let spelled = match (&targets.matcher, &targets.layers) {
         (Matcher::Roles(_), _) => true,
+        _ if !excludes && targets.exclude.is_some() => true,
         (Matcher::Names(_), Some(_)) => !by_layer,
         (_, layers) => layers.is_some(),
     };
-    let excludes = !WITHOUT_EXCLUDE.contains(&method.peft_type());
     let mut map = Map::new();
-    if spelled || targets.exclude.is_some() && !excludes {
+    if excludes {
+        let exclude = targets.exclude.as_ref().filter(|_| !spelled).map_or(Value::Null, written);
+        map.insert("exclude_modules".into(), exclude);
+    }
+    if spelled {
         map.insert("target_modules".into(), json!(module_names(targets, method, sites)?));
-        if excludes {
-            map.insert("exclude_modules".into(), Value::Null);
-        }
         return Ok(map);
     }
     map.insert("target_modules".into(), written(&targets.matcher));
-    if excludes {
-        map.insert("exclude_modules".into(), targets.exclude.as_ref().map_or(Value::Null, written));
-    }
     if let Some(layers) = &targets.layers {
         map.insert("layers_to_transform".into(), json!(layers.layers));
         map.insert("layers_pattern".into(), json!(layers.pattern));
@@ -143,8 +158,7 @@ pub(crate) fn write_targets(
 /// Names that choose the same sites: the last components of their paths, or whole paths where these would catch more.
 fn module_names(targets: &Targets, method: &dyn Method, sites: &Sites) -> Result<Vec<String>> {
     let chosen = method.resolve(targets, sites)?.sites;
-    // A bias stands for the module that has it.
-    let path = |id: &SiteId| sites.get(*id).path.trim_end_matches(".bias").to_string();
+    let path = |id: &SiteId| module_path(sites.get(*id)).to_string();
     let last = |path: String| path.rsplit('.').next().unwrap_or_default().to_string();
     let mut names: Vec<String> = chosen.iter().map(|id| last(path(id))).collect();
     names.sort();
@@ -153,7 +167,18 @@ fn module_names(targets: &Targets, method: &dyn Method, sites: &Sites) -> Result
     if method.resolve(&same, sites)?.sites == chosen {
         return Ok(names);
     }
-    Ok(chosen.iter().map(path).collect())
+    let mut paths: Vec<String> = chosen.iter().map(path).collect();
+    paths.dedup();
+    Ok(paths)
+}
+
+/// The module of a site's tensor: a vector stands for the module that has it.
+fn module_path(site: &Site) -> &str {
+    let path = &site.path;
+    match site.kind {
+        Kind::Vector { .. } => path.strip_suffix(".weight").or(path.strip_suffix(".bias")).unwrap_or(path),
+        _ => path,
+    }
 }
 
 /// Lists of `feedforward_modules` must be among `target_modules`, text by text: where they are not, both become paths.
@@ -173,7 +198,7 @@ pub(crate) fn agree_on_feedforward(map: &mut Map<String, Value>, sites: &Sites, 
     map.insert("exclude_modules".into(), Value::Null);
 }
 
-/// The tables below a LoRA of which `peft` saves a copy: those called so, where the targets name one of them.
+/// The tables below an adapter of which `peft` saves a copy: those called so, where the targets name one of them.
 pub(crate) fn copied_tables<'s>(
     map: &Map<String, Value>,
     sites: &'s Sites,
@@ -185,7 +210,8 @@ pub(crate) fn copied_tables<'s>(
         Some(Value::String(text)) => TABLES.iter().any(|t| text.contains(t)),
         _ => false,
     };
-    if !named || map.get("peft_type").and_then(Value::as_str) != Some("LORA") {
+    let own = |name: &str| name.starts_with("ENGRAFT_");
+    if !named || map.get("peft_type").and_then(Value::as_str).is_none_or(own) {
         return Vec::new();
     }
     let copied = |s: &&Site| s.is_weight() && TABLES.contains(&s.module()) && !adapter.at(s.id).is_empty();
@@ -204,7 +230,7 @@ pub(crate) fn kept_classifier<'s>(
     adapter: &Adapter,
 ) -> Option<(&'static str, Vec<&'s Site>)> {
     let classifies = matches!(task, Task::SequenceClassification | Task::TokenClassification);
-    if !classifies || !["LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING", "SHIRA"].contains(&peft_type) {
+    if !classifies || peft_type.starts_with("ENGRAFT_") {
         return None;
     }
     CLASSIFIERS.iter().find_map(|name| {

@@ -77,6 +77,12 @@ impl<'a> Reader<'a> {
         self.read(key, format!("a whole number from 1 to {max}"), count).unwrap_or(default)
     }
 
+    /// A count that may be zero, at most `max`; absent is `default`.
+    pub fn whole(&mut self, key: &'static str, default: usize, max: usize) -> usize {
+        let count = |v: &Value| v.as_u64().map(|n| n as usize).filter(|n| *n <= max);
+        self.read(key, format!("a whole number up to {max}"), count).unwrap_or(default)
+    }
+
     /// True or false; absent is `default`.
     pub fn flag(&mut self, key: &'static str, default: bool) -> bool {
         self.read(key, "true or false", Value::as_bool).unwrap_or(default)

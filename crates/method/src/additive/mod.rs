@@ -1,4 +1,5 @@
 //! New modules beside or behind the frozen ones.
 
+pub(crate) mod beft;
 pub(crate) mod bottleneck;
 pub(crate) mod ia3;

@@ -11,3 +11,4 @@ pub(crate) mod shira;
 pub(crate) mod sift;
 pub(crate) mod top_layers;
 pub(crate) mod trainable_tokens;
+pub(crate) mod ln_tuning;

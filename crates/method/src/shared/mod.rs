@@ -3,3 +3,6 @@
 pub(crate) mod mt19937;
 pub(crate) mod scores;
 pub(crate) mod sparse;
+pub(crate) mod biases;
+pub(crate) mod matrices;
+pub(crate) mod orthogonal;

@@ -2,7 +2,7 @@
 
 use super::{AdamWState, AttentionBackward, Buffer, Kernels, NormBackward};
 use crate::cpu::random::Key;
-use crate::cpu::{attention, cross_entropy, dropout, math, norm, primitives, rope, sparse};
+use crate::cpu::{attention, cross_entropy, dense, dropout, math, norm, primitives, rope, sparse};
 use crate::frozen::{FrozenMatrix, RowSource};
 use crate::ops::{Attention, Binary, Norm, Pattern, Product, Unary};
 use crate::optim::AdamW;
@@ -67,6 +67,15 @@ impl Kernels for Cpu {
     }
     fn matmul(&self, p: Product, a: &Tensor, b: &Tensor, y: &mut Buffer) {
         primitives::matmul(p, a.f32(), b.f32(), y.as_f32_mut());
+    }
+    fn inverse(&self, a: &Tensor, y: &mut Buffer) {
+        dense::inverse(a.f32(), a.width(), y.as_f32_mut());
+    }
+    fn qr(&self, a: &Tensor, q: &mut Buffer, r: &mut Buffer) {
+        dense::qr(a.f32(), a.dim(0), a.dim(1), q.as_f32_mut(), r.as_f32_mut());
+    }
+    fn qr_backward(&self, q: &Tensor, r: &Tensor, dq: &Tensor, da: &mut Buffer) {
+        dense::qr_backward(q.f32(), r.f32(), dq.f32(), q.dim(0), q.dim(1), da.as_f32_mut());
     }
     fn frozen_forward(&self, w: &FrozenMatrix, x: &Tensor, bias: Option<&Tensor>, y: &mut Buffer) {
         w.forward(x.f32(), x.rows(), bias.map(Tensor::f32), y.as_f32_mut());

@@ -45,6 +45,12 @@ pub(crate) trait Kernels {
     fn gather_frozen(&self, table: &dyn RowSource, ids: &Tensor, y: &mut Buffer);
     /// Batched product, see [`Product`].
     fn matmul(&self, p: Product, a: &Tensor, b: &Tensor, y: &mut Buffer);
+    /// y = a⁻¹ for matrices a [.., n, n]; not finite where one is singular.
+    fn inverse(&self, a: &Tensor, y: &mut Buffer);
+    /// q·r = a [m, n] with orthonormal columns q [m, n] and upper triangular r [n, n].
+    fn qr(&self, a: &Tensor, q: &mut Buffer, r: &mut Buffer);
+    /// The gradient of a from that of q.
+    fn qr_backward(&self, q: &Tensor, r: &Tensor, dq: &Tensor, da: &mut Buffer);
     /// y = x·Wᵀ + bias.
     fn frozen_forward(&self, w: &FrozenMatrix, x: &Tensor, bias: Option<&Tensor>, y: &mut Buffer);
     /// dx = dy·W, or dx += dy·W.

@@ -13,6 +13,10 @@ pub enum Unary {
     Shift(f32),
     /// eˣ.
     Exp,
+    /// sin x.
+    Sin,
+    /// cos x.
+    Cos,
     /// ln x.
     Log,
     /// √x.
@@ -198,9 +202,22 @@ mod tests {
         let x = sample(&[3, 5], 1).unary(Unary::Shift(0.03)).unwrap();
         let positive = x.unary(Unary::Square).unwrap().unary(Unary::Shift(0.5)).unwrap();
         use Unary::*;
-        for f in
-            [Scale(-1.5), Shift(2.0), Exp, Square, Relu, Silu, Gelu, GeluTanh, QuickGelu, Sigmoid, Tanh, Abs]
-        {
+        for f in [
+            Scale(-1.5),
+            Shift(2.0),
+            Exp,
+            Sin,
+            Cos,
+            Square,
+            Relu,
+            Silu,
+            Gelu,
+            GeluTanh,
+            QuickGelu,
+            Sigmoid,
+            Tanh,
+            Abs,
+        ] {
             check_gradients(std::slice::from_ref(&x), |v| v[0].unary(f))
                 .unwrap_or_else(|e| panic!("{f:?}: {e}"));
         }

@@ -1,10 +1,11 @@
 //! Operations on tensors, one idea a file: shape check, kernel, gradient, test.
 //!
-//! `elementwise`, `reduce`, `shape`, `gather`, `matmul` and `softmax` are the primitives from which any method can be
+//! `elementwise`, `reduce`, `shape`, `gather`, `matmul`, `dense` and `softmax` are the primitives from which any method can be
 //! composed; `linear`, `low_rank`, `sparse`, `norm`, `rope`, `attention`, `gated`, `loss` and `dropout` are fused and are tested against
 //! their composition.
 
 mod attention;
+mod dense;
 mod dropout;
 mod elementwise;
 mod gated;

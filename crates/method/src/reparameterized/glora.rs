@@ -1,0 +1,389 @@
+//! GLoRA: weight and bias scaled and shifted, each by a low-rank matrix, a vector or one number.
+//!
+//! W′ = W + W ⊙ A + B and b′ = b + b ⊙ D + E + W·C. A and B are both low-rank products (`lora`), one number an output
+//! (`vector`), one number (`constant`) or nothing (`none`); C a low-rank product, a vector or nothing; D and E vectors, numbers
+//! or nothing. Layers without a bias have no C, D, E. All start as zero (of a product the left factor), so W′ = W.
+//! Except under a low-rank A, W′ is not formed.
+//!
+//! Chavan et al. 2023, arXiv:2306.07967. Its search over 432 choices a layer is not here: as in `peft`, A and B have one
+//! kind, and D and E have one.
+//!
+//! Low-rank: `Xd` [out, r] and `Xu` [r, in] (of C [in, r] and [r, 1]); vector: `X` [out, 1] (of C [in, 1], of D and E `[out]`);
+//! constant: `X` `[1]`; nothing: `zeros` in the shape of what is left out. Each in `glora_A` to `glora_E`.
+
+use std::sync::Arc;
+
+use engraft_nn::{
+    Base, Builder, Error, Init, Pass, Patch, Result, Role, Site, VectorPatch, Weight, WeightPatch,
+};
+use engraft_tensor::ops::Unary;
+use engraft_tensor::{Param, Tensor};
+use serde_json::{Map, Value, json};
+
+use crate::read::Reader;
+use crate::shared::biases::Biases;
+use crate::shared::matrices;
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+
+/// What stands for the biases of the targets.
+const OWN: &str = "glora_only";
+
+#[derive(Clone, Copy)]
+struct Glora {
+    rank: usize,
+    a_b: Kind,
+    c: Kind,
+    d_e: Kind,
+    bias: Biases,
+    init_weights: bool,
+}
+
+/// How a matrix is made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    Lora,
+    Vector,
+    Constant,
+    None,
+}
+
+const LORA: (&str, Kind) = ("lora", Kind::Lora);
+const VECTOR: (&str, Kind) = ("vector", Kind::Vector);
+const CONSTANT: (&str, Kind) = ("constant", Kind::Constant);
+const NONE: (&str, Kind) = ("none", Kind::None);
+
+static INFO: Info = Info {
+    name: "glora",
+    title: "GLoRA",
+    class: "reparameterized",
+    sites: "weight",
+    paper: "arXiv:2306.07967",
+    summary: "W′ = W + W ⊙ A + B and b′ = b + b ⊙ D + E + W·C",
+    mergeable: true,
+    identity_at_init: true,
+    default_roles: Some(&[Role::Q, Role::V]),
+    peft_type: "GLORA",
+    fields: &[
+        Field {
+            name: "rank",
+            kind: FieldKind::Int { min: 1, max: 1024 },
+            default: Some("8"),
+            doc: "Rank of what is a low-rank product.",
+        },
+        Field {
+            name: "config_A_B",
+            kind: FieldKind::OneOf(&["lora", "vector", "constant", "none"]),
+            default: Some("\"lora\""),
+            doc: "What scales and shifts the weight.",
+        },
+        Field {
+            name: "config_C",
+            kind: FieldKind::OneOf(&["lora", "vector", "none"]),
+            default: Some("\"lora\""),
+            doc: "What the weight adds to the bias.",
+        },
+        Field {
+            name: "config_D_E",
+            kind: FieldKind::OneOf(&["constant", "vector", "none"]),
+            default: Some("\"constant\""),
+            doc: "What scales and shifts the bias.",
+        },
+        Field {
+            name: "bias",
+            kind: FieldKind::OneOf(&["none", "all", OWN]),
+            default: Some("\"none\""),
+            doc: "Which biases of the model are trained too.",
+        },
+        Field {
+            name: "init_weights",
+            kind: FieldKind::Bool,
+            default: Some("true"),
+            doc: "Start as zero; otherwise all is drawn.",
+        },
+    ],
+};
+
+/// In the registry.
+pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
+
+fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    let mut r = Reader::settings(settings, INFO.fields);
+    let glora = read(&mut r, "rank");
+    r.finish()?;
+    Ok(Box::new(glora))
+}
+
+fn from_file(config: &Value) -> Result<Option<Loaded>> {
+    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
+        return Ok(None);
+    };
+    let mut r = Reader::file(map);
+    let train_also = peft::read_header(&mut r);
+    let targets = peft::read_targets(&mut r);
+    let glora = read(&mut r, "r");
+    r.finish()?;
+    Ok(Some(Loaded { method: Box::new(glora), targets, train_also }))
+}
+
+/// Recipes and files differ in one name.
+fn read(r: &mut Reader<'_>, rank: &'static str) -> Glora {
+    Glora {
+        rank: r.count(rank, 8, 1 << 16),
+        a_b: r.one_of("config_A_B", &[LORA, VECTOR, CONSTANT, NONE]),
+        c: r.one_of("config_C", &[LORA, VECTOR, NONE]),
+        d_e: r.one_of("config_D_E", &[CONSTANT, VECTOR, NONE]),
+        bias: Biases::read(r, OWN),
+        init_weights: r.flag("init_weights", true),
+    }
+}
+
+fn example() -> Box<dyn Method> {
+    Box::new(Glora {
+        rank: 3,
+        a_b: Kind::Lora,
+        c: Kind::Lora,
+        d_e: Kind::Vector,
+        bias: Biases::None,
+        init_weights: true,
+    })
+}
+
+impl Method for Glora {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+        self.bias.attach(b)?;
+        for site in b.targets() {
+            let (out, inn) = matrices::linear(site, INFO.title)?;
+            let engraft_nn::Value::Weight(weight) = &site.value else {
+                return Err(Error::Site {
+                    path: site.path.clone(),
+                    message: "expected a weight, found none".into(),
+                });
+            };
+            let (a, shift) = (
+                self.path(b, site, ("A", self.a_b), &[out, inn])?,
+                self.path(b, site, ("B", self.a_b), &[out, inn])?,
+            );
+            b.patch(site.id, Patch::Weight(Box::new(OfWeight { a, b: shift })))?;
+            let bias = b.sites().bias_of(&site.path);
+            let kind = |kind| if bias.is_some() { kind } else { Kind::None };
+            let patch = OfBias {
+                c: self.path(b, site, ("C", kind(self.c)), &[inn, 1])?,
+                d: self.path(b, site, ("D", kind(self.d_e)), &[out])?,
+                e: self.path(b, site, ("E", kind(self.d_e)), &[out])?,
+                weight: weight.clone(),
+            };
+            if let Some(bias) = bias {
+                b.patch(bias.id, Patch::Vector(Box::new(patch)))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
+        let name =
+            |kind: Kind| [LORA, VECTOR, CONSTANT, NONE].into_iter().find(|k| k.1 == kind).map_or("", |k| k.0);
+        let own = json!({
+            "bias": self.bias.name(OWN), "config_A_B": name(self.a_b), "config_C": name(self.c), "config_D_E": name(self.d_e),
+            "init_weights": self.init_weights, "r": self.rank,
+        });
+        own.as_object().cloned().unwrap_or_default()
+    }
+}
+
+impl Glora {
+    /// One of the five, for a value of `shape` ([rows, columns], or `[rows]`).
+    fn path(
+        &self,
+        b: &mut Builder<'_>,
+        site: &Site,
+        (letter, kind): (&str, Kind),
+        shape: &[usize],
+    ) -> Result<Path> {
+        let name = |end: &str| format!("{}.glora_{letter}.{end}", site.path);
+        let start = |init: Init| if self.init_weights { Init::Zeros } else { init };
+        let (rows, columns) = (shape[0], shape.get(1).copied().unwrap_or(1));
+        Ok(match kind {
+            Kind::Lora => Path::Product(
+                b.param(&name("Xd"), &[rows, self.rank], start(Init::kaiming(self.rank)))?,
+                b.param(&name("Xu"), &[self.rank, columns], Init::kaiming(columns))?,
+            ),
+            Kind::Vector if shape.len() == 2 => {
+                Path::Value(b.param(&name("X"), &[rows, 1], start(Init::kaiming(1)))?)
+            }
+            Kind::Vector => Path::Value(b.param(&name("X"), &[rows], start(Init::kaiming(rows)))?),
+            Kind::Constant => Path::Value(b.param(&name("X"), &[1], start(Init::Normal(0.02)))?),
+            Kind::None => {
+                // peft has these zeros in its files.
+                b.fixed(&name("zeros"), shape, Init::Zeros)?;
+                Path::Nothing
+            }
+        })
+    }
+}
+
+/// One of the five matrices.
+enum Path {
+    /// Xd·Xu.
+    Product(Param, Param),
+    /// A column or a single number, to be broadcast.
+    Value(Param),
+    Nothing,
+}
+
+impl Path {
+    fn value(&self) -> Result<Option<Tensor>> {
+        Ok(match self {
+            Path::Product(down, up) => Some(down.get().matmul(&up.get())?),
+            Path::Value(x) => Some(x.get()),
+            Path::Nothing => None,
+        })
+    }
+
+    /// For every output `[out]`, where it is no product.
+    fn of_outputs(x: &Param, out: usize) -> Result<Tensor> {
+        let x = x.get();
+        match x.len() {
+            1 => Ok(Tensor::full(1.0, [out]).mul(&x.reshape([1])?)?),
+            _ => Ok(x.reshape([out])?),
+        }
+    }
+}
+
+struct OfWeight {
+    a: Path,
+    b: Path,
+}
+
+impl WeightPatch for OfWeight {
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        let mut w = base.dense()?;
+        if let Some(a) = self.a.value()? {
+            w = w.mul(&a.unary(Unary::Shift(1.0))?)?;
+        }
+        match self.b.value()? {
+            Some(b) => Ok(w.add(&b)?),
+            None => Ok(w),
+        }
+    }
+
+    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        let (out, inn) = base.shape();
+        let y = match &self.a {
+            Path::Product(down, up) => {
+                let scale = down.get().matmul(&up.get())?.unary(Unary::Shift(1.0))?;
+                x.matmul_t(&base.dense()?.mul(&scale)?)?
+            }
+            Path::Value(a) => base.forward(x)?.mul(&Path::of_outputs(a, out)?.unary(Unary::Shift(1.0))?)?,
+            Path::Nothing => base.forward(x)?,
+        };
+        match &self.b {
+            Path::Product(down, up) => Ok(y.add_low_rank(x, &up.get(), &down.get(), 1.0)?),
+            // The same number for all inputs of an output: their sum times it.
+            Path::Value(b) => {
+                let column = Path::of_outputs(b, out)?.reshape([out, 1])?;
+                Ok(y.add_low_rank(x, &Tensor::full(1.0, [1, inn]), &column, 1.0)?)
+            }
+            Path::Nothing => Ok(y),
+        }
+    }
+}
+
+struct OfBias {
+    c: Path,
+    d: Path,
+    e: Path,
+    weight: Arc<Weight>,
+}
+
+impl VectorPatch for OfBias {
+    fn vector(&self, v: &Tensor) -> Result<Tensor> {
+        let mut changed = v.clone();
+        if let Some(d) = self.d.value()? {
+            changed = changed.add(&v.mul(&d)?)?;
+        }
+        if let Some(e) = self.e.value()? {
+            changed = changed.add(&e)?;
+        }
+        if let Some(c) = self.c.value()? {
+            // W·c is what W makes of one row.
+            let row = self.weight.forward(&c.reshape([1, c.len()])?)?;
+            changed = changed.add(&row.reshape([v.len()])?)?;
+        }
+        Ok(changed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use engraft_tensor::testing::{close, sample};
+
+    fn all_choices() -> Vec<Value> {
+        let mut all = Vec::new();
+        for a in ["lora", "vector", "constant", "none"] {
+            for c in ["lora", "vector", "none"] {
+                for d in ["vector", "constant", "none"] {
+                    all.push(json!({ "rank": 2, "config_A_B": a, "config_C": c, "config_D_E": d }));
+                }
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn every_choice_starts_as_the_base_and_merges() {
+        let x = sample(&[5, 6], 3);
+        let (w, bias) = (frozen("layers.0.attn.q"), frozen("layers.0.attn.q.bias"));
+        for settings in all_choices() {
+            let a = attached(&[chosen("glora", settings.clone())], &[]);
+            close(&both_ways(&a, "layers.0.attn.q", &x).0, &x.matmul_t(&w).unwrap(), 1e-6);
+            close(&vector(&a, "layers.0.attn.q.bias"), &bias, 1e-6);
+            stir(&a, 0.5);
+            for path in ["layers.0.attn.q", "layers.1.attn.v"] {
+                let (fast, defined) = both_ways(&a, path, &x);
+                close(&fast, &defined, 1e-5);
+            }
+            let get = |end: &str| {
+                let name = format!("layers.0.attn.q.glora_{end}");
+                a.adapter.params().iter().find(|p| p.name == name).map(|p| p.param.value())
+            };
+            let value = |letter: &str| match (get(&format!("{letter}.Xd")), get(&format!("{letter}.Xu"))) {
+                (Some(down), Some(up)) => down.matmul(&up).unwrap(),
+                _ => get(&format!("{letter}.X")).or(get(&format!("{letter}.zeros"))).unwrap(),
+            };
+            let coupled = w.matmul(&value("C")).unwrap().reshape([6]).unwrap();
+            let expected = bias.add(&bias.mul(&value("D")).unwrap()).unwrap();
+            let expected = expected.add(&value("E")).unwrap().add(&coupled).unwrap();
+            close(&vector(&a, "layers.0.attn.q.bias"), &expected, 1e-5);
+            let weight = w.add(&w.mul(&value("A")).unwrap()).unwrap().add(&value("B")).unwrap();
+            close(&both_ways(&a, "layers.0.attn.q", &x).1, &x.matmul_t(&weight).unwrap(), 1e-5);
+        }
+    }
+
+    #[test]
+    fn counts() {
+        let count = |settings| attached(&[chosen("glora", settings)], &[]).adapter.trained_count();
+        // q has a bias, v has none.
+        let lora = json!({ "rank": 2 });
+        assert_eq!(count(lora), 2 * (2 * 2 * (6 + 6) + 2 * (6 + 1) + 2 + 2 * 2 * (6 + 4)));
+        let vectors = json!({ "config_A_B": "vector", "config_C": "vector", "config_D_E": "vector" });
+        assert_eq!(count(vectors), 2 * (2 * 6 + 6 + 2 * 6 + 2 * 4));
+        let constants = json!({ "config_A_B": "constant", "config_C": "none", "config_D_E": "constant" });
+        assert_eq!(count(constants), 2 * (2 + 2 + 2));
+    }
+
+    #[test]
+    fn configurations() {
+        for settings in all_choices() {
+            survives_saving(&[chosen("glora", settings)], &["head"]);
+        }
+        survives_saving(&[chosen("glora", json!({ "bias": "all", "init_weights": false }))], &[]);
+        let bad = json!({ "config_D_E": "lora" });
+        assert!(from_settings(bad.as_object().unwrap()).is_err());
+    }
+}

@@ -1,0 +1,244 @@
+//! HRA: a frozen weight times a chain of Householder reflections.
+//!
+//! W′ = W·H, H = (I − 2u₁u₁ᵀ)…(I − 2u_ru_rᵀ) with unit vectors uᵢ = Uᵢ/‖Uᵢ‖, the columns of U. Neighbours start equal, in
+//! pairs that undo each other, so W′ = W. With `gram_schmidt` the columns of U are made orthonormal, Q, and H = I − 2·Q·Qᵀ,
+//! which is never I: such an adapter changes the model from the start, and its columns start apart.
+//! Rows are turned instead of W: x·Hᵀ is x and two thin products, whatever r (see `shared::orthogonal::reflections`).
+//!
+//! Yuan, Liu and Xu 2024, arXiv:2405.17484.
+//!
+//! U [in, rank].
+
+use engraft_nn::{Base, Builder, Init, Kind, Pass, Patch, Result, Role, Site, WeightPatch};
+use engraft_tensor::ops::cat;
+use engraft_tensor::{Param, Tensor};
+use serde_json::{Map, Value, json};
+
+use crate::read::Reader;
+use crate::shared::biases::Biases;
+use crate::shared::{matrices, orthogonal};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+
+#[derive(Clone, Copy)]
+struct Hra {
+    rank: usize,
+    gram_schmidt: bool,
+    bias: Biases,
+    /// Whether columns start in pairs that undo each other.
+    paired: bool,
+}
+
+/// What stands for the biases of the targets.
+const OWN: &str = "hra_only";
+
+static INFO: Info = Info {
+    name: "hra",
+    title: "HRA",
+    class: "reparameterized",
+    sites: "weight",
+    paper: "arXiv:2405.17484",
+    summary: "W′ = W·H, H a chain of r Householder reflections",
+    mergeable: true,
+    identity_at_init: true,
+    default_roles: Some(&[Role::Q, Role::V]),
+    peft_type: "HRA",
+    fields: &[
+        Field {
+            name: "rank",
+            kind: FieldKind::Int { min: 1, max: 1024 },
+            default: Some("8"),
+            doc: "Number r of reflections; an odd one changes the model from the start.",
+        },
+        Field {
+            name: "gram_schmidt",
+            kind: FieldKind::Bool,
+            default: Some("false"),
+            doc: "Make the vectors orthonormal; changes the model from the start.",
+        },
+        Field {
+            name: "bias",
+            kind: FieldKind::OneOf(&["none", "all", OWN]),
+            default: Some("\"none\""),
+            doc: "Which biases of the model are trained too.",
+        },
+        Field {
+            name: "init_weights",
+            kind: FieldKind::Bool,
+            default: Some("true"),
+            doc: "Start in pairs that undo each other; otherwise all vectors are drawn.",
+        },
+    ],
+};
+
+/// In the registry.
+pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
+
+fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    let mut r = Reader::settings(settings, INFO.fields);
+    let hra = Hra {
+        rank: r.count("rank", 8, 1024),
+        gram_schmidt: r.flag("gram_schmidt", false),
+        bias: Biases::read(&mut r, OWN),
+        paired: r.flag("init_weights", true),
+    };
+    r.finish()?;
+    Ok(Box::new(hra))
+}
+
+fn from_file(config: &Value) -> Result<Option<Loaded>> {
+    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
+        return Ok(None);
+    };
+    let mut r = Reader::file(map);
+    let train_also = peft::read_header(&mut r);
+    let targets = peft::read_targets(&mut r);
+    let hra = Hra {
+        rank: r.count("r", 8, 1 << 16),
+        gram_schmidt: r.flag("apply_GS", false),
+        bias: Biases::read(&mut r, OWN),
+        paired: r.flag("init_weights", true),
+    };
+    r.finish()?;
+    Ok(Some(Loaded { method: Box::new(hra), targets, train_also }))
+}
+
+fn example() -> Box<dyn Method> {
+    Box::new(Hra { rank: 4, gram_schmidt: false, bias: Biases::None, paired: true })
+}
+
+impl Method for Hra {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+        self.bias.attach(b)?;
+        for site in b.targets() {
+            let inn = match site.kind {
+                // A convolution is a matrix on its windows.
+                Kind::Convolution { inn, .. } => inn,
+                _ => matrices::linear(site, INFO.title)?.1,
+            };
+            let name = format!("{}.hra_u", site.path);
+            if self.gram_schmidt && self.rank > inn {
+                let message = format!(
+                    "`rank` is {}, and only {inn} vectors of its input can be orthonormal",
+                    self.rank
+                );
+                return Err(engraft_nn::Error::Site { path: site.path.clone(), message });
+            }
+            let u = b.param(&name, &[inn, self.rank], self.start(inn, b.seed(), &name)?)?;
+            b.patch(site.id, Patch::Weight(Box::new(Chain { u, gram_schmidt: self.gram_schmidt })))?;
+        }
+        Ok(())
+    }
+
+    fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
+        let own = json!({
+            "apply_GS": self.gram_schmidt, "bias": self.bias.name(OWN), "init_weights": self.paired, "layers_pattern": null,
+            "layers_to_transform": null, "r": self.rank,
+        });
+        own.as_object().cloned().unwrap_or_default()
+    }
+}
+
+impl Hra {
+    /// Equal neighbours where that is asked for and can be had.
+    fn start(&self, inn: usize, seed: u64, name: &str) -> Result<Init> {
+        if !self.paired || self.gram_schmidt || !self.rank.is_multiple_of(2) {
+            return Ok(Init::kaiming(self.rank));
+        }
+        let half = self.rank / 2;
+        let one = Init::kaiming(half).tensor(&[inn, half, 1], seed, name)?;
+        Ok(Init::Values(cat(&[&one, &one], 2)?))
+    }
+}
+
+struct Chain {
+    u: Param,
+    gram_schmidt: bool,
+}
+
+impl Chain {
+    /// The unit vectors as rows [rank, in].
+    fn units(&self) -> Result<Tensor> {
+        let u = self.u.get();
+        if self.gram_schmidt {
+            return Ok(u.orthonormal()?.t()?);
+        }
+        let rows = u.t()?;
+        Ok(rows.div(&matrices::norms(&rows, 1)?)?)
+    }
+}
+
+impl WeightPatch for Chain {
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        let (mut w, units) = (base.dense()?, self.units()?);
+        for i in 0..units.dim(0) {
+            let u = units.rows_between(i, i + 1)?;
+            w = w.sub(&w.matmul_t(&u)?.scale(2.0)?.matmul(&u)?)?;
+        }
+        Ok(w)
+    }
+
+    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        let units = self.units()?;
+        let (a, b) = match self.gram_schmidt {
+            true => (units.clone(), units.t()?.scale(-2.0)?),
+            false => orthogonal::reflections(&units)?,
+        };
+        base.forward(&x.clone().add_low_rank(x, &a, &b, 1.0)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+    use engraft_tensor::testing::{close, sample};
+
+    #[test]
+    fn pairs_undo_each_other_and_turning_keeps_lengths() {
+        let a = attached(&[chosen("hra", json!({ "rank": 4 }))], &[]);
+        assert_eq!(names(&a)[0], "layers.0.attn.q.hra_u");
+        assert_eq!(a.adapter.trained_count(), 2 * 2 * 4 * 6);
+        let x = sample(&[5, 6], 3);
+        let w = frozen("layers.0.attn.q");
+        close(&both_ways(&a, "layers.0.attn.q", &x).0, &x.matmul_t(&w).unwrap(), 1e-5);
+        for settings in
+            [json!({ "rank": 4 }), json!({ "rank": 3 }), json!({ "rank": 4, "gram_schmidt": true })]
+        {
+            let a = attached(&[chosen("hra", settings.clone())], &[]);
+            stir(&a, 0.5);
+            let (fast, defined) = both_ways(&a, "layers.0.attn.q", &x);
+            close(&fast, &defined, 1e-5);
+            assert!(
+                fast.sub(&x.matmul_t(&w).unwrap()).unwrap().to_vec().unwrap().iter().any(|v| v.abs() > 0.05)
+            );
+            // Rows of W keep their lengths and their angles: W′·W′ᵀ = W·Wᵀ.
+            let (sites, _) = toy();
+            let merged = engraft_nn::merged_tensors(&sites, &a.adapter).unwrap();
+            let q = &merged.iter().find(|m| m.site.path == "layers.0.attn.q").unwrap().value;
+            close(&q.matmul_t(q).unwrap(), &w.matmul_t(&w).unwrap(), 1e-5);
+        }
+    }
+
+    #[test]
+    fn configurations() {
+        for settings in [
+            json!({}),
+            json!({ "rank": 3, "bias": "all", "init_weights": false }),
+            json!({ "rank": 4, "gram_schmidt": true, "bias": "hra_only" }),
+        ] {
+            survives_saving(&[chosen("hra", settings)], &["head"]);
+        }
+        let (sites, info) = toy();
+        let many = [chosen("hra", json!({ "rank": 8, "gram_schmidt": true }))];
+        assert!(crate::attach(&many, &[], &sites, &info, 0).is_err(), "8 orthonormal vectors of 6 numbers");
+        let table = [(chosen("hra", json!({})).0, Some(engraft_nn::Targets::names(["tok"])))];
+        let error = crate::attach(&table, &[], &sites, &info, 0).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("an embedding"), "{error}");
+        let good = config(&[chosen("hra", json!({}))], &[]);
+        assert!(from_file(&with(good, json!({ "bias": "boft_only" }))).is_err());
+    }
+}
