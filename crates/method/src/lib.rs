@@ -9,6 +9,7 @@ mod assemble;
 mod calibration;
 mod copies;
 mod entry;
+mod names;
 mod peft;
 mod prompts;
 mod read;
@@ -79,6 +80,16 @@ pub trait Method: Send + Sync {
         Ok(None)
     }
 
+    /// The share of the training rows that a method of two levels keeps apart for its upper one; 0 for none.
+    fn held_out(&self) -> f64 {
+        0.0
+    }
+
+    /// Which rows a step reads. Steps of the two levels take turns, so that each goes through its own rows in order.
+    fn part(&self, _step: Step) -> Part {
+        Part::All
+    }
+
     /// Before a forward with the adapter: may run the model without it (`first`) and leave tensors on the pass
     /// (routers such as X-LoRA).
     fn before_forward(
@@ -138,6 +149,16 @@ pub trait Method: Send + Sync {
         self.info().peft_type
     }
 
+    /// `peft_type` of what `adapter` is saved as: another method's where training has made it one.
+    fn file_type(&self, _adapter: &Adapter) -> &'static str {
+        self.peft_type()
+    }
+
+    /// Whether the file of `adapter` holds its parameter `name`.
+    fn keeps(&self, _adapter: &Adapter, _name: &str) -> bool {
+        true
+    }
+
     /// Name in the adapter file of the parameter `name`.
     fn file_name(&self, name: &str) -> String {
         format!("base_model.model.{name}")
@@ -165,6 +186,32 @@ pub struct Described<'a> {
 pub trait Forget {
     /// Makes it begin anew for `param`.
     fn forget(&mut self, param: &Param);
+
+    /// The update just made; `None` where there was none.
+    fn last(&self) -> Option<Update<'_>> {
+        None
+    }
+}
+
+/// An update that the optimizer made.
+pub struct Update<'a> {
+    /// The gradients of the step, before clipping.
+    pub gradients: &'a Gradients,
+    /// The factor of clipping, one element.
+    pub scale: &'a Tensor,
+    /// The step's learning rate, before the factor of a group.
+    pub learning_rate: f64,
+}
+
+/// The rows of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// All training rows.
+    All,
+    /// Those that are not held out.
+    Lower,
+    /// Those that are.
+    Upper,
 }
 
 /// Where training is.
