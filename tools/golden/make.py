@@ -19,6 +19,8 @@ GROUPS = {
     "heads": ("heads", "peft"),
     "trajectories": ("trajectories", "peft"),
     "vpt": ("vpt", "peft"),
+    "ranks": ("cases_ranks", "peft"),
+    "low_rank": ("low_rank", "peft"),
     "generation": ("generation", "peft"),
     "images": ("images", "peft"),
     "nf4": ("nf4", "peft"),

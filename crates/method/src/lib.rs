@@ -15,6 +15,7 @@ mod prompts;
 mod read;
 mod reparameterized;
 mod selective;
+mod shared;
 #[cfg(test)]
 mod testing;
 mod tied;
@@ -29,17 +30,30 @@ use serde_json::{Map, Value};
 
 use additive::{bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
-use reparameterized::lora;
+use reparameterized::{
+    adalora, autolora, bilora, capaboost, dylora, lora, loramoe, molora, periodiclora, poly, sora,
+};
 use selective::{bitfit, full};
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
 pub use calibration::{Calibration, Observe, Seen, observe};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
 pub use read::pattern;
+pub use reparameterized::dylora::sliced_dylora;
 
 /// Every method, in the order of the documentation.
 pub static METHODS: &[&Entry] = &[
     &lora::ENTRY,
+    &adalora::ENTRY,
+    &sora::ENTRY,
+    &dylora::ENTRY,
+    &capaboost::ENTRY,
+    &periodiclora::ENTRY,
+    &autolora::ENTRY,
+    &bilora::ENTRY,
+    &molora::ENTRY,
+    &loramoe::ENTRY,
+    &poly::ENTRY,
     &ia3::ENTRY,
     &bitfit::ENTRY,
     &bottleneck::ENTRY,

@@ -169,7 +169,9 @@ pub(crate) fn kept_classifier<'s>(
     adapter: &Adapter,
 ) -> Option<(&'static str, Vec<&'s Site>)> {
     let classifies = matches!(task, Task::SequenceClassification | Task::TokenClassification);
-    if !classifies || !["LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING"].contains(&peft_type) {
+    if !classifies
+        || !["LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING", "ADALORA", "POLY"].contains(&peft_type)
+    {
         return None;
     }
     CLASSIFIERS.iter().find_map(|name| {
