@@ -24,6 +24,8 @@ GROUPS = {
     "masks": ("masks", "peft"),
     "multiplicative": ("cases_multiplicative", "peft"),
     "hiwi": ("hiwi", "peft"),
+    "ranks": ("cases_ranks", "peft"),
+    "low_rank": ("low_rank", "peft"),
     "generation": ("generation", "peft"),
     "images": ("images", "peft"),
     "nf4": ("nf4", "peft"),

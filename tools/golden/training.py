@@ -50,11 +50,19 @@ def run(model, batches, o, causal, update=True):
             loss.backward()
             total += float(loss.detach())
         losses.append(total)
+        # What a method does to the gradients of a step; steps count from 1.
+        before = getattr(model, "before_update", None)
+        if before is not None:
+            before(model, step + 1, optimizer)
         rates.append(optimizer.param_groups[0]["lr"])
         limit = o["max_grad_norm"] or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(params, limit)))
         if update:
             optimizer.step()
+            # What a method does after an update; steps count from 1.
+            after = getattr(model, "after_update", None)
+            if after is not None:
+                after(model, step + 1, optimizer)
         schedule.step()
         optimizer.zero_grad()
     return losses, rates, norms
@@ -90,7 +98,8 @@ def trajectory(model, batches, causal, **options):
         elif err > 1e-3 * moved:
             noise.append(k)
         else:
-            worst, worst_moved = max(worst, err / size), max(worst_moved, err / moved)
+            # What training brought to zero has no size.
+            worst, worst_moved = max(worst, err / size if size else err), max(worst_moved, err / moved)
     loss_rel = max(abs(a - b) / abs(b) for a, b in zip(losses, losses64))
     effect = max(abs(a - b) / abs(b) for a, b in zip(losses, fixed))
     assert effect > 1e-4, effect

@@ -14,6 +14,7 @@ use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
 use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_bias_a_head, stale};
+use crate::names::{file_names, kept, prefix};
 use crate::{Described, Method, from_file, peft, tied};
 
 const UNION: &str = "ENGRAFT_UNION";
@@ -110,27 +111,6 @@ fn build(
         method.attach(&mut b)?;
     }
     Ok(Attached { adapter: b.finish(), dead_targets, dead_modules })
-}
-
-/// What precedes the names of a method's parameters.
-pub fn prefix(methods: &[Chosen], number: usize) -> String {
-    if methods.len() > 1 { format!("{number}.") } else { String::new() }
-}
-
-/// The key in the file of the parameter `name`, and the further keys that hold it too.
-fn file_names(methods: &[Chosen], name: &str) -> (String, Vec<String>) {
-    if let [(only, _)] = methods {
-        return (only.file_name(name), only.file_copies(name));
-    }
-    let own =
-        name.split_once('.').and_then(|(n, rest)| Some((n, methods.get(n.parse::<usize>().ok()?)?, rest)));
-    match own {
-        Some((n, (method, _), rest)) => {
-            let copies = method.file_copies(rest);
-            (format!("{n}.{}", method.file_name(rest)), copies.iter().map(|c| format!("{n}.{c}")).collect())
-        }
-        None => (format!("base_model.model.{name}"), Vec::new()),
-    }
 }
 
 /// An adapter from `adapter_config.json` and the tensors beside it.
@@ -260,14 +240,14 @@ pub fn save_adapter(
 ) -> Result<(Value, Named)> {
     let sites = sites.named(adapter.names());
     let mut tensors = Vec::new();
-    for p in adapter.params().iter().filter(|p| p.saved) {
+    for p in adapter.params().iter().filter(|p| p.saved && kept(methods, adapter, &p.name)) {
         let (key, copies) = file_names(methods, &p.name);
         tensors.extend(copies.into_iter().chain([key]).map(|key| (key, p.param.value())));
     }
     let mut train_also = train_also.to_vec();
     let config = match methods {
         [(method, targets)] => {
-            let kept = peft::kept_classifier(method.peft_type(), info.task, sites, adapter);
+            let kept = peft::kept_classifier(method.file_type(adapter), info.task, sites, adapter);
             if let Some((name, kept)) = kept {
                 train_also.push(name.to_owned());
                 for site in kept {
@@ -330,7 +310,7 @@ fn config(
     saved: &Saved<'_>,
 ) -> Result<Map<String, Value>> {
     let Saved { adapter, base_model, sites, info } = *saved;
-    let mut map = peft::write_header(method.peft_type(), base_model, info, train_also);
+    let mut map = peft::write_header(method.file_type(adapter), base_model, info, train_also);
     let targets = targets.cloned().or_else(|| method.default_targets(sites));
     let targets = targets.map(|targets| Targets { train_also: train_also.to_vec(), ..targets });
     let chosen = match &targets {

@@ -10,6 +10,7 @@ mod assemble;
 mod calibration;
 mod copies;
 mod entry;
+mod names;
 mod peft;
 mod prompts;
 mod read;
@@ -30,19 +31,34 @@ use serde_json::{Map, Value};
 
 use additive::{beft, bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
-use reparameterized::{boft, deft, delora, glora, gralora, hira, hiwi, hra, lily, lora, oft, peanut, road};
+use reparameterized::{
+    adalora, autolora, bilora, boft, capaboost, deft, delora, dylora, glora, gralora, hira, hiwi, hra, lily, lora, loramoe,
+    molora, oft, peanut, periodiclora, poly, road, sora,
+};
 use selective::{
     bitfit, child_tuning, fish, full, ln_tuning, pafi, random_mask, sam_mask, shira, sift, top_layers, trainable_tokens,
 };
 
-pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, prefix, save_adapter};
+pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
+pub use names::prefix;
 pub use calibration::{Calibration, Observe, Seen, observe};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
 pub use read::pattern;
+pub use reparameterized::dylora::sliced_dylora;
 
 /// Every method, in the order of the documentation.
 pub static METHODS: &[&Entry] = &[
     &lora::ENTRY,
+    &adalora::ENTRY,
+    &sora::ENTRY,
+    &dylora::ENTRY,
+    &capaboost::ENTRY,
+    &periodiclora::ENTRY,
+    &autolora::ENTRY,
+    &bilora::ENTRY,
+    &molora::ENTRY,
+    &loramoe::ENTRY,
+    &poly::ENTRY,
     &ia3::ENTRY,
     &bitfit::ENTRY,
     &ln_tuning::ENTRY,
@@ -106,6 +122,16 @@ pub trait Method: Send + Sync {
         Ok(None)
     }
 
+    /// The share of the training rows that a method of two levels keeps apart for its upper one; 0 for none.
+    fn held_out(&self) -> f64 {
+        0.0
+    }
+
+    /// Which rows a step reads. Steps of the two levels take turns, so that each goes through its own rows in order.
+    fn part(&self, _step: Step) -> Part {
+        Part::All
+    }
+
     /// Before a forward with the adapter: may run the model without it (`first`) and leave tensors on the pass
     /// (routers such as X-LoRA).
     fn before_forward(
@@ -165,6 +191,16 @@ pub trait Method: Send + Sync {
         self.info().peft_type
     }
 
+    /// `peft_type` of what `adapter` is saved as: another method's where training has made it one.
+    fn file_type(&self, _adapter: &Adapter) -> &'static str {
+        self.peft_type()
+    }
+
+    /// Whether the file of `adapter` holds its parameter `name`.
+    fn keeps(&self, _adapter: &Adapter, _name: &str) -> bool {
+        true
+    }
+
     /// Name in the adapter file of the parameter `name`.
     fn file_name(&self, name: &str) -> String {
         format!("base_model.model.{name}")
@@ -192,6 +228,32 @@ pub struct Described<'a> {
 pub trait Forget {
     /// Makes it begin anew for `param`.
     fn forget(&mut self, param: &Param);
+
+    /// The update just made; `None` where there was none.
+    fn last(&self) -> Option<Update<'_>> {
+        None
+    }
+}
+
+/// An update that the optimizer made.
+pub struct Update<'a> {
+    /// The gradients of the step, before clipping.
+    pub gradients: &'a Gradients,
+    /// The factor of clipping, one element.
+    pub scale: &'a Tensor,
+    /// The step's learning rate, before the factor of a group.
+    pub learning_rate: f64,
+}
+
+/// The rows of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// All training rows.
+    All,
+    /// Those that are not held out.
+    Lower,
+    /// Those that are.
+    Upper,
 }
 
 /// Where training is.

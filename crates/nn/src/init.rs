@@ -26,6 +26,11 @@ impl Init {
         Init::Uniform(1.0 / (fan_in.max(1) as f32).sqrt())
     }
 
+    /// The stream of random numbers that belongs to a name.
+    pub fn stream(name: &str) -> u64 {
+        stream(name)
+    }
+
     /// A tensor of `shape`, drawn from (seed, name) alone: it does not depend on what else is drawn.
     pub fn tensor(&self, shape: &[usize], seed: u64, name: &str) -> Result<Tensor> {
         let key = Key { seed, stream: stream(name) };

@@ -40,6 +40,8 @@ pub struct Pass {
     routes: Arc<[Route]>,
     mode: Mode,
     checkpointing: bool,
+    /// Share of the step's labels.
+    share: f32,
     cache: Option<Arc<Mutex<KvCache>>>,
     /// Number, in the whole batch, of the first sequence of this pass.
     first_sequence: usize,
@@ -62,6 +64,7 @@ impl Pass {
             routes: Arc::new([route]),
             mode: Mode::Eval,
             checkpointing: false,
+            share: 1.0,
             cache: None,
             first_sequence: 0,
             first_row: 0,
@@ -100,6 +103,16 @@ impl Pass {
     /// The same pass keeping only the inputs of blocks, which backward then runs again.
     pub fn checkpointing(self, on: bool) -> Self {
         Pass { checkpointing: on, ..self }
+    }
+
+    /// The same pass as one of a step's micro-batches, with this share of the step's labels.
+    pub fn sharing(self, share: f32) -> Self {
+        Pass { share, ..self }
+    }
+
+    /// What a loss of this pass counts in its step, beside those of the other micro-batches.
+    pub fn share(&self) -> f32 {
+        self.share
     }
 
     /// The same pass reading and extending a cache of keys and values.

@@ -171,8 +171,26 @@ pub struct Feed<'a> {
 impl<'a> Feed<'a> {
     /// The feed of a data set.
     pub fn new(data: &'a Dataset, options: FeedOptions) -> Result<Self> {
+        Self::of(data, options, |_| true)
+    }
+
+    /// The feeds of the rows that stay, and of every so many that make up the share `held_out`.
+    pub fn parts(data: &'a Dataset, options: FeedOptions, held_out: f64) -> Result<[Self; 2]> {
+        let held = |row: usize| ((row + 1) as f64 * held_out).floor() > (row as f64 * held_out).floor();
+        let rows = groups(&data.lengths(), options.packed).len();
+        let count = (0..rows).filter(|&row| held(row)).count();
+        if count == 0 || count == rows {
+            return Err(Error::Setup(format!(
+                "{rows} training rows cannot be parted into two levels, {held_out} of them for the upper; give more rows"
+            )));
+        }
+        Ok([Self::of(data, options, |row| !held(row))?, Self::of(data, options, held)?])
+    }
+
+    fn of(data: &'a Dataset, options: FeedOptions, wanted: impl Fn(usize) -> bool) -> Result<Self> {
         let lengths = data.lengths();
-        let groups = groups(&lengths, options.packed);
+        let all = groups(&lengths, options.packed).into_iter().enumerate();
+        let groups: Vec<Vec<usize>> = all.filter(|(row, _)| wanted(*row)).map(|(_, group)| group).collect();
         let of_group = |group: &Vec<usize>| group.iter().map(|&i| lengths[i]).sum();
         let batches = Batches::new(groups.iter().map(of_group).collect(), options.batch_size, options.order)?;
         Ok(Feed { data, options, groups, batches, epoch: None })
@@ -305,6 +323,17 @@ mod tests {
         let first = &feed.step(1).unwrap()[0];
         assert_eq!(first.inputs.layout.positions(), [0, 1, 2, 0]);
         assert_eq!((first.tokens(), &first.labels[..]), (4, &[0, 1][..]));
+    }
+
+    #[test]
+    fn rows_are_parted_for_two_levels() {
+        let data = data(&[1; 10]);
+        let [mut lower, mut upper] = Feed::parts(&data, options(2, 1), 0.3).unwrap();
+        let mut rows = |n| [lower.step(n).unwrap()[0].rows.clone(), upper.step(n).unwrap()[0].rows.clone()];
+        assert_eq!(rows(1), [vec![0, 1], vec![3, 6]]);
+        assert_eq!(rows(2), [vec![2, 4], vec![9]]);
+        assert_eq!(rows(3), [vec![5, 7], vec![3, 6]]);
+        assert!(Feed::parts(&data, options(2, 1), 0.01).is_err());
     }
 
     #[test]

@@ -37,6 +37,9 @@ pub struct State {
     pub tokens: u64,
     /// Seconds of training and evaluation.
     pub seconds: f64,
+    /// Updates that the moments of a parameter have seen, where these are not the steps done.
+    #[serde(default)]
+    pub updates: BTreeMap<String, u64>,
     /// What fixes the bits.
     pub fingerprint: Fingerprint,
 }
@@ -77,6 +80,8 @@ pub fn write(
         [(format!("{}.m", s.name), s.moments.m.clone()), (format!("{}.v", s.name), s.moments.v.clone())]
     });
     let moments = entries(moments)?;
+    let other = optimizer.slots.iter().filter(|s| s.updates != state.step);
+    let state = &State { updates: other.map(|s| (s.name.clone(), s.updates)).collect(), ..state.clone() };
     let text = serde_json::to_string_pretty(state).map_err(|e| Error::Resume(e.to_string()))?;
     let none = BTreeMap::new();
     let files = [
@@ -118,6 +123,7 @@ pub fn resume(
     }
     for (slot, (m, v)) in optimizer.slots.iter_mut().zip(read.moments) {
         (slot.moments.m, slot.moments.v) = (m, v);
+        slot.updates = read.state.updates.get(&slot.name).copied().unwrap_or(read.state.step);
     }
     Ok((found, read.state))
 }

@@ -3,7 +3,7 @@
 //! As `transformers` does for adapters, weight decay reaches every trained tensor, unless its method says otherwise; a
 //! tensor without a gradient in a step stays as it is.
 
-use engraft_method::{Forget, Method};
+use engraft_method::{Forget, Method, Update};
 use engraft_nn::Adapter;
 use engraft_recipe::Train;
 use engraft_tensor::optim::{AdamW, Moments, clip};
@@ -23,6 +23,8 @@ pub struct Slot {
     decays: bool,
     /// First and second moments, shape of the parameter.
     pub moments: Moments,
+    /// Updates that they have seen: fewer than steps where they were forgotten, or where steps had no gradient.
+    pub updates: u64,
 }
 
 /// AdamW with its state.
@@ -50,6 +52,7 @@ impl Optimizer {
             factor: factor(p.group),
             decays: methods.iter().all(|m| m.decays(p.group)),
             moments: Moments::zeros(&p.param),
+            updates: 0,
         };
         Optimizer {
             rule,
@@ -64,19 +67,14 @@ impl Optimizer {
         clip(&params, gradients, self.max_grad_norm)
     }
 
-    /// The `number`-th update (from 1) with gradients·`scale`; nothing changes where `scale` is not finite.
-    pub fn update(
-        &mut self,
-        gradients: &Gradients,
-        scale: &Tensor,
-        learning_rate: f64,
-        number: u64,
-    ) -> Result<()> {
+    /// An update with gradients·`scale`; nothing changes where `scale` is not finite.
+    pub fn update(&mut self, gradients: &Gradients, scale: &Tensor, learning_rate: f64) -> Result<()> {
         for slot in &mut self.slots {
             if let Some(gradient) = gradients.get(&slot.param) {
                 let weight_decay = if slot.decays { self.rule.weight_decay } else { 0.0 };
                 let rule = AdamW { learning_rate: learning_rate * slot.factor, weight_decay, ..self.rule };
-                rule.update(&slot.param, gradient, scale, number, &mut slot.moments)?;
+                slot.updates += 1;
+                rule.update(&slot.param, gradient, scale, slot.updates, &mut slot.moments)?;
             }
         }
         Ok(())
@@ -87,6 +85,64 @@ impl Forget for Optimizer {
     fn forget(&mut self, param: &Param) {
         for slot in self.slots.iter_mut().filter(|slot| slot.param.same(param)) {
             slot.moments = Moments::zeros(param);
+            slot.updates = 0;
         }
+    }
+}
+
+/// The optimizer right after an update, as methods see it.
+pub struct Updated<'a> {
+    /// The optimizer.
+    pub optimizer: &'a mut Optimizer,
+    /// The step's gradients.
+    pub gradients: &'a Gradients,
+    /// The factor of clipping.
+    pub scale: &'a Tensor,
+    /// The step's learning rate.
+    pub learning_rate: f64,
+}
+
+impl Forget for Updated<'_> {
+    fn forget(&mut self, param: &Param) {
+        self.optimizer.forget(param);
+    }
+
+    fn last(&self) -> Option<Update<'_>> {
+        let Updated { gradients, scale, learning_rate, .. } = *self;
+        Some(Update { gradients, scale, learning_rate })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_that_were_forgotten_begin_like_those_of_a_first_step() {
+        let param = Param::new(Tensor::zeros([1]));
+        let slot = Slot {
+            name: "w".into(),
+            param: param.clone(),
+            factor: 1.0,
+            decays: true,
+            moments: Moments::zeros(&param),
+            updates: 0,
+        };
+        let rule = AdamW { learning_rate: 0.1, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
+        let mut optimizer = Optimizer { rule, max_grad_norm: 0.0, slots: vec![slot] };
+        let mut gradients = Gradients::default();
+        gradients.set(&param, Tensor::full(0.5, [1]));
+        let step = |optimizer: &mut Optimizer, gradients: &Gradients| {
+            let before = param.value().to_vec().unwrap()[0];
+            optimizer.update(gradients, &Tensor::scalar(1.0), 0.1).unwrap();
+            before - param.value().to_vec().unwrap()[0]
+        };
+        let first = step(&mut optimizer, &gradients);
+        (0..4).for_each(|_| _ = step(&mut optimizer, &gradients));
+        assert_eq!(step(&mut optimizer, &Gradients::default()), 0.0);
+        assert_eq!(optimizer.slots[0].updates, 5, "a step without a gradient is none");
+        optimizer.forget(&param);
+        assert!((step(&mut optimizer, &gradients) - first).abs() < 1e-6);
+        assert_eq!(optimizer.slots[0].updates, 1);
     }
 }

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use engraft_method::{Chosen, Step};
+use engraft_method::{Chosen, Part, Step};
 use engraft_nn::{Mode, Pass};
 use engraft_tensor::{Gradients, Tensor, forbid_host_reads, on_pool};
 
@@ -15,7 +15,7 @@ use crate::error::NotFinite;
 use crate::events::StepEvent;
 use crate::finite::first_not_finite;
 use crate::objective::is_prompted;
-use crate::optimizer::Optimizer;
+use crate::optimizer::{Optimizer, Updated};
 use crate::schedule::LearningRate;
 use crate::session::Session;
 use crate::watch::ZeroWatch;
@@ -28,6 +28,8 @@ const NORMS: usize = 5;
 pub struct Trainer<'s> {
     session: &'s Session,
     feed: Feed<'s>,
+    /// The rows of the two levels, for methods that have two.
+    parts: Option<[Feed<'s>; 2]>,
     /// AdamW and its state.
     pub optimizer: Optimizer,
     rate: LearningRate,
@@ -49,9 +51,14 @@ impl<'s> Trainer<'s> {
     pub fn new(session: &'s Session) -> Result<Self> {
         let plan = &session.plan;
         let methods: Vec<_> = session.methods.iter().map(|(m, _)| m.as_ref()).collect();
+        let held_out = session.methods.iter().map(|(m, _)| m.held_out()).fold(0.0, f64::max);
+        let parts = (held_out > 0.0)
+            .then(|| Feed::parts(&session.train, session.feed_options()?, held_out))
+            .transpose()?;
         Ok(Trainer {
             session,
             feed: session.feed()?,
+            parts,
             optimizer: Optimizer::new(&session.adapter, &methods, &plan.train),
             rate: LearningRate {
                 peak: plan.train.learning_rate,
@@ -82,7 +89,7 @@ impl<'s> Trainer<'s> {
         let started = Instant::now();
         let session = self.session;
         let at = Step { number, total: session.plan.steps, seed: session.plan.train.seed };
-        let batches = self.feed.step(number)?;
+        let batches = self.batches(at)?;
         let labels: usize = batches.iter().map(|b| session.objective.count(b, self.prompted)).sum();
         if labels == 0 {
             return Err(Error::Setup(format!(
@@ -95,7 +102,8 @@ impl<'s> Trainer<'s> {
         let mut total = Tensor::scalar(0.0);
         let share = 1.0 / labels as f32;
         for (micro, batch) in batches.iter().enumerate() {
-            let cx = self.pass(batch, number, micro as u64)?;
+            let own = session.objective.count(batch, self.prompted) as f32;
+            let cx = self.pass(batch, number, micro as u64)?.sharing(own * share);
             let loss = session.objective.loss(&session.model, batch, &cx)?.scale(share)?;
             gradients.add(loss.backward()?)?;
             total = total.add(&loss.detach())?;
@@ -113,15 +121,17 @@ impl<'s> Trainer<'s> {
         // A loss that is not finite stops the update too: 0 · loss is then NaN, and so is the scale.
         let scale = scale.add(&total.scale(0.0)?)?;
         let learning_rate = self.rate.at(number);
-        self.optimizer.update(&gradients, &scale, learning_rate, number)?;
+        self.optimizer.update(&gradients, &scale, learning_rate)?;
         drop(guard);
 
         let (loss, norm) = (total.item()?, norm.item()?);
         if !loss.is_finite() || !norm.is_finite() {
             return Err(self.not_finite(number, loss, norm, &batches, &gradients)?);
         }
+        let optimizer = &mut self.optimizer;
+        let mut updated = Updated { optimizer, gradients: &gradients, scale: &scale, learning_rate };
         for (method, _) in &session.methods {
-            method.after_step(&session.adapter, &mut self.optimizer, at)?;
+            method.after_step(&session.adapter, &mut updated, at)?;
         }
         self.norms.push_back(norm);
         self.norms.drain(..self.norms.len().saturating_sub(NORMS));
@@ -137,6 +147,16 @@ impl<'s> Trainer<'s> {
             memory_bytes: engraft_store::process::peak_memory_bytes(),
         };
         Ok(Stepped { event, warnings })
+    }
+
+    /// The micro-batches of a step, of the level whose turn it is.
+    fn batches(&mut self, at: Step) -> Result<Vec<Batch>> {
+        let level = self.session.methods.iter().map(|(m, _)| m.part(at)).find(|part| *part != Part::All);
+        match (&mut self.parts, level) {
+            (Some([lower, _]), Some(Part::Lower)) => lower.step(at.number.div_ceil(2)),
+            (Some([_, upper]), Some(Part::Upper)) => upper.step(at.number.div_ceil(2)),
+            _ => self.feed.step(at.number),
+        }
     }
 
     /// The pass of a micro-batch, after the methods had their first look.

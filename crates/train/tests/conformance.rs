@@ -245,18 +245,21 @@ impl Setting<'_> {
 
     /// A projection of the logits on fixed numbers, as the loss.
     fn gradients(&self, adapter: &Arc<Adapter>, checkpointing: bool) -> Result<Gradients> {
+        let logits = self.trained_logits(adapter, checkpointing)?;
+        Ok(logits.mul(&sample(logits.shape(), 99))?.sum()?.backward()?)
+    }
+
+    /// Logits as training sees them: what is drawn is drawn.
+    fn trained_logits(&self, adapter: &Arc<Adapter>, checkpointing: bool) -> Result<Tensor> {
         let inputs = self.inputs(0..LENGTHS.len());
         let mode = Mode::Train { seed: 1, step: 1, micro: 0 };
-        let cx = Pass::new(inputs.layout.clone(), Some(adapter.clone()))
-            .training(mode)
-            .checkpointing(checkpointing);
-        let logits = self.loaded.model.forward(&inputs, &cx)?;
-        Ok(logits.mul(&sample(logits.shape(), 99))?.sum()?.backward()?)
+        let cx = Pass::new(inputs.layout.clone(), Some(adapter.clone()));
+        self.loaded.model.forward(&inputs, &cx.training(mode).checkpointing(checkpointing))
     }
 
     /// The loss of [`Setting::gradients`], summed in f64.
     fn loss(&self, adapter: &Arc<Adapter>) -> std::result::Result<f64, String> {
-        let logits = self.logits(Some(adapter))?;
+        let logits = no_grad(|| self.trained_logits(adapter, false)).map_err(|e| e.to_string())?;
         let weights = sample(logits.shape(), 99).to_vec().unwrap();
         Ok(logits.to_vec().unwrap().iter().zip(weights).map(|(&a, w)| f64::from(a) * f64::from(w)).sum())
     }

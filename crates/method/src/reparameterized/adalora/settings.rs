@@ -1,0 +1,101 @@
+//! AdaLoRA's settings in a recipe and in `peft`'s file.
+
+use serde_json::{Map, Value};
+
+use super::AdaLora;
+use super::allocation::Schedule;
+use crate::read::Reader;
+use crate::shared::biases::Biases;
+use crate::shared::low_rank::RANK_MAX;
+
+/// The names of the settings in a recipe, or those of the file.
+pub(super) struct Names {
+    init_rank: &'static str,
+    target_rank: &'static str,
+    alpha: &'static str,
+    dropout: &'static str,
+    delta_t: &'static str,
+}
+
+pub(super) const IN_RECIPE: Names = Names {
+    init_rank: "init_rank",
+    target_rank: "target_rank",
+    alpha: "alpha",
+    dropout: "dropout",
+    delta_t: "delta_t",
+};
+pub(super) const IN_FILE: Names = Names {
+    init_rank: "init_r",
+    target_rank: "target_r",
+    alpha: "lora_alpha",
+    dropout: "lora_dropout",
+    delta_t: "deltaT",
+};
+
+/// What recipe and file both say.
+pub(super) fn read(r: &mut Reader<'_>, names: &Names) -> AdaLora {
+    let steps = |r: &mut Reader<'_>, key, least: u64, default: u64| match r.value(key).cloned() {
+        None => default,
+        Some(v) => v.as_u64().filter(|n| *n >= least).unwrap_or_else(|| {
+            r.problem(format!("`{key}`: expected a whole number from {least}, found {v}"));
+            default
+        }),
+    };
+    let schedule = Schedule {
+        tinit: steps(r, "tinit", 0, 0),
+        tfinal: steps(r, "tfinal", 0, 0),
+        delta_t: steps(r, names.delta_t, 1, 1),
+        total: Some(steps(r, "total_step", 1, 0)).filter(|n| *n > 0),
+    };
+    let method = AdaLora {
+        init_rank: r.count(names.init_rank, 12, RANK_MAX),
+        target_rank: r.count(names.target_rank, 8, RANK_MAX),
+        alpha: r.float(names.alpha, 8.0),
+        dropout: r.dropout(names.dropout),
+        schedule,
+        beta1: r.float("beta1", 0.85),
+        beta2: r.float("beta2", 0.85),
+        orthogonality: r.float("orth_reg_weight", 0.5),
+        bias: Biases::read(&mut r, "lora_only"),
+        random: false,
+        unused_rank: 8,
+        pattern: None,
+    };
+    for (key, beta) in [("beta1", method.beta1), ("beta2", method.beta2)] {
+        if beta <= 0.0 || beta >= 1.0 {
+            r.problem(format!("`{key}`: expected a number between 0 and 1, found {beta}"));
+        }
+    }
+    if method.target_rank > method.init_rank {
+        let (target, first) = (method.target_rank, method.init_rank);
+        r.problem(format!("`{}` is {target}, above the first rank {first}", names.target_rank));
+    }
+    if let Some(Err(e)) = method.schedule.total.map(|total| method.schedule.check(total)) {
+        r.problem(e.to_string());
+    }
+    method
+}
+
+/// Keys of LoRA that `peft` does not read for AdaLoRA.
+pub(super) const UNREAD: &[&str] = &[
+    "alpha_pattern",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "lora_bias",
+    "megatron_core",
+    "qalora_group_size",
+    "use_rslora",
+];
+
+/// `rank_pattern`: lists of marks by tensor.
+pub(super) fn read_pattern(r: &mut Reader<'_>) -> Option<Map<String, Value>> {
+    let value = r.value("rank_pattern")?.clone();
+    let marks = |v: &Value| v.as_array().is_some_and(|list| list.iter().all(Value::is_boolean));
+    match value.as_object().filter(|map| map.values().all(marks)) {
+        Some(map) => Some(map.clone()).filter(|map| !map.is_empty()),
+        None => {
+            r.problem(format!("`rank_pattern`: expected lists of true and false by tensor, found {value}"));
+            None
+        }
+    }
+}
