@@ -32,17 +32,18 @@ use serde_json::{Map, Value};
 use additive::{beft, bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
 use reparameterized::{
-    adalora, autolora, bilora, boft, capaboost, deft, delora, dylora, glora, gralora, hira, hiwi, hra, lily, lora, loramoe,
-    molora, oft, peanut, periodiclora, poly, road, sora,
+    adalora, autolora, bilora, boft, capaboost, deft, delora, dylora, glora, gralora, hira, hiwi, hra, lily,
+    lora, loramoe, molora, oft, peanut, periodiclora, poly, road, sora,
 };
 use selective::{
-    bitfit, child_tuning, fish, full, ln_tuning, pafi, random_mask, sam_mask, shira, sift, top_layers, trainable_tokens,
+    bitfit, child_tuning, fish, full, ln_tuning, pafi, random_mask, sam_mask, shira, sift, top_layers,
+    trainable_tokens,
 };
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
-pub use names::prefix;
 pub use calibration::{Calibration, Observe, Seen, observe};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
+pub use names::prefix;
 pub use read::pattern;
 pub use reparameterized::dylora::sliced_dylora;
 

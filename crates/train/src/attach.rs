@@ -26,9 +26,7 @@ pub struct AttachedAdapter {
 
 /// The tensors of an adapter's file by name.
 pub fn adapter_tensors(files: &AdapterFiles) -> Result<Named> {
-    let tensor = |(name, raw): (&str, &RawTensor)| {
-        Ok((name.to_owned(), crate::tensors::tensor(raw)?))
-    };
+    let tensor = |(name, raw): (&str, &RawTensor)| Ok((name.to_owned(), crate::tensors::tensor(raw)?));
     files.weights.iter().map(tensor).collect()
 }
 

@@ -56,7 +56,7 @@ pub(super) fn read(r: &mut Reader<'_>, names: &Names) -> AdaLora {
         beta1: r.float("beta1", 0.85),
         beta2: r.float("beta2", 0.85),
         orthogonality: r.float("orth_reg_weight", 0.5),
-        bias: Biases::read(&mut r, "lora_only"),
+        bias: Biases::read(r, "lora_only"),
         random: false,
         unused_rank: 8,
         pattern: None,
