@@ -79,6 +79,16 @@ impl Failure {
         self
     }
 
+    /// Its words, where it has any.
+    pub fn text(&self) -> String {
+        match &self.message {
+            Message::Text(text) => text.clone(),
+            Message::Problem(problem) => problem.title.clone(),
+            Message::Problems(problems) => problems.to_string(),
+            Message::Said => String::new(),
+        }
+    }
+
     /// The same, saying first which of several runs it is about.
     pub fn of(mut self, name: &str) -> Failure {
         if let Message::Text(text) = &mut self.message {

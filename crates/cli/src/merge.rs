@@ -1,6 +1,7 @@
 //! The tensors of a model directory with an adapter folded in.
 //!
-//! Every tensor of the files is written again in its own type, changed ones as W′ rounded to that type, one at a time.
+//! Every tensor of the files is written again in its own type or in one that was asked for, changed ones as W′ rounded to
+//! that type, one at a time.
 //! Two things need more. A head that shares its tensor with the embedding gets one of its own when the two change
 //! differently. A head that the files do not have (a classifier that was trained from random) is added; then the other
 //! tensors get the prefix of the class that has such a head, as `transformers` expects.
@@ -34,6 +35,8 @@ enum Source<'a> {
 pub struct Merge<'a> {
     sites: &'a Sites,
     adapter: &'a Adapter,
+    /// What numbers are written in, instead of the type that each has in the files.
+    dtype: Option<Dtype>,
     /// By name in the merged files.
     tensors: BTreeMap<String, Source<'a>>,
     /// Number of tensors that changed.
@@ -51,7 +54,12 @@ impl<'a> Merge<'a> {
     ///
     /// # Errors
     /// Sites that cannot be folded into weights; all of them are listed.
-    pub fn new(engine: &'a Engine, adapter: &'a Adapter, weights: &'a Weights) -> Outcome<Merge<'a>> {
+    pub fn new(
+        engine: &'a Engine,
+        adapter: &'a Adapter,
+        weights: &'a Weights,
+        dtype: Option<Dtype>,
+    ) -> Outcome<Merge<'a>> {
         let sites = engine.model.sites();
         let patched = mergeable_sites(sites, adapter).map_err(|error| {
             Failure::before_work(format!(
@@ -61,6 +69,7 @@ impl<'a> Merge<'a> {
         let mut merge = Merge {
             sites,
             adapter,
+            dtype,
             tensors: weights.iter().map(|(name, raw)| (name.to_owned(), Source::File(raw))).collect(),
             changed: patched.len(),
             untied: None,
@@ -184,46 +193,75 @@ impl<'a> Merge<'a> {
 
     fn entry<'s>(&'s self, name: &str, source: &'s Source<'a>) -> Outcome<Entry<'s>> {
         Ok(match source {
-            Source::File(raw) => Entry::new(name, raw.dtype, &raw.shape, raw.bytes()),
+            Source::File(raw) if self.written(raw.dtype) == raw.dtype => {
+                Entry::new(name, raw.dtype, &raw.shape, raw.bytes())
+            }
+            Source::File(raw) => {
+                let dtype = self.written(raw.dtype);
+                let make =
+                    move || raw.to_f32().map_err(|e| e.to_string()).and_then(|v| self.rounded(&v, dtype));
+                self.made(name, name, dtype, &raw.shape, make)
+            }
             Source::Own(site) => {
-                let value = own_value(site)?;
-                Entry::new(name, Dtype::F32, value.shape(), bytes(&value.to_vec()?, Dtype::F32)?)
+                let (value, dtype) = (own_value(site)?, self.written(Dtype::F32));
+                Entry::new(name, dtype, value.shape(), bytes(&value.to_vec()?, dtype)?)
             }
             Source::Merged(site, dtype, shape) if shape.is_empty() => {
-                let value = merged_tensor(self.sites, site, self.adapter)?.value;
-                Entry::new(name, *dtype, value.shape(), bytes(&value.to_vec()?, *dtype)?)
+                let (value, dtype) =
+                    (merged_tensor(self.sites, site, self.adapter)?.value, self.written(*dtype));
+                Entry::new(name, dtype, value.shape(), bytes(&value.to_vec()?, dtype)?)
             }
-            Source::Merged(site, dtype, shape) => self.lazy(name, std::slice::from_ref(site), *dtype, shape),
-            Source::Pieces(sites, dtype, shape) => self.lazy(name, sites, *dtype, shape),
+            Source::Merged(site, dtype, shape) => {
+                self.lazy(name, std::slice::from_ref(site), self.written(*dtype), shape)
+            }
+            Source::Pieces(sites, dtype, shape) => self.lazy(name, sites, self.written(*dtype), shape),
         })
+    }
+
+    /// The type that a tensor of the files is written in.
+    fn written(&self, dtype: Dtype) -> Dtype {
+        let is_float = matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16);
+        self.dtype.filter(|_| is_float).unwrap_or(dtype)
+    }
+
+    /// A tensor that `make` gives when it is written; what goes wrong then is kept for [`Merge::finish`].
+    fn made<'s>(
+        &'s self,
+        name: &str,
+        place: &str,
+        dtype: Dtype,
+        shape: &[usize],
+        make: impl Fn() -> Result<Vec<u8>, String> + 's,
+    ) -> Entry<'s> {
+        let place = place.to_owned();
+        Entry::lazy(name, dtype, shape, move || {
+            make().unwrap_or_else(|message| {
+                self.failed.borrow_mut().get_or_insert(format!("{place}: {message}"));
+                Vec::new()
+            })
+        })
+    }
+
+    /// Finite values in a type.
+    fn rounded(&self, values: &[f32], dtype: Dtype) -> Result<Vec<u8>, String> {
+        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
+            return Err(format!("element {at} of the merged tensor is {}", values[at]));
+        }
+        bytes(values, dtype).map_err(|failure| failure.text())
     }
 
     /// The merged values of `sites`, one after another, made when they are written.
     fn lazy<'s>(&'s self, name: &str, sites: &'s [&'a Site], dtype: Dtype, shape: &[usize]) -> Entry<'s> {
-        let make = move || {
-            let mut all = Vec::new();
-            for site in sites {
-                match self.merged_bytes(site, dtype) {
-                    Ok(bytes) => all.extend(bytes),
-                    Err(message) => {
-                        self.failed.borrow_mut().get_or_insert(format!("{}: {message}", site.path));
-                        return Vec::new();
-                    }
-                }
-            }
-            all
-        };
-        Entry::lazy(name, dtype, shape, make)
+        let place = sites.first().map_or("", |site| site.path.as_str());
+        self.made(name, place, dtype, shape, move || {
+            let parts = sites.iter().map(|site| self.merged_bytes(site, dtype));
+            Ok(parts.collect::<Result<Vec<_>, _>>()?.concat())
+        })
     }
 
     fn merged_bytes(&self, site: &Site, dtype: Dtype) -> Result<Vec<u8>, String> {
         let value = merged_tensor(self.sites, site, self.adapter).map_err(|e| e.to_string())?.value;
-        let values = value.to_vec().map_err(|e| e.to_string())?;
-        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-            return Err(format!("element {at} of the merged tensor is {}", values[at]));
-        }
-        bytes(&values, dtype)
-            .map_err(|_| format!("the file's type {dtype} holds no weights that can be merged"))
+        self.rounded(&value.to_vec().map_err(|e| e.to_string())?, dtype)
     }
 
     /// Fails if a tensor could not be made while the entries were written.
@@ -240,10 +278,24 @@ impl<'a> Merge<'a> {
         if self.untied.is_some() {
             config.insert("tie_word_embeddings".into(), false.into());
         }
+        if let Some(dtype) = self.dtype {
+            // `transformers` 5 calls it dtype, 4 torch_dtype.
+            let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+            config.insert(key.into(), torch_name(dtype).into());
+        }
         if !self.added.is_empty() {
             describe_head(&mut config, engine);
         }
         Value::Object(config)
+    }
+}
+
+/// PyTorch's name of a type.
+fn torch_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::F16 => "float16",
+        Dtype::BF16 => "bfloat16",
+        _ => "float32",
     }
 }
 

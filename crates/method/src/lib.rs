@@ -10,6 +10,7 @@ mod assemble;
 mod calibration;
 mod copies;
 mod entry;
+pub mod foreign;
 mod names;
 mod peft;
 mod prompts;

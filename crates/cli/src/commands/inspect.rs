@@ -1,7 +1,9 @@
 //! `engraft inspect`: what a model, adapter, run or checkpoint directory, or one safetensors file, holds.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use engraft_method::foreign::recognise;
 use engraft_report::{Align, Events, Table, human};
 use engraft_store::json::read_capped;
 use engraft_store::{AdapterForm, Weights, disk, read_adapter, read_config};
@@ -32,7 +34,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let path = PathBuf::from(&args.path);
     let found = if path.is_file() {
         let weights = Weights::open_file(&path, &cx.limits).before_work()?;
-        Found { kind: "safetensors file", facts: Vec::new(), weights: Some(weights) }
+        Found { kind: "safetensors file", facts: lora(&weights), weights: Some(weights) }
     } else {
         directory(&cx.resolve(&args.path)?, cx).before_work()?
     };
@@ -42,6 +44,24 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         cx.ui.print(&found.text(&args.path, cx.ui.width()));
     }
     Ok(())
+}
+
+/// What there is to say of a LoRA file of another program.
+fn lora(weights: &Weights) -> Vec<(String, Value)> {
+    let Some(found) = recognise(weights.iter().map(|(name, raw)| (name, raw.shape.as_slice()))) else {
+        return Vec::new();
+    };
+    let ranks: BTreeSet<usize> = found.modules.iter().map(|m| m.rank).collect();
+    let ranks = ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    let mut facts = vec![
+        ("lora".to_owned(), json!(format!("in the form of {}", found.form))),
+        ("modules".to_owned(), json!(found.modules.len())),
+        ("rank".to_owned(), json!(ranks)),
+    ];
+    if !found.others.is_empty() {
+        facts.push(("trained whole".to_owned(), json!(found.others.len())));
+    }
+    facts
 }
 
 /// What was found.

@@ -26,6 +26,7 @@ const WEIGHT_ENDS: [&str; 10] =
 #[command(after_help = "\
 Examples:
   engraft merge --model DIR --adapter runs/a/adapter --out merged
+  engraft merge --model DIR --adapter runs/a/adapter --out merged --dtype bf16
   engraft merge --model DIR --adapter runs/a/adapter --out merged \\
     --probe held-out.txt --json")]
 pub struct Args {
@@ -38,12 +39,36 @@ pub struct Args {
     /// The directory to write; it must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Type of the written numbers; that of the base's files if left out
+    #[arg(long, value_enum, value_name = "TYPE")]
+    dtype: Option<WrittenType>,
     /// A text file, a text a line, on which merged and adapted model are compared
     #[arg(long, value_name = "FILE")]
     probe: Option<PathBuf>,
     /// Prints JSON
     #[arg(long)]
     json: bool,
+}
+
+/// What numbers may be written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum WrittenType {
+    /// 32 bits
+    F32,
+    /// bfloat16
+    Bf16,
+    /// 16 bits, up to 65504
+    F16,
+}
+
+impl WrittenType {
+    fn dtype(self) -> engraft_store::Dtype {
+        match self {
+            WrittenType::F32 => engraft_store::Dtype::F32,
+            WrittenType::Bf16 => engraft_store::Dtype::BF16,
+            WrittenType::F16 => engraft_store::Dtype::F16,
+        }
+    }
 }
 
 /// Merges, then compares.
@@ -59,7 +84,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let probes = Probes::of(args.probe.as_deref(), &engine)?;
     let adapted = probes.measure(&engine)?;
 
-    let (changed, untied, added, bytes) = write(&engine, &args.out, cx)?;
+    let (changed, untied, added, bytes) = write(&engine, args, cx)?;
     let (options, task) =
         (LoadOptions { limits: cx.limits.clone(), ..LoadOptions::default() }, engine.model.info().task);
     drop(engine);
@@ -99,11 +124,12 @@ pub(super) fn refuse_full(out: &Path) -> Outcome {
 }
 
 /// Writes the merged model beside `out` and renames it: (changed tensors, untied head, added tensors, bytes).
-fn write(engine: &Engine, out: &Path, cx: &Context) -> Outcome<(usize, Option<String>, Vec<String>, u64)> {
+fn write(engine: &Engine, args: &Args, cx: &Context) -> Outcome<(usize, Option<String>, Vec<String>, u64)> {
     let adapter =
         engine.adapter.as_deref().ok_or_else(|| Failure::before_work("there is no adapter to merge"))?;
     let weights = Weights::open(&engine.dir, &cx.limits).before_work()?;
-    let merge = Merge::new(engine, adapter, &weights)?;
+    let (merge, out) =
+        (Merge::new(engine, adapter, &weights, args.dtype.map(WrittenType::dtype))?, args.out.as_path());
     let name = out.file_name().ok_or_else(|| Failure::before_work("--out needs the name of a directory"))?;
     let aside = out.with_file_name(format!(".{}.tmp-{}", name.to_string_lossy(), std::process::id()));
     let io = |action: &'static str, path: &Path| {

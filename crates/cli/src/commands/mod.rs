@@ -2,6 +2,7 @@
 
 mod combine;
 mod completions;
+mod convert;
 mod doctor;
 mod eval;
 mod extract;
@@ -38,6 +39,8 @@ pub enum Command {
     Combine(combine::Args),
     /// Makes an adapter of what differs between two models
     Extract(extract::Args),
+    /// Makes an adapter of a LoRA file of another program
+    Convert(convert::Args),
     /// Computes logits of given tensors
     Logits(logits::Args),
     /// Looks at data and writes a recipe for it, with reasons
@@ -70,6 +73,7 @@ impl Command {
             Command::Merge(args) => merge::run(args, cx),
             Command::Combine(args) => combine::run(args, cx),
             Command::Extract(args) => extract::run(args, cx),
+            Command::Convert(args) => convert::run(args, cx),
             Command::Logits(args) => logits::run(args, cx),
             Command::Init(args) => init::run(args, cx),
             Command::Methods(args) => methods::run(args, cx),

@@ -1,0 +1,84 @@
+//! `engraft convert`: a LoRA file of another program to an adapter directory in `peft`'s form.
+
+use std::path::PathBuf;
+
+use engraft_method::foreign::convert;
+use engraft_method::{load_adapter, save_adapter};
+use engraft_model::LoadOptions;
+use engraft_nn::Task;
+use engraft_store::Weights;
+use engraft_tensor::Tensor;
+use engraft_train::write_adapter_files;
+use serde_json::json;
+
+use super::merge::refuse_full;
+use crate::context::Context;
+use crate::engine::Engine;
+use crate::failure::{BeforeWork, Outcome};
+
+/// Arguments.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  engraft convert lora.safetensors --model roberta-base --alpha 16 --out adapter
+  engraft inspect lora.safetensors          whose form it is, and what it holds
+
+Reads the names of loralib, and peft's without their prefix; tensors trained as a whole come along.")]
+pub struct Args {
+    /// A safetensors file
+    file: PathBuf,
+    /// The model it belongs to: a directory in Hugging Face form, or a Hub id
+    #[arg(long, value_name = "MODEL")]
+    model: String,
+    /// Scale times rank, as it was trained with; needed where the file does not hold it
+    #[arg(long, value_name = "NUMBER")]
+    alpha: Option<f64>,
+    /// The adapter directory to write; it must not exist or be empty
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Prints JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Converts, on the model that it belongs to: every name and shape is checked.
+pub fn run(args: &Args, cx: &Context) -> Outcome {
+    refuse_full(&args.out)?;
+    let weights = Weights::open_file(&args.file, &cx.limits).before_work()?;
+    let tensor = |(name, raw): (&str, &engraft_store::RawTensor)| {
+        Ok((name.to_owned(), Tensor::from_vec(raw.to_f32().before_work()?, raw.shape.clone())?))
+    };
+    let tensors = weights.iter().map(tensor).collect::<Outcome<Vec<_>>>()?;
+    let (config, tensors) = convert(tensors, args.alpha).before_work()?;
+    let dir = cx.resolve(&args.model)?;
+    let model_config = engraft_store::read_config(&dir.join("config.json"), &cx.limits).before_work()?;
+    let shapes = tensors.iter().map(|(name, t)| (name.as_str(), t.shape()));
+    let labels = engraft_model::labels_in(&model_config, shapes);
+    let options = LoadOptions {
+        task: labels.map(|_| Task::SequenceClassification),
+        labels,
+        limits: cx.limits.clone(),
+        ..LoadOptions::default()
+    };
+    let engine = Engine::open(&dir, &options, cx)?;
+    let (sites, info) = (engine.model.sites(), engine.model.info());
+    let loaded = load_adapter(&config, tensors, sites, info).before_work()?;
+    let (config, tensors) =
+        save_adapter(&loaded.adapter, &loaded.methods, &loaded.train_also, &args.model, sites, info)?;
+    write_adapter_files(&args.out, &config, &tensors)?;
+    if args.json {
+        cx.ui.json(json!({
+            "out": args.out.display().to_string(), "tensors": tensors.len(), "rank": config["r"], "alpha": config["lora_alpha"],
+            "trained": loaded.adapter.trained_count(),
+        }));
+        return Ok(());
+    }
+    cx.ui.print(&format!(
+        "{} tensors, rank {}, alpha {}\nadapter  {}\n",
+        tensors.len(),
+        config["r"],
+        config["lora_alpha"],
+        args.out.display()
+    ));
+    Ok(())
+}

@@ -1,0 +1,93 @@
+//! `engraft convert`: a LoRA with the names of `loralib` computes what `peft`'s does.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use engraft_store::{Entry, Limits, Weights, write_safetensors};
+
+fn engraft(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_engraft")).args(args).output().unwrap()
+}
+
+fn succeeds(args: &[&str]) -> String {
+    let output = engraft(args);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn refused(args: &[&str]) -> String {
+    let output = engraft(args);
+    assert_eq!(output.status.code(), Some(2), "{args:?}");
+    String::from_utf8_lossy(&output.stderr).split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn golden(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(path)
+}
+
+/// The adapter of a case under `loralib`'s names.
+fn loralib(case: &str, to: &Path) {
+    let weights =
+        Weights::open_file(&golden(case).join("adapter/adapter_model.safetensors"), &Limits::default())
+            .unwrap();
+    let named: Vec<(String, Vec<usize>, Vec<f32>)> = weights
+        .iter()
+        .map(|(name, raw)| {
+            let name = name.trim_start_matches("base_model.model.");
+            let name = if name.contains(".lora_") { name.trim_end_matches(".weight") } else { name };
+            (name.to_owned(), raw.shape.clone(), raw.to_f32().unwrap())
+        })
+        .collect();
+    let entries: Vec<Entry> =
+        named.iter().map(|(name, shape, values)| Entry::f32(name.clone(), shape, values)).collect();
+    write_safetensors(to, &entries, &BTreeMap::new()).unwrap();
+}
+
+#[test]
+fn names_of_loralib_become_peft_s() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, out, logits) = (
+        dir.path().join("lora.safetensors"),
+        dir.path().join("adapter"),
+        dir.path().join("logits.safetensors"),
+    );
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let (case, model) = (golden("cases/roberta__lora"), text(&golden("models/roberta")));
+    loralib("cases/roberta__lora", &file);
+    let (file, out) = (text(&file), text(&out));
+    assert!(succeeds(&["inspect", &file]).contains("in the form of loralib"));
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(case.join("adapter/adapter_config.json")).unwrap()).unwrap();
+    let alpha = config["lora_alpha"].to_string();
+    let convert = ["convert", &file, "--model", &model, "--out", &out];
+    assert!(refused(&convert).contains("--alpha"));
+    succeeds(&[&convert[..], &["--alpha", &alpha]].concat());
+    let inputs = text(&golden("inputs/roberta/inputs.safetensors"));
+    let to = text(&logits);
+    succeeds(&["logits", "--model", &model, "--adapter", &out, "--inputs", &inputs, "--out", &to]);
+    let read = |path: &Path| {
+        Weights::open_file(path, &Limits::default()).unwrap().get("logits").unwrap().to_f32().unwrap()
+    };
+    let (found, expected) = (read(&logits), read(&case.join("logits.safetensors")));
+    let largest = expected.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+    let off = found.iter().zip(&expected).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
+    assert!(found.len() == expected.len() && off < 2e-4 * largest, "off by {off}");
+    assert!(refused(&[&convert[..], &["--alpha", &alpha]].concat()).contains("not an empty directory"));
+}
+
+#[test]
+fn the_published_checkpoint_is_recognised() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../../shared/data/models/roberta-base-lora-mnli/adapter_loralib.safetensors");
+    if !file.is_file() {
+        println!("skipped: ../shared/data/models/roberta-base-lora-mnli is not there");
+        return;
+    }
+    let said = succeeds(&["inspect", file.to_str().unwrap()]);
+    assert!(said.contains("loralib") && said.contains("24") && said.contains("trained whole"), "{said}");
+    let diffusion =
+        file.parent().unwrap().with_file_name("sd15-lora-rank4").join("analog_svd_rank4.safetensors");
+    let said = succeeds(&["inspect", diffusion.to_str().unwrap()]);
+    assert!(said.contains("cloneofsimo") && said.contains("192"), "{said}");
+}
