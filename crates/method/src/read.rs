@@ -83,6 +83,12 @@ impl<'a> Reader<'a> {
         self.read(key, format!("a whole number up to {max}"), count).unwrap_or(default)
     }
 
+    /// A whole number of at least `least`; absent is `default`.
+    pub fn at_least(&mut self, key: &'static str, default: u64, least: u64) -> u64 {
+        let whole = |v: &Value| v.as_u64().filter(|n| *n >= least);
+        self.read(key, format!("a whole number from {least}"), whole).unwrap_or(default)
+    }
+
     /// True or false; absent is `default`.
     pub fn flag(&mut self, key: &'static str, default: bool) -> bool {
         self.read(key, "true or false", Value::as_bool).unwrap_or(default)

@@ -45,6 +45,11 @@ impl AdamW {
 }
 
 impl Param {
+    /// Replaces the value by one of another shape (ranks cut after training). An optimizer's memory of it is void.
+    pub fn replace(&self, value: Tensor) {
+        self.with_value(|slot| *slot = value.detach());
+    }
+
     /// Changes the value in place.
     pub(crate) fn update(&self, f: impl FnOnce(&mut Buffer)) {
         self.with_value(|value| f(value.own()));
@@ -97,6 +102,14 @@ mod tests {
         }
         assert_eq!(p.value().to_vec().unwrap(), before);
         assert_eq!(moments.m.to_vec().unwrap(), [0.0; 4]);
+    }
+
+    #[test]
+    fn a_parameter_takes_another_shape_only_when_asked_to() {
+        let p = Param::new(sample(&[4, 3], 2));
+        assert!(p.set(sample(&[2, 3], 1)).is_err());
+        p.replace(sample(&[2, 3], 1));
+        assert_eq!(p.value().shape(), [2, 3]);
     }
 
     #[test]

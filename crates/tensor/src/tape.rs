@@ -126,19 +126,6 @@ impl Tensor {
         }
     }
 
-    /// The same values; where backward comes by, it goes on from the scalar `loss` too, as if `loss` had been added to what
-    /// it started from. So a part of a model brings a term of the loss along, inside a checkpoint as well.
-    pub fn carrying(&self, loss: &Tensor) -> Result<Tensor> {
-        if loss.len() != 1 {
-            return shape_error("carrying", "a scalar", format!("{:?}", loss.shape()));
-        }
-        let (edge, extra, shape) = (self.edge(), loss.edge(), loss.shape().to_vec());
-        Ok(self.detach().on_tape("carrying", &[self, loss], move |dy, sink| {
-            sink.add(&extra, Tensor::full(1.0, shape))?;
-            sink.add(&edge, dy)
-        }))
-    }
-
     /// Gradients of this scalar with respect to every [`Param`] it was computed from.
     pub fn backward(&self) -> Result<Gradients> {
         if self.len() != 1 {
@@ -351,11 +338,6 @@ impl Param {
         Ok(())
     }
 
-    /// Replaces the value by one of another shape (ranks cut after training). An optimizer's memory of it is void.
-    pub fn replace(&self, value: Tensor) {
-        self.with_value(|slot| *slot = value.detach());
-    }
-
     pub(crate) fn with_value(&self, f: impl FnOnce(&mut Tensor)) {
         f(&mut self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner()));
     }
@@ -460,34 +442,6 @@ mod tests {
         }
         let expected: Vec<f32> = sample(&[3], 1).to_vec().unwrap().iter().map(|v| 2.0 * v).collect();
         assert_eq!(*seen.lock().unwrap(), [expected.clone(), expected]);
-    }
-
-    #[test]
-    fn a_carried_loss_is_part_of_what_is_differentiated() {
-        let (p, x) = (Param::new(sample(&[4, 3], 2)), sample(&[2, 3], 1));
-        let extra = |p: &Param| p.get().unary(Unary::Square)?.sum()?.scale(0.3);
-        let sum = loss_of(&p, &x).unwrap().add(&extra(&p).unwrap()).unwrap();
-        let expected = sum.backward().unwrap().get(&p).unwrap().to_vec().unwrap();
-        for checkpointed in [false, true] {
-            let inner = p.clone();
-            let f = move |v: &[Tensor]| {
-                v[0].matmul_t(&inner.get())?.carrying(&extra(&inner)?)?.unary(Unary::Tanh)
-            };
-            let y = if checkpointed { checkpoint(&[&x], f) } else { f(std::slice::from_ref(&x)) }.unwrap();
-            let gradients = y.sum().unwrap().backward().unwrap();
-            for (a, b) in gradients.get(&p).unwrap().to_vec().unwrap().iter().zip(&expected) {
-                assert!((a - b).abs() < 1e-5, "{a} {b}");
-            }
-        }
-        assert!(x.carrying(&x).is_err());
-    }
-
-    #[test]
-    fn a_parameter_takes_another_shape_only_when_asked_to() {
-        let p = Param::new(sample(&[4, 3], 2));
-        assert!(p.set(sample(&[2, 3], 1)).is_err());
-        p.replace(sample(&[2, 3], 1));
-        assert_eq!(p.value().shape(), [2, 3]);
     }
 
     #[test]

@@ -72,6 +72,24 @@ fn a_run_resumed_after_any_step_ends_in_the_same_bits() {
 }
 
 #[test]
+fn what_methods_remember_between_steps_goes_on_too() {
+    for name in ["adalora", "sora", "dylora", "periodiclora", "autolora", "poly"] {
+        let dir = golden().join(format!("trajectories/llama__{name}"));
+        let train = "steps = 8\nbatch_size = 2\nlearning_rate = 2e-3\n";
+        let open = || session(&recipe(&dir, &golden().join("models/llama"), train, "")).unwrap();
+        let to = tempfile::tempdir().unwrap();
+        let whole = to.path().join("whole");
+        go(&open(), &whole, false, 0).unwrap();
+        for step in 1..8 {
+            let out = to.path().join(format!("stopped-{step}"));
+            assert_eq!(go(&open(), &out, false, step).unwrap().step, step);
+            assert_eq!(go(&open(), &out, true, 0).unwrap().step, 8);
+            assert!(result(&out, 8) == result(&whole, 8), "{name} stopped after step {step}");
+        }
+    }
+}
+
+#[test]
 fn early_stopping_writes_the_best_adapter_and_survives_a_stop() {
     let train = TRAIN.replace("2e-3", "0.5") + "eval_every = 2\nearly_stopping_patience = 2\n";
     let dir = tempfile::tempdir().unwrap();

@@ -74,6 +74,9 @@ fn read(r: &mut Reader<'_>, [rank, alpha, dropout]: [&'static str; 3]) -> AutoLo
         held_out: r.float("held_out", 0.3),
         rate: r.float("share_rate", 10.0),
     };
+    if method.alpha <= 0.0 {
+        r.problem(format!("`{alpha}`: expected a number above 0, found {}", method.alpha));
+    }
     if !(0.0..=1.0).contains(&method.search) {
         r.problem(format!("`search`: expected a number from 0 to 1, found {}", method.search));
     }
@@ -366,7 +369,7 @@ mod tests {
     fn configurations() {
         survives_saving(&[chosen("autolora", json!({ "search": 0.7 }))], &["head"]);
         let good = config(&[chosen("autolora", json!({}))], &[]);
-        for bad in [json!({ "search": 2 }), json!({ "held_out": 0 }), json!({ "r": 0 })] {
+        for bad in [json!({ "search": 2 }), json!({ "held_out": 0 }), json!({ "lora_alpha": 0 })] {
             let key = bad.as_object().unwrap().keys().next().unwrap().clone();
             let Err(error) = from_file(&with(good.clone(), bad)) else { panic!("{key} passed") };
             assert!(error.to_string().contains(&key), "{error}");

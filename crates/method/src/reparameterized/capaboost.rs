@@ -60,7 +60,7 @@ fn read(r: &mut Reader<'_>, [rank, alpha, dropout]: [&'static str; 3]) -> CapaBo
         dropout: r.dropout(dropout),
         copies: r.count("copies", 2, 64),
         density: r.float("density", 0.5),
-        mask_seed: r.value("mask_seed").and_then(Value::as_u64).unwrap_or(0),
+        mask_seed: r.at_least("mask_seed", 0, 0),
     };
     if !(method.density > 0.0 && method.density <= 1.0) {
         r.problem(format!("`density`: expected a number above 0 and up to 1, found {}", method.density));
@@ -234,9 +234,13 @@ mod tests {
     fn configurations() {
         survives_saving(&[chosen("capaboost", json!({ "copies": 3, "mask_seed": 9 }))], &["head"]);
         let good = config(&[chosen("capaboost", json!({}))], &[]);
-        for bad in
-            [json!({ "copies": 0 }), json!({ "density": 0 }), json!({ "density": 1.5 }), json!({ "r": 0 })]
-        {
+        for bad in [
+            json!({ "copies": 0 }),
+            json!({ "density": 0 }),
+            json!({ "density": 1.5 }),
+            json!({ "r": 0 }),
+            json!({ "mask_seed": -1 }),
+        ] {
             let key = bad.as_object().unwrap().keys().next().unwrap().clone();
             let Err(error) = from_file(&with(good.clone(), bad)) else { panic!("{key} passed") };
             assert!(error.to_string().contains(&key), "{error}");

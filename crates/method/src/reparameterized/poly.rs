@@ -68,7 +68,7 @@ fn read(r: &mut Reader<'_>, [rank, tasks, skills, splits, task]: [&'static str; 
         tasks: r.count(tasks, 1, MAX),
         skills: r.count(skills, 4, MAX),
         splits: r.count(splits, 1, MAX),
-        task: r.value(task).and_then(Value::as_u64).unwrap_or(0) as usize,
+        task: r.at_least(task, 0, 0) as usize,
         random: false,
     };
     if method.task >= method.tasks {
@@ -282,7 +282,12 @@ mod tests {
         survives_saving(&[chosen("poly", json!({ "tasks": 2, "task": 1, "splits": 2 }))], &["head"]);
         let good = config(&[chosen("poly", json!({}))], &[]);
         assert_eq!(good.get("engraft_task"), None);
-        for bad in [json!({ "n_skills": 0 }), json!({ "engraft_task": 1 }), json!({ "poly_type": "mhr" })] {
+        for bad in [
+            json!({ "n_skills": 0 }),
+            json!({ "engraft_task": 1 }),
+            json!({ "engraft_task": "first" }),
+            json!({ "poly_type": "mhr" }),
+        ] {
             let key = bad.as_object().unwrap().keys().next().unwrap().clone();
             let Err(error) = from_file(&with(good.clone(), bad)) else { panic!("{key} passed") };
             assert!(error.to_string().contains(&key), "{error}");

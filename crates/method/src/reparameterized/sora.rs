@@ -284,6 +284,29 @@ mod tests {
     }
 
     #[test]
+    fn beside_another_method_it_becomes_a_lora_too() {
+        let (sites, info) = toy();
+        let methods = [chosen("ia3", json!({})), chosen("sora", json!({ "rank": 2 }))];
+        let a = attached(&methods, &[]);
+        stir(&a, 0.5);
+        let x = sample(&[5, 6], 3);
+        named(&a.adapter, "1.layers.0.attn.q.lora_gate").unwrap().set(Tensor::full(0.0, [2])).unwrap();
+        let before = both_ways(&a, "layers.1.attn.v", &x).0;
+        methods[1].0.finish(&a.adapter).unwrap();
+        let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        assert_eq!(config["methods"][1]["rank_pattern"], json!({ "layers.0.attn.q": 1 }));
+        assert!(tensors.iter().all(|(name, _)| !name.contains("gate")));
+        let loaded = crate::load_adapter(&config, tensors, &sites, &info).unwrap();
+        let loaded = crate::Attached { adapter: loaded.adapter, dead_targets: vec![], dead_modules: vec![] };
+        close(&both_ways(&loaded, "layers.1.attn.v", &x).0, &before, 1e-6);
+        let twice = [chosen("sora", json!({})), chosen("sora", json!({}))];
+        let a = attached(&twice, &[]);
+        let at = Step { number: 1, total: 1, seed: 0 };
+        let mut moments = Rate(Default::default(), Tensor::scalar(1.0));
+        assert!(twice[0].0.after_step(&a.adapter, &mut moments, at).is_err());
+    }
+
+    #[test]
     fn configurations() {
         survives_saving(&[chosen("sora", json!({ "threshold": "eta_lambda", "dropout": 0.1 }))], &["head"]);
         let good = config(&[chosen("sora", json!({}))], &[]);

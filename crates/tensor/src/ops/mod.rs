@@ -5,6 +5,7 @@
 //! their composition.
 
 mod attention;
+mod carrying;
 mod dense;
 mod dropout;
 mod elementwise;

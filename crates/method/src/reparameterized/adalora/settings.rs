@@ -34,18 +34,11 @@ pub(super) const IN_FILE: Names = Names {
 
 /// What recipe and file both say.
 pub(super) fn read(r: &mut Reader<'_>, names: &Names) -> AdaLora {
-    let steps = |r: &mut Reader<'_>, key, least: u64, default: u64| match r.value(key).cloned() {
-        None => default,
-        Some(v) => v.as_u64().filter(|n| *n >= least).unwrap_or_else(|| {
-            r.problem(format!("`{key}`: expected a whole number from {least}, found {v}"));
-            default
-        }),
-    };
     let schedule = Schedule {
-        tinit: steps(r, "tinit", 0, 0),
-        tfinal: steps(r, "tfinal", 0, 0),
-        delta_t: steps(r, names.delta_t, 1, 1),
-        total: Some(steps(r, "total_step", 1, 0)).filter(|n| *n > 0),
+        tinit: r.at_least("tinit", 0, 0),
+        tfinal: r.at_least("tfinal", 0, 0),
+        delta_t: r.at_least(names.delta_t, 1, 1),
+        total: Some(r.at_least("total_step", 0, 1)).filter(|n| *n > 0),
     };
     let method = AdaLora {
         init_rank: r.count(names.init_rank, 12, RANK_MAX),
