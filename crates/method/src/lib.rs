@@ -79,6 +79,11 @@ pub trait Method: Send + Sync {
         true
     }
 
+    /// Whether tensors may be without a gradient in some steps (stages of a run, blocks in turn), so that nobody is warned.
+    fn rests(&self) -> bool {
+        false
+    }
+
     /// Before the first step of a new run: may run the base on training batches and set what it attached by what it saw
     /// (starts from activations or gradients, masks by importance). A run that is resumed or goes on from a saved adapter
     /// does not come here.

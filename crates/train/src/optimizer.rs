@@ -21,8 +21,12 @@ pub struct Slot {
     pub factor: f64,
     /// Whether weight decay reaches it.
     decays: bool,
+    /// Whether it may be without a gradient in some steps.
+    pub rests: bool,
     /// First and second moments, shape of the parameter.
     pub moments: Moments,
+    /// Updates that the moments are made of: a tensor that had no gradient, or whose moments were forgotten, is behind the run.
+    pub updates: u64,
 }
 
 /// AdamW with its state.
@@ -49,7 +53,9 @@ impl Optimizer {
             param: p.param.clone(),
             factor: factor(p.group),
             decays: methods.iter().all(|m| m.decays(p.group)),
+            rests: methods.iter().any(|m| m.rests()),
             moments: Moments::zeros(&p.param),
+            updates: 0,
         };
         Optimizer {
             rule,
@@ -64,19 +70,14 @@ impl Optimizer {
         clip(&params, gradients, self.max_grad_norm)
     }
 
-    /// The `number`-th update (from 1) with gradients·`scale`; nothing changes where `scale` is not finite.
-    pub fn update(
-        &mut self,
-        gradients: &Gradients,
-        scale: &Tensor,
-        learning_rate: f64,
-        number: u64,
-    ) -> Result<()> {
+    /// An update with gradients·`scale`; nothing changes where `scale` is not finite.
+    pub fn update(&mut self, gradients: &Gradients, scale: &Tensor, learning_rate: f64) -> Result<()> {
         for slot in &mut self.slots {
             if let Some(gradient) = gradients.get(&slot.param) {
                 let weight_decay = if slot.decays { self.rule.weight_decay } else { 0.0 };
                 let rule = AdamW { learning_rate: learning_rate * slot.factor, weight_decay, ..self.rule };
-                rule.update(&slot.param, gradient, scale, number, &mut slot.moments)?;
+                slot.updates += 1;
+                rule.update(&slot.param, gradient, scale, slot.updates, &mut slot.moments)?;
             }
         }
         Ok(())
@@ -87,6 +88,7 @@ impl Forget for Optimizer {
     fn forget(&mut self, param: &Param) {
         for slot in self.slots.iter_mut().filter(|slot| slot.param.same(param)) {
             slot.moments = Moments::zeros(param);
+            slot.updates = 0;
         }
     }
 }

@@ -113,7 +113,7 @@ impl<'s> Trainer<'s> {
         // A loss that is not finite stops the update too: 0 · loss is then NaN, and so is the scale.
         let scale = scale.add(&total.scale(0.0)?)?;
         let learning_rate = self.rate.at(number);
-        self.optimizer.update(&gradients, &scale, learning_rate, number)?;
+        self.optimizer.update(&gradients, &scale, learning_rate)?;
         drop(guard);
 
         let (loss, norm) = (total.item()?, norm.item()?);
