@@ -21,6 +21,7 @@ GROUPS = {
     "vpt": ("vpt", "peft"),
     "tokens": ("cases_selective", "peft"),
     "masks": ("masks", "peft"),
+    "stages": ("stages", "peft"),
     "generation": ("generation", "peft"),
     "images": ("images", "peft"),
     "nf4": ("nf4", "peft"),

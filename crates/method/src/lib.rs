@@ -29,9 +29,10 @@ use serde_json::{Map, Value};
 
 use additive::{bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
-use reparameterized::lora;
+use reparameterized::{lora, rosa};
 use selective::{
-    bitfit, child_tuning, fish, full, pafi, random_mask, sam_mask, shira, sift, top_layers, trainable_tokens,
+    bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, lt_sft, pafi, random_mask, sam_mask,
+    shira, sift, top_layers, trainable_tokens,
 };
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, prefix, save_adapter};
@@ -42,6 +43,7 @@ pub use read::pattern;
 /// Every method, in the order of the documentation.
 pub static METHODS: &[&Entry] = &[
     &lora::ENTRY,
+    &rosa::ENTRY,
     &ia3::ENTRY,
     &bitfit::ENTRY,
     &bottleneck::ENTRY,
@@ -58,7 +60,12 @@ pub static METHODS: &[&Entry] = &[
     &fish::ENTRY,
     &sam_mask::ENTRY,
     &sift::ENTRY,
+    &gps::ENTRY,
     &child_tuning::ENTRY,
+    &lt_sft::ENTRY,
+    &diff_pruning::ENTRY,
+    &far::ENTRY,
+    &lisa::ENTRY,
 ];
 
 /// A configured method.

@@ -1,3 +1,4 @@
 //! Low-dimensional changes of weights that fold into them.
 
 pub(crate) mod lora;
+pub(crate) mod rosa;
