@@ -26,6 +26,7 @@ GROUPS = {
     "hiwi": ("hiwi", "peft"),
     "ranks": ("cases_ranks", "peft"),
     "low_rank": ("low_rank", "peft"),
+    "stages": ("stages", "peft"),
     "generation": ("generation", "peft"),
     "images": ("images", "peft"),
     "nf4": ("nf4", "peft"),

@@ -37,7 +37,7 @@ def linears(model, names):
     found = {}
     for path, m in model.named_modules():
         if isinstance(m, torch.nn.Linear):
-            wanted = any(path == n or path.endswith("." + n) for n in names) if names else m is not head and path not in ("classifier", "score")
+            wanted = any(path == n or path.endswith("." + n) for n in names) if names else m is not head and path.split(".")[0] not in ("classifier", "score")
             if wanted:
                 found[path] = m
     return found

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use engraft_nn::{
-    Adapter, Base, Builder, Layout, ModelInfo, Pass, Patch, Result, Site, SiteId, Sites, WeightPatch,
+    Adapter, Base, Builder, Error, Layout, ModelInfo, Pass, Patch, Result, Site, SiteId, Sites, WeightPatch,
 };
 use engraft_tensor::{Gradients, Tensor};
 
@@ -32,6 +32,15 @@ pub trait Calibration {
     /// Number of labels that the loss of micro-batch `number` is averaged over.
     fn labels(&self, _number: u64) -> Result<usize> {
         Ok(1)
+    }
+    /// The features [sequences, width] of micro-batch `number` under `probe`, recorded, and the class of each sequence.
+    ///
+    /// # Errors
+    /// Tasks that have no class for a sequence.
+    fn features(&self, _number: u64, _probe: &Arc<Adapter>) -> Result<(Tensor, Vec<i64>)> {
+        Err(Error::Unsupported(
+            "a loss of features needs a class for every sequence, which this task has not; choose the task's own loss".into(),
+        ))
     }
     /// Runs micro-batch `number` of training (from 0) through the base with `probe`, nothing recorded.
     fn forward(&self, number: u64, probe: &Arc<Adapter>) -> Result<()>;

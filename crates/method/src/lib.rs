@@ -34,11 +34,11 @@ use additive::{beft, bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, capaboost, deft, delora, dylora, glora, gralora, hira, hiwi, hra, lily,
-    lora, loramoe, molora, oft, peanut, periodiclora, poly, road, sora,
+    lora, loramoe, molora, oft, peanut, periodiclora, poly, road, rosa, sora,
 };
 use selective::{
-    bitfit, child_tuning, fish, full, ln_tuning, pafi, random_mask, sam_mask, shira, sift, top_layers,
-    trainable_tokens,
+    bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, ln_tuning, lt_sft, pafi, random_mask,
+    sam_mask, shira, sift, top_layers, trainable_tokens,
 };
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
@@ -61,6 +61,7 @@ pub static METHODS: &[&Entry] = &[
     &molora::ENTRY,
     &loramoe::ENTRY,
     &poly::ENTRY,
+    &rosa::ENTRY,
     &ia3::ENTRY,
     &bitfit::ENTRY,
     &ln_tuning::ENTRY,
@@ -91,7 +92,12 @@ pub static METHODS: &[&Entry] = &[
     &fish::ENTRY,
     &sam_mask::ENTRY,
     &sift::ENTRY,
+    &gps::ENTRY,
     &child_tuning::ENTRY,
+    &lt_sft::ENTRY,
+    &diff_pruning::ENTRY,
+    &far::ENTRY,
+    &lisa::ENTRY,
 ];
 
 /// A configured method.
@@ -110,6 +116,11 @@ pub trait Method: Send + Sync {
     /// Whether weight decay reaches a parameter group.
     fn decays(&self, _group: &str) -> bool {
         true
+    }
+
+    /// Whether tensors may be without a gradient in some steps (stages of a run, blocks in turn), so that nobody is warned.
+    fn rests(&self) -> bool {
+        false
     }
 
     /// Before the first step of a new run: may run the base on training batches and set what it attached by what it saw

@@ -74,6 +74,15 @@ impl<'a> Builder<'a> {
         Ok(param)
     }
 
+    /// A trained parameter that a finished adapter does not need (a stage of training that ends): in checkpoints, not in the
+    /// adapter's file.
+    pub fn working(&mut self, name: &str, shape: &[usize], init: Init, group: &'static str) -> Result<Param> {
+        let name = format!("{}{name}", self.prefix);
+        let param = Param::new(init.tensor(shape, self.seed, &name)?);
+        self.add(name, param.clone(), group, false)?;
+        Ok(param)
+    }
+
     /// A tensor that belongs to the adapter but is not trained (a fixed projection).
     pub fn fixed(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
         let name = format!("{}{name}", self.prefix);

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use engraft_method::Calibration;
 use engraft_nn::{Adapter, Error as Nn, ModelInfo, Names, Pass, Result as NnResult, SiteId, Sites, Targets};
-use engraft_tensor::{Gradients, no_grad, on_pool};
+use engraft_tensor::{Gradients, Tensor, no_grad, on_pool};
 
 use crate::batch::{Batch, Feed};
+use crate::objective::Objective;
 use crate::session::Session;
 use crate::{Error, Result};
 
@@ -84,6 +85,15 @@ impl Calibration for Base<'_> {
     fn labels(&self, number: u64) -> NnResult<usize> {
         let batch = self.feed.micro(number).map_err(as_nn)?;
         Ok(self.session.objective.count(&batch, false).max(1))
+    }
+
+    fn features(&self, number: u64, probe: &Arc<Adapter>) -> NnResult<(Tensor, Vec<i64>)> {
+        if self.session.objective != Objective::SequenceClassification {
+            let message = "a loss of features needs a class for every sequence, which this task has not; choose the task's own loss";
+            return Err(Nn::Unsupported(message.into()));
+        }
+        let (batch, cx) = self.batch(number, probe)?;
+        Ok((self.session.model.features(&batch.inputs, &cx)?.features, batch.labels))
     }
 
     fn forward(&self, number: u64, probe: &Arc<Adapter>) -> NnResult<()> {

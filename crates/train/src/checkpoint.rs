@@ -1,6 +1,7 @@
 //! The state of a run at an optimizer boundary, to and from a checkpoint directory.
 //!
-//! `params.safetensors`: every parameter by name. `optim.safetensors`: `NAME.m`, `NAME.v`. `state.json`: the rest. The
+//! `params.safetensors`: every parameter by name. `optim.safetensors`: `NAME.m`, `NAME.v`, and the
+//! number of updates they are made of, `NAME.t`. `state.json`: the rest. The
 //! schedule and the order of the data are functions of the step, random numbers of (seed, step, place): no state.
 
 use std::collections::BTreeMap;
@@ -37,9 +38,6 @@ pub struct State {
     pub tokens: u64,
     /// Seconds of training and evaluation.
     pub seconds: f64,
-    /// Updates that the moments of a parameter have seen, where these are not the steps done.
-    #[serde(default)]
-    pub updates: BTreeMap<String, u64>,
     /// What fixes the bits.
     pub fingerprint: Fingerprint,
 }
@@ -76,12 +74,17 @@ pub fn write(
     optimizer: &Optimizer,
 ) -> Result<PathBuf> {
     let params = entries(adapter.params().iter().map(|p| (p.name.clone(), p.param.value())))?;
-    let moments = optimizer.slots.iter().flat_map(|s| {
-        [(format!("{}.m", s.name), s.moments.m.clone()), (format!("{}.v", s.name), s.moments.v.clone())]
-    });
-    let moments = entries(moments)?;
-    let other = optimizer.slots.iter().filter(|s| s.updates != state.step);
-    let state = &State { updates: other.map(|s| (s.name.clone(), s.updates)).collect(), ..state.clone() };
+    let mut moments = Vec::new();
+    for slot in &optimizer.slots {
+        let updates = Tensor::from_i64(vec![slot.updates as i64], [1])?;
+        let of = |kind: &str| format!("{}.{kind}", slot.name);
+        moments.extend([
+            (of("m"), slot.moments.m.clone()),
+            (of("v"), slot.moments.v.clone()),
+            (of("t"), updates),
+        ]);
+    }
+    let moments = entries(moments.into_iter())?;
     let text = serde_json::to_string_pretty(state).map_err(|e| Error::Resume(e.to_string()))?;
     let none = BTreeMap::new();
     let files = [
@@ -121,9 +124,8 @@ pub fn resume(
     for (p, value) in adapter.params().iter().zip(read.params) {
         p.param.set(value)?;
     }
-    for (slot, (m, v)) in optimizer.slots.iter_mut().zip(read.moments) {
-        (slot.moments.m, slot.moments.v) = (m, v);
-        slot.updates = read.state.updates.get(&slot.name).copied().unwrap_or(read.state.step);
+    for (slot, (m, v, updates)) in optimizer.slots.iter_mut().zip(read.moments) {
+        (slot.moments.m, slot.moments.v, slot.updates) = (m, v, updates);
     }
     Ok((found, read.state))
 }
@@ -141,7 +143,7 @@ pub fn restore_params(path: &Path, adapter: &Adapter) -> Result<()> {
 
 struct Read {
     params: Vec<Tensor>,
-    moments: Vec<(Tensor, Tensor)>,
+    moments: Vec<(Tensor, Tensor, u64)>,
     state: State,
 }
 
@@ -164,15 +166,17 @@ fn read(
     }
     let params = Weights::open_file(&params_file, &limits)?;
     let optim = Weights::open_file(&optim_file, &limits)?;
-    if params.len() != adapter.params().len() || optim.len() != 2 * optimizer.slots.len() {
+    if params.len() != adapter.params().len() || optim.len() != 3 * optimizer.slots.len() {
         let text = format!("expected {} parameters, found {}", adapter.params().len(), params.len());
         return Err(Error::Resume(text));
     }
     let of = |p: &engraft_nn::NamedParam| tensor(&params_file, &params, &p.name, p.param.value().shape());
     let moments = optimizer.slots.iter().map(|s| {
         let shape = s.moments.m.shape();
-        let moment = |kind| tensor(&optim_file, &optim, &format!("{}.{kind}", s.name), shape);
-        Ok((moment("m")?, moment("v")?))
+        let moment =
+            |kind, shape: &[usize]| tensor(&optim_file, &optim, &format!("{}.{kind}", s.name), shape);
+        let updates = moment("t", &[1])?.to_i64()?;
+        Ok((moment("m", shape)?, moment("v", shape)?, updates.first().map_or(0, |&t| t as u64)))
     });
     Ok(Read {
         params: adapter.params().iter().map(of).collect::<Result<_>>()?,

@@ -21,9 +21,11 @@ pub struct Slot {
     pub factor: f64,
     /// Whether weight decay reaches it.
     decays: bool,
+    /// Whether it may be without a gradient in some steps.
+    pub rests: bool,
     /// First and second moments, shape of the parameter.
     pub moments: Moments,
-    /// Updates that they have seen: fewer than steps where they were forgotten, or where steps had no gradient.
+    /// Updates that the moments are made of: a tensor that had no gradient, or whose moments were forgotten, is behind the run.
     pub updates: u64,
 }
 
@@ -51,6 +53,7 @@ impl Optimizer {
             param: p.param.clone(),
             factor: factor(p.group),
             decays: methods.iter().all(|m| m.decays(p.group)),
+            rests: methods.iter().any(|m| m.rests()),
             moments: Moments::zeros(&p.param),
             updates: 0,
         };
@@ -125,6 +128,7 @@ mod tests {
             param: param.clone(),
             factor: 1.0,
             decays: true,
+            rests: false,
             moments: Moments::zeros(&param),
             updates: 0,
         };

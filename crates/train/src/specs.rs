@@ -39,6 +39,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn no_setting_has_a_name_that_every_method_s_table_has() {
+        let common =
+            ["name", "from", "targets", "roles", "exclude", "layers", "layers_pattern", "train_also"];
+        for entry in METHODS {
+            let taken = entry.info.fields.iter().find(|field| common.contains(&field.name));
+            assert!(taken.is_none(), "{}: `{}` would not reach it", entry.info.name, taken.unwrap().name);
+        }
+    }
+
+    #[test]
     fn every_default_is_json_and_fits_its_kind() {
         for entry in METHODS {
             for field in entry.info.fields {

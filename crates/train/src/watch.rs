@@ -24,7 +24,7 @@ impl ZeroWatch {
     pub fn look(&mut self, number: u64, optimizer: &Optimizer, gradients: &Gradients) -> Result<Vec<String>> {
         let slots = &optimizer.slots;
         let mut warnings = Vec::new();
-        let none = |(_, s): &(usize, &Slot)| gradients.get(&s.param).is_none();
+        let none = |(_, s): &(usize, &Slot)| !s.rests && gradients.get(&s.param).is_none();
         let unreached: Vec<usize> = slots.iter().enumerate().filter(none).map(|(i, _)| i).collect();
         self.tell(&unreached, slots, "no gradient: the loss does not depend on", &mut warnings);
         let place = (number - 1) % EVERY;

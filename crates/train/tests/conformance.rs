@@ -80,6 +80,8 @@ fn adapters(decoder_reads_encoder: bool) -> Vec<(String, Vec<Chosen>)> {
         let everywhere = json!({ "tokens": 2, "at": ["encoder", "decoder", "cross"] });
         all.push(("prefix, everywhere".into(), of("prefix", everywhere, None)));
         let crossed = Targets::roles(&[Role::CrossQ, Role::CrossV]);
+        let whole = [Role::CrossQ, Role::CrossK, Role::CrossV, Role::CrossO];
+        all.push(("full, cross".into(), of("full", json!({}), Some(Targets::roles(&whole)))));
         all.push(("lora, cross".into(), of("lora", json!({ "rank": 2 }), Some(crossed))));
     }
     all

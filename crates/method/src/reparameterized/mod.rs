@@ -22,4 +22,5 @@ pub(crate) mod peanut;
 pub(crate) mod periodiclora;
 pub(crate) mod poly;
 pub(crate) mod road;
+pub(crate) mod rosa;
 pub(crate) mod sora;

@@ -17,11 +17,11 @@ use crate::read::Reader;
 use crate::{Described, Entry, Field, FieldKind, Info, Method, peft};
 
 struct TopLayers {
-    layers: usize,
+    blocks: usize,
     head: bool,
 }
 
-const LAYERS_MAX: usize = 1 << 16;
+const BLOCKS_MAX: usize = 1 << 16;
 
 static INFO: Info = Info {
     name: "top_layers",
@@ -36,8 +36,8 @@ static INFO: Info = Info {
     peft_type: "ENGRAFT_TOP_LAYERS",
     fields: &[
         Field {
-            name: "layers",
-            kind: FieldKind::Int { min: 1, max: LAYERS_MAX as i64 },
+            name: "blocks",
+            kind: FieldKind::Int { min: 1, max: BLOCKS_MAX as i64 },
             default: Some("2"),
             doc: "Number of blocks that are trained, from the last one down.",
         },
@@ -55,12 +55,12 @@ pub static ENTRY: Entry = Entry {
     info: &INFO,
     from_settings: |settings| peft::own_settings(&INFO, settings, TopLayers::read),
     from_file: |config| peft::own_file(&INFO, config, TopLayers::read),
-    example: || Box::new(TopLayers { layers: 1, head: true }),
+    example: || Box::new(TopLayers { blocks: 1, head: true }),
 };
 
 impl TopLayers {
     fn read(r: &mut Reader<'_>) -> Self {
-        TopLayers { layers: r.count("layers", 2, LAYERS_MAX), head: r.flag("head", true) }
+        TopLayers { blocks: r.count("blocks", 2, BLOCKS_MAX), head: r.flag("head", true) }
     }
 
     /// The tensors that are trained.
@@ -73,11 +73,11 @@ impl TopLayers {
                 "this model has no blocks; choose full, with the targets that you mean".into(),
             ));
         };
-        if self.layers > blocks.len() {
-            let message = format!("`layers` is {}, and this model has {} blocks", self.layers, blocks.len());
+        if self.blocks > blocks.len() {
+            let message = format!("`blocks` is {}, and this model has {} blocks", self.blocks, blocks.len());
             return Err(Error::Unsupported(message));
         }
-        let first = last + 1 - self.layers;
+        let first = last + 1 - self.blocks;
         let of_block = |s: &&Site| s.layer.is_some_and(|layer| layer >= first);
         // Sites are declared in the order of the forward.
         let end = sites.iter().filter(in_stack).filter(|s| s.layer.is_some()).map(|s| s.id).max();
@@ -109,7 +109,7 @@ impl Method for TopLayers {
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
-        let own = json!({ "head": self.head, "layers": self.layers });
+        let own = json!({ "head": self.head, "blocks": self.blocks });
         own.as_object().cloned().unwrap_or_default()
     }
 }
@@ -138,21 +138,21 @@ mod tests {
                 Frozen::None => 0,
             })
             .sum();
-        assert_eq!(count(json!({ "layers": 1, "head": false })), (true, block));
-        assert_eq!(count(json!({ "layers": 2, "head": false })), (true, 2 * block));
-        assert_eq!(count(json!({ "layers": 1 })), (true, block + 3 * 6 + 3));
-        let a = attached(&[chosen("top_layers", json!({ "layers": 1, "head": false }))], &[]);
+        assert_eq!(count(json!({ "blocks": 1, "head": false })), (true, block));
+        assert_eq!(count(json!({ "blocks": 2, "head": false })), (true, 2 * block));
+        assert_eq!(count(json!({ "blocks": 1 })), (true, block + 3 * 6 + 3));
+        let a = attached(&[chosen("top_layers", json!({ "blocks": 1, "head": false }))], &[]);
         assert!(names(&a).iter().all(|n| n.starts_with("layers.1.")), "{:?}", names(&a));
         let (sites, info) = toy();
-        let many = [chosen("top_layers", json!({ "layers": 3 }))];
+        let many = [chosen("top_layers", json!({ "blocks": 3 }))];
         assert!(crate::attach(&many, &[], &sites, &info, 0).is_err(), "more than there are");
     }
 
     #[test]
     fn configurations() {
-        survives_saving(&[chosen("top_layers", json!({ "layers": 1 }))], &[]);
-        survives_saving(&[chosen("top_layers", json!({ "layers": 2, "head": false }))], &["head"]);
+        survives_saving(&[chosen("top_layers", json!({ "blocks": 1 }))], &[]);
+        survives_saving(&[chosen("top_layers", json!({ "blocks": 2, "head": false }))], &["head"]);
         let written = config(&[chosen("top_layers", json!({}))], &[]);
-        assert!((ENTRY.from_file)(&with(written, json!({ "layers": 0 }))).is_err());
+        assert!((ENTRY.from_file)(&with(written, json!({ "blocks": 0 }))).is_err());
     }
 }

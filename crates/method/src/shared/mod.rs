@@ -10,3 +10,4 @@ pub(crate) mod mt19937;
 pub(crate) mod orthogonal;
 pub(crate) mod scores;
 pub(crate) mod sparse;
+pub(crate) mod staged;

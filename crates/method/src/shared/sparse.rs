@@ -26,6 +26,8 @@ pub(crate) enum Budget {
     EachAndOne(f64),
     /// So many in every row.
     Rows(usize),
+    /// This share of the rows of each matrix, whole, at least one.
+    WholeRows(f64),
     /// As many in each matrix as LoRA of this rank has: r·(in + out).
     Rank(usize),
 }
@@ -39,6 +41,7 @@ impl Budget {
             Budget::Global(p) | Budget::Each(p) => share(p),
             Budget::EachAndOne(p) => ((p * size as f64).floor() as usize + 1).min(size as usize),
             Budget::Rows(k) => k.min(inn) * out,
+            Budget::WholeRows(p) => ((p * out as f64).floor() as usize).max(1) * inn,
             Budget::Rank(r) if (r * (inn + out)) as u64 > size => {
                 let message = format!(
                     "rank {r} asks for {} of its {size} entries; choose a smaller rank, or train it whole with full",
@@ -120,7 +123,31 @@ impl Mask {
 
     /// Values and places at the targets. Until the places are chosen they are spread evenly.
     pub fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
-        self.attach_at(b, |group| Ok((0..group.count).map(|i| spread(i, group)).collect()))
+        self.attach_at(b, |group| self.spread(group))
+    }
+
+    /// Values of a group, zeros, and its places, spread evenly.
+    pub fn tensors(&self, b: &mut Builder<'_>, group: &Group<'_>) -> Result<(Param, Param)> {
+        let places = self.spread(group)?;
+        self.tensors_at(b, group, &places)
+    }
+
+    fn tensors_at(&self, b: &mut Builder<'_>, group: &Group<'_>, places: &[u64]) -> Result<(Param, Param)> {
+        let places = self.tensor(group, places)?;
+        let values = b.param(&format!("{}{}", group.prefix, self.values), &[group.count], Init::Zeros)?;
+        let name = format!("{}{}", group.prefix, self.places);
+        let places = b.fixed(&name, &places.shape().to_vec(), Init::Values(places))?;
+        Ok((values, places))
+    }
+
+    fn spread(&self, group: &Group<'_>) -> Result<Vec<u64>> {
+        let evenly = |count: usize, of: u64| {
+            (0..count).map(move |i| (i as u128 * u128::from(of) / count.max(1) as u128) as u64).collect()
+        };
+        let Budget::WholeRows(_) = self.budget else { return Ok(evenly(group.count, group.size)) };
+        let (out, inn) = shape(group.sites[0].0)?;
+        let rows: Vec<u64> = evenly(group.count / inn, out as u64);
+        Ok(whole_rows(&rows, inn))
     }
 
     /// Values and places at the targets, the places as `choose` gives them, ascending.
@@ -130,10 +157,7 @@ impl Mask {
         choose: impl Fn(&Group<'_>) -> Result<Vec<u64>>,
     ) -> Result<()> {
         for group in self.groups(&b.targets())? {
-            let places = self.tensor(&group, &choose(&group)?)?;
-            let values = b.param(&format!("{}{}", group.prefix, self.values), &[group.count], Init::Zeros)?;
-            let name = format!("{}{}", group.prefix, self.places);
-            let places = b.fixed(&name, &places.shape().to_vec(), Init::Values(places))?;
+            let (values, places) = self.tensors_at(b, &group, &choose(&group)?)?;
             for (site, first) in group.sites {
                 let delta = Delta::new(values.clone(), places.clone(), shape(site)?, first);
                 b.patch(site.id, Patch::Weight(Box::new(delta)))?;
@@ -159,9 +183,9 @@ impl Mask {
     }
 }
 
-/// The i-th of evenly spread places.
-fn spread(i: usize, group: &Group<'_>) -> u64 {
-    (i as u128 * u128::from(group.size) / group.count.max(1) as u128) as u64
+/// Places of whole rows of a matrix with `inn` columns.
+pub(crate) fn whole_rows(rows: &[u64], inn: usize) -> Vec<u64> {
+    rows.iter().flat_map(|row| row * inn as u64..(row + 1) * inn as u64).collect()
 }
 
 /// (out, in) of a matrix that can have a mask.
