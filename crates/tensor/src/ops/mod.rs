@@ -1,14 +1,16 @@
 //! Operations on tensors, one idea a file: shape check, kernel, gradient, test.
 //!
-//! `elementwise`, `reduce`, `shape`, `gather`, `matmul` and `softmax` are the primitives from which any method can be
+//! `elementwise`, `reduce`, `shape`, `gather`, `top_k`, `matmul`, `fourier`, `hadamard` and `softmax` are the primitives from which any method can be
 //! composed; `linear`, `low_rank`, `norm`, `rope`, `attention`, `gated`, `loss` and `dropout` are fused and are tested against
 //! their composition.
 
 mod attention;
 mod dropout;
 mod elementwise;
+mod fourier;
 mod gated;
 mod gather;
+mod hadamard;
 mod linear;
 mod loss;
 mod low_rank;
@@ -18,9 +20,11 @@ mod reduce;
 mod rope;
 mod shape;
 mod softmax;
+mod top_k;
 
 pub use attention::{Attention, RelativeBias, Spans, attention};
 pub use elementwise::{Binary, Unary};
+pub use fourier::Frequencies;
 pub use gated::silu_mul;
 pub use gather::{embed, embed_shape};
 pub use linear::frozen_linear;
