@@ -14,7 +14,7 @@ use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
 use crate::copies::{biases_of_decoders, biases_of_saved, one_bias_a_head, stale};
-use crate::{Described, Method, from_file, peft, tied};
+use crate::{Described, Method, Stored, from_file, peft, tied};
 
 const UNION: &str = "ENGRAFT_UNION";
 
@@ -117,16 +117,38 @@ fn prefix(methods: &[Chosen], number: usize) -> String {
     if methods.len() > 1 { format!("{number}.") } else { String::new() }
 }
 
-/// The key in the file of the parameter `name`, and the further keys that hold it too.
-fn file_names(methods: &[Chosen], name: &str) -> (String, Vec<String>) {
+/// The method that made the parameter `name` of a union, with its number and its own name of the parameter.
+fn maker<'a>(methods: &'a [Chosen], name: &'a str) -> Option<(&'a dyn Method, &'a str, &'a str)> {
+    let (number, rest) = name.split_once('.')?;
+    Some((methods.get(number.parse::<usize>().ok()?)?.0.as_ref(), number, rest))
+}
+
+/// What the file holds in place of the parameter `name`.
+fn file_form(methods: &[Chosen], name: &str, value: &Tensor) -> Result<Option<Named>> {
     if let [(only, _)] = methods {
-        return (only.file_name(name), only.file_copies(name));
+        return only.file_form(name, value);
     }
-    let own =
-        name.split_once('.').and_then(|(n, rest)| Some((n, methods.get(n.parse::<usize>().ok()?)?, rest)));
-    match own {
-        Some((n, (method, _), rest)) => {
-            let copies = method.file_copies(rest);
+    let Some((method, number, rest)) = maker(methods, name) else { return Ok(None) };
+    let form = method.file_form(rest, value)?;
+    Ok(form.map(|form| form.into_iter().map(|(key, value)| (format!("{number}.{key}"), value)).collect()))
+}
+
+/// Type of the numbers that the file of an adapter of these methods holds as `key`.
+pub fn stored_as(methods: &[Chosen], key: &str) -> Stored {
+    match methods {
+        [(only, _)] => only.stored_as(key),
+        several => maker(several, key).map_or(Stored::F32, |(method, _, rest)| method.stored_as(rest)),
+    }
+}
+
+/// The key in the file of the parameter `name`, and the further keys that hold it too.
+fn file_names(methods: &[Chosen], adapter: &Adapter, name: &str) -> (String, Vec<String>) {
+    if let [(only, _)] = methods {
+        return (only.file_name(name), only.file_copies(name, adapter));
+    }
+    match maker(methods, name) {
+        Some((method, n, rest)) => {
+            let copies = method.file_copies(rest, adapter);
             (format!("{n}.{}", method.file_name(rest)), copies.iter().map(|c| format!("{n}.{c}")).collect())
         }
         None => (format!("base_model.model.{name}"), Vec::new()),
@@ -156,7 +178,7 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     let mut attached = build(&methods, &train_also, sites, info, 0, Vec::new())?;
     let (mut names, mut copies) = (HashMap::new(), Vec::new());
     for p in attached.adapter.params().iter().filter(|p| p.saved) {
-        let (key, more) = file_names(&methods, &p.name);
+        let (key, more) = file_names(&methods, &attached.adapter, &p.name);
         names.insert(key, p.name.clone());
         copies.extend(more);
     }
@@ -259,7 +281,11 @@ pub fn save_adapter(
     let sites = sites.named(adapter.names());
     let mut tensors = Vec::new();
     for p in adapter.params().iter().filter(|p| p.saved) {
-        let (key, copies) = file_names(methods, &p.name);
+        if let Some(form) = file_form(methods, &p.name, &p.param.value())? {
+            tensors.extend(form);
+            continue;
+        }
+        let (key, copies) = file_names(methods, adapter, &p.name);
         tensors.extend(copies.into_iter().chain([key]).map(|key| (key, p.param.value())));
     }
     let mut train_also = train_also.to_vec();

@@ -31,7 +31,7 @@ use prompts::{prefix, prompt, vpt};
 use reparameterized::lora;
 use selective::{bitfit, full};
 
-pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
+pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter, stored_as};
 pub use calibration::{Calibration, Observe, Seen, observe};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
 pub use read::pattern;
@@ -143,10 +143,31 @@ pub trait Method: Send + Sync {
         format!("base_model.model.{name}")
     }
 
-    /// Further names under which the file holds the same parameter.
-    fn file_copies(&self, _name: &str) -> Vec<String> {
+    /// Type of the numbers that the file holds as `key`.
+    fn stored_as(&self, _key: &str) -> Stored {
+        Stored::F32
+    }
+
+    /// What the file holds in place of the parameter `name`, by the file's own names; `None` where it holds the parameter.
+    fn file_form(&self, _name: &str, _value: &Tensor) -> Result<Option<Named>> {
+        Ok(None)
+    }
+
+    /// Further names under which the file of `adapter` holds the same parameter.
+    fn file_copies(&self, _name: &str, _adapter: &Adapter) -> Vec<String> {
         Vec::new()
     }
+}
+
+/// How a file holds numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Stored {
+    F32,
+    U8,
+    I16,
+    I32,
+    I64,
 }
 
 /// The model that an adapter is saved for, and the sites its method was given.

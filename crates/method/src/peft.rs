@@ -12,6 +12,25 @@ use crate::read::{Reader, texts};
 /// The version whose keys are written.
 const VERSION: &str = "0.21.2";
 
+/// Types whose configuration in `peft` has no `exclude_modules`.
+const NO_EXCLUSION: &[&str] = &[
+    "ADAMSS",
+    "BEFT",
+    "C3A",
+    "FROD",
+    "GLORA",
+    "GRALORA",
+    "OSF",
+    "PVERA",
+    "RANDLORA",
+    "ROAD",
+    "SHIRA",
+    "SUPERTUNING",
+    "TINYLORA",
+    "UNILORA",
+    "VERA",
+];
+
 /// Whether this is the configuration of `peft_type`.
 pub(crate) fn is_type(config: &Value, peft_type: &str) -> bool {
     config.get("peft_type").and_then(Value::as_str) == Some(peft_type)
@@ -79,6 +98,7 @@ pub(crate) fn write_targets(
     sites: &Sites,
     by_layer: bool,
 ) -> Result<Map<String, Value>> {
+    let excludes = !NO_EXCLUSION.contains(&method.peft_type());
     let written = |m: &Matcher| match m {
         Matcher::Names(names) => json!(names),
         Matcher::Regex(pattern) => json!(pattern),
@@ -87,17 +107,20 @@ pub(crate) fn write_targets(
     };
     let spelled = match (&targets.matcher, &targets.layers) {
         (Matcher::Roles(_), _) => true,
+        _ if !excludes && targets.exclude.is_some() => true,
         (Matcher::Names(_), Some(_)) => !by_layer,
         (_, layers) => layers.is_some(),
     };
     let mut map = Map::new();
+    if excludes {
+        let exclude = targets.exclude.as_ref().filter(|_| !spelled).map_or(Value::Null, written);
+        map.insert("exclude_modules".into(), exclude);
+    }
     if spelled {
         map.insert("target_modules".into(), json!(module_names(targets, method, sites)?));
-        map.insert("exclude_modules".into(), Value::Null);
         return Ok(map);
     }
     map.insert("target_modules".into(), written(&targets.matcher));
-    map.insert("exclude_modules".into(), targets.exclude.as_ref().map_or(Value::Null, written));
     if let Some(layers) = &targets.layers {
         map.insert("layers_to_transform".into(), json!(layers.layers));
         map.insert("layers_pattern".into(), json!(layers.pattern));
@@ -169,7 +192,7 @@ pub(crate) fn kept_classifier<'s>(
     adapter: &Adapter,
 ) -> Option<(&'static str, Vec<&'s Site>)> {
     let classifies = matches!(task, Task::SequenceClassification | Task::TokenClassification);
-    if !classifies || !["LORA", "IA3", "PROMPT_TUNING", "PREFIX_TUNING"].contains(&peft_type) {
+    if !classifies || peft_type.starts_with("ENGRAFT_") {
         return None;
     }
     CLASSIFIERS.iter().find_map(|name| {

@@ -32,7 +32,7 @@ pub struct AttachedAdapter {
 pub fn open_adapter(model: &dyn Model, dir: &Path, limits: &Limits) -> Result<AttachedAdapter> {
     let files = read_adapter(dir, limits)?;
     let tensor = |(name, raw): (&str, &RawTensor)| {
-        Ok((name.to_owned(), Tensor::from_vec(raw.to_f32()?, raw.shape.clone())?))
+        Ok((name.to_owned(), Tensor::from_vec(raw.numbers()?, raw.shape.clone())?))
     };
     let tensors = files.weights.iter().map(tensor).collect::<Result<Vec<_>>>()?;
     let loaded = load_adapter(&files.config, tensors, model.sites(), model.info())?;

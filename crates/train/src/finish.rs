@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use engraft_data::{Dataset, Tokenizer};
-use engraft_method::save_adapter;
+use engraft_method::{Stored, save_adapter, stored_as};
 use engraft_nn::{Base, Layout, Pass, Patch, Patched, Value};
 use engraft_report::run::{Change, EvalRow, Fact, Setting, Verdict};
 use engraft_report::{Events, RunData, human, training_plot};
-use engraft_store::{Entry, json, write_atomic};
+use engraft_store::{Dtype, Entry, json, write_atomic};
 use engraft_tensor::{Tensor, no_grad};
 
 use crate::batch::Batch;
@@ -37,12 +37,27 @@ pub(crate) fn write_adapter(session: &Session, dir: &Path) -> Result<()> {
     let values: Vec<Vec<f32>> =
         tensors.iter().map(|(_, t)| t.to_vec()).collect::<engraft_tensor::Result<_>>()?;
     let named = tensors.iter().zip(&values);
-    let entries: Vec<Entry> =
-        named.map(|((name, tensor), values)| Entry::f32(name.clone(), tensor.shape(), values)).collect();
+    let entries: Vec<Entry> = named
+        .map(|((name, tensor), values)| {
+            entry(stored_as(&session.methods, name), name, tensor.shape(), values)
+        })
+        .collect();
     engraft_store::write_adapter(dir, &config, &entries)?;
     match &session.labels {
         Some(names) => crate::labels::write(dir, names),
         None => Ok(()),
+    }
+}
+
+/// A tensor in the type that the file has it in.
+fn entry<'a>(stored: Stored, name: &str, shape: &[usize], values: &'a [f32]) -> Entry<'a> {
+    let whole = |dtype, bytes: Vec<u8>| Entry::new(name, dtype, shape, bytes);
+    match stored {
+        Stored::F32 => Entry::f32(name, shape, values),
+        Stored::U8 => whole(Dtype::U8, values.iter().map(|&v| v as u8).collect()),
+        Stored::I16 => whole(Dtype::I16, values.iter().flat_map(|&v| (v as i16).to_le_bytes()).collect()),
+        Stored::I32 => whole(Dtype::I32, values.iter().flat_map(|&v| (v as i32).to_le_bytes()).collect()),
+        Stored::I64 => whole(Dtype::I64, values.iter().flat_map(|&v| (v as i64).to_le_bytes()).collect()),
     }
 }
 
