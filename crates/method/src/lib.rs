@@ -14,6 +14,7 @@ mod prompts;
 mod read;
 mod reparameterized;
 mod selective;
+mod shared;
 #[cfg(test)]
 mod testing;
 mod tied;
@@ -28,7 +29,7 @@ use serde_json::{Map, Value};
 
 use additive::{bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
-use reparameterized::lora;
+use reparameterized::{kadaptation, krona, loha, lokr, lora, phm};
 use selective::{bitfit, full};
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter, stored_as};
@@ -39,6 +40,11 @@ pub use read::pattern;
 /// Every method, in the order of the documentation.
 pub static METHODS: &[&Entry] = &[
     &lora::ENTRY,
+    &loha::ENTRY,
+    &lokr::ENTRY,
+    &krona::ENTRY,
+    &kadaptation::ENTRY,
+    &phm::ENTRY,
     &ia3::ENTRY,
     &bitfit::ENTRY,
     &bottleneck::ENTRY,

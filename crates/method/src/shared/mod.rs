@@ -1,0 +1,4 @@
+//! What several methods share.
+
+pub(crate) mod kronecker;
+pub(crate) mod places;
