@@ -29,7 +29,10 @@ use serde_json::{Map, Value};
 
 use additive::{bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
-use reparameterized::{kadaptation, krona, loha, lokr, lora, phm};
+use reparameterized::{
+    c3a, dvora, fourierft, kadaptation, krona, loha, lokr, lora, miss, nola, phm, pvera, randlora, said,
+    unilora, vblora, vera,
+};
 use selective::{bitfit, full};
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter, stored_as};
@@ -45,6 +48,17 @@ pub static METHODS: &[&Entry] = &[
     &krona::ENTRY,
     &kadaptation::ENTRY,
     &phm::ENTRY,
+    &vera::ENTRY,
+    &dvora::ENTRY,
+    &pvera::ENTRY,
+    &vblora::ENTRY,
+    &unilora::ENTRY,
+    &randlora::ENTRY,
+    &fourierft::ENTRY,
+    &c3a::ENTRY,
+    &miss::ENTRY,
+    &nola::ENTRY,
+    &said::ENTRY,
     &ia3::ENTRY,
     &bitfit::ENTRY,
     &bottleneck::ENTRY,

@@ -1,0 +1,47 @@
+//! `bias` of `peft`: the biases of the model that are trained along with a method's own tensors.
+
+use engraft_nn::{Builder, Kind, Result};
+
+use crate::read::Reader;
+
+/// Which biases of the model are trained along.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Biases {
+    None,
+    All,
+    OfTargets,
+}
+
+impl Biases {
+    /// The setting `bias`; `of_targets` is the method's word for the biases of its targets ("vera_only").
+    pub fn read(r: &mut Reader<'_>, of_targets: &str) -> Biases {
+        r.one_of("bias", &[("none", Biases::None), ("all", Biases::All), (of_targets, Biases::OfTargets)])
+    }
+
+    /// The setting as it is written.
+    pub fn name(self, of_targets: &'static str) -> &'static str {
+        match self {
+            Biases::None => "none",
+            Biases::All => "all",
+            Biases::OfTargets => of_targets,
+        }
+    }
+
+    /// Trains every vector called `bias`, or those of the targets.
+    pub fn attach(self, b: &mut Builder<'_>) -> Result<()> {
+        if self == Biases::None {
+            return Ok(());
+        }
+        let targets: Vec<&str> = b.targets().iter().map(|s| s.path.as_str()).collect();
+        for site in b.sites().of_kind(|k| matches!(k, Kind::Vector { .. })) {
+            let Some(module) = site.path.strip_suffix(".bias") else { continue };
+            let of_target = targets.contains(&module);
+            if (self == Biases::All || of_target) && !b.replaced(site.id) {
+                // peft moves the layers it changes one level down.
+                let name = if of_target { format!("{module}.base_layer.bias") } else { site.path.clone() };
+                b.replace_as(site.id, &name)?;
+            }
+        }
+        Ok(())
+    }
+}
