@@ -32,7 +32,7 @@ fn text(path: &Path) -> &str {
 }
 
 fn tensor(file: &Path, name: &str) -> Vec<f32> {
-    Weights::open_file(file, &Limits::default()).unwrap().get(name).unwrap().to_f32().unwrap()
+    Weights::open_file(file, &Limits::default()).unwrap().get(name).unwrap().numbers().unwrap()
 }
 
 /// Logits of a model with or without an adapter.

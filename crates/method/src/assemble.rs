@@ -10,12 +10,12 @@ use engraft_nn::{
     Adapter, Base, Builder, Error, ModelInfo, Patch, Replacement, Result, Role, Site, SiteId, Sites, Targets,
     Value as Frozen,
 };
-use engraft_tensor::Tensor;
+use engraft_tensor::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_bias_a_head, stale};
-use crate::names::{file_names, kept, prefix};
-use crate::{Described, Method, from_file, peft, tied};
+use crate::names::{file_form, file_names, kept, prefix, stored_as};
+use crate::{Described, Method, Stored, from_file, peft, tied};
 
 const UNION: &str = "ENGRAFT_UNION";
 
@@ -136,12 +136,13 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     let mut attached = build(&methods, &train_also, sites, info, 0, Vec::new())?;
     let (mut names, mut copies) = (HashMap::new(), HashMap::new());
     for p in attached.adapter.params().iter().filter(|p| p.saved) {
-        let (key, more) = file_names(&methods, &p.name);
+        let (key, more) = file_names(&methods, &attached.adapter, &p.name);
         names.insert(key, p.name.clone());
         copies.extend(more.into_iter().map(|copy| (copy, p.name.clone())));
     }
     let (mut given, mut rest, mut copied) = (Vec::new(), Vec::new(), Vec::new());
     for (key, tensor) in tensors {
+        let tensor = as_held(tensor, stored_as(&methods, &key))?;
         match (names.get(&key), copies.get(&key)) {
             (Some(name), _) => given.push((name.clone(), tensor)),
             (None, Some(name)) => copied.push((key, name, tensor)),
@@ -241,7 +242,11 @@ pub fn save_adapter(
     let sites = sites.named(adapter.names());
     let mut tensors = Vec::new();
     for p in adapter.params().iter().filter(|p| p.saved && kept(methods, adapter, &p.name)) {
-        let (key, copies) = file_names(methods, &p.name);
+        if let Some(form) = file_form(methods, &p.name, &p.param.value())? {
+            tensors.extend(form);
+            continue;
+        }
+        let (key, copies) = file_names(methods, adapter, &p.name);
         tensors.extend(copies.into_iter().chain([key]).map(|key| (key, p.param.value())));
     }
     let mut train_also = train_also.to_vec();
@@ -275,8 +280,32 @@ pub fn save_adapter(
             union
         }
     };
+    for (key, tensor) in &mut tensors {
+        *tensor = as_stored(tensor, stored_as(methods, key))?;
+    }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
     Ok((Value::Object(config), tensors))
+}
+
+/// The numbers in the type of the file, where tensors have that type.
+fn as_stored(tensor: &Tensor, stored: Stored) -> Result<Tensor> {
+    let whole =
+        |tensor: &Tensor| -> Result<Vec<i64>> { Ok(tensor.to_vec()?.iter().map(|&v| v as i64).collect()) };
+    Ok(match stored {
+        _ if tensor.dtype() != DType::F32 => tensor.clone(),
+        Stored::I64 => Tensor::from_i64(whole(tensor)?, tensor.shape())?,
+        Stored::I32 => Tensor::from_i32(whole(tensor)?.iter().map(|&v| v as i32).collect(), tensor.shape())?,
+        Stored::F32 | Stored::U8 | Stored::I16 => tensor.clone(),
+    })
+}
+
+/// Whole numbers of a file as the parameter has them, where the file holds them in another type.
+fn as_held(tensor: Tensor, stored: Stored) -> Result<Tensor> {
+    if tensor.dtype() == DType::F32 || stored == Stored::F32 {
+        return Ok(tensor);
+    }
+    let values = tensor.to_i64()?.iter().map(|&v| v as f32).collect();
+    Ok(Tensor::from_vec(values, tensor.shape())?)
 }
 
 /// The name of a site's tensor in a model's own files.

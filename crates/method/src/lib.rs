@@ -33,8 +33,9 @@ use serde_json::{Map, Value};
 use additive::{beft, bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
 use reparameterized::{
-    adalora, autolora, bilora, boft, capaboost, deft, delora, dylora, glora, gralora, hira, hiwi, hra, lily,
-    lora, loramoe, molora, oft, peanut, periodiclora, poly, road, rosa, sora,
+    adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
+    hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, peanut,
+    periodiclora, phm, poly, pvera, randlora, road, rosa, said, sora, unilora, vblora, vera,
 };
 use selective::{
     bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, ln_tuning, lt_sft, pafi, random_mask,
@@ -44,7 +45,7 @@ use selective::{
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
 pub use calibration::{Calibration, Observe, Seen, observe};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
-pub use names::prefix;
+pub use names::{prefix, stored_as};
 pub use read::pattern;
 pub use reparameterized::dylora::sliced_dylora;
 
@@ -62,6 +63,22 @@ pub static METHODS: &[&Entry] = &[
     &loramoe::ENTRY,
     &poly::ENTRY,
     &rosa::ENTRY,
+    &loha::ENTRY,
+    &lokr::ENTRY,
+    &krona::ENTRY,
+    &kadaptation::ENTRY,
+    &phm::ENTRY,
+    &vera::ENTRY,
+    &dvora::ENTRY,
+    &pvera::ENTRY,
+    &vblora::ENTRY,
+    &unilora::ENTRY,
+    &randlora::ENTRY,
+    &fourierft::ENTRY,
+    &c3a::ENTRY,
+    &miss::ENTRY,
+    &nola::ENTRY,
+    &said::ENTRY,
     &ia3::ENTRY,
     &bitfit::ENTRY,
     &ln_tuning::ENTRY,
@@ -219,10 +236,31 @@ pub trait Method: Send + Sync {
         format!("base_model.model.{name}")
     }
 
-    /// Further names under which the file holds the same parameter.
-    fn file_copies(&self, _name: &str) -> Vec<String> {
+    /// Type of the numbers that the file holds as `key`.
+    fn stored_as(&self, _key: &str) -> Stored {
+        Stored::F32
+    }
+
+    /// What the file holds in place of the parameter `name`, by the file's own names; `None` where it holds the parameter.
+    fn file_form(&self, _name: &str, _value: &Tensor) -> Result<Option<Named>> {
+        Ok(None)
+    }
+
+    /// Further names under which the file of `adapter` holds the same parameter.
+    fn file_copies(&self, _name: &str, _adapter: &Adapter) -> Vec<String> {
         Vec::new()
     }
+}
+
+/// How a file holds numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Stored {
+    F32,
+    U8,
+    I16,
+    I32,
+    I64,
 }
 
 /// The model that an adapter is saved for, and the sites its method was given.

@@ -89,6 +89,11 @@ impl<'a> Reader<'a> {
         self.read(key, format!("a whole number from {least}"), whole).unwrap_or(default)
     }
 
+    /// A seed: a whole number of at least 0.
+    pub fn seed(&mut self, key: &'static str, default: u64) -> u64 {
+        self.read(key, "a whole number of at least 0", Value::as_u64).unwrap_or(default)
+    }
+
     /// True or false; absent is `default`.
     pub fn flag(&mut self, key: &'static str, default: bool) -> bool {
         self.read(key, "true or false", Value::as_bool).unwrap_or(default)

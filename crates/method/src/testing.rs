@@ -134,6 +134,19 @@ pub fn frozen(path: &str) -> Tensor {
     }
 }
 
+/// W′ of a site, as merging makes it.
+pub fn merged(a: &Attached, path: &str) -> Tensor {
+    let (sites, _) = toy();
+    let all = engraft_nn::merged_tensors(&sites, &a.adapter).unwrap();
+    all.iter().find(|m| m.site.path == path).unwrap().value.clone()
+}
+
+/// A tensor of an adapter.
+pub fn value_of(a: &Attached, name: &str) -> Tensor {
+    let found = a.adapter.params().iter().find(|p| p.name == name);
+    found.unwrap_or_else(|| panic!("{name} is not there")).param.value()
+}
+
 /// The vector that the patches at a site make.
 pub fn vector(a: &Attached, path: &str) -> Tensor {
     let (sites, _) = toy();

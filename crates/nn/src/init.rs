@@ -26,14 +26,14 @@ impl Init {
         Init::Uniform(1.0 / (fan_in.max(1) as f32).sqrt())
     }
 
-    /// The stream of random numbers that belongs to a name.
-    pub fn stream(name: &str) -> u64 {
-        stream(name)
+    /// The random numbers of what is called `name`.
+    pub fn key(seed: u64, name: &str) -> Key {
+        Key { seed, stream: stream(name) }
     }
 
     /// A tensor of `shape`, drawn from (seed, name) alone: it does not depend on what else is drawn.
     pub fn tensor(&self, shape: &[usize], seed: u64, name: &str) -> Result<Tensor> {
-        let key = Key { seed, stream: stream(name) };
+        let key = Init::key(seed, name);
         let draw = |f: &dyn Fn(u64) -> f32| {
             Tensor::from_vec((0..shape.iter().product::<usize>() as u64).map(f).collect(), shape)
         };

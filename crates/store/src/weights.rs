@@ -169,6 +169,18 @@ impl RawTensor {
         Ok(out)
     }
 
+    /// As [`RawTensor::to_f32`], whole numbers included (places that an adapter holds).
+    pub fn numbers(&self) -> Result<Vec<f32>> {
+        let bytes = self.bytes();
+        Ok(match self.dtype {
+            Dtype::U8 => bytes.iter().map(|&b| f32::from(b)).collect(),
+            Dtype::I16 => bytes.as_chunks().0.iter().map(|&b| f32::from(i16::from_le_bytes(b))).collect(),
+            Dtype::I32 => bytes.as_chunks().0.iter().map(|&b| i32::from_le_bytes(b) as f32).collect(),
+            Dtype::I64 => bytes.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b) as f32).collect(),
+            _ => return self.to_f32(),
+        })
+    }
+
     /// Rows `range` of the first dimension into `out` (`[range.len(), …]`), as [`RawTensor::to_f32`].
     pub fn rows_f32(&self, range: Range<usize>, out: &mut [f32]) -> Result<()> {
         let rows = self.shape.first().copied().unwrap_or(1);

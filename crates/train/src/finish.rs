@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use engraft_data::{Dataset, Tokenizer};
-use engraft_method::{Named, save_adapter};
+use engraft_method::{Chosen, Named, save_adapter, stored_as};
 use engraft_nn::{Base, Layout, Pass, Patch, Patched, Value};
 use engraft_report::run::{Change, EvalRow, Fact, Setting, Verdict};
 use engraft_report::{Events, RunData, human, training_plot};
@@ -34,17 +34,23 @@ pub(crate) fn write_adapter(session: &Session, dir: &Path) -> Result<()> {
         session.model.sites(),
         session.model.info(),
     )?;
-    write_adapter_files(dir, &config, &tensors)?;
+    write_adapter_files(dir, &config, &tensors, &session.methods)?;
     match &session.labels {
         Some(names) => crate::labels::write(dir, names),
         None => Ok(()),
     }
 }
 
-/// Writes an adapter directory.
-pub fn write_adapter_files(dir: &Path, config: &serde_json::Value, tensors: &Named) -> Result<()> {
-    let entries = tensors.iter().map(|(name, tensor)| crate::tensors::entry(name, tensor));
-    let entries = entries.collect::<Result<Vec<_>>>()?;
+/// Writes the directory of an adapter of `methods`.
+pub fn write_adapter_files(
+    dir: &Path,
+    config: &serde_json::Value,
+    tensors: &Named,
+    methods: &[Chosen],
+) -> Result<()> {
+    let entry =
+        |(name, tensor): &(String, Tensor)| crate::tensors::stored(stored_as(methods, name), name, tensor);
+    let entries = tensors.iter().map(entry).collect::<Result<Vec<_>>>()?;
     Ok(engraft_store::write_adapter(dir, config, &entries)?)
 }
 

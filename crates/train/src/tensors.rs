@@ -1,5 +1,6 @@
 //! Tensors of adapters and checkpoints, to and from files: numbers are f32, places and counters whole.
 
+use engraft_method::Stored;
 use engraft_store::{Dtype, Entry, RawTensor};
 use engraft_tensor::{DType, Tensor};
 
@@ -15,7 +16,23 @@ pub(crate) fn entry(name: impl Into<String>, tensor: &Tensor) -> Result<Entry<'s
     Ok(Entry::new(name, dtype, tensor.shape(), tensor.to_bytes()?))
 }
 
-/// A tensor of a file: whole numbers as they are, other types as f32.
+/// A tensor in the type that its method's file has it in; whole numbers that the engine holds as such keep theirs.
+pub(crate) fn stored(stored: Stored, name: &str, tensor: &Tensor) -> Result<Entry<'static>> {
+    if tensor.dtype() != DType::F32 || stored == Stored::F32 {
+        return entry(name, tensor);
+    }
+    let values = tensor.to_vec()?;
+    let (dtype, bytes): (Dtype, Vec<u8>) = match stored {
+        Stored::U8 => (Dtype::U8, values.iter().map(|&v| v as u8).collect()),
+        Stored::I16 => (Dtype::I16, values.iter().flat_map(|&v| (v as i16).to_le_bytes()).collect()),
+        Stored::I32 => (Dtype::I32, values.iter().flat_map(|&v| (v as i32).to_le_bytes()).collect()),
+        Stored::I64 => (Dtype::I64, values.iter().flat_map(|&v| (v as i64).to_le_bytes()).collect()),
+        Stored::F32 => return entry(name, tensor),
+    };
+    Ok(Entry::new(name, dtype, tensor.shape(), bytes))
+}
+
+/// A tensor of a file: whole numbers as they are where the engine has their type, others as f32.
 pub(crate) fn tensor(raw: &RawTensor) -> Result<Tensor> {
     Ok(match raw.dtype {
         Dtype::I64 => Tensor::from_i64(raw.to_i64()?, raw.shape.clone())?,
@@ -23,7 +40,7 @@ pub(crate) fn tensor(raw: &RawTensor) -> Result<Tensor> {
             let values = raw.to_i64()?.into_iter().map(|v| v as i32).collect();
             Tensor::from_i32(values, raw.shape.clone())?
         }
-        _ => Tensor::from_vec(raw.to_f32()?, raw.shape.clone())?,
+        _ => Tensor::from_vec(raw.numbers()?, raw.shape.clone())?,
     })
 }
 

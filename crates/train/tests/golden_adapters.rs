@@ -7,11 +7,11 @@ mod fixtures;
 use std::path::Path;
 use std::sync::Arc;
 
-use engraft_method::{LoadedAdapter, load_adapter, save_adapter};
+use engraft_method::{LoadedAdapter, load_adapter, save_adapter, stored_as};
 use engraft_model::Loaded;
 use engraft_nn::weight::Storage;
 use engraft_nn::{Adapter, Builder, Init, Kind, Pass, Patch, Replacement, merged_tensors};
-use engraft_store::{Limits, read_adapter};
+use engraft_store::{Dtype, Limits, read_adapter};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
 use serde_json::{Value, json};
@@ -59,6 +59,13 @@ fn case(root: &Path, name: &str) -> Vec<String> {
         Err(e) => return vec![e.to_string()],
     };
     let mut problems = round_trip(&adapter, &files.config, &tensors, &loaded);
+    problems.extend(files.weights.iter().filter_map(|(key, raw)| {
+        let stored = stored_as(&adapter.methods, key);
+        // Other whole numbers are compared with their type, as tensors.
+        let small = [Dtype::U8, Dtype::I16].contains(&raw.dtype);
+        let same = format!("{stored:?}") == raw.dtype.to_string();
+        (small && !same).then(|| format!("{key} is {} and saved as {stored:?}", raw.dtype))
+    }));
     let adapted = Arc::new(adapter.adapter);
     let mut compare = |adapter: &Arc<Adapter>, file: &str, tolerance: &str| {
         let cx = Pass::new(grid.inputs.layout.clone(), Some(adapter.clone()));

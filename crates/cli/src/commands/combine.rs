@@ -95,7 +95,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         Some(model) => Some(compare(args, model, &terms, &options, &combined, cx)?),
         None => None,
     };
-    write_adapter_files(&args.out, &combined.config, &combined.tensors)?;
+    write_adapter_files(&args.out, &combined.config, &combined.tensors, &combined.methods)?;
     tell(args, &combined, compared.as_ref(), cx);
     Ok(())
 }

@@ -65,7 +65,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let loaded = load_adapter(&config, tensors, sites, info).before_work()?;
     let (config, tensors) =
         save_adapter(&loaded.adapter, &loaded.methods, &loaded.train_also, &args.model, sites, info)?;
-    write_adapter_files(&args.out, &config, &tensors)?;
+    write_adapter_files(&args.out, &config, &tensors, &loaded.methods)?;
     if args.json {
         cx.ui.json(json!({
             "out": args.out.display().to_string(), "tensors": tensors.len(), "rank": config["r"], "alpha": config["lora_alpha"],

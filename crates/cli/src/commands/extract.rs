@@ -76,7 +76,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let adapter = attach(&methods, &[], &sites, &info, 0).before_work()?.adapter;
     fill(&adapter, found.products.iter())?;
     let (config, tensors) = save_adapter(&adapter, &methods, &[], &args.model, &sites, &info)?;
-    write_adapter_files(&args.out, &config, &tensors)?;
+    write_adapter_files(&args.out, &config, &tensors, &methods)?;
 
     let probes = Probes::of(args.probe.as_deref(), &engine)?;
     let before = probes.measure(&engine)?;

@@ -27,7 +27,7 @@ Examples:
   engraft train recipe.toml --set method.rank=16 --out runs/b
   engraft train recipe.toml --check        two steps of everything
   engraft train recipe.toml --resume        goes on where the run was cut off
-  engraft train a.toml b.toml c.toml        several adapters in turn, their base in memory once
+  engraft train a.toml b.toml c.toml        several adapters, one base in memory
 
 Several recipes are trained together, a step each in turn: every run has a directory of its own (OUT/NAME), its own data and
 settings, and the bits it has alone.

@@ -14,7 +14,8 @@
 mod file;
 
 use engraft_nn::{
-    Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, Sites, Stack, Sublayer, SublayerPatch,
+    Adapter, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, Sites, Stack, Sublayer,
+    SublayerPatch,
 };
 use engraft_tensor::ops::{Unary, layer_norm};
 use engraft_tensor::{Param, Tensor};
@@ -350,7 +351,7 @@ impl Method for Bottleneck {
     }
 
     /// `adapters` keeps the norm before the bottleneck in two places.
-    fn file_copies(&self, name: &str) -> Vec<String> {
+    fn file_copies(&self, name: &str, _adapter: &Adapter) -> Vec<String> {
         let own = name.contains(".adapter_norm_before.");
         own.then(|| name.replace(".adapter_norm_before.", ".adapter_down.0.")).into_iter().collect()
     }

@@ -17,10 +17,10 @@ use std::collections::BTreeMap;
 
 use engraft_nn::{Error, Result};
 use engraft_tensor::linalg::svd;
-use engraft_tensor::{Tensor, no_grad};
+use engraft_tensor::{DType, Tensor, no_grad};
 use serde_json::Value;
 
-use crate::Named;
+use crate::{Chosen, Named};
 use config::{lora_config, same_configuration};
 use factors::{Factors, Module, modules};
 pub use rules::Sign;
@@ -133,6 +133,8 @@ pub struct Combined {
     pub config: Value,
     /// Its tensors.
     pub tensors: Named,
+    /// Its method.
+    pub methods: Vec<Chosen>,
     /// ‖result − exact sum‖ / ‖exact sum‖ over all modules; `None` where the adapters are no low-rank products.
     pub error: Option<f64>,
     /// The module that is farthest from its sum, and how far.
@@ -150,7 +152,7 @@ pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
         return Err(Error::Unsupported("there is no adapter to combine".into()));
     };
     for term in terms {
-        crate::from_file(&term.config).map_err(|e| Error::Unsupported(format!("{}: {e}", term.name)))?;
+        methods_of(&term.config).map_err(|e| Error::Unsupported(format!("{}: {e}", term.name)))?;
     }
     if options.rule.prunes() && !(options.density > 0.0 && options.density <= 1.0) {
         let message = format!("density: expected a share above 0 and at most 1, found {}", options.density);
@@ -203,7 +205,8 @@ fn low_rank(first: &Term, terms: &[Term], options: &Options) -> Result<Combined>
     }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
     let error = if whole > 0.0 { (off / whole).sqrt() } else { off.sqrt() };
-    Ok(Combined { config: lora_config(first, terms, &ranks), tensors, error: Some(error), worst, notes })
+    let config = lora_config(first, terms, &ranks);
+    Ok(Combined { methods: methods_of(&config)?, config, tensors, error: Some(error), worst, notes })
 }
 
 /// A [rank, in] and B [out, rank] of the result, whose scale is 1.
@@ -270,6 +273,14 @@ pub fn cut(change: &Tensor, rank: usize) -> Result<(Tensor, Tensor)> {
     Ok((found.vt.rows_between(0, rank)?, Tensor::from_vec(left, [out, rank])?.mul(&s)?))
 }
 
+/// The methods of a configuration; of a union, all of them.
+fn methods_of(config: &Value) -> Result<Vec<Chosen>> {
+    let list = config.get("methods").and_then(Value::as_array);
+    let configs = list.map_or(std::slice::from_ref(config), Vec::as_slice);
+    let method = |config| crate::from_file(config).map(|loaded| (loaded.method, loaded.targets));
+    configs.iter().map(method).collect()
+}
+
 /// Frobenius norm, in f64.
 fn norm(t: &Tensor) -> Result<f64> {
     Ok(t.to_vec()?.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt())
@@ -281,6 +292,9 @@ fn means(tensors: &BTreeMap<String, Vec<(f64, Tensor)>>) -> Result<Named> {
         let total: f64 = terms.iter().map(|(w, _)| w).sum();
         let share = |w: f64| if total == 0.0 { 1.0 / terms.len() as f64 } else { w / total };
         let mut sum: Option<Tensor> = None;
+        if terms.iter().any(|(_, t)| t.dtype() != DType::F32) {
+            return same(name, terms).map(Some);
+        }
         for (weight, tensor) in terms {
             let part = tensor.scale(share(*weight) as f32)?;
             sum = Some(match sum {
@@ -300,6 +314,21 @@ fn means(tensors: &BTreeMap<String, Vec<(f64, Tensor)>>) -> Result<Named> {
     tensors.iter().filter_map(|entry| mean(entry).transpose()).collect()
 }
 
+/// Whole numbers (places of a mask) have no mean: they must be the same in all.
+fn same(name: &str, terms: &[(f64, Tensor)]) -> Result<(String, Tensor)> {
+    let (_, first) = &terms[0];
+    for (_, other) in &terms[1..] {
+        if (other.shape(), other.dtype()) != (first.shape(), first.dtype())
+            || other.to_bytes()? != first.to_bytes()?
+        {
+            return Err(Error::Mismatch(vec![format!(
+                "{name}: the adapters hold other places, and places have no mean"
+            )]));
+        }
+    }
+    Ok((name.to_owned(), first.clone()))
+}
+
 /// The mean of every tensor of adapters that are configured alike.
 fn average(terms: &[Term]) -> Result<Combined> {
     same_configuration(terms)?;
@@ -315,8 +344,9 @@ fn average(terms: &[Term]) -> Result<Combined> {
         return Err(Error::Mismatch(vec![message]));
     }
     let tensors = means(&by_name)?;
-    let mut combined =
-        Combined { config: terms[0].config.clone(), tensors, error: None, worst: None, notes: Vec::new() };
+    let config = terms[0].config.clone();
+    let methods = methods_of(&config)?;
+    let mut combined = Combined { config, tensors, methods, error: None, worst: None, notes: Vec::new() };
     if crate::peft::is_type(&combined.config, "LORA") {
         let total: f64 = terms.iter().map(|t| t.weight).sum();
         if let Ok(found) = modules(terms) {

@@ -11,7 +11,6 @@
 
 use engraft_nn::{Base, Builder, Init, Pass, Patch, Result, Role, Site, WeightPatch};
 use engraft_tensor::Tensor;
-use engraft_tensor::cpu::random::Key;
 use engraft_tensor::ops::cat;
 use serde_json::{Map, Value, json};
 
@@ -125,7 +124,7 @@ impl Method for CapaBoost {
 fn mask(shape: &[usize], density: f64, seed: u64, name: &str) -> Result<Tensor> {
     let count: usize = shape.iter().product();
     let mut words = vec![0u32; count];
-    Key { seed, stream: Init::stream(name) }.fill_bits(0, &mut words);
+    Init::key(seed, name).fill_bits(0, &mut words);
     let mut order: Vec<usize> = (0..count).collect();
     order.sort_by_key(|&i| (words[i], i));
     let mut marks = vec![0.0; count];

@@ -14,7 +14,8 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
 
 use engraft_nn::{
-    Base, Builder, Init, Matcher, Pass, Patch, Resolution, Result, Role, Site, Sites, Targets, WeightPatch,
+    Adapter, Base, Builder, Init, Matcher, Pass, Patch, Resolution, Result, Role, Site, Sites, Targets,
+    WeightPatch,
 };
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
@@ -189,7 +190,7 @@ impl Method for Lily {
         own.as_object().cloned().unwrap_or_default()
     }
 
-    fn file_copies(&self, name: &str) -> Vec<String> {
+    fn file_copies(&self, name: &str, _adapter: &Adapter) -> Vec<String> {
         self.seen().sharing.get(name).cloned().unwrap_or_default()
     }
 }

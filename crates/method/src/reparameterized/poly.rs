@@ -14,7 +14,6 @@
 //! u = (w + ½)/2³², w word number `sequence·splits·skills + i` of the stream "PATH.STEP.MICRO" of the seed.
 
 use engraft_nn::{Base, Builder, Error, Init, Mode, Pass, Patch, Result, Role, Site, WeightPatch};
-use engraft_tensor::cpu::random::Key;
 use engraft_tensor::ops::{Unary, cat};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
@@ -186,7 +185,7 @@ impl Inventory {
     /// ln u − ln(1 − u) for every sequence.
     fn noise(&self, sequences: usize, site: &Site, (seed, step, micro): (u64, u64, u64)) -> Result<Tensor> {
         let each = self.method.splits * self.method.skills;
-        let key = Key { seed, stream: Init::stream(&format!("{}.{step}.{micro}", site.path)) };
+        let key = Init::key(seed, &format!("{}.{step}.{micro}", site.path));
         let draw = |i: usize| {
             let u = (f64::from(key.bits(i as u64)) + 0.5) / 4_294_967_296.0;
             (u.ln() - (-u).ln_1p()) as f32

@@ -16,9 +16,9 @@ use engraft_nn::{Adapter, Builder, Error, Kind, Result, Role};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
-use crate::shared::mt19937::{DEFAULT_SEED, permuted};
 use crate::shared::scores::{Data, Score, choose};
 use crate::shared::sparse::{Budget, Group, Mask, Places, shape};
+use crate::shared::torch_random::{DEFAULT_SEED, Generator};
 use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -145,9 +145,10 @@ impl Shira {
 
     fn random(&self, group: &Group<'_>) -> Result<Vec<u64>> {
         let (out, inn) = shape(group.sites[0].0)?;
-        let mut places = permuted(out * inn, group.count, self.random_seed.unwrap_or(DEFAULT_SEED));
+        let mut places =
+            Generator::new(self.random_seed.unwrap_or(DEFAULT_SEED)).permutation(out * inn, group.count);
         places.sort_unstable();
-        Ok(places)
+        Ok(places.into_iter().map(|place| place as u64).collect())
     }
 }
 

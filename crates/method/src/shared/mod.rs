@@ -3,11 +3,15 @@
 pub(crate) mod biases;
 pub(crate) mod bilevel;
 pub(crate) mod fields;
+pub(crate) mod kronecker;
 pub(crate) mod low_rank;
 pub(crate) mod matrices;
 pub(crate) mod mixture;
-pub(crate) mod mt19937;
+pub(crate) mod numpy_random;
 pub(crate) mod orthogonal;
+pub(crate) mod places;
+pub(crate) mod projection;
 pub(crate) mod scores;
 pub(crate) mod sparse;
 pub(crate) mod staged;
+pub(crate) mod torch_random;

@@ -263,6 +263,25 @@ pub fn gather_rows(x: &[f32], index: &[i64], y: &mut [f32]) {
     });
 }
 
+/// The `k` largest of each row of `width`, the largest first and of equal ones the earliest, and their columns.
+pub fn top_k(x: &[f32], width: usize, k: usize, y: &mut [f32], columns: &mut [i64]) {
+    let rows = x.par_chunks_exact(width).zip(y.par_chunks_exact_mut(k)).zip(columns.par_chunks_exact_mut(k));
+    rows.for_each(|((x, y), columns)| {
+        let mut found = 0;
+        for (column, &value) in x.iter().enumerate() {
+            let place = y[..found].iter().position(|&v| value.total_cmp(&v).is_gt()).unwrap_or(found);
+            if place == k {
+                continue;
+            }
+            found = (found + 1).min(k);
+            y[place..found].rotate_right(1);
+            columns[place..found].rotate_right(1);
+            y[place] = value;
+            columns[place] = column as i64;
+        }
+    });
+}
+
 /// `y[index[i]] += x[i]` by rows, in order of i.
 pub fn scatter_add_rows(x: &[f32], index: &[i64], y: &mut [f32]) {
     if x.is_empty() {

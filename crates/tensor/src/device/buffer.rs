@@ -73,6 +73,13 @@ impl Buffer {
         }
     }
 
+    pub(crate) fn as_i64_mut(&mut self) -> &mut [i64] {
+        match self {
+            Buffer::I64(b) => b,
+            other => panic!("kernel wants I64, has {:?}: the operation did not check", other.dtype()),
+        }
+    }
+
     pub(crate) fn as_i32(&self) -> &[i32] {
         match self {
             Buffer::I32(b) => b,

@@ -2,9 +2,11 @@
 
 use super::{AdamWState, AttentionBackward, Buffer, Kernels, NormBackward};
 use crate::cpu::random::Key;
-use crate::cpu::{attention, cross_entropy, dense, dropout, math, norm, primitives, rope, sparse};
+use crate::cpu::{
+    attention, cross_entropy, dense, dropout, fourier, hadamard, math, norm, primitives, rope, sparse,
+};
 use crate::frozen::{FrozenMatrix, RowSource};
-use crate::ops::{Attention, Binary, Norm, Pattern, Product, Unary};
+use crate::ops::{Attention, Binary, Frequencies, Norm, Pattern, Product, Unary};
 use crate::optim::AdamW;
 use crate::tensor::Tensor;
 
@@ -64,6 +66,24 @@ impl Kernels for Cpu {
         for (&id, row) in ids.i64().iter().zip(y.as_f32_mut().chunks_exact_mut(width)) {
             table.rows(id as usize..id as usize + 1, row);
         }
+    }
+    fn top_k(&self, x: &Tensor, width: usize, k: usize, y: &mut Buffer, columns: &mut Buffer) {
+        primitives::top_k(x.f32(), width, k, y.as_f32_mut(), columns.as_i64_mut());
+    }
+    fn half_spectrum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer) {
+        fourier::half_spectrum(x.f32(), n, inner, scale, y.as_f32_mut());
+    }
+    fn from_half_spectrum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer) {
+        fourier::from_half_spectrum(x.f32(), n, inner, scale, y.as_f32_mut());
+    }
+    fn few_frequencies(&self, f: &Frequencies, transposed: bool, c: &Tensor, x: &Tensor, y: &mut Buffer) {
+        fourier::few_frequencies(f, transposed, c.f32(), x.f32(), y.as_f32_mut());
+    }
+    fn few_frequencies_backward(&self, f: &Frequencies, x: &Tensor, dy: &Tensor, dc: &mut Buffer) {
+        fourier::few_frequencies_backward(f, x.f32(), dy.f32(), dc.as_f32_mut());
+    }
+    fn hadamard(&self, n: usize, y: &mut Buffer) {
+        hadamard::hadamard(y.as_f32_mut(), n);
     }
     fn matmul(&self, p: Product, a: &Tensor, b: &Tensor, y: &mut Buffer) {
         primitives::matmul(p, a.f32(), b.f32(), y.as_f32_mut());

@@ -11,7 +11,7 @@ pub(crate) use buffer::Buffer;
 pub(crate) use host::cpu;
 
 use crate::frozen::{FrozenMatrix, RowSource};
-use crate::ops::{Attention, Binary, Norm, Pattern, Product, Unary};
+use crate::ops::{Attention, Binary, Frequencies, Norm, Pattern, Product, Unary};
 use crate::optim::AdamW;
 use crate::tensor::Tensor;
 
@@ -43,6 +43,18 @@ pub(crate) trait Kernels {
     fn scatter_add_rows(&self, x: &Tensor, index: &Tensor, y: &mut Buffer);
     /// y[i] = table row ids[i].
     fn gather_frozen(&self, table: &dyn RowSource, ids: &Tensor, y: &mut Buffer);
+    /// The `k` largest of each row of `width`, the largest and earliest first, and their columns (`I64`).
+    fn top_k(&self, x: &Tensor, width: usize, k: usize, y: &mut Buffer, columns: &mut Buffer);
+    /// Lower halves of the transforms of rows of n, times `scale`; inner frequencies times `inner` too.
+    fn half_spectrum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer);
+    /// Sums of the frequencies of half transforms, times `scale`; inner frequencies count `inner` times.
+    fn from_half_spectrum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer);
+    /// y = x·Mᵀ, or x·M where `transposed`, with M the matrix of the frequencies f with coefficients c.
+    fn few_frequencies(&self, f: &Frequencies, transposed: bool, c: &Tensor, x: &Tensor, y: &mut Buffer);
+    /// Gradient of c in `few_frequencies`.
+    fn few_frequencies_backward(&self, f: &Frequencies, x: &Tensor, dy: &Tensor, dc: &mut Buffer);
+    /// The Walsh–Hadamard transform of rows of n, in place.
+    fn hadamard(&self, n: usize, y: &mut Buffer);
     /// Batched product, see [`Product`].
     fn matmul(&self, p: Product, a: &Tensor, b: &Tensor, y: &mut Buffer);
     /// y = a⁻¹ for matrices a [.., n, n]; not finite where one is singular.

@@ -1,7 +1,8 @@
 //! Operations on tensors, one idea a file: shape check, kernel, gradient, test.
 //!
-//! `elementwise`, `reduce`, `shape`, `gather`, `matmul`, `dense` and `softmax` are the primitives from which any method can be
-//! composed; `linear`, `low_rank`, `sparse`, `norm`, `rope`, `attention`, `gated`, `loss` and `dropout` are fused and are tested against
+//! `elementwise`, `reduce`, `shape`, `gather`, `top_k`, `matmul`, `dense`, `fourier`, `hadamard` and `softmax` are the primitives
+//! from which any method can be composed; `linear`, `low_rank`, `sparse`, `norm`, `rope`, `attention`, `gated`, `loss` and
+//! `dropout` are fused and are tested against
 //! their composition.
 
 mod attention;
@@ -9,8 +10,10 @@ mod carrying;
 mod dense;
 mod dropout;
 mod elementwise;
+mod fourier;
 mod gated;
 mod gather;
+mod hadamard;
 mod linear;
 mod loss;
 mod low_rank;
@@ -21,9 +24,11 @@ mod rope;
 mod shape;
 mod softmax;
 mod sparse;
+mod top_k;
 
 pub use attention::{Attention, RelativeBias, Spans, attention};
 pub use elementwise::{Binary, Unary};
+pub use fourier::Frequencies;
 pub use gated::silu_mul;
 pub use gather::{embed, embed_shape};
 pub use linear::frozen_linear;
