@@ -10,6 +10,7 @@ pub mod cpu;
 pub mod device;
 mod error;
 pub mod frozen;
+pub mod linalg;
 pub mod memory;
 pub mod ops;
 pub mod optim;
