@@ -14,6 +14,7 @@ use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
 use crate::copies::{biases_of_decoders, biases_of_saved, one_bias_a_head, stale};
+use crate::written::{prefix, written};
 use crate::{Described, Method, from_file, peft, tied};
 
 const UNION: &str = "ENGRAFT_UNION";
@@ -110,11 +111,6 @@ fn build(
         method.attach(&mut b)?;
     }
     Ok(Attached { adapter: b.finish(), dead_targets, dead_modules })
-}
-
-/// What precedes the names of a method's parameters.
-fn prefix(methods: &[Chosen], number: usize) -> String {
-    if methods.len() > 1 { format!("{number}.") } else { String::new() }
 }
 
 /// The key in the file of the parameter `name`, and the further keys that hold it too.
@@ -258,9 +254,9 @@ pub fn save_adapter(
 ) -> Result<(Value, Named)> {
     let sites = sites.named(adapter.names());
     let mut tensors = Vec::new();
-    for p in adapter.params().iter().filter(|p| p.saved) {
-        let (key, copies) = file_names(methods, &p.name);
-        tensors.extend(copies.into_iter().chain([key]).map(|key| (key, p.param.value())));
+    for (name, value) in written(adapter, methods)? {
+        let (key, copies) = file_names(methods, &name);
+        tensors.extend(copies.into_iter().chain([key]).map(|key| (key, value.clone())));
     }
     let mut train_also = train_also.to_vec();
     let config = match methods {
@@ -273,7 +269,7 @@ pub fn save_adapter(
                 }
             }
             let of = Saved { adapter, base_model, sites, info };
-            let map = config(method.as_ref(), targets.as_ref(), &train_also, &of)?;
+            let map = config((method.as_ref(), targets.as_ref()), "", &train_also, &of)?;
             biases_of_decoders(&mut tensors, &train_also, sites);
             tensors.extend(biases_of_saved(&map, &train_also, &tensors, sites));
             tensors.extend(tied::copies(&map, &tensors, sites)?);
@@ -287,9 +283,13 @@ pub fn save_adapter(
         }
         several => {
             let saved = Saved { adapter, base_model, sites, info };
-            let of = |(m, t): &Chosen| Ok(Value::Object(config(m.as_ref(), t.as_ref(), &[], &saved)?));
+            let of = |(number, (m, t)): (usize, &Chosen)| {
+                let before = prefix(several, number);
+                Ok(Value::Object(config((m.as_ref(), t.as_ref()), &before, &[], &saved)?))
+            };
             let mut union = peft::write_header(UNION, base_model, info, &train_also);
-            union.insert("methods".into(), json!(several.iter().map(of).collect::<Result<Vec<_>>>()?));
+            let configs = several.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
+            union.insert("methods".into(), json!(configs));
             union
         }
     };
@@ -322,8 +322,8 @@ struct Saved<'a> {
 }
 
 fn config(
-    method: &dyn Method,
-    targets: Option<&Targets>,
+    (method, targets): (&dyn Method, Option<&Targets>),
+    prefix: &str,
     train_also: &[String],
     saved: &Saved<'_>,
 ) -> Result<Map<String, Value>> {
@@ -335,7 +335,7 @@ fn config(
         Some(targets) => method.resolve(targets, sites)?.sites,
         None => Vec::new(),
     };
-    map.extend(method.config(&Described { info, sites, chosen: &chosen, adapter }));
+    map.extend(method.config(&Described { info, sites, chosen: &chosen, adapter, prefix }));
     peft::agree_on_storage(&mut map, sites, &chosen);
     if let Some(targets) = targets {
         let by_layer = map.contains_key("layers_to_transform");

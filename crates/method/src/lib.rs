@@ -17,6 +17,7 @@ mod selective;
 #[cfg(test)]
 mod testing;
 mod tied;
+mod written;
 
 use std::sync::Arc;
 
@@ -143,6 +144,12 @@ pub trait Method: Send + Sync {
         format!("base_model.model.{name}")
     }
 
+    /// What the adapter's file holds of the method's saved parameters, by their names: these, unless it trains in another
+    /// form than it saves (a mixer between factors, a start taken off the weights). `state` are those that are not saved.
+    fn file_tensors(&self, tensors: Named, _state: &Named) -> Result<Named> {
+        Ok(tensors)
+    }
+
     /// Further names under which the file holds the same parameter.
     fn file_copies(&self, _name: &str) -> Vec<String> {
         Vec::new()
@@ -159,6 +166,8 @@ pub struct Described<'a> {
     pub chosen: &'a [SiteId],
     /// The adapter, whose ranks training may have changed.
     pub adapter: &'a Adapter,
+    /// What precedes the names of the method's own parameters in it, where it is one of several.
+    pub prefix: &'a str,
 }
 
 /// The optimizer's memory of earlier gradients.
