@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 GROUPS = {
     "models": ("zoo", "peft"),
     "cases": ("cases", "peft"),
+    "lora": ("cases_lora", "peft"),
     "bitfit": ("selective", "peft"),
     "heads": ("heads", "peft"),
     "combine": ("combine", "peft"),

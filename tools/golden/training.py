@@ -34,10 +34,20 @@ def schedule_of(optimizer, o):
     return make(optimizer, warmup, o["steps"])
 
 
+def optimizer_of(model, o):
+    """AdamW; with `lr_ratio` that of LoRA+, whose rate of B is so many times that of A."""
+    kind = dict(lr=o["learning_rate"], betas=(0.9, 0.999), eps=1e-8)
+    if "lr_ratio" in o:
+        from peft.optimizers import create_loraplus_optimizer  # the other libraries' environment has no peft
+        return create_loraplus_optimizer(
+            model, torch.optim.AdamW, loraplus_lr_ratio=o["lr_ratio"], loraplus_weight_decay=o["weight_decay"], **kind)
+    return torch.optim.AdamW(list(trainable(model).values()), weight_decay=o["weight_decay"], **kind)
+
+
 def run(model, batches, o, causal, update=True):
     """Trains `model` in place; losses, learning rates and gradient norms (before clipping), one a step."""
     params = list(trainable(model).values())
-    optimizer = torch.optim.AdamW(params, lr=o["learning_rate"], betas=(0.9, 0.999), eps=1e-8, weight_decay=o["weight_decay"])
+    optimizer = optimizer_of(model, o)
     schedule = schedule_of(optimizer, o)
     losses, rates, norms = [], [], []
     size, parts = o["batch_size"], o["gradient_accumulation"]

@@ -14,7 +14,8 @@ use engraft_tensor::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_bias_a_head, stale};
-use crate::names::{file_form, file_names, kept, prefix, stored_as};
+use crate::names::{file_form, file_names, prefix, stored_as};
+use crate::written::written;
 use crate::{Described, Method, Stored, from_file, peft, tied};
 
 const UNION: &str = "ENGRAFT_UNION";
@@ -241,13 +242,13 @@ pub fn save_adapter(
 ) -> Result<(Value, Named)> {
     let sites = sites.named(adapter.names());
     let mut tensors = Vec::new();
-    for p in adapter.params().iter().filter(|p| p.saved && kept(methods, adapter, &p.name)) {
-        if let Some(form) = file_form(methods, &p.name, &p.param.value())? {
+    for (name, value) in written(adapter, methods)? {
+        if let Some(form) = file_form(methods, &name, &value)? {
             tensors.extend(form);
             continue;
         }
-        let (key, copies) = file_names(methods, adapter, &p.name);
-        tensors.extend(copies.into_iter().chain([key]).map(|key| (key, p.param.value())));
+        let (key, copies) = file_names(methods, adapter, &name);
+        tensors.extend(copies.into_iter().chain([key]).map(|key| (key, value.clone())));
     }
     let mut train_also = train_also.to_vec();
     let config = match methods {
@@ -260,7 +261,7 @@ pub fn save_adapter(
                 }
             }
             let of = Saved { adapter, base_model, sites, info };
-            let map = config(method.as_ref(), targets.as_ref(), &train_also, &of)?;
+            let map = config((method.as_ref(), targets.as_ref()), "", &train_also, &of)?;
             biases_of_decoders(&mut tensors, &train_also, sites);
             tensors.extend(biases_of_saved(&map, &train_also, &tensors, sites));
             tensors.extend(tied::copies(&map, &tensors, sites)?);
@@ -274,9 +275,13 @@ pub fn save_adapter(
         }
         several => {
             let saved = Saved { adapter, base_model, sites, info };
-            let of = |(m, t): &Chosen| Ok(Value::Object(config(m.as_ref(), t.as_ref(), &[], &saved)?));
+            let of = |(number, (m, t)): (usize, &Chosen)| {
+                let before = prefix(several, number);
+                Ok(Value::Object(config((m.as_ref(), t.as_ref()), &before, &[], &saved)?))
+            };
             let mut union = peft::write_header(UNION, base_model, info, &train_also);
-            union.insert("methods".into(), json!(several.iter().map(of).collect::<Result<Vec<_>>>()?));
+            let configs = several.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
+            union.insert("methods".into(), json!(configs));
             union
         }
     };
@@ -333,8 +338,8 @@ struct Saved<'a> {
 }
 
 fn config(
-    method: &dyn Method,
-    targets: Option<&Targets>,
+    (method, targets): (&dyn Method, Option<&Targets>),
+    prefix: &str,
     train_also: &[String],
     saved: &Saved<'_>,
 ) -> Result<Map<String, Value>> {
@@ -346,7 +351,7 @@ fn config(
         Some(targets) => method.resolve(targets, sites)?.sites,
         None => Vec::new(),
     };
-    map.extend(method.config(&Described { info, sites, chosen: &chosen, adapter }));
+    map.extend(method.config(&Described { info, sites, chosen: &chosen, adapter, prefix }));
     peft::agree_on_storage(&mut map, sites, &chosen);
     if let Some(targets) = targets {
         let by_layer = map.contains_key("layers_to_transform");

@@ -21,6 +21,7 @@ mod shared;
 #[cfg(test)]
 mod testing;
 mod tied;
+mod written;
 
 use std::sync::Arc;
 
@@ -236,6 +237,12 @@ pub trait Method: Send + Sync {
         format!("base_model.model.{name}")
     }
 
+    /// What the adapter's file holds of the method's saved parameters, by their names: these, unless it trains in another
+    /// form than it saves (a mixer between factors, a start taken off the weights). `state` are those that are not saved.
+    fn file_tensors(&self, tensors: Named, _state: &Named) -> Result<Named> {
+        Ok(tensors)
+    }
+
     /// Type of the numbers that the file holds as `key`.
     fn stored_as(&self, _key: &str) -> Stored {
         Stored::F32
@@ -273,6 +280,8 @@ pub struct Described<'a> {
     pub chosen: &'a [SiteId],
     /// The adapter, whose ranks training may have changed.
     pub adapter: &'a Adapter,
+    /// What precedes the names of the method's own parameters in it, where it is one of several.
+    pub prefix: &'a str,
 }
 
 /// The optimizer's memory of earlier gradients.

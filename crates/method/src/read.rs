@@ -228,6 +228,16 @@ impl Pattern {
         patterns.iter().find(|p| p.regex.is_match(path)).map(|p| p.number)
     }
 
+    /// As it is written.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The number.
+    pub fn value(&self) -> f64 {
+        self.number
+    }
+
     /// The number as text, unless it is a count up to `max`.
     pub fn not_a_count(&self, max: usize) -> Option<String> {
         let fits = self.number.fract() == 0.0 && (1.0..=max as f64).contains(&self.number);

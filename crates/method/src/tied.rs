@@ -11,8 +11,13 @@ use crate::Named;
 
 /// The heads that share the tensor of the table `site`. `peft` ties what hangs on a table of this name and no other.
 pub(crate) fn heads<'s>(sites: &'s Sites, table: &'s Site) -> impl Iterator<Item = &'s Site> {
-    let named = table.role == Role::Embed && table.module() == "embed_tokens" && table.tensor.is_some();
+    let named = tied_to(table);
     sites.iter().filter(move |s| named && s.role == Role::Head && s.is_weight() && s.tensor == table.tensor)
+}
+
+/// Whether a head could share the tensor of the table `site`.
+pub(crate) fn tied_to(site: &Site) -> bool {
+    site.role == Role::Embed && site.module() == "embed_tokens" && site.tensor.is_some()
 }
 
 /// The heads that follow their tables, and so have no patch of their own. Those of a table that is trained whole are given

@@ -176,4 +176,8 @@ impl Base for Patched<'_> {
             None => self.base.dense(),
         }
     }
+
+    fn row_squares(&self) -> Result<Option<Tensor>> {
+        if self.patches.is_empty() { self.base.row_squares() } else { Ok(None) }
+    }
 }

@@ -14,6 +14,10 @@ pub trait Base {
     fn lookup(&self, ids: &Tensor) -> Result<Tensor>;
     /// W [out, in].
     fn dense(&self) -> Result<Tensor>;
+    /// ‖row‖² of every row of W `[out]`, where W is frozen and they need be computed once; `None` under patches.
+    fn row_squares(&self) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
 }
 
 /// W → W′. The definition makes it mergeable; `forward` and `lookup` may be faster and are checked against it.

@@ -47,13 +47,17 @@ impl Optimizer {
             eps: train.adam_epsilon,
             weight_decay: train.weight_decay,
         };
-        let factor = |group: &str| methods.iter().map(|m| f64::from(m.learning_rate_factor(group))).product();
+        // Of several methods each has groups of its own, and its number precedes the names of its parameters.
+        let of = |name: &str| match methods {
+            [only] => Some(*only),
+            several => name.split_once('.').and_then(|(n, _)| several.get(n.parse::<usize>().ok()?).copied()),
+        };
         let slot = |p: &engraft_nn::NamedParam| Slot {
             name: p.name.clone(),
             param: p.param.clone(),
-            factor: factor(p.group),
-            decays: methods.iter().all(|m| m.decays(p.group)),
-            rests: methods.iter().any(|m| m.rests()),
+            factor: of(&p.name).map_or(1.0, |m| f64::from(m.learning_rate_factor(p.group))),
+            decays: of(&p.name).is_none_or(|m| m.decays(p.group)),
+            rests: of(&p.name).is_some_and(|m| m.rests()),
             moments: Moments::zeros(&p.param),
             updates: 0,
         };
@@ -118,6 +122,14 @@ impl Forget for Updated<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use engraft_method::{Chosen, attach, find};
+    use engraft_nn::weight::Storage;
+    use engraft_nn::{Linear, ModelInfo, Role, Sites, Targets, Task, Weight};
+    use engraft_tensor::frozen::{Precision, RowSource};
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -148,5 +160,53 @@ mod tests {
         optimizer.forget(&param);
         assert!((step(&mut optimizer, &gradients) - first).abs() < 1e-6);
         assert_eq!(optimizer.slots[0].updates, 1);
+    }
+
+    struct Ones;
+
+    impl RowSource for Ones {
+        fn shape(&self) -> (usize, usize) {
+            (4, 4)
+        }
+        fn rows(&self, _: std::ops::Range<usize>, out: &mut [f32]) {
+            out.fill(1.0);
+        }
+    }
+
+    #[test]
+    fn each_method_sets_the_rates_of_its_own_parameters() {
+        let mut sites = Sites::default();
+        let weight = Arc::new(Weight::matrix(&Ones, Storage::Dense, Precision::F32).unwrap());
+        Linear::declare(&mut sites, ("q", "q"), Role::Q, Some(0), weight, None);
+        let info = ModelInfo {
+            architecture: "toy".into(),
+            task: Task::CausalLm,
+            width: 4,
+            layers: 1,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 4,
+            vocabulary: 4,
+            outputs: 4,
+            max_positions: 4,
+            picture: None,
+            any_size: None,
+        };
+        let lora = |settings: serde_json::Value| -> Chosen {
+            let method = (find("lora").unwrap().from_settings)(settings.as_object().unwrap()).unwrap();
+            (method, Some(Targets::names(["q"])))
+        };
+        let text = "model = \"m\"\n[method]\nfrom = \"a\"\n[data]\nformat = \"jsonl\"\npath = \"d.jsonl\"\n[train]\nsteps = 1\n";
+        let train = engraft_recipe::Recipe::parse(text, "recipe.toml", &[], &[]).unwrap().train;
+        let rates = |methods: &[Chosen]| -> Vec<(f64, bool)> {
+            let adapter = attach(methods, &[], &Arc::new(sites.clone()), &info, 0).unwrap().adapter;
+            let all: Vec<&dyn Method> = methods.iter().map(|(m, _)| m.as_ref()).collect();
+            let optimizer = Optimizer::new(&adapter, &all, &train);
+            optimizer.slots.iter().map(|slot| (slot.factor, slot.decays)).collect()
+        };
+        let (fast, faster) = (json!({ "lr_ratio": 4, "lora_bias": true }), json!({ "lr_ratio": 16 }));
+        let alone = [(1.0, true), (4.0, true), (4.0, false)];
+        assert_eq!(rates(&[lora(fast.clone())]), alone);
+        assert_eq!(rates(&[lora(fast), lora(faster)]), [&alone[..], &[(1.0, true), (16.0, true)]].concat());
     }
 }

@@ -4,9 +4,10 @@ mod common;
 
 use std::path::Path;
 
-use common::{Log, golden, oracle, recipe, session};
+use common::{Log, golden, oracle, recipe, recipe_of, session};
 use engraft_store::{Limits, read_adapter};
-use engraft_train::{Event, RunOptions, train};
+use engraft_tensor::Tensor;
+use engraft_train::{Event, RunOptions, Session, train};
 use serde_json::Value;
 
 fn number(expected: &Value, key: &str, default: f64) -> f64 {
@@ -23,6 +24,22 @@ fn close(what: &str, found: &[f64], expected: &Value, tolerance: f64) -> Vec<Str
             .then(|| format!("{what} of step {}: {a} for {b}", i + 1))
     };
     found.iter().enumerate().zip(&expected).filter_map(far).collect()
+}
+
+/// The session of a new method with `settings`, its parameters set by their names to those that the trajectory starts from:
+/// for what a recipe says and a file does not.
+fn with_settings(dir: &Path, model: &Path, expected: &Value, train: &str) -> engraft_train::Result<Session> {
+    let settings = expected["settings"].as_object().unwrap();
+    let lines = settings.iter().map(|(key, value)| format!("{key} = {value}\n"));
+    let method = format!("name = {}\n{}", expected["method"], lines.collect::<String>());
+    let session = session(&recipe_of(&method, dir, model, train, ""))?;
+    let start = read_adapter(&dir.join("init_adapter"), &Limits::default())?;
+    assert!(session.adapter.params().iter().filter(|p| p.saved).count() == start.weights.len());
+    for p in session.adapter.params().iter().filter(|p| p.saved) {
+        let raw = start.weights.get(&format!("base_model.model.{}", p.name)).unwrap();
+        p.param.set(Tensor::from_vec(raw.to_f32().unwrap(), raw.shape.clone()).unwrap()).unwrap();
+    }
+    Ok(session)
 }
 
 /// Trains as the trajectory did; gives what differs.
@@ -43,7 +60,11 @@ fn check(root: &Path, name: &str) -> Vec<String> {
         n("max_grad_norm", 0.0)
     );
     let model = root.join("models").join(expected["model"].as_str().unwrap());
-    let session = match session(&recipe(&dir, &model, &text, "")) {
+    let opened = match expected.get("settings").is_some_and(Value::is_object) {
+        true => with_settings(&dir, &model, &expected, &text),
+        false => session(&recipe(&dir, &model, &text, "")),
+    };
+    let session = match opened {
         Ok(session) => session,
         Err(e) => return vec![format!("session: {e}")],
     };

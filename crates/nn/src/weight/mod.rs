@@ -3,10 +3,11 @@
 mod file;
 mod nf4;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use engraft_tensor::frozen::{FrozenMatrix, Precision, RowSource};
-use engraft_tensor::{Tensor, ops};
+use engraft_tensor::ops::Unary;
+use engraft_tensor::{Tensor, no_grad, ops};
 
 use crate::{Base, Result};
 
@@ -32,6 +33,7 @@ pub struct Weight {
     form: Form,
     transposed: bool,
     bytes: usize,
+    row_squares: OnceLock<Tensor>,
 }
 
 enum Form {
@@ -58,19 +60,24 @@ impl Weight {
                 (FrozenMatrix::stream(Arc::new(quantized), precision), bytes)
             }
         };
-        Ok(Weight { form: Form::Matrix(Arc::new(form)), transposed: false, bytes })
+        Ok(Weight {
+            form: Form::Matrix(Arc::new(form)),
+            transposed: false,
+            bytes,
+            row_squares: OnceLock::new(),
+        })
     }
 
     /// A table that is looked up in `rows` as they are; `head` also packs it to multiply by (tied embeddings).
     pub fn table(rows: Arc<dyn RowSource + Send>, head: Option<Precision>) -> Weight {
         let matrix = head.map(|precision| Arc::new(FrozenMatrix::pack(rows.as_ref(), precision)));
         let bytes = matrix.as_ref().map_or(0, |m| m.bytes());
-        Weight { form: Form::Table(rows, matrix), transposed: false, bytes }
+        Weight { form: Form::Table(rows, matrix), transposed: false, bytes, row_squares: OnceLock::new() }
     }
 
     /// The rows of `parts` [out, in] one after another; nothing is copied.
     pub fn joined(parts: Vec<Arc<Weight>>) -> Weight {
-        Weight { form: Form::Joined(parts), transposed: false, bytes: 0 }
+        Weight { form: Form::Joined(parts), transposed: false, bytes: 0, row_squares: OnceLock::new() }
     }
 
     /// Marks the file's copy as stored [in, out].
@@ -141,6 +148,17 @@ impl Base for Weight {
                 Ok(ops::cat(&parts.iter().collect::<Vec<_>>(), 0)?)
             }
         }
+    }
+
+    fn row_squares(&self) -> Result<Option<Tensor>> {
+        if let Some(kept) = self.row_squares.get() {
+            return Ok(Some(kept.clone()));
+        }
+        let (out, _) = Base::shape(self);
+        let squares = no_grad(|| -> Result<Tensor> {
+            Ok(Base::dense(self)?.unary(Unary::Square)?.sum_to(&[out, 1])?.reshape([out])?)
+        })?;
+        Ok(Some(self.row_squares.get_or_init(|| squares).clone()))
     }
 }
 

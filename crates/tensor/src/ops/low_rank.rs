@@ -8,8 +8,8 @@ use crate::tensor::Tensor;
 impl Tensor {
     /// self + scale·(x·Aᵀ)·Bᵀ; self [.., out], x [.., in], A [rank, in], B [out, rank].
     ///
-    /// Added in place where nobody else holds `self`. Kept for backward are x and x·Aᵀ [rows, rank]; with s the scale,
-    /// dB = s·dyᵀ·(x·Aᵀ), dA = s·(dy·B)ᵀ·x, dx += s·(dy·B)·A, and dy goes on to `self` as it is.
+    /// Added in place where nobody else holds `self`. Kept for backward are x·Aᵀ [rows, rank] and, where A is trained, x; with
+    /// s the scale, dB = s·dyᵀ·(x·Aᵀ), dA = s·(dy·B)ᵀ·x, dx += s·(dy·B)·A, and dy goes on to `self` as it is.
     pub fn add_low_rank(mut self, x: &Tensor, a: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
         [&self, x, a, b].iter().try_for_each(|t| t.expect_f32("low rank"))?;
         let (rows, inn, out) = (x.rows(), x.width(), self.width());
@@ -39,7 +39,8 @@ impl Tensor {
         let y = self.detach();
         let edges = (x.edge(), a.edge(), b.edge());
         let (ka, kb) = (a.detach(), b.detach());
-        let kx = x.detach();
+        let kx = edges.1.wanted().then(|| x.detach());
+        let x_shape = x.shape().to_vec();
         Ok(y.on_tape("low rank", &[&self, x, a, b], move |dy, sink| {
             let (ex, ea, eb) = edges;
             sink.grow(&eb, kb.shape(), |db, accumulate| {
@@ -50,11 +51,13 @@ impl Tensor {
                 let mut dh = Buffer::f32(rows * rank);
                 cpu().matmul(Product { scale, ..Product::new(rows, out, rank) }, &dy, &kb, &mut dh);
                 let dh = Tensor::new([rows, rank], dh);
-                sink.grow(&ea, ka.shape(), |da, accumulate| {
-                    let p = Product { transpose_a: true, accumulate, ..Product::new(rank, rows, inn) };
-                    cpu().matmul(p, &dh, &kx, da);
-                })?;
-                sink.grow(&ex, kx.shape(), |dx, accumulate| {
+                if let Some(kx) = kx {
+                    sink.grow(&ea, ka.shape(), |da, accumulate| {
+                        let p = Product { transpose_a: true, accumulate, ..Product::new(rank, rows, inn) };
+                        cpu().matmul(p, &dh, &kx, da);
+                    })?;
+                }
+                sink.grow(&ex, &x_shape, |dx, accumulate| {
                     let p = Product { accumulate, ..Product::new(rows, rank, inn) };
                     cpu().matmul(p, &dh, &ka, dx);
                 })?;
@@ -92,6 +95,22 @@ mod tests {
             h.matmul_t(&sample(&[7, 5], 6))?.add_low_rank(&h, &v[1], &v[3], 2.0)?.mul(&first)
         })
         .unwrap();
+    }
+
+    #[test]
+    fn the_input_is_kept_for_a_trained_a_alone() {
+        use crate::tape::Param;
+        let (a, b) = (sample(&[4, 5], 3), Param::new(sample(&[7, 4], 4)));
+        for trained in [false, true] {
+            let a = if trained { Param::new(a.clone()) } else { Param::frozen(a.clone()) };
+            let mut x = sample(&[6, 5], 2);
+            let y = sample(&[6, 7], 1).add_low_rank(&x, &a.get(), &b.get(), 0.5).unwrap();
+            assert_eq!(x.sole_buffer().is_none(), trained);
+            let expected = sample(&[6, 5], 2).matmul_t(&a.value()).unwrap().scale(0.5).unwrap();
+            let gradients = y.sum().unwrap().backward().unwrap();
+            let found = gradients.get(&b).unwrap();
+            close(found, &Tensor::full(1.0, [6, 7]).t_matmul(&expected).unwrap(), 1e-6);
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use engraft_data::TemplateOptions;
 use engraft_recipe::Recipe;
 use engraft_store::Limits;
 use engraft_store::hub::Hub;
-use engraft_train::{Event, Observer, Session, SessionOptions};
+use engraft_train::{Event, Observer, Session, SessionOptions, method_specs};
 
 /// The fixtures of this repository.
 pub fn golden() -> PathBuf {
@@ -25,7 +25,7 @@ pub fn oracle() -> Option<PathBuf> {
 
 /// The session of a recipe's text.
 pub fn session(text: &str) -> engraft_train::Result<Session> {
-    opened(&Recipe::parse(text, "recipe.toml", &[], &[])?)
+    opened(&Recipe::parse(text, "recipe.toml", &[], &method_specs())?)
 }
 
 /// The session of a recipe.
@@ -44,11 +44,16 @@ pub fn opened(recipe: &Recipe) -> engraft_train::Result<Session> {
 
 /// A recipe that trains the start of a trajectory, with more lines for `[train]` and `[data]`.
 pub fn recipe(trajectory: &Path, model: &Path, train: &str, data: &str) -> String {
+    let start = trajectory.join("init_adapter").canonicalize().unwrap();
+    recipe_of(&format!("from = {:?}", start.to_string_lossy()), trajectory, model, train, data)
+}
+
+/// A recipe that trains `method` on the batches of a trajectory.
+pub fn recipe_of(method: &str, trajectory: &Path, model: &Path, train: &str, data: &str) -> String {
     let q = |path: PathBuf| format!("{:?}", path.canonicalize().unwrap().to_string_lossy());
     format!(
-        "model = {}\n[method]\nfrom = {}\n[data]\nformat = \"tensors\"\npath = {}\nshuffle = false\n{data}\n[train]\n{train}\n",
+        "model = {}\n[method]\n{method}\n[data]\nformat = \"tensors\"\npath = {}\nshuffle = false\n{data}\n[train]\n{train}\n",
         q(model.to_owned()),
-        q(trajectory.join("init_adapter")),
         q(trajectory.join("batches.safetensors")),
     )
 }

@@ -15,7 +15,8 @@ impl Lora {
         scale: f32,
     ) -> Result<()> {
         let init = if self.start == Start::Random { Init::kaiming(out) } else { Init::Zeros };
-        let param = b.param(&format!("{}.lora_B.bias", site.path), &[out], init)?;
+        let name = format!("{}.lora_B.bias", site.path);
+        let param = b.param_in_group(&name, &[out], init, self.group(true))?;
         match b.sites().bias_of(&site.path) {
             Some(bias) => b.patch(bias.id, Patch::Vector(Box::new(Shift { param, scale }))),
             None => b.patch(site.id, Patch::Weight(Box::new(Shift { param, scale }))),

@@ -1,31 +1,33 @@
-//! `adapter_config.json` as `peft` has it.
+//! `adapter_config.json` as `peft` has it, and the plain LoRA that every variant is saved as.
 
 use engraft_nn::Result;
+use engraft_tensor::Tensor;
+use engraft_tensor::ops::cat;
 use serde_json::{Map, Value, json};
 
+use super::prepare::Search;
 use super::settings::{BIASES, INFO, RANK_MAX, check};
-use super::{Lora, Start};
+use super::start::Start;
+use super::variants::{Blocks, Kasa};
+use super::{Lora, Mixer};
 use crate::read::{Pattern, Reader, as_written, number};
-use crate::{Loaded, peft};
+use crate::{Described, Loaded, Named, peft};
 
 /// Keys of variants that are not here.
 const OFF: &[&str] = &[
     "alora_invocation_tokens",
     "arrow_config",
-    "kasa_config",
     "layer_replication",
     "megatron_config",
     "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
-    "use_bdlora",
     "use_qalora",
     "velora_config",
 ];
 /// Keys that only say how the tensors started, or hold a default that matters only to a variant that is off.
 const SILENT: &[&str] = &[
     "corda_config",
-    "eva_config",
     "fan_in_fan_out",
     "loftq_config",
     "lora_ga_config",
@@ -42,31 +44,42 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let targets = peft::read_targets(&mut r);
     r.must_be_off(OFF);
     r.ignore(SILENT);
-    let lora = Lora {
+    let start = read_start(&mut r);
+    let mut lora = Lora {
         rank: r.count("r", 8, RANK_MAX),
         alpha: r.float("lora_alpha", 8.0),
         root_scaling: r.flag("use_rslora", false),
-        dropout: r.dropout("lora_dropout"),
         rank_pattern: r.patterns("rank_pattern"),
         alpha_pattern: r.patterns("alpha_pattern"),
         bias: r.one_of("bias", BIASES),
         product_bias: r.flag("lora_bias", false),
-        start: read_start(&mut r),
+        start,
+        search: read_eva(&mut r),
+        kasa: Kasa::read(&mut r),
+        blocks: Blocks::read(&mut r),
         dora: r.flag("use_dora", false),
         tied: r.flag("ensure_weight_tying", false),
+        from_file: true,
+        ..Lora::default()
     };
+    lora.dropout.elements = r.dropout("lora_dropout");
     check(&lora, &mut r);
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(lora), targets, train_also }))
 }
 
-/// `init_lora_weights`. Starts that edit the base (PiSSA and its kin) leave a file that means nothing without that base.
+/// `init_lora_weights`. Files of starts that are taken off the base fit only a base without them: where these follow from
+/// the base alone they are made again, as `peft` does.
 fn read_start(r: &mut Reader<'_>) -> Start {
     match r.value("init_lora_weights").cloned() {
         None | Some(Value::Bool(true)) => Start::Kaiming,
         Some(Value::Bool(false)) => Start::Random,
-        Some(Value::String(s)) if s == "gaussian" => Start::Gaussian,
-        Some(Value::String(s)) if s == "eva" || s == "orthogonal" => Start::Kaiming,
+        Some(Value::String(name)) if name == "gaussian" => Start::Gaussian,
+        Some(Value::String(name)) if name == "orthogonal" => Start::Orthogonal,
+        Some(Value::String(name)) if name == "pissa" => Start::Pissa(None),
+        Some(Value::String(name)) if name == "olora" => Start::Olora,
+        Some(Value::String(name)) if name == "mica" => Start::Mica,
+        Some(Value::String(name)) if name == "eva" => Start::Eva,
         Some(other) => {
             r.problem(format!(
                 "`init_lora_weights` is {other}: such adapters fit only a base that was changed with them; save it in peft with `path_initial_model_for_weight_conversion` first"
@@ -76,26 +89,151 @@ fn read_start(r: &mut Reader<'_>) -> Start {
     }
 }
 
+/// `eva_config`, which says how a start was found and changes nothing any more.
+fn read_eva(r: &mut Reader<'_>) -> Search {
+    let found = r.value("eva_config").cloned().unwrap_or(Value::Null);
+    Search { eva_config: found.is_object().then_some(found), ..Search::default() }
+}
+
 impl Lora {
     /// The keys that are this method's own.
-    pub(super) fn config(&self) -> Map<String, Value> {
+    pub(super) fn written(&self, model: &Described<'_>) -> Map<String, Value> {
         let start = match self.start {
-            Start::Kaiming => json!(true),
             Start::Gaussian => json!("gaussian"),
             Start::Random => json!(false),
+            Start::Orthogonal => json!("orthogonal"),
+            Start::Mica => json!("mica"),
+            Start::Eva => json!("eva"),
+            Start::Pissa(_) if self.from_file => json!("pissa"),
+            Start::Olora if self.from_file => json!("olora"),
+            Start::Kaiming | Start::Pissa(_) | Start::Olora | Start::Corda | Start::LoraGa => json!(true),
         };
+        let eva = if self.start == Start::Eva { self.search.eva_config() } else { Value::Null };
+        let (rank, alpha, ranks, alphas) = self.written_ranks(model);
         let mut map: Map<String, Value> =
             OFF.iter().chain(SILENT).map(|k| (k.to_string(), Value::Null)).collect();
         let own = json!({
-            "alpha_pattern": Pattern::table(&self.alpha_pattern), "bias": name_of(BIASES, self.bias), "ensure_weight_tying": self.tied,
-            "fan_in_fan_out": false, "init_lora_weights": start, "loftq_config": {}, "lora_alpha": number(self.alpha),
-            "layers_pattern": null, "layers_to_transform": null, "lora_bias": self.product_bias, "lora_dropout": as_written(self.dropout), "megatron_core": "megatron.core",
-            "qalora_group_size": 16, "r": self.rank, "rank_pattern": Pattern::table(&self.rank_pattern),
-            "use_dora": self.dora, "use_qalora": false, "use_rslora": self.root_scaling,
+            "alpha_pattern": alphas, "bias": name_of(BIASES, self.bias), "ensure_weight_tying": self.tied, "eva_config": eva,
+            "fan_in_fan_out": false, "init_lora_weights": start, "loftq_config": {}, "lora_alpha": number(alpha),
+            "layers_pattern": null, "layers_to_transform": null, "lora_bias": self.product_bias,
+            "lora_dropout": as_written(self.dropout.elements), "megatron_core": "megatron.core", "qalora_group_size": 16,
+            "kasa_config": Kasa::config(self.kasa), "use_bdlora": Blocks::config(self.blocks.as_ref()), "r": rank, "rank_pattern": ranks, "use_dora": self.dora, "use_qalora": false, "use_rslora": self.root_scaling,
         });
         map.extend(own.as_object().cloned().unwrap_or_default());
         map
     }
+
+    /// `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` of what is saved: twice the ranks at the same scale where a
+    /// start is joined to the factors, what was dealt out where ranks were.
+    fn written_ranks(&self, model: &Described<'_>) -> (usize, f64, Value, Value) {
+        let (ranks, alphas) = (Pattern::table(&self.rank_pattern), Pattern::table(&self.alpha_pattern));
+        if self.from_file || !(self.start.is_taken_off() || self.start == Start::Eva) {
+            return (self.rank, self.alpha, ranks, alphas);
+        }
+        if self.start == Start::Eva {
+            let (ranks, alphas) = self.dealt_ranks(model);
+            return (self.rank, self.alpha, ranks, alphas);
+        }
+        // s = α/r stays as r doubles; so does α/√r.
+        let by = if self.root_scaling { 2f64.sqrt() } else { 2.0 };
+        let times = |patterns: &[Pattern], by: f64| {
+            let of = |p: &Pattern| (p.text().to_owned(), number(p.value() * by));
+            Value::Object(patterns.iter().map(of).collect())
+        };
+        (2 * self.rank, self.alpha * by, times(&self.rank_pattern, 2.0), times(&self.alpha_pattern, by))
+    }
+
+    /// `rank_pattern` and `alpha_pattern` after ranks were dealt out: modules by their paths, at the scale that they train with.
+    fn dealt_ranks(&self, model: &Described<'_>) -> (Value, Value) {
+        let (mut ranks, mut alphas) = (Map::new(), Map::new());
+        for &id in model.chosen {
+            let path = &model.sites.get(id).path;
+            let of = |end: &str| {
+                let name = format!("{}{path}.{end}", model.prefix);
+                model.adapter.params().iter().find(|p| p.name == name).map(|p| p.param.value())
+            };
+            let (Some(a), Some(b)) = (of("lora_A.weight"), of("lora_B.weight")) else { continue };
+            let rank = used_ranks(&a, &b);
+            let by = rank as f64 / self.scale_at(path).0 as f64;
+            let alpha = Pattern::find(&self.alpha_pattern, path).unwrap_or(self.alpha);
+            let alpha = if self.root_scaling { alpha * by.sqrt() } else { alpha * by };
+            if rank != self.rank {
+                ranks.insert(path.clone(), json!(rank));
+            }
+            if alpha != self.alpha {
+                alphas.insert(path.clone(), number(alpha));
+            }
+        }
+        (Value::Object(ranks), Value::Object(alphas))
+    }
+
+    /// The tensors of the file: a mixer folded into A, a start that was taken off joined to the factors, ranks that got
+    /// nothing left out.
+    pub(super) fn plain(&self, tensors: Named, state: &Named) -> Result<Named> {
+        // KaSA's part of the weight is made again from the weight.
+        if self.from_file || self.kasa.is_some() {
+            return Ok(tensors);
+        }
+        let find = |named: &Named, name: &str| named.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
+        let mut file = Named::new();
+        for (name, value) in &tensors {
+            let value = match (name.strip_suffix(".lora_A.weight"), name.strip_suffix(".lora_B.weight")) {
+                (Some(path), _) => {
+                    let mixed = match find(&tensors, &format!("{path}.lora_mixer")) {
+                        Some(m) => m.matmul(&flat(value)?)?.reshape(value.shape())?,
+                        None => value.clone(),
+                    };
+                    match find(state, &format!("{path}.lora_A.start")) {
+                        Some(start) => cat(&[&mixed, &start], 0)?,
+                        None => mixed,
+                    }
+                }
+                (None, Some(path)) => match find(state, &format!("{path}.lora_B.start")) {
+                    Some(start) => cat(&[value, &start.scale(-1.0)?], 1)?,
+                    None => value.clone(),
+                },
+                _ if self.mixer != Mixer::None && name.ends_with(".lora_mixer") => continue,
+                _ => value.clone(),
+            };
+            file.push((name.clone(), value));
+        }
+        if self.start == Start::Eva {
+            leave_out_unused(&mut file)?;
+        }
+        Ok(file)
+    }
+}
+
+/// Cuts A and B to the ranks that got something.
+fn leave_out_unused(file: &mut Named) -> Result<()> {
+    for at in 0..file.len() {
+        let Some(path) = file[at].0.strip_suffix(".lora_A.weight") else { continue };
+        let b_name = format!("{path}.lora_B.weight");
+        let Some(b_at) = file.iter().position(|(name, _)| *name == b_name) else { continue };
+        let rank = used_ranks(&file[at].1, &file[b_at].1);
+        file[at].1 = file[at].1.narrow(0, 0, rank)?;
+        file[b_at].1 = file[b_at].1.narrow(1, 0, rank)?;
+    }
+    Ok(())
+}
+
+/// The number of the last rank whose row of A or column of B is not all zero; one where there is none, since `peft` knows no
+/// rank of zero.
+fn used_ranks(a: &Tensor, b: &Tensor) -> usize {
+    let (Ok(rows), Ok(columns)) = (a.to_vec(), flat(b).and_then(|b| Ok(b.t()?.to_vec()?))) else {
+        return a.dim(0);
+    };
+    let rank = a.dim(0);
+    let zero = |values: &[f32], i: usize| {
+        let width = values.len() / rank.max(1);
+        values[i * width..(i + 1) * width].iter().all(|v| *v == 0.0)
+    };
+    (1..rank).rev().find(|&i| !zero(&rows, i) || !zero(&columns, i)).map_or(1, |last| last + 1)
+}
+
+/// What follows the first size made one.
+fn flat(t: &Tensor) -> Result<Tensor> {
+    Ok(t.reshape([t.dim(0), t.len() / t.dim(0).max(1)])?)
 }
 
 fn name_of<T: PartialEq>(names: &[(&'static str, T)], value: T) -> &'static str {

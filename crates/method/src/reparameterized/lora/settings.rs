@@ -3,18 +3,29 @@
 use engraft_nn::{Result, Role};
 use serde_json::{Map, Value};
 
-use super::{Biases, Lora, Start};
-use crate::read::Reader;
+use super::factors::Dropout;
+use super::prepare::{Prior, Search};
+use super::start::{STARTS, Start};
+use super::variants::{Blocks, Kasa};
+use super::{Biases, Lora, Mixer};
+use crate::read::{Pattern, Reader};
 use crate::{Field, FieldKind, Info, Method};
 
 pub(super) const RANK_MAX: usize = 1 << 16;
 /// The largest rank that a recipe may ask for: above it a matrix is better trained whole.
 const RECIPE_RANK_MAX: usize = 1024;
+/// The most batches that a start may look at, the most rounds and masks.
+const BATCHES_MAX: usize = 1 << 16;
+const ROUNDS_MAX: usize = 64;
+const MASKS_MAX: usize = 64;
+/// The most blocks of a matrix.
+const BLOCKS_MAX: usize = 1 << 10;
 
 pub(super) const BIASES: &[(&str, Biases)] =
     &[("none", Biases::None), ("all", Biases::All), ("lora_only", Biases::OfTargets)];
-const STARTS: &[(&str, Start)] =
-    &[("kaiming", Start::Kaiming), ("gaussian", Start::Gaussian), ("random", Start::Random)];
+const MIXERS: &[(&str, Mixer)] =
+    &[("none", Mixer::None), ("kaiming", Mixer::Kaiming), ("orthogonal", Mixer::Orthogonal)];
+const PRIORS: &[(&str, Prior)] = &[("ipm", Prior::Instruction), ("kpm", Prior::Knowledge)];
 
 pub(super) static INFO: Info = Info {
     name: "lora",
@@ -83,39 +94,249 @@ pub(super) static INFO: Info = Info {
             doc: "Give the product a bias of its own.",
         },
         Field {
+            name: "lr_ratio",
+            kind: FieldKind::Float { min: 1e-3, max: 1e3 },
+            default: Some("1"),
+            doc: "LoRA+: the learning rate of B over that of A; its authors advise 16. Tables keep the rate.",
+        },
+        Field {
+            name: "freeze_a",
+            kind: FieldKind::Bool,
+            default: Some("false"),
+            doc: "LoRA-FA: train B alone; inputs of layers need not be kept for backward.",
+        },
+        Field {
+            name: "mixer",
+            kind: FieldKind::OneOf(&["none", "kaiming", "orthogonal"]),
+            default: Some("\"none\""),
+            doc: "MoSLoRA: a trained matrix between B and A, and how it starts; saved folded into A.",
+        },
+        Field {
+            name: "kasa",
+            kind: FieldKind::Bool,
+            default: Some("false"),
+            doc: "KaSA: take the smallest singular values off the weight and give the product values of its own.",
+        },
+        Field {
+            name: "kasa_beta",
+            kind: FieldKind::Float { min: 0.0, max: 1e3 },
+            default: Some("1e-4"),
+            doc: "KaSA: weight of the squares of these values in the loss.",
+        },
+        Field {
+            name: "kasa_gamma",
+            kind: FieldKind::Float { min: 0.0, max: 1e3 },
+            default: Some("1e-3"),
+            doc: "KaSA: weight of how far the factors are from orthonormal in the loss.",
+        },
+        Field {
+            name: "blocks",
+            kind: FieldKind::Int { min: 1, max: BLOCKS_MAX as i64 },
+            default: Some("1"),
+            doc: "BD-LoRA: number of blocks on the diagonal of A or B, so that parts of a matrix are served apart.",
+        },
+        Field {
+            name: "blocks_of_a",
+            kind: FieldKind::TextList,
+            default: Some("[]"),
+            doc: "BD-LoRA: parts of the names of modules whose A has blocks; usually those that end attention and MLP.",
+        },
+        Field {
+            name: "blocks_of_b",
+            kind: FieldKind::TextList,
+            default: Some("[]"),
+            doc: "BD-LoRA: parts of the names of modules whose B has blocks; usually queries, keys, values, gate and up.",
+        },
+        Field {
+            name: "structured_dropout",
+            kind: FieldKind::Float { min: 0.0, max: 0.999 },
+            default: Some("0"),
+            doc: "LoRA Dropout: share of columns of A and of rows of B left out while training.",
+        },
+        Field {
+            name: "dropout_masks",
+            kind: FieldKind::Int { min: 1, max: MASKS_MAX as i64 },
+            default: Some("4"),
+            doc: "Number of masks of structured_dropout that the sequences of a batch are dealt to.",
+        },
+        Field {
             name: "init",
-            kind: FieldKind::OneOf(&["kaiming", "gaussian", "random"]),
+            kind: FieldKind::OneOf(&[
+                "kaiming",
+                "gaussian",
+                "random",
+                "orthogonal",
+                "pissa",
+                "olora",
+                "mica",
+                "eva",
+                "corda",
+                "lora-ga",
+            ]),
             default: Some("\"kaiming\""),
-            doc: "How A starts; random starts B too.",
+            doc: "How A and B start: at random, from the weight, or from what the base makes of the training data.",
+        },
+        Field {
+            name: "pissa_niter",
+            kind: FieldKind::Int { min: 0, max: ROUNDS_MAX as i64 },
+            default: None,
+            doc: "Rounds of random projections for pissa (4 is usual); left out, the decomposition is exact.",
+        },
+        Field {
+            name: "init_batches",
+            kind: FieldKind::Int { min: 1, max: BATCHES_MAX as i64 },
+            default: Some("32"),
+            doc: "Most batches that eva, corda and lora-ga look at.",
+        },
+        Field {
+            name: "eva_rho",
+            kind: FieldKind::Float { min: 1.0, max: 64.0 },
+            default: Some("2"),
+            doc: "Ranks are dealt out by explained variance, up to so many times rank; 1 deals none.",
+        },
+        Field {
+            name: "eva_tau",
+            kind: FieldKind::Float { min: 0.0, max: 1.0 },
+            default: Some("0.99"),
+            doc: "EVA stops once directions of two batches have this cosine.",
+        },
+        Field {
+            name: "corda_method",
+            kind: FieldKind::OneOf(&["ipm", "kpm"]),
+            default: Some("\"ipm\""),
+            doc: "CorDA: ipm adapts what the data use most, kpm what they use least, to keep it.",
+        },
+        Field {
+            name: "lora_ga_gamma",
+            kind: FieldKind::Float { min: 1e-3, max: 1e6 },
+            default: Some("16"),
+            doc: "LoRA-GA: γ of the size out^(1/4)/√γ of the start.",
         },
     ],
 };
 
+impl Default for Lora {
+    /// What a recipe that sets nothing has.
+    fn default() -> Self {
+        Lora {
+            rank: 8,
+            alpha: 16.0,
+            root_scaling: false,
+            dropout: Dropout::default(),
+            rank_pattern: vec![],
+            alpha_pattern: vec![],
+            bias: Biases::None,
+            product_bias: false,
+            start: Start::Kaiming,
+            search: Search::default(),
+            dora: false,
+            mixer: Mixer::None,
+            kasa: None,
+            blocks: None,
+            freeze_a: false,
+            lr_ratio: 1.0,
+            tied: false,
+            from_file: false,
+        }
+    }
+}
+
 pub(super) fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let mut r = Reader::settings(settings, INFO.fields);
+    let rounds = r.float("pissa_niter", -1.0);
+    let start = match r.one_of("init", STARTS) {
+        Start::Pissa(_) if rounds >= 0.0 => Start::Pissa(Some(rounds as usize)),
+        start => start,
+    };
     let lora = Lora {
         rank: r.count("rank", 8, RECIPE_RANK_MAX),
         alpha: r.float("alpha", 16.0),
         root_scaling: r.flag("rslora", false),
-        dropout: r.dropout("dropout"),
+        dropout: Dropout {
+            elements: r.dropout("dropout"),
+            structured: r.dropout("structured_dropout"),
+            masks: r.count("dropout_masks", 4, MASKS_MAX),
+        },
         rank_pattern: r.patterns("rank_pattern"),
         alpha_pattern: r.patterns("alpha_pattern"),
         bias: r.one_of("bias", BIASES),
         product_bias: r.flag("lora_bias", false),
-        start: r.one_of("init", STARTS),
+        start,
+        search: Search {
+            batches: r.count("init_batches", 32, BATCHES_MAX),
+            rho: r.float("eva_rho", 2.0),
+            tau: r.float("eva_tau", 0.99),
+            prior: r.one_of("corda_method", PRIORS),
+            gamma: r.float("lora_ga_gamma", 16.0),
+            eva_config: None,
+        },
         dora: r.flag("dora", false),
+        mixer: r.one_of("mixer", MIXERS),
+        kasa: read_kasa(&mut r),
+        blocks: read_blocks(&mut r),
+        freeze_a: r.flag("freeze_a", false),
+        lr_ratio: r.float("lr_ratio", 1.0),
         tied: false,
+        from_file: false,
     };
     check(&lora, &mut r);
+    if rounds >= 0.0 && !matches!(lora.start, Start::Pissa(_)) {
+        r.problem("`pissa_niter` is for `init = \"pissa\"`");
+    }
     r.finish()?;
     Ok(Box::new(lora))
 }
 
+fn read_kasa(r: &mut Reader<'_>) -> Option<Kasa> {
+    let kasa = Kasa { beta: r.float("kasa_beta", 1e-4), gamma: r.float("kasa_gamma", 1e-3) };
+    r.flag("kasa", false).then_some(kasa)
+}
+
+/// Modules in neither list keep whole factors.
+fn read_blocks(r: &mut Reader<'_>) -> Option<Blocks> {
+    let count = r.count("blocks", 1, BLOCKS_MAX);
+    let [of_a, of_b] = ["blocks_of_a", "blocks_of_b"].map(|key| r.texts(key).unwrap_or_default());
+    let none = of_a.is_empty() && of_b.is_empty();
+    if none != (count == 1) {
+        r.problem("`blocks` above 1 and a list, `blocks_of_a` or `blocks_of_b`, belong together");
+    }
+    (count > 1 && !none).then_some(Blocks { of_a, of_b, count, strict: false })
+}
+
+/// What cannot be.
 pub(super) fn check(lora: &Lora, r: &mut Reader<'_>) {
     for p in lora.rank_pattern.iter().filter_map(|p| p.not_a_count(RANK_MAX)) {
         r.problem(format!("`rank_pattern`: expected a whole number from 1 to {RANK_MAX}, found {p}"));
     }
     if lora.dora && lora.product_bias {
         r.problem("`lora_bias` and DoRA cannot be combined");
+    }
+    if lora.dora && lora.dropout.structured > 0.0 {
+        r.problem("`structured_dropout` and DoRA cannot be combined; `dropout` can");
+    }
+    if lora.mixer != Mixer::None && (lora.start.is_taken_off() || lora.start == Start::Eva) {
+        r.problem("`mixer` needs an `init` that is drawn at random");
+    }
+    let several = [lora.dora, lora.mixer != Mixer::None, lora.kasa.is_some(), lora.blocks.is_some()];
+    if several[1..].iter().filter(|on| **on).count() > 1 || several[0] && several[2..].contains(&true) {
+        r.problem("DoRA, a mixer, KaSA and blocks cannot be combined, but for DoRA with a mixer");
+    }
+    let special = lora.kasa.is_some() || lora.blocks.is_some();
+    if special && !matches!(lora.start, Start::Kaiming | Start::Gaussian | Start::Random) {
+        r.problem("`init` must be `kaiming` with KaSA or blocks");
+    }
+    if lora.kasa.is_some() && lora.alpha <= 0.0 {
+        r.problem("`alpha` must be above 0 with KaSA");
+    }
+    if lora.freeze_a && lora.start == Start::Mica {
+        r.problem("`freeze_a` and `init = \"mica\"`, which trains A alone, leave nothing to train");
+    }
+    if lora.start.is_taken_off() && (lora.alpha <= 0.0 || lora.alpha_pattern.iter().any(|p| p.value() <= 0.0))
+    {
+        r.problem("`alpha` must be above 0 for an `init` that is taken off the weight");
+    }
+    let odd = |ranks: &[Pattern]| lora.rank % 2 == 1 || ranks.iter().any(|p| p.value() % 2.0 != 0.0);
+    if lora.start == Start::Orthogonal && odd(&lora.rank_pattern) {
+        r.problem("`rank` must be even for `init = \"orthogonal\"`");
     }
 }

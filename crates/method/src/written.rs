@@ -1,0 +1,29 @@
+//! What an adapter's file holds: every saved parameter, in the form in which its method saves it.
+
+use engraft_nn::{Adapter, NamedParam, Result};
+
+use crate::assemble::{Chosen, Named};
+use crate::names::{kept, prefix};
+
+/// The tensors of the file by the names of parameters, in the form in which each method saves its own.
+pub(crate) fn written(adapter: &Adapter, methods: &[Chosen]) -> Result<Named> {
+    let of = |saved: bool| adapter.params().iter().filter(move |p| p.saved == saved);
+    let named = |p: &NamedParam| (p.name.clone(), p.param.value());
+    let mut tensors: Named = of(true).filter(|p| kept(methods, adapter, &p.name)).map(named).collect();
+    for (number, (method, _)) in methods.iter().enumerate() {
+        let before = prefix(methods, number);
+        let own = |name: &str| name.strip_prefix(&before).map(str::to_owned);
+        let state = of(false).map(named).filter_map(|(name, t)| Some((own(&name)?, t))).collect();
+        let (mut mine, mut others) = (Named::new(), Named::new());
+        for (name, value) in tensors {
+            match own(&name) {
+                Some(own) => mine.push((own, value)),
+                None => others.push((name, value)),
+            }
+        }
+        let mine = method.file_tensors(mine, &state)?;
+        others.extend(mine.into_iter().map(|(name, value)| (format!("{before}{name}"), value)));
+        tensors = others;
+    }
+    Ok(tensors)
+}
