@@ -27,6 +27,7 @@ const NO_EXCLUSION: &[&str] = &[
     "SHIRA",
     "SUPERTUNING",
     "TINYLORA",
+    "TRAINABLE_TOKENS",
     "UNILORA",
     "VERA",
 ];
@@ -230,7 +231,8 @@ pub(crate) fn kept_classifier<'s>(
     adapter: &Adapter,
 ) -> Option<(&'static str, Vec<&'s Site>)> {
     let classifies = matches!(task, Task::SequenceClassification | Task::TokenClassification);
-    if !classifies || peft_type.starts_with("ENGRAFT_") {
+    // Trainable tokens have no `modules_to_save`.
+    if !classifies || peft_type.starts_with("ENGRAFT_") || peft_type == "TRAINABLE_TOKENS" {
         return None;
     }
     CLASSIFIERS.iter().find_map(|name| {

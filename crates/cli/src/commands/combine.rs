@@ -31,15 +31,16 @@ enum SignOf {
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  engraft combine a/adapter b/adapter --out both              their exact sum
+  engraft combine a/adapter b/adapter --out both           their exact sum
   engraft combine a/adapter=0.7 b/adapter=0.3 --rule svd --rank 8 --out mixed
-  engraft combine a/adapter b/adapter=-0.5 --out without-b    takes half of b away
+  engraft combine a/adapter b/adapter=-0.5 --out less-b    takes half of b away
   engraft combine a/adapter b/adapter --rule ties --density 0.2 --out ties
-  engraft combine seed0/adapter seed1/adapter seed2/adapter --rule average --out soup
-  engraft combine a/adapter b/adapter --out both --model DIR --probe texts.txt")]
+  engraft combine run0/adapter run1/adapter --rule average --out soup
+  engraft combine a/adapter b/adapter --out both \\
+    --model DIR --probe texts.txt")]
 pub struct Args {
     /// Adapter directories, each with its weight after `=`; 1 where none is given (of average: equal shares)
-    #[arg(required = true, value_name = "ADAPTER[=WEIGHT]", allow_hyphen_values = true)]
+    #[arg(required = true, value_name = "ADAPTER[=WEIGHT]")]
     adapters: Vec<String>,
     /// The adapter directory to write; it must not exist or be empty
     #[arg(long, value_name = "DIR")]
