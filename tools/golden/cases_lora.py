@@ -314,7 +314,7 @@ def starts():
     corda("llama_corda_ipm", "llama", "full", 4, "ipm", ["q_proj", "down_proj"])
     corda("llama_corda_kpm", "llama", "full", 4, "kpm", ["q_proj", "down_proj"])
     lora_ga("llama_lora_ga", "llama", "full", 8, ["q_proj", "v_proj", "up_proj"])
-    lora_ga("bert_lora_ga", "bert", "padded", 8, ["query", "output.dense"])
+    lora_ga("bert_lora_ga", "bert", "padded", 3, ["query", "output.dense"])
 
 
 def make():

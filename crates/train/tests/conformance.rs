@@ -67,7 +67,7 @@ fn adapters(decoder_reads_encoder: bool) -> Vec<(String, Vec<Chosen>)> {
     let linears = Targets::from(Matcher::AllLinear);
     all.push(("lora, own bias".into(), of("lora", json!({ "rank": 2, "lora_bias": true }), Some(linears))));
     all.push(("dora".into(), of("lora", json!({ "rank": 2, "dora": true }), None)));
-    let tables = Targets::roles(&[Role::Embed, Role::K]);
+    let tables = Targets::roles(&[Role::Embed, Role::Down]);
     all.push(("dora, tables".into(), of("lora", json!({ "rank": 2, "dora": true }), Some(tables))));
     all.push(("lora, mixer".into(), of("lora", json!({ "rank": 2, "mixer": "kaiming" }), None)));
     all.push(("lora, frozen A".into(), of("lora", json!({ "rank": 2, "freeze_a": true }), None)));

@@ -27,8 +27,8 @@ impl Lora {
         let look = (base, self.search.batches, false);
         summed(places, &sources, numbers, look, of_sequences, |source, sum, count| {
             let c = damped(&sum.scale(1.0 / count as f32)?)?;
-            let same = places.iter().zip(&first).filter(|(_, first)| **first == source);
-            same.into_iter().try_for_each(|(place, _)| self.corda_start(place, &c))
+            let mut same = places.iter().zip(&first).filter(|(_, first)| **first == source);
+            same.try_for_each(|(place, _)| self.corda_start(place, &c))
         })
     }
 
