@@ -91,7 +91,7 @@ pub fn half_spectrum(x: &[f32], n: usize, inner: f32, scale: f32, y: &mut [f32])
 
 /// x [rows, n/2 + 1, 2] → y [rows, n]: the sum of all frequencies, times `scale`; those that are not their own mirror
 /// images count `inner` times. Imaginary parts of those that are count nothing.
-pub fn from_half_spectrum(x: &[f32], n: usize, inner: f32, scale: f32, y: &mut [f32]) {
+pub fn spectrum_sum(x: &[f32], n: usize, inner: f32, scale: f32, y: &mut [f32]) {
     let width = 2 * (n / 2 + 1);
     y.par_chunks_mut(n * ROWS).zip(x.par_chunks(width * ROWS)).for_each(|(y, x)| {
         let mut backward = Backward::new(n);

@@ -73,8 +73,8 @@ impl Kernels for Cpu {
     fn half_spectrum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer) {
         fourier::half_spectrum(x.f32(), n, inner, scale, y.as_f32_mut());
     }
-    fn from_half_spectrum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer) {
-        fourier::from_half_spectrum(x.f32(), n, inner, scale, y.as_f32_mut());
+    fn spectrum_sum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer) {
+        fourier::spectrum_sum(x.f32(), n, inner, scale, y.as_f32_mut());
     }
     fn few_frequencies(&self, f: &Frequencies, transposed: bool, c: &Tensor, x: &Tensor, y: &mut Buffer) {
         fourier::few_frequencies(f, transposed, c.f32(), x.f32(), y.as_f32_mut());

@@ -48,7 +48,7 @@ pub(crate) trait Kernels {
     /// Lower halves of the transforms of rows of n, times `scale`; inner frequencies times `inner` too.
     fn half_spectrum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer);
     /// Sums of the frequencies of half transforms, times `scale`; inner frequencies count `inner` times.
-    fn from_half_spectrum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer);
+    fn spectrum_sum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer);
     /// y = x·Mᵀ, or x·M where `transposed`, with M the matrix of the frequencies f with coefficients c.
     fn few_frequencies(&self, f: &Frequencies, transposed: bool, c: &Tensor, x: &Tensor, y: &mut Buffer);
     /// Gradient of c in `few_frequencies`.

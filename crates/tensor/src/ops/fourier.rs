@@ -45,7 +45,7 @@ impl Tensor {
         Ok(Tensor::new(shape, y).on_tape("rfft", &[self], move |dy, sink| {
             // The sum of all frequencies counts those inside twice, and the gradient has them once.
             let mut dx = Buffer::f32(before.iter().product());
-            cpu().from_half_spectrum(&dy, n, 0.5, 1.0, &mut dx);
+            cpu().spectrum_sum(&dy, n, 0.5, 1.0, &mut dx);
             sink.add(&edge, Tensor::new(before, dx))
         }))
     }
@@ -64,7 +64,7 @@ impl Tensor {
         shape.push(n);
         let scale = 1.0 / n as f32;
         let mut y = Buffer::f32(shape.iter().product());
-        cpu().from_half_spectrum(self, n, 1.0, scale, &mut y);
+        cpu().spectrum_sum(self, n, 1.0, scale, &mut y);
         let (edge, before) = (self.edge(), self.shape().to_vec());
         Ok(Tensor::new(shape, y).on_tape("irfft", &[self], move |dy, sink| {
             let mut dx = Buffer::f32(before.iter().product());
