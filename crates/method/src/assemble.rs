@@ -10,13 +10,13 @@ use engraft_nn::{
     Adapter, Base, Builder, Error, ModelInfo, Patch, Replacement, Result, Role, Site, SiteId, Sites, Targets,
     Value as Frozen,
 };
-use engraft_tensor::{DType, Tensor};
+use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
 use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_bias_a_head, stale};
 use crate::names::{file_form, file_names, prefix, stored_as};
-use crate::written::written;
-use crate::{Described, Method, Stored, from_file, peft, tied};
+use crate::written::{as_held, as_stored, written};
+use crate::{Described, Method, from_file, peft, tied};
 
 const UNION: &str = "ENGRAFT_UNION";
 
@@ -290,27 +290,6 @@ pub fn save_adapter(
     }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
     Ok((Value::Object(config), tensors))
-}
-
-/// The numbers in the type of the file, where tensors have that type.
-fn as_stored(tensor: &Tensor, stored: Stored) -> Result<Tensor> {
-    let whole =
-        |tensor: &Tensor| -> Result<Vec<i64>> { Ok(tensor.to_vec()?.iter().map(|&v| v as i64).collect()) };
-    Ok(match stored {
-        _ if tensor.dtype() != DType::F32 => tensor.clone(),
-        Stored::I64 => Tensor::from_i64(whole(tensor)?, tensor.shape())?,
-        Stored::I32 => Tensor::from_i32(whole(tensor)?.iter().map(|&v| v as i32).collect(), tensor.shape())?,
-        Stored::F32 | Stored::U8 | Stored::I16 => tensor.clone(),
-    })
-}
-
-/// Whole numbers of a file as the parameter has them, where the file holds them in another type.
-fn as_held(tensor: Tensor, stored: Stored) -> Result<Tensor> {
-    if tensor.dtype() == DType::F32 || stored == Stored::F32 {
-        return Ok(tensor);
-    }
-    let values = tensor.to_i64()?.iter().map(|&v| v as f32).collect();
-    Ok(Tensor::from_vec(values, tensor.shape())?)
 }
 
 /// The name of a site's tensor in a model's own files.

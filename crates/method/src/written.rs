@@ -1,7 +1,9 @@
 //! What an adapter's file holds: every saved parameter, in the form in which its method saves it.
 
 use engraft_nn::{Adapter, NamedParam, Result};
+use engraft_tensor::{DType, Tensor};
 
+use crate::Stored;
 use crate::assemble::{Chosen, Named};
 use crate::names::{kept, prefix};
 
@@ -26,4 +28,25 @@ pub(crate) fn written(adapter: &Adapter, methods: &[Chosen]) -> Result<Named> {
         tensors = others;
     }
     Ok(tensors)
+}
+
+/// The numbers in the type of the file, where tensors have that type.
+pub(crate) fn as_stored(tensor: &Tensor, stored: Stored) -> Result<Tensor> {
+    let whole =
+        |tensor: &Tensor| -> Result<Vec<i64>> { Ok(tensor.to_vec()?.iter().map(|&v| v as i64).collect()) };
+    Ok(match stored {
+        _ if tensor.dtype() != DType::F32 => tensor.clone(),
+        Stored::I64 => Tensor::from_i64(whole(tensor)?, tensor.shape())?,
+        Stored::I32 => Tensor::from_i32(whole(tensor)?.iter().map(|&v| v as i32).collect(), tensor.shape())?,
+        Stored::F32 | Stored::U8 | Stored::I16 => tensor.clone(),
+    })
+}
+
+/// Whole numbers of a file as the parameter has them, where the file holds them in another type.
+pub(crate) fn as_held(tensor: Tensor, stored: Stored) -> Result<Tensor> {
+    if tensor.dtype() == DType::F32 || stored == Stored::F32 {
+        return Ok(tensor);
+    }
+    let values = tensor.to_i64()?.iter().map(|&v| v as f32).collect();
+    Ok(Tensor::from_vec(values, tensor.shape())?)
 }

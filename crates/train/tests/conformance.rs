@@ -150,7 +150,8 @@ fn every_method(precision: Precision, storage: Storage) {
                 (true, false) => (model + number).is_multiple_of(5),
                 (false, _) => (model + number).is_multiple_of(8),
             };
-            let is_asked = std::env::var("ENGRAFT_ONLY").is_ok() && (usual || (model + number).is_multiple_of(3));
+            let is_asked =
+                std::env::var("ENGRAFT_ONLY").is_ok() && (usual || (model + number).is_multiple_of(3));
             if !fixtures::wanted(&title) || !turn && !is_asked {
                 continue;
             }

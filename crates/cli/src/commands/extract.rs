@@ -23,7 +23,7 @@ use crate::probe::{Probes, largest_difference};
 #[command(after_help = "\
 Examples:
   engraft extract --model BASE --tuned TUNED --rank 32 --out adapter
-  engraft extract --model BASE --tuned TUNED --rank 8 --out adapter --probe texts.txt --json
+  engraft extract --model BASE --tuned TUNED --out adapter --probe texts.txt
 
 The adapter is a LoRA in peft's form. Each weight that differs is cut to the rank by singular values.")]
 pub struct Args {
