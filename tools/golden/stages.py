@@ -6,6 +6,7 @@
 - diff_pruning (Guo et al. 2021): W + z * w with hard-concrete gates z, then the k largest |z w|, trained on.
 - far (Vucetic et al. 2022): W + D of the feed-forward layers, then the rows of the largest |D|_1 and their biases.
 - gps (Zhang et al. 2024): the K inputs of every neuron with the largest gradient of a contrastive loss, and biases.
+- spt (He et al. 2023): entries of the largest squared gradients, or a low-rank product where a matrix has many of them.
 - rosa (Nikdan et al. 2024): a low-rank product beside values at the k places of the largest squared gradients.
 
 The second stage has an optimizer of its own. Random numbers are those of Philox 4x32-10 by seed, stream (FNV-1a of the tensor's
@@ -214,6 +215,27 @@ def gps_case(base, names, config, checks):
     write_case(model, base, "gps", None, tensors, {**config, "target_modules": names or "all-linear"}, checks)
 
 
+def spt_case(base, names, config, structured, checks):
+    """The matrices whose path ends in one of `structured` have products, the others a common vector of values."""
+    model, case, tensors, at, places = zoo.load(base), f"{base}__spt", {}, 0, []
+    layers = linears(model, names)
+    products = [p for p in layers if any(p.endswith(s) for s in structured)]
+    for path, m in layers.items():
+        (out, inn), r, g = m.weight.shape, config["rank"], rng("adapter", case, path)
+        if path in products:
+            a, b = (torch.from_numpy(g.uniform(-0.3, 0.3, s)).float() for s in ((r, inn), (out, r)))
+            m.weight.data += b @ a
+            tensors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+        else:
+            places.append(torch.from_numpy(np.sort(g.permutation(out * inn)[:20])) + at)
+        at += out * inn
+    places = torch.cat(places)
+    values = torch.from_numpy(rng("adapter", case).uniform(-0.4, 0.4, len(places))).float()
+    scatter(layers, places, values)
+    tensors |= {"sparse_values": values, "sparse_indices": places}
+    write_case(model, base, "spt", None, tensors, {**config, "structured": products, "entries": len(places), "target_modules": names}, checks)
+
+
 # Runs.
 
 def steps(model, data, o, causal, which, optimizer, extra=None, touch=None):
@@ -381,6 +403,56 @@ def rosa_run(base, names, o, causal, data, config):
     return losses, {**{k: v.detach() for k, v in tensors.items()}, **{f"{p}.sparse_indices": at for p, at in places.items()}}
 
 
+class LowRank(torch.nn.Module):
+    def __init__(self, path, shape, rank):
+        super().__init__()
+        self.a = torch.nn.Parameter((2 * uniform(0, fnv(f"{path}.lora_A.weight"), (rank, shape[1])) - 1) / math.sqrt(shape[1]))
+        self.b = torch.nn.Parameter(torch.zeros(shape[0], rank))
+
+    def forward(self, w):
+        return w + self.b @ self.a
+
+
+def spt_run(base, names, o, causal, data, config):
+    model = zoo.load(base)
+    layers = linears(model, names)
+    scores = masks.score(model, layers, "squares", data, o["batch_size"], config["batches"], causal)
+    flat = torch.cat([s.flatten() for s in scores.values()])
+    order = torch.sort(flat, descending=True, stable=True)
+    ends = np.cumsum([s.numel() for s in scores.values()])
+    cost = [config["rank"] * sum(s.shape) for s in scores.values()]
+    counts, structured, total, last = [0] * len(ends), [False] * len(ends), 0, 0
+    for place in order.indices.tolist():
+        m = int(np.searchsorted(ends, place, side="right"))
+        becomes = not structured[m] and counts[m] + 1 >= cost[m] / config["alpha"]
+        after = total if structured[m] else total + cost[m] - counts[m] if becomes else total + 1
+        if after > int(config["budget"] * len(flat)):
+            break
+        counts[m] += 1
+        structured[m] |= becomes
+        total, last = after, last + 1
+    a, b = float(order.values[last - 1]), float(order.values[last])
+    assert a - b > 1e-4 * a and True in structured and False in structured, (a, b, structured)
+    taken, at, sparse = torch.sort(order.indices[:last]).values, 0, {}
+    for (path, s), product in zip(scores.items(), structured):
+        if not product:
+            sparse[path] = taken[(taken >= at) & (taken < at + s.numel())] - at
+        at += s.numel()
+    model, tensors = masks.attach(zoo.load(base), sparse, lambda path, places: torch.zeros(len(places))), {}
+    model.now, at, places, modules = 0, 0, [], dict(model.named_modules())
+    for (path, s), product in zip(scores.items(), structured):
+        if product:
+            own = LowRank(path, s.shape, config["rank"])
+            parametrize.register_parametrization(modules[path], "weight", own)
+            tensors |= {f"{path}.lora_A.weight": own.a, f"{path}.lora_B.weight": own.b}
+        else:
+            places.append(sparse[path] + at)
+        at += s.numel()
+    losses = steps(model, data, o, causal, range(1, o["steps"] + 1), adam([p for p in model.parameters() if p.requires_grad], o))
+    values = [modules[p].parametrizations.weight[0].values.detach() for p in sparse if len(sparse[p])]
+    return losses, {**{k: v.detach() for k, v in tensors.items()}, "sparse_values": torch.cat(values), "sparse_indices": torch.cat(places)}
+
+
 def contrastive(features, classes, temperature):
     z = F.normalize(features, dim=1)
     total, count = 0.0, 0
@@ -465,6 +537,8 @@ RUNS = {
                     ("rank", "alpha", "density", "batches"), {}, rosa_run),
     "bert__gps": ("bert", "padded", ["query", "value", "intermediate.dense"], dict(inputs=1, loss="contrastive", temperature=0.5, batches=3),
                   ("inputs", "loss", "temperature", "batches"), dict(batch_size=4), gps_run),
+    "bert__spt": ("bert", "padded", ["query", "value", "intermediate.dense"], dict(budget=0.06, rank=2, alpha=4, batches=3),
+                  ("budget", "rank", "alpha", "batches"), {}, spt_run),
     "llama__lisa": ("llama", "full", None, dict(active_blocks=1, interval=3), ("active_blocks", "interval"), dict(learning_rate=1e-3), lisa_run),
     "bert__child_tuning_free": ("bert", "padded", ["query", "value"], dict(variant="F", share=0.3), ("variant", "share"), {}, child_run),
 }
@@ -502,6 +576,8 @@ def make():
     far_case("vit", ["fc1", "fc2"], 0.2, "rows and biases")
     rosa_case("llama", ["q_proj", "v_proj"], dict(rank=2, alpha=4, density=0.03, batches=1), "queries and values")
     rosa_case("bert", ["query", "intermediate.dense"], dict(rank=3, alpha=3, density=0.02, batches=1), "with biases")
+    spt_case("llama", ["q_proj", "v_proj", "up_proj"], dict(budget=0.1, rank=2, alpha=10, batches=8), ["0.self_attn.q_proj", "up_proj"], "both kinds")
+    spt_case("bert", ["query", "value"], dict(budget=0.1, rank=3, alpha=10, batches=8), ["1.attention.self.value"], "one product")
     gps_case("llama_bias", ["q_proj", "v_proj", "up_proj"], dict(inputs=2, loss="task", temperature=0.1, batches=4), "two inputs a neuron")
     gps_case("vit", None, dict(inputs=1, loss="contrastive", temperature=0.1, batches=4), "one input a neuron, and biases")
     for name in RUNS:

@@ -40,7 +40,7 @@ use reparameterized::{
 };
 use selective::{
     bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, ln_tuning, lt_sft, pafi, random_mask,
-    sam_mask, shira, sift, top_layers, trainable_tokens,
+    sam_mask, shira, sift, spt, top_layers, trainable_tokens,
 };
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
@@ -111,6 +111,7 @@ pub static METHODS: &[&Entry] = &[
     &sam_mask::ENTRY,
     &sift::ENTRY,
     &gps::ENTRY,
+    &spt::ENTRY,
     &child_tuning::ENTRY,
     &lt_sft::ENTRY,
     &diff_pruning::ENTRY,

@@ -15,5 +15,6 @@ pub(crate) mod random_mask;
 pub(crate) mod sam_mask;
 pub(crate) mod shira;
 pub(crate) mod sift;
+pub(crate) mod spt;
 pub(crate) mod top_layers;
 pub(crate) mod trainable_tokens;

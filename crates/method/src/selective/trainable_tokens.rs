@@ -9,6 +9,7 @@
 //!
 //! `trainable_tokens_delta` [rows, width], in the order of `token_indices`; a tied head or table has a copy of its own in the file.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use engraft_nn::{
@@ -151,13 +152,13 @@ impl Method for TrainableTokens {
 
 /// Some rows of a table, or of the head that shares it.
 struct Rows {
-    /// Which rows, `I64` `[n]`, in the order of P.
-    index: Tensor,
     param: Param,
     /// The order of P in which rows ascend, `I64` `[n]`.
     ascending: Tensor,
     /// The rows as a sparse matrix.
     pattern: Arc<Pattern>,
+    /// Which of P a row is.
+    numbers: HashMap<i64, i64>,
     /// Zero for the rows that are trained, one for the others.
     others: Tensor,
 }
@@ -177,10 +178,10 @@ impl Rows {
         let mut others = vec![1.0; out];
         rows.iter().for_each(|&row| others[row] = 0.0);
         Ok(Rows {
+            numbers: (0..).zip(rows).map(|(number, &row)| (row as i64, number)).collect(),
             others: Tensor::from_vec(others, [out])?,
             pattern: Arc::new(Pattern::new(places, (out, inn), 0)?),
             ascending: index(order.iter().map(|&i| i as i64).collect())?,
-            index: index(rows.iter().map(|&r| r as i64).collect())?,
             param,
         })
     }
@@ -189,10 +190,8 @@ impl Rows {
 impl WeightPatch for Rows {
     fn weight(&self, base: &dyn Base) -> Result<Tensor> {
         let dense = base.dense()?;
-        let mut index: Vec<i64> = (0..dense.dim(0)).map(|row| (self.index.len() + row) as i64).collect();
-        for (number, &row) in self.index.ids()?.iter().enumerate() {
-            index[row as usize] = number as i64;
-        }
+        let mut index: Vec<i64> = (0..dense.dim(0)).map(|row| (self.numbers.len() + row) as i64).collect();
+        self.numbers.iter().for_each(|(&row, &number)| index[row as usize] = number);
         let index = Tensor::from_i64(index, [dense.dim(0)])?;
         Ok(cat(&[&self.param.get(), &dense], 0)?.gather(&index)?)
     }
@@ -204,13 +203,10 @@ impl WeightPatch for Rows {
     }
 
     fn lookup(&self, ids: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
-        let rows = self.index.ids()?;
-        let mut index = Vec::with_capacity(ids.len());
-        for (token, id) in ids.ids()?.iter().enumerate() {
-            let own = rows.iter().position(|row| row == id);
-            index.push(own.unwrap_or(rows.len() + token) as i64);
-        }
-        if index.iter().all(|&i| i >= rows.len() as i64) {
+        let count = self.numbers.len() as i64;
+        let own = |(token, id): (i64, &i64)| self.numbers.get(id).copied().unwrap_or(count + token);
+        let index: Vec<i64> = (0..).zip(ids.ids()?).map(own).collect();
+        if index.iter().all(|&i| i >= count) {
             return base.lookup(ids);
         }
         let index = Tensor::from_i64(index, [ids.len()])?;

@@ -259,6 +259,13 @@ impl Best {
         }
     }
 
+    /// The places chosen, the highest first.
+    pub fn ranked(mut self) -> Vec<u64> {
+        self.cut();
+        self.kept.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        self.kept.into_iter().map(|(_, place)| place).collect()
+    }
+
     /// The places chosen, ascending.
     pub fn places(mut self) -> Vec<u64> {
         self.cut();
