@@ -114,6 +114,7 @@ impl<'s> Trainer<'s> {
                 total = total.add(&penalty.detach())?;
             }
         }
+        let unreached = ZeroWatch::unreached(&self.optimizer, &gradients);
         for (method, _) in &session.methods {
             method.after_backward(&session.adapter, &mut gradients, at)?;
         }
@@ -135,7 +136,7 @@ impl<'s> Trainer<'s> {
         }
         self.norms.push_back(norm);
         self.norms.drain(..self.norms.len().saturating_sub(NORMS));
-        let warnings = self.watch.look(number, &self.optimizer, &gradients)?;
+        let warnings = self.watch.look(number, &self.optimizer, &gradients, &unreached)?;
         let event = StepEvent {
             step: number,
             epoch: number as f64 / self.feed.steps_per_epoch() as f64,

@@ -20,13 +20,23 @@ pub(crate) struct ZeroWatch {
 }
 
 impl ZeroWatch {
+    /// The tensors that backward did not reach, before methods drop gradients of those that wait for their turn.
+    pub fn unreached(optimizer: &Optimizer, gradients: &Gradients) -> Vec<usize> {
+        let none = |(_, s): &(usize, &Slot)| !s.rests && gradients.get(&s.param).is_none();
+        optimizer.slots.iter().enumerate().filter(none).map(|(i, _)| i).collect()
+    }
+
     /// Looks at the gradients of step `number`; gives warnings, each tensor in one at most.
-    pub fn look(&mut self, number: u64, optimizer: &Optimizer, gradients: &Gradients) -> Result<Vec<String>> {
+    pub fn look(
+        &mut self,
+        number: u64,
+        optimizer: &Optimizer,
+        gradients: &Gradients,
+        unreached: &[usize],
+    ) -> Result<Vec<String>> {
         let slots = &optimizer.slots;
         let mut warnings = Vec::new();
-        let none = |(_, s): &(usize, &Slot)| !s.rests && gradients.get(&s.param).is_none();
-        let unreached: Vec<usize> = slots.iter().enumerate().filter(none).map(|(i, _)| i).collect();
-        self.tell(&unreached, slots, "no gradient: the loss does not depend on", &mut warnings);
+        self.tell(unreached, slots, "no gradient: the loss does not depend on", &mut warnings);
         let place = (number - 1) % EVERY;
         if place >= STEPS {
             return Ok(warnings);

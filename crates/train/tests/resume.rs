@@ -90,6 +90,20 @@ fn what_methods_remember_between_steps_goes_on_too() {
 }
 
 #[test]
+fn a_level_that_waits_for_its_turn_raises_no_alarm() {
+    for (name, model) in [("llama__autolora", "llama"), ("bert__bilora", "bert")] {
+        let dir = golden().join(format!("trajectories/{name}"));
+        let text =
+            recipe(&dir, &golden().join(format!("models/{model}")), "steps = 12\nbatch_size = 2\n", "");
+        let out = tempfile::tempdir().unwrap();
+        let options = RunOptions { out: out.path().join("run"), ..RunOptions::default() };
+        let mut log = Log::default();
+        train(&session(&text).unwrap(), &options, &mut log).unwrap();
+        assert!(log.warnings().is_empty(), "{name}: {:?}", log.warnings());
+    }
+}
+
+#[test]
 fn early_stopping_writes_the_best_adapter_and_survives_a_stop() {
     let train = TRAIN.replace("2e-3", "0.5") + "eval_every = 2\nearly_stopping_patience = 2\n";
     let dir = tempfile::tempdir().unwrap();
