@@ -106,43 +106,6 @@ pub fn train(session: &Session, options: &RunOptions, observer: &mut dyn Observe
     run.end(status)
 }
 
-/// One of several runs that are trained together.
-pub struct Member<'a> {
-    /// What it works on.
-    pub session: &'a Session,
-    /// How it is to be made.
-    pub options: &'a RunOptions,
-    /// Watches it.
-    pub observer: &'a mut dyn Observer,
-}
-
-/// Trains several runs in turn, one step each, until all have ended: sessions opened with the same
-/// [`crate::SessionOptions::packed`] hold their base once, and the activations of one step exist at a time. Each run has its
-/// own directory, and the bits it has alone. One that fails leaves the others going.
-pub fn train_together(members: Vec<Member<'_>>) -> Vec<Result<Outcome>> {
-    let mut ended: Vec<Option<Result<Outcome>>> = Vec::new();
-    let mut going = Vec::new();
-    for (number, Member { session, options, observer }) in members.into_iter().enumerate() {
-        match Run::open(session, options, observer) {
-            Ok(run) => {
-                going.push((number, run));
-                ended.push(None);
-            }
-            Err(e) => ended.push(Some(Err(e))),
-        }
-    }
-    while !going.is_empty() {
-        for (number, mut run) in std::mem::take(&mut going) {
-            match run.advance() {
-                Ok(None) => going.push((number, run)),
-                Ok(Some(status)) => ended[number] = Some(run.end(status)),
-                Err(e) => ended[number] = Some(Err(e)),
-            }
-        }
-    }
-    ended.into_iter().flatten().collect()
-}
-
 /// Bytes that a run writes at least: two checkpoints and the small files.
 fn bytes_written(adapter: &Adapter) -> u64 {
     2 * checkpoint::bytes(adapter) + SMALL_FILES_BYTES
@@ -173,7 +136,11 @@ pub(crate) struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// Makes or opens the directory, and the state to go on from.
-    fn open(session: &'a Session, options: &'a RunOptions, observer: &'a mut dyn Observer) -> Result<Self> {
+    pub(crate) fn open(
+        session: &'a Session,
+        options: &'a RunOptions,
+        observer: &'a mut dyn Observer,
+    ) -> Result<Self> {
         let bytes = bytes_written(&session.adapter);
         let plan = session.plan.to_toml();
         // A run that was killed before its plan stood has only its lock: it begins again.
@@ -281,7 +248,7 @@ impl<'a> Run<'a> {
     }
 
     /// One step and what is due after it; the status where there are no more.
-    fn advance(&mut self) -> Result<Option<Status>> {
+    pub(crate) fn advance(&mut self) -> Result<Option<Status>> {
         // Time between two steps belongs to another run.
         self.clock = Instant::now();
         let plan = &self.session.plan;
@@ -397,7 +364,7 @@ impl<'a> Run<'a> {
     }
 
     /// The last evaluation, the adapter, the plot and the report.
-    fn end(mut self, status: Status) -> Result<Outcome> {
+    pub(crate) fn end(mut self, status: Status) -> Result<Outcome> {
         let mut written = None;
         let mut adapter_step = None;
         if status != Status::Interrupted {
