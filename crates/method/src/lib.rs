@@ -31,7 +31,7 @@ use additive::{bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
 use reparameterized::{
     c3a, dvora, fourierft, kadaptation, krona, loha, lokr, lora, miss, nola, phm, pvera, randlora, said,
-    unilora, vblora, vera,
+    unilora, vblora, vera, waveft,
 };
 use selective::{bitfit, full};
 
@@ -55,6 +55,7 @@ pub static METHODS: &[&Entry] = &[
     &unilora::ENTRY,
     &randlora::ENTRY,
     &fourierft::ENTRY,
+    &waveft::ENTRY,
     &c3a::ENTRY,
     &miss::ENTRY,
     &nola::ENTRY,

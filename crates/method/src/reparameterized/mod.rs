@@ -17,3 +17,4 @@ pub(crate) mod said;
 pub(crate) mod unilora;
 pub(crate) mod vblora;
 pub(crate) mod vera;
+pub(crate) mod waveft;

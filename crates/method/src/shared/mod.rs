@@ -6,3 +6,4 @@ pub(crate) mod numpy_random;
 pub(crate) mod places;
 pub(crate) mod projection;
 pub(crate) mod torch_random;
+pub(crate) mod wavelets;

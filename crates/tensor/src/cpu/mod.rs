@@ -15,4 +15,5 @@ pub mod primitives;
 pub mod random;
 pub mod rope;
 pub mod simd;
+pub mod sparse;
 mod tile;

@@ -2,9 +2,11 @@
 
 use super::{AdamWState, AttentionBackward, Buffer, Kernels, NormBackward};
 use crate::cpu::random::Key;
-use crate::cpu::{attention, cross_entropy, dropout, fourier, hadamard, math, norm, primitives, rope};
+use crate::cpu::{
+    attention, cross_entropy, dropout, fourier, hadamard, math, norm, primitives, rope, sparse,
+};
 use crate::frozen::{FrozenMatrix, RowSource};
-use crate::ops::{Attention, Binary, Frequencies, Norm, Product, Unary};
+use crate::ops::{Attention, Binary, Frequencies, Norm, Places, Product, Unary};
 use crate::optim::AdamW;
 use crate::tensor::Tensor;
 
@@ -79,6 +81,12 @@ impl Kernels for Cpu {
     }
     fn few_frequencies_backward(&self, f: &Frequencies, x: &Tensor, dy: &Tensor, dc: &mut Buffer) {
         fourier::few_frequencies_backward(f, x.f32(), dy.f32(), dc.as_f32_mut());
+    }
+    fn sparse_product(&self, p: &Places, transposed: bool, values: &Tensor, x: &Tensor, y: &mut Buffer) {
+        sparse::sparse_product(p, transposed, values.f32(), x.f32(), y.as_f32_mut());
+    }
+    fn sparse_product_backward(&self, p: &Places, x: &Tensor, dy: &Tensor, dv: &mut Buffer) {
+        sparse::sparse_product_backward(p, x.f32(), dy.f32(), dv.as_f32_mut());
     }
     fn hadamard(&self, n: usize, y: &mut Buffer) {
         hadamard::hadamard(y.as_f32_mut(), n);

@@ -11,7 +11,7 @@ pub(crate) use buffer::Buffer;
 pub(crate) use host::cpu;
 
 use crate::frozen::{FrozenMatrix, RowSource};
-use crate::ops::{Attention, Binary, Frequencies, Norm, Product, Unary};
+use crate::ops::{Attention, Binary, Frequencies, Norm, Places, Product, Unary};
 use crate::optim::AdamW;
 use crate::tensor::Tensor;
 
@@ -53,6 +53,10 @@ pub(crate) trait Kernels {
     fn few_frequencies(&self, f: &Frequencies, transposed: bool, c: &Tensor, x: &Tensor, y: &mut Buffer);
     /// Gradient of c in `few_frequencies`.
     fn few_frequencies_backward(&self, f: &Frequencies, x: &Tensor, dy: &Tensor, dc: &mut Buffer);
+    /// y = x·Mᵀ, or x·M where `transposed`, with M holding `values` at the places p.
+    fn sparse_product(&self, p: &Places, transposed: bool, values: &Tensor, x: &Tensor, y: &mut Buffer);
+    /// Gradient of the values in `sparse_product`.
+    fn sparse_product_backward(&self, p: &Places, x: &Tensor, dy: &Tensor, dv: &mut Buffer);
     /// The Walsh–Hadamard transform of rows of n, in place.
     fn hadamard(&self, n: usize, y: &mut Buffer);
     /// Batched product, see [`Product`].

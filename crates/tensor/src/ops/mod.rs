@@ -1,6 +1,6 @@
 //! Operations on tensors, one idea a file: shape check, kernel, gradient, test.
 //!
-//! `elementwise`, `reduce`, `shape`, `gather`, `top_k`, `matmul`, `fourier`, `hadamard` and `softmax` are the primitives from which any method can be
+//! `elementwise`, `reduce`, `shape`, `gather`, `top_k`, `matmul`, `fourier`, `hadamard`, `sparse` and `softmax` are the primitives from which any method can be
 //! composed; `linear`, `low_rank`, `norm`, `rope`, `attention`, `gated`, `loss` and `dropout` are fused and are tested against
 //! their composition.
 
@@ -20,6 +20,7 @@ mod reduce;
 mod rope;
 mod shape;
 mod softmax;
+mod sparse;
 mod top_k;
 
 pub use attention::{Attention, RelativeBias, Spans, attention};
@@ -33,3 +34,4 @@ pub use matmul::Product;
 pub use norm::{Norm, layer_norm, rms_norm};
 pub use rope::rope;
 pub use shape::cat;
+pub use sparse::Places;
