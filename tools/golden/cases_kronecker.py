@@ -11,7 +11,7 @@ from rows import case
 
 CONFIGS = {
     "loha": peft.LoHaConfig, "lokr": peft.LoKrConfig, "vera": peft.VeraConfig, "fourierft": peft.FourierFTConfig, "miss": peft.MissConfig,
-    "c3a": peft.C3AConfig, "randlora": peft.RandLoraConfig, "vblora": peft.VBLoRAConfig, "pvera": peft.PveraConfig, "unilora": peft.UniLoraConfig,
+    "c3a": peft.C3AConfig, "randlora": peft.RandLoraConfig, "vblora": peft.VBLoRAConfig, "pvera": peft.PveraConfig, "unilora": peft.UniLoraConfig, "waveft": peft.WaveFTConfig,
 }
 LINEARS = cases.LINEARS
 BERT_ALL = cases.BERT_ALL
@@ -90,6 +90,16 @@ UNILORA = [
     case("bert", "unilora", None, "trained classifier", r=4, theta_d_length=100, target_modules=BERT_ALL),
     case("t5", "unilora", None, "both sides and cross-attention", r=2, theta_d_length=80, target_modules=["q", "k", "v", "o", "wi", "wo"]),
 ]
+WAVEFT = [
+    case("llama", "waveft", None, "Haar's wavelets", n_frequency=60),
+    case("llama", "waveft", "pattern", "longer filters, odd sizes, numbers by module", n_frequency=80, scaling=12.5, wavelet_family="db4",
+         random_loc_seed=5, target_modules=LINEARS, n_frequency_pattern={"k_proj": 20, r"mlp\.up_proj": 150}),
+    case("qwen2", "waveft", "shared_out", "symlets, numbers by size, biases of targets trained", n_frequency=50, wavelet_family="sym5",
+         proportional_parameters=True, bias="waveft_only", init_weights=False, target_modules=["q_proj", "k_proj", "up_proj"]),
+    case("llama", "waveft", "plain", "no transform", n_frequency=90, use_idwt=False, **QV),
+    case("gpt2", "waveft", None, "weights stored as [inputs, outputs], coiflets", n_frequency=100, wavelet_family="coif2", target_modules=["c_attn"]),
+    case("bert", "waveft", None, "trained classifier", n_frequency=70, wavelet_family="db2", target_modules=["query", "intermediate.dense"]),
+]
 VBLORA = [
     case("llama", "vblora", None, "default targets", r=3, num_vectors=12, vector_length=6),
     case("llama", "vblora", "top", "the three largest logits alone in the file", r=2, num_vectors=9, vector_length=12, topk=3,
@@ -105,7 +115,7 @@ WIDTHS = {
     "hada_w1_a": 0.7, "hada_w1_b": 0.5, "hada_w2_a": 0.7, "hada_w2_b": 0.5, "hada_t1": 0.6, "hada_t2": 0.6,
     "lokr_w1": 0.4, "lokr_w1_a": 0.6, "lokr_w1_b": 0.6, "lokr_w2": 0.4, "lokr_w2_a": 0.5, "lokr_w2_b": 0.5, "lokr_t2": 0.6,
     "vera_lambda_b": 0.8, "vera_lambda_d": 0.8,
-    "pvera_lambda_b": 0.8, "pvera_lambda_d": 0.8, "fourierft_spectrum": 1.5, "unilora_theta_d": 1.0, "miss_block": 0.12, "c3a_kernel": 8.0,
+    "pvera_lambda_b": 0.8, "pvera_lambda_d": 0.8, "fourierft_spectrum": 1.5, "waveft_spectrum": 0.04, "unilora_theta_d": 1.0, "miss_block": 0.12, "c3a_kernel": 8.0,
     "vblora_vector_bank": 0.7, "vblora_logits_A": 1.2, "vblora_logits_B": 1.2, "randlora_lambda": 0.25, "randlora_gamma": 0.25,
 }
 
@@ -123,6 +133,7 @@ def fill(model, name):
 
 
 RUNS = {
+    "llama__waveft": ("llama", "full", {}, "waveft", dict(n_frequency=60, wavelet_family="db3")),
     "llama__unilora": ("llama", "full", dict(learning_rate=1e-2), "unilora", dict(r=3, theta_d_length=50)),
     "llama__vblora": ("llama", "full", {}, "vblora", dict(r=3, num_vectors=12, vector_length=6)),
     "llama__loha": ("llama", "full", {}, "loha", dict(r=3, alpha=6)),
@@ -152,7 +163,7 @@ def make():
     # The tables of these methods take the place of the ones that `cases` and `trajectories` hold.
     cases.CONFIGS.update(CONFIGS)
     cases.fill_adapter = fill
-    for c in TABLE + PVERA + UNILORA + VBLORA:
+    for c in TABLE + PVERA + UNILORA + WAVEFT + VBLORA:
         cases.write_case(c)
     trajectories.TABLE.update(RUNS)
     for name in RUNS:

@@ -36,7 +36,7 @@ use prompts::{prefix, prompt, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
     hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, peanut,
-    periodiclora, phm, poly, pvera, randlora, road, rosa, said, sora, unilora, vblora, vera,
+    periodiclora, phm, poly, pvera, randlora, road, rosa, said, sora, unilora, vblora, vera, waveft,
 };
 use selective::{
     bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, ln_tuning, lt_sft, pafi, random_mask,
@@ -76,6 +76,7 @@ pub static METHODS: &[&Entry] = &[
     &unilora::ENTRY,
     &randlora::ENTRY,
     &fourierft::ENTRY,
+    &waveft::ENTRY,
     &c3a::ENTRY,
     &miss::ENTRY,
     &nola::ENTRY,

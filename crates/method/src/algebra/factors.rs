@@ -106,8 +106,8 @@ impl Scales {
 /// Magnitudes, halves of products, shapes that differ.
 pub(super) fn modules(terms: &[Term]) -> Result<Found> {
     let mut found: BTreeMap<String, Module> = BTreeMap::new();
-    let (mut biases, mut others): (BTreeMap<String, Tensor>, BTreeMap<String, Vec<(f64, Tensor)>>) =
-        Default::default();
+    let mut biases: BTreeMap<String, Tensor> = BTreeMap::new();
+    let mut others: BTreeMap<String, Vec<(f64, Tensor)>> = BTreeMap::new();
     for (number, term) in terms.iter().enumerate() {
         let scales = Scales::of(&term.config);
         let of = |name: &str| term.tensors.iter().find(|(n, _)| n == name).map(|(_, t)| t);

@@ -40,3 +40,4 @@ pub(crate) mod sora;
 pub(crate) mod unilora;
 pub(crate) mod vblora;
 pub(crate) mod vera;
+pub(crate) mod waveft;

@@ -168,7 +168,7 @@ mod tests {
         let path = "layers.0.attn.v";
         let method = chosen("rosa", json!({ "rank": 1, "density": 0.2, "batches": 2 })).0;
         let (base, adapter) = prepared(method.as_ref(), &[path]);
-        let mut squares = vec![0.0f32; 24];
+        let mut squares = [0.0f32; 24];
         for number in 0..2 {
             let (x, dy) = base.seen(base.sites().get(base.targets()[0]), number);
             let g = dy.t_matmul(&x).unwrap().to_vec().unwrap();

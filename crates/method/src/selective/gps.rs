@@ -253,7 +253,7 @@ mod tests {
         }
         let (found, pairs) = loss(&f, &classes, tau as f32).unwrap().unwrap();
         assert!((f64::from(found.item().unwrap()) - expected).abs() < 1e-5 && pairs == 3);
-        check_gradients(&[f.clone()], |v| match loss(&v[0], &classes, 0.5) {
+        check_gradients(std::slice::from_ref(&f), |v| match loss(&v[0], &classes, 0.5) {
             Ok(Some((loss, _))) => Ok(loss),
             other => panic!("{}", other.is_ok()),
         })

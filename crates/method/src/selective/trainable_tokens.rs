@@ -109,7 +109,8 @@ impl Method for TrainableTokens {
             let index = Tensor::from_i64(self.rows.iter().map(|&r| r as i64).collect(), [self.rows.len()])?;
             let start = weight.lookup(&index)?;
             let name = format!("{}.trainable_tokens_delta", site.path);
-            let param = b.param(&name, &start.shape().to_vec(), Init::Values(start))?;
+            let shape = start.shape().to_vec();
+            let param = b.param(&name, &shape, Init::Values(start))?;
             // A head has no followers.
             for tied in sharing(sites, site).filter(|s| s.id == site.id || site.role == Role::Embed) {
                 done.push(tied.id);

@@ -15,3 +15,4 @@ pub(crate) mod scores;
 pub(crate) mod sparse;
 pub(crate) mod staged;
 pub(crate) mod torch_random;
+pub(crate) mod wavelets;

@@ -136,7 +136,8 @@ impl Mask {
         let places = self.tensor(group, places)?;
         let values = b.param(&format!("{}{}", group.prefix, self.values), &[group.count], Init::Zeros)?;
         let name = format!("{}{}", group.prefix, self.places);
-        let places = b.fixed(&name, &places.shape().to_vec(), Init::Values(places))?;
+        let shape = places.shape().to_vec();
+        let places = b.fixed(&name, &shape, Init::Values(places))?;
         Ok((values, places))
     }
 
@@ -204,7 +205,7 @@ pub(crate) fn drawn(count: usize, size: u64, key: Key) -> Vec<u64> {
     let mut chosen = std::collections::BTreeSet::new();
     for (number, last) in (size - count as u64..size).enumerate() {
         let word = |i: u64| u64::from(key.bits(2 * number as u64 + i));
-        let place = ((word(0) << 32 | word(1)) as u128 * (u128::from(last) + 1) >> 64) as u64;
+        let place = (((word(0) << 32 | word(1)) as u128 * (u128::from(last) + 1)) >> 64) as u64;
         if !chosen.insert(place) {
             chosen.insert(last);
         }

@@ -138,7 +138,7 @@ pub fn few_frequencies(f: &Frequencies, transposed: bool, c: &[f32], x: &[f32], 
     });
 }
 
-/// dc[k] = Σₜ Σₒᵢ dy[t, o]·x[t, i]·cos(2π(uₖ·o/out + vₖ·i/in)).
+/// `dc[k] = Σₜ Σₒᵢ dy[t, o]·x[t, i]·cos(2π(uₖ·o/out + vₖ·i/in))`.
 pub fn few_frequencies_backward(f: &Frequencies, x: &[f32], dy: &[f32], dc: &mut [f32]) {
     let parts: Vec<Vec<f32>> = x
         .par_chunks(f.inn * ROWS)

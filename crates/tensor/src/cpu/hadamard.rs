@@ -5,7 +5,7 @@ use rayon::prelude::*;
 /// Numbers that one task transforms while they lie in the cache.
 const PART: usize = 4096;
 
-/// Rows of `n` numbers, `n` a power of two, in place: y[i] = Σⱼ (−1)^(bits that i and j share)·x[j].
+/// Rows of `n` numbers, `n` a power of two, in place: `y[i] = Σⱼ (−1)^(bits that i and j share)·x[j]`.
 pub fn hadamard(y: &mut [f32], n: usize) {
     let part = n.min(PART);
     y.par_chunks_mut(part).for_each(|part| {

@@ -21,16 +21,33 @@ impl Pattern {
     ///
     /// # Errors
     /// Places outside the matrix, out of order or twice.
-    pub fn new(
+    pub fn new(places: impl IntoIterator<Item = u64>, shape: (usize, usize), first: usize) -> Result<Self> {
+        Self::checked(places, shape, first, false)
+    }
+
+    /// The same where a place may occur several times: its values add up.
+    ///
+    /// # Errors
+    /// Places outside the matrix or out of order.
+    pub fn with_repeats(
+        places: impl IntoIterator<Item = u64>,
+        shape: (usize, usize),
+        first: usize,
+    ) -> Result<Self> {
+        Self::checked(places, shape, first, true)
+    }
+
+    fn checked(
         places: impl IntoIterator<Item = u64>,
         (out, inn): (usize, usize),
         first: usize,
+        repeats: bool,
     ) -> Result<Self> {
         let (mut starts, mut columns) = (vec![0; out + 1], Vec::new());
         let (size, width) = ((out * inn) as u64, inn.max(1) as u64);
         let mut before = None;
         for place in places {
-            if place >= size || before.is_some_and(|before| place <= before) {
+            if place >= size || before.is_some_and(|before| place < before || place == before && !repeats) {
                 let message = format!(
                     "expected ascending places in {out}×{inn}, found {place} after {}",
                     before.map_or("none".into(), |place| place.to_string())

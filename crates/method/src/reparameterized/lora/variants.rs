@@ -101,8 +101,8 @@ impl Blocks {
                 "neither its A nor its B is to have blocks; name it in a list, or leave it out of the targets"
                     .to_owned()
             }
-            (true, false) if inn % n == 0 && rank % n == 0 => return Ok([n, 1]),
-            (false, true) if out % n == 0 && rank % n == 0 => return Ok([1, n]),
+            (true, false) if inn.is_multiple_of(n) && rank.is_multiple_of(n) => return Ok([n, 1]),
+            (false, true) if out.is_multiple_of(n) && rank.is_multiple_of(n) => return Ok([1, n]),
             (false, false) => return Ok([1, 1]),
             (of_a, _) => {
                 let width = if of_a { inn } else { out };
