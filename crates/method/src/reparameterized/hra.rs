@@ -3,21 +3,22 @@
 //! W′ = W·H, H = (I − 2u₁u₁ᵀ)…(I − 2u_ru_rᵀ) with unit vectors uᵢ = Uᵢ/‖Uᵢ‖, the columns of U. Neighbours start equal, in
 //! pairs that undo each other, so W′ = W. With `gram_schmidt` the columns of U are made orthonormal, Q, and H = I − 2·Q·Qᵀ,
 //! which is never I: such an adapter changes the model from the start, and its columns start apart.
+//! `orthogonality` adds λ·Σ‖I − UᵀU‖² to the loss, which draws the columns towards orthonormal ones.
 //! Rows are turned instead of W: x·Hᵀ is x and two thin products, whatever r (see `shared::orthogonal::reflections`).
 //!
 //! Yuan, Liu and Xu 2024, arXiv:2405.17484.
 //!
 //! U [in, rank].
 
-use engraft_nn::{Base, Builder, Init, Kind, Pass, Patch, Result, Role, Site, WeightPatch};
-use engraft_tensor::ops::cat;
+use engraft_nn::{Adapter, Base, Builder, Init, Kind, Pass, Patch, Result, Role, Site, WeightPatch};
+use engraft_tensor::ops::{Unary, cat};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
 use crate::shared::biases::Biases;
 use crate::shared::{matrices, orthogonal};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Step, peft};
 
 #[derive(Clone, Copy)]
 struct Hra {
@@ -26,6 +27,8 @@ struct Hra {
     bias: Biases,
     /// Whether columns start in pairs that undo each other.
     paired: bool,
+    /// λ of the penalty; of training alone, so that a file has none.
+    orthogonality: f64,
 }
 
 /// What stands for the biases of the targets.
@@ -56,6 +59,12 @@ static INFO: Info = Info {
             doc: "Make the vectors orthonormal; changes the model from the start.",
         },
         Field {
+            name: "orthogonality",
+            kind: FieldKind::Float { min: 0.0, max: 1e9 },
+            default: Some("0"),
+            doc: "Weight λ of a penalty on vectors that are not orthonormal, such as 1e-4.",
+        },
+        Field {
             name: "bias",
             kind: FieldKind::OneOf(&["none", "all", OWN]),
             default: Some("\"none\""),
@@ -80,6 +89,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
         gram_schmidt: r.flag("gram_schmidt", false),
         bias: Biases::read(&mut r, OWN),
         paired: r.flag("init_weights", true),
+        orthogonality: r.float("orthogonality", 0.0),
     };
     r.finish()?;
     Ok(Box::new(hra))
@@ -97,13 +107,14 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
         gram_schmidt: r.flag("apply_GS", false),
         bias: Biases::read(&mut r, OWN),
         paired: r.flag("init_weights", true),
+        orthogonality: 0.0,
     };
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(hra), targets, train_also }))
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Hra { rank: 4, gram_schmidt: false, bias: Biases::None, paired: true })
+    Box::new(Hra { rank: 4, gram_schmidt: false, bias: Biases::None, paired: true, orthogonality: 0.0 })
 }
 
 impl Method for Hra {
@@ -131,6 +142,19 @@ impl Method for Hra {
             b.patch(site.id, Patch::Weight(Box::new(Chain { u, gram_schmidt: self.gram_schmidt })))?;
         }
         Ok(())
+    }
+
+    fn penalty(&self, adapter: &Adapter, _step: Step) -> Result<Option<Tensor>> {
+        if self.orthogonality == 0.0 {
+            return Ok(None);
+        }
+        let mut sum = Tensor::scalar(0.0);
+        for p in adapter.trainable().filter(|p| p.name.ends_with(".hra_u")) {
+            let u = p.param.get();
+            let off = u.t_matmul(&u)?.sub(&orthogonal::identity(u.dim(1))?.reshape([u.dim(1), u.dim(1)])?)?;
+            sum = sum.add(&off.unary(Unary::Square)?.sum()?)?;
+        }
+        Ok(Some(sum.scale(self.orthogonality as f32)?))
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
@@ -221,6 +245,29 @@ mod tests {
             let q = &merged.iter().find(|m| m.site.path == "layers.0.attn.q").unwrap().value;
             close(&q.matmul_t(q).unwrap(), &w.matmul_t(&w).unwrap(), 1e-5);
         }
+    }
+
+    #[test]
+    fn a_penalty_draws_the_vectors_towards_orthonormal_ones() {
+        let methods = [chosen("hra", json!({ "rank": 2, "orthogonality": 0.5 }))];
+        let a = attached(&methods, &[]);
+        let step = Step { number: 1, total: 1, seed: 0 };
+        let penalty = || methods[0].0.penalty(&a.adapter, step).unwrap().unwrap();
+        for p in a.adapter.trainable() {
+            p.param.set(sample(&[6, 2], 3).orthonormal().unwrap()).unwrap();
+        }
+        assert!(penalty().item().unwrap() < 1e-9);
+        // Twice as long: UᵀU = 4·I, so ‖I − UᵀU‖² = 2·3² at each of four layers.
+        for p in a.adapter.trainable() {
+            p.param.set(p.param.value().scale(2.0).unwrap()).unwrap();
+        }
+        assert!((penalty().item().unwrap() - 0.5 * 4.0 * 18.0).abs() < 1e-3);
+        // The gradient is 4λ·U(UᵀU − I) = 6·U.
+        let gradients = penalty().backward().unwrap();
+        let first = &a.adapter.params()[0].param;
+        close(gradients.get(first).unwrap(), &first.value().scale(6.0).unwrap(), 1e-5);
+        let without = chosen("hra", json!({}));
+        assert!(without.0.penalty(&a.adapter, step).unwrap().is_none());
     }
 
     #[test]

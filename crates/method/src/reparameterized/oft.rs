@@ -4,7 +4,8 @@
 //! R = (I − Q)(I + Q)⁻¹ (Cayley), or by default the first terms of (I + Q)(I − Q)⁻¹ = I + 2Q + 2Q² + … (OFTv2), without an
 //! inverse. The two differ in the sign of Q, so an adapter of one is not one of the other. Q starts as zero, so W′ = W.
 //! COFT holds every block within ‖Q‖ ≤ ε/√blocks: projected before each use and each update, as in `peft`.
-//! Rows are turned, never W: b products a number of x.
+//! Rows are turned, never W: b products a number of x. `module_dropout` leaves blocks out while training; `peft` 0.21 reads it
+//! and leaves out none.
 //!
 //! Qiu et al. 2023, arXiv:2306.07280; OFTv2: Qiu et al. 2025, arXiv:2506.19847.
 //!
