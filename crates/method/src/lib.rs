@@ -34,7 +34,7 @@ use additive::{beft, bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, capaboost, deft, delora, dylora, glora, gralora, hira, hiwi, hra, lily,
-    lora, loramoe, molora, oft, peanut, periodiclora, poly, road, sora,
+    lora, loramoe, molora, oft, osf, peanut, periodiclora, poly, psoft, road, sora,
 };
 use selective::{
     bitfit, child_tuning, fish, full, ln_tuning, pafi, random_mask, sam_mask, shira, sift, top_layers,
@@ -75,6 +75,8 @@ pub static METHODS: &[&Entry] = &[
     &deft::ENTRY,
     &peanut::ENTRY,
     &lily::ENTRY,
+    &psoft::ENTRY,
+    &osf::ENTRY,
     &hiwi::ENTRY,
     &beft::ENTRY,
     &bottleneck::ENTRY,
