@@ -1,15 +1,18 @@
 """Cases and trajectories of norms, of weights that are multiplied or turned, and of the small methods around them.
 
 `peft` makes its butterflies of BOFT from more than one factor only where its CUDA kernel is: here the kernel's only
-product, block-diagonal matrices, is made by `torch.block_diag` instead.
+product, block-diagonal matrices, is made by `torch.block_diag` instead. OSF projects gradients by hooks, which a copy of a
+model loses: the run in f64 is given them again.
 """
 
 import peft
 import torch
 from peft.tuners.boft import layer as boft_layer
+from peft.tuners.osf.layer import OSFLayer
 
 import adapters_io
 import cases
+import training
 import trajectories
 from common import TRAJECTORIES as PLACE
 from common import fresh
@@ -19,7 +22,7 @@ CONFIGS = {
     "ln_tuning": peft.LNTuningConfig, "hira": peft.HiraConfig, "hra": peft.HRAConfig, "road": peft.RoadConfig,
     "oft": peft.OFTConfig, "boft": peft.BOFTConfig, "delora": peft.DeloraConfig, "gralora": peft.GraloraConfig,
     "beft": peft.BeftConfig, "deft": peft.DeftConfig, "glora": peft.GloraConfig, "peanut": peft.PeanutConfig,
-    "lily": peft.LilyConfig,
+    "lily": peft.LilyConfig, "osf": peft.OSFConfig,
 }
 # None: around one; True: around where it starts, which is the base's.
 BOUNDS = {
@@ -29,7 +32,7 @@ BOUNDS = {
     "boft_s": (None, 0.4), "delora_A": (False, 0.4), "delora_B": (False, 0.4), "delora_lambda": (True, 0.5),
     "gralora_A_general": (False, 0.3), "gralora_B_general": (False, 0.3), "gralora_A": (False, 0.4),
     "gralora_B": (False, 0.3), "beft_bias": (False, 0.4), "deft_P": (False, 0.4), "deft_R": (False, 0.3),
-    "glora_": (False, 0.3), "peanut_": (False, 0.4), "lily_": (False, 0.5),
+    "glora_": (False, 0.3), "peanut_": (False, 0.4), "lily_": (False, 0.5), "osf_svd_params": (True, 0.1),
 }
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -91,6 +94,9 @@ TABLE = [
     case("bert", "glora", "vector", "vectors, biases of targets trained", config_A_B="vector", config_C="vector", config_D_E="vector", bias="glora_only"),
     case("qwen2", "glora", "constant", "numbers", config_A_B="constant", config_C="none", config_D_E="constant"),
     case("bert", "glora", "bias", "the bias alone", config_A_B="none", config_C="lora", config_D_E="none", r=2),
+    case("llama", "osf", None, "half of the directions, one matrix otherwise", target_modules=ATTENTION, rank_pattern={r"1\.self_attn\.k": 5}),
+    case("bert", "osf", None, "a number of directions, trained classifier", effective_rank=28, target_modules=["query", "intermediate.dense"]),
+    case("qwen2", "osf", None, "a share of the directions", effective_rank=0.8, target_modules=["q_proj", "down_proj"]),
     # Lily's mean is over padding too, so its cases have none.
     case("vit", "lily", None, "neighbours share A, all layers B", merge=False, r=4, num_B=3, stride_A=2, target_modules=["q_proj", "v_proj"]),
     case("dinov2", "lily", "regex", "a pattern is one kind", merge=False, r=3, scaling=0.5, target_modules=r".*\.(q|v)_proj"),
@@ -115,6 +121,7 @@ TRAJECTORIES = {
     "bert__beft": ("bert", "padded", {}, "beft", {}),
     "llama__deft": ("llama", "full", {}, "deft", dict(r=3, decomposition_method="qr")),
     "bert__glora": ("bert", "padded", {}, "glora", dict(r=2, config_D_E="vector")),
+    "llama__osf": ("llama", "full", {}, "osf", dict(effective_rank=0.9, target_modules=["q_proj", "down_proj"])),
     "llama__lily": ("llama", "full", {}, "lily", dict(r=4, num_B=3, stride_A=2)),
     "llama__peanut": ("llama", "full", {}, "peanut", dict(r=4, depth=1, act_fn="gelu")),
 }
@@ -128,7 +135,19 @@ class BlockDiagonal:
         return torch.stack([torch.block_diag(*factor) for factor in blocks])
 
 
+def hooked(double):
+    def copy(model):
+        model = double(model)
+        for m in model.modules():
+            if isinstance(m, OSFLayer):
+                m.hook_handles = []
+                m._attach_hooks("default")
+        return model
+    return copy
+
+
 def register():
+    training.doubled = hooked(training.doubled)
     cases.CONFIGS.update(CONFIGS)
     trajectories.TABLE.update(TRAJECTORIES)
     adapters_io.BOUNDS.update(BOUNDS)

@@ -28,6 +28,7 @@ GROUPS = {
     "tokens": ("cases_selective", "peft"),
     "masks": ("masks", "peft"),
     "multiplicative": ("cases_multiplicative", "peft"),
+    "psoft": ("psoft", "peft"),
     "hiwi": ("hiwi", "peft"),
     "ranks": ("cases_ranks", "peft"),
     "low_rank": ("low_rank", "peft"),

@@ -35,8 +35,9 @@ use additive::{beft, bottleneck, ia3};
 use prompts::{prefix, prompt, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
-    hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, peanut,
-    periodiclora, phm, poly, pvera, randlora, road, rosa, said, sora, unilora, vblora, vera, waveft,
+    hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, osf,
+    peanut, periodiclora, phm, poly, psoft, pvera, randlora, road, rosa, said, sora, unilora, vblora, vera,
+    waveft,
 };
 use selective::{
     bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, ln_tuning, lt_sft, pafi, random_mask,
@@ -95,6 +96,8 @@ pub static METHODS: &[&Entry] = &[
     &deft::ENTRY,
     &peanut::ENTRY,
     &lily::ENTRY,
+    &psoft::ENTRY,
+    &osf::ENTRY,
     &hiwi::ENTRY,
     &beft::ENTRY,
     &bottleneck::ENTRY,

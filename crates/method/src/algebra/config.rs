@@ -38,7 +38,7 @@ pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String,
     let narrow = ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"];
     let differ =
         |key: &&str| terms.iter().any(|t| unordered(t.config.get(*key)) != unordered(first.config.get(*key)));
-    if narrow.iter().any(|key| differ(key)) {
+    if narrow.iter().any(differ) {
         narrow.iter().for_each(|key| drop(map.insert((*key).into(), Value::Null)));
         map.insert("target_modules".into(), json!(ranks.keys().collect::<Vec<_>>()));
     }

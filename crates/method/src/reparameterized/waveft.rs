@@ -328,7 +328,7 @@ mod tests {
         close(&fast, &defined, 1e-5);
         let squares = |t: &Tensor| t.to_vec().unwrap().iter().map(|v| v * v).sum::<f32>();
         let change = merged(&a, q).sub(&frozen(q)).unwrap();
-        let spectrum = param(&a, &format!("{q}.waveft_spectrum"));
+        let spectrum = value_of(&a, &format!("{q}.waveft_spectrum"));
         assert!((squares(&change) / (4.0 * squares(&spectrum)) - 1.0).abs() < 1e-3);
     }
 
@@ -339,7 +339,7 @@ mod tests {
         stir(&a, 0.5);
         let q = "layers.0.attn.q";
         let mut expected = frozen(q).to_vec().unwrap();
-        let spectrum = param(&a, &format!("{q}.waveft_spectrum")).to_vec().unwrap();
+        let spectrum = value_of(&a, &format!("{q}.waveft_spectrum")).to_vec().unwrap();
         let drawn = Generator::new(5).permutation(36, 7);
         drawn.iter().zip(&spectrum).for_each(|(&at, c)| expected[at] += 3.0 * c);
         close(&merged(&a, q), &Tensor::from_vec(expected, [6, 6]).unwrap(), 1e-6);
@@ -349,7 +349,7 @@ mod tests {
     fn coefficients_are_shared_out_by_size() {
         let a =
             attached(&[chosen("waveft", json!({ "n_frequency": 10, "proportional_parameters": true }))], &[]);
-        let count = |path: &str| param(&a, &format!("{path}.waveft_spectrum")).len();
+        let count = |path: &str| value_of(&a, &format!("{path}.waveft_spectrum")).len();
         assert_eq!([count("layers.0.attn.q"), count("layers.0.attn.v")], [12, 8]);
     }
 

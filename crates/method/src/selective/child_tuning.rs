@@ -175,7 +175,7 @@ mod tests {
         let path = "layers.0.attn.v";
         let method = chosen("child_tuning", json!({ "share": 0.25 })).0;
         let (base, adapter) = prepared(method.as_ref(), &[path]);
-        let mut information = vec![0.0f32; 24];
+        let mut information = [0.0f32; 24];
         for number in 0..base.micro_batches() {
             let (x, dy) = base.seen(base.sites().get(base.targets()[0]), number);
             let g = dy.t_matmul(&x).unwrap().to_vec().unwrap();

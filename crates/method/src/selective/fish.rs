@@ -104,7 +104,7 @@ mod tests {
         let method = chosen("fish", json!({ "density": 0.2, "samples": 2 })).0;
         let (base, adapter) = prepared(method.as_ref(), &[path]);
         let (x, dy) = base.seen(base.sites().get(base.targets()[0]), 0);
-        let mut information = vec![0.0f32; 36];
+        let mut information = [0.0f32; 36];
         for rows in Linears::SEQUENCES {
             let part = |t: &engraft_tensor::Tensor| t.rows_between(rows.start, rows.end).unwrap();
             let g = part(&dy).t_matmul(&part(&x)).unwrap().to_vec().unwrap();
