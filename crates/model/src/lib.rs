@@ -19,6 +19,7 @@ mod post_vit;
 mod reader;
 mod relative;
 mod rope;
+mod sources;
 mod stretch;
 mod t5;
 mod vit;

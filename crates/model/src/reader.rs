@@ -8,7 +8,6 @@
 //! modules `transformers` has renamed, the files have the older names or the current ones.
 
 use std::collections::BTreeSet;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,10 +15,11 @@ use engraft_nn::weight::{FileRows, Storage, TransposedRows};
 use engraft_nn::{Convolution, Embedding, Init, Joined, Linear, Norm, Parameter, Role, Sites, Weight};
 use engraft_store::{Dtype, RawTensor, Weights};
 use engraft_tensor::Tensor;
-use engraft_tensor::frozen::{Precision, RowSource};
+use engraft_tensor::frozen::Precision;
 
 use crate::error::MismatchRow;
 use crate::packed::{Key, place};
+use crate::sources::{Absent, Fresh};
 use crate::{Bytes, LoadOptions, Result};
 
 /// Which share of the memory a tensor is counted in.
@@ -60,18 +60,6 @@ pub(crate) struct Reader<'a> {
     pub rows: Vec<MismatchRow>,
     pub new_tensors: Vec<String>,
     pub bytes: Bytes,
-}
-
-/// Stands for a weight while nothing is read.
-struct Absent((usize, usize));
-
-impl RowSource for Absent {
-    fn shape(&self) -> (usize, usize) {
-        self.0
-    }
-    fn rows(&self, _: Range<usize>, out: &mut [f32]) {
-        out.fill(0.0);
-    }
 }
 
 impl<'a> Reader<'a> {
@@ -498,19 +486,4 @@ impl<'a> Reader<'a> {
 /// The path that older names have for `path`.
 fn older(path: &str, renamed: Renamed) -> String {
     renamed.iter().fold(path.to_owned(), |path, (current, older)| path.replace(current, older))
-}
-
-/// New values as a source of rows.
-struct Fresh {
-    values: Vec<f32>,
-    shape: (usize, usize),
-}
-
-impl RowSource for Fresh {
-    fn shape(&self) -> (usize, usize) {
-        self.shape
-    }
-    fn rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        out.copy_from_slice(&self.values[rows.start * self.shape.1..rows.end * self.shape.1]);
-    }
 }
