@@ -141,6 +141,44 @@ fn a_tuned_model_is_its_base_with_what_was_extracted() {
             "{said}"
         );
     }
+    // All entries are the whole change; a few are near it.
+    for (density, near) in [("1", true), ("0.1", false)] {
+        let out = dir.path().join(format!("share {density}"));
+        let args = [
+            "extract",
+            "--model",
+            text(&model),
+            "--tuned",
+            text(&tuned),
+            "--out",
+            text(&out),
+            "--density",
+            density,
+        ];
+        let said = succeeds(&args);
+        let found = logits(&model, Some(&out), dir.path());
+        let off =
+            found.iter().zip(&expected).fold(0.0, |most, (a, b)| f64::max(most, f64::from((a - b).abs())));
+        assert!((off < 2e-4 * largest(&expected)) == near, "density {density}: off by {off}\n{said}");
+        assert!(
+            text(&out.join("adapter_config.json")).len() > 1 && said.contains(" entries, leaves out"),
+            "{said}"
+        );
+    }
+    assert!(
+        refused(&[
+            "extract",
+            "--model",
+            text(&model),
+            "--tuned",
+            text(&tuned),
+            "--out",
+            "x",
+            "--density",
+            "2"
+        ])
+        .contains("share")
+    );
     let out = dir.path().join("none");
     let error = refused(&["extract", "--model", text(&model), "--tuned", text(&model), "--out", text(&out)]);
     assert!(error.contains("nothing to extract"), "{error}");

@@ -1,12 +1,14 @@
-//! `engraft extract`: a low-rank adapter of what differs between a model and the one it was tuned from.
+//! `engraft extract`: an adapter of what differs between a model and the one it was tuned from, of low rank or sparse.
+
+mod low_rank;
+mod sparse;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use engraft_method::algebra::cut;
-use engraft_method::{Chosen, attach, find, save_adapter};
+use engraft_method::{Chosen, save_adapter};
 use engraft_model::LoadOptions;
-use engraft_nn::{Adapter, Base, Kind, Site, Targets, Value};
+use engraft_nn::{Adapter, Base, Kind, Site, Value};
 use engraft_report::human;
 use engraft_tensor::{Tensor, no_grad};
 use engraft_train::write_adapter_files;
@@ -15,17 +17,19 @@ use serde_json::json;
 use super::merge::refuse_full;
 use crate::context::Context;
 use crate::engine::Engine;
-use crate::failure::{BeforeWork, Failure, Outcome};
-use crate::probe::{Probes, largest_difference};
+use crate::failure::{Failure, Outcome};
+use crate::probe::{Measured, Probes, largest_difference};
 
 /// Arguments.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   engraft extract --model BASE --tuned TUNED --rank 32 --out adapter
+  engraft extract --model BASE --tuned TUNED --density 0.005 --out adapter
   engraft extract --model BASE --tuned TUNED --out adapter --probe texts.txt
 
-The adapter is a LoRA in peft's form. Each weight that differs is cut to the rank by singular values.")]
+With a rank the adapter is a LoRA in peft's form: each weight that differs is cut to the rank by singular values. With a
+density it is a sparse change in the form of lt_sft: of all linear weights together, the entries that differ most.")]
 pub struct Args {
     /// The model before: a directory in Hugging Face form, or a Hub id
     #[arg(long, value_name = "MODEL")]
@@ -36,6 +40,9 @@ pub struct Args {
     /// Rank of every product
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     rank: u32,
+    /// Share of the entries of all linear weights that a sparse change keeps, instead of products
+    #[arg(long, value_name = "SHARE", conflicts_with = "rank", value_parser = share)]
+    density: Option<f64>,
     /// The adapter directory to write; it must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -47,16 +54,28 @@ pub struct Args {
     json: bool,
 }
 
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse::<f64>().ok().filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| "expected a share above 0 and at most 1".to_owned())
+}
+
 /// What differs between two models.
 #[derive(Default)]
 struct Differences {
-    /// Path of a weight and the factors of its change.
-    products: Vec<(String, (Tensor, Tensor))>,
-    /// Squared norms: of all changes of weights, and of what the factors leave out.
-    whole: f64,
-    lost: f64,
-    /// Vectors that differ, which no product can hold.
+    /// Path of a weight that differs, whether it is a table, and the change [out, in].
+    changes: Vec<(String, bool, Tensor)>,
+    /// Vectors that differ, which neither form can hold.
     vectors: Vec<String>,
+}
+
+/// An adapter of changes, and how much of them it leaves out.
+struct Extracted {
+    adapter: Adapter,
+    methods: Vec<Chosen>,
+    /// Squared norm of what is left out.
+    lost: f64,
+    /// What it is, for people.
+    form: String,
 }
 
 /// Extracts, writes, compares.
@@ -65,44 +84,58 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let options = LoadOptions { limits: cx.limits.clone(), ..LoadOptions::default() };
     let mut engine = Engine::open(&cx.resolve(&args.model)?, &options, cx)?;
     let tuned = Engine::open(&cx.resolve(&args.tuned)?, &options, cx)?;
-    let found = no_grad(|| differences(&engine, &tuned, args.rank as usize))?;
-    if found.products.is_empty() {
+    let found = no_grad(|| differences(&engine, &tuned))?;
+    if found.changes.is_empty() {
         let message =
             format!("{} and {} have the same weights: there is nothing to extract", args.model, args.tuned);
         return Err(Failure::before_work(message));
     }
-    let methods = [method(&found, args.rank)?];
+    let whole = found.changes.iter().map(|(_, _, change)| squared(change)).sum::<Outcome<f64>>()?;
+    let extracted = no_grad(|| match args.density {
+        Some(density) => sparse::extract(&engine, &found.changes, density),
+        None => low_rank::extract(&engine, &found.changes, args.rank),
+    })?;
+    let Extracted { adapter, methods, lost, form } = extracted;
     let (sites, info) = (engine.model.sites().clone(), engine.model.info().clone());
-    let adapter = attach(&methods, &[], &sites, &info, 0).before_work()?.adapter;
-    fill(&adapter, found.products.iter())?;
     let (config, tensors) = save_adapter(&adapter, &methods, &[], &args.model, &sites, &info)?;
     write_adapter_files(&args.out, &config, &tensors, &methods)?;
 
     let probes = Probes::of(args.probe.as_deref(), &engine)?;
     let before = probes.measure(&engine)?;
-    (engine.adapter, engine.methods) = (Some(Arc::new(adapter)), methods.into());
-    let (after, aim) = (probes.measure(&engine)?, probes.measure(&tuned)?);
-    let error = (found.lost / found.whole).sqrt();
+    (engine.adapter, engine.methods) = (Some(Arc::new(adapter)), methods);
+    let measured = [before, probes.measure(&engine)?, probes.measure(&tuned)?];
+    tell(args, &found, &form, (lost / whole).sqrt(), &measured, cx);
+    Ok(())
+}
+
+/// `measured` are the base, the base with the adapter, and the tuned model.
+fn tell(
+    args: &Args,
+    found: &Differences,
+    form: &str,
+    error: f64,
+    [before, after, aim]: &[Measured; 3],
+    cx: &Context,
+) {
     let (change, apart) =
         (largest_difference(&after.logits, &aim.logits), largest_difference(&before.logits, &aim.logits));
-    let perplexities = [&before, &after, &aim].map(|m| m.loss.map(f64::exp));
+    let perplexities = [before, after, aim].map(|m| m.loss.map(f64::exp));
     if args.json {
         cx.ui.json(json!({
-            "out": args.out.display().to_string(), "weights": found.products.len(), "rank": args.rank, "error": error,
+            "out": args.out.display().to_string(), "weights": found.changes.len(), "form": form, "error": error,
             "left_out": found.vectors, "largest_logit_change": change, "largest_logit_change_of_base": apart,
             "perplexity_base": perplexities[0], "perplexity": perplexities[1], "perplexity_tuned": perplexities[2],
         }));
-        return Ok(());
+        return;
     }
     cx.ui.print(&format!(
-        "{} weights differ; rank {} leaves out {}% of their change\n",
-        found.products.len(),
-        args.rank,
+        "{} weights differ; {form} leaves out {}% of their change\n",
+        found.changes.len(),
         human::number(100.0 * error, 2)
     ));
     if let [first, rest @ ..] = &found.vectors[..] {
         let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
-        cx.ui.note(&format!("{first}{more} differ too and are no products: they are not in the adapter"));
+        cx.ui.note(&format!("{first}{more} differ too and are no weights: they are not in the adapter"));
     }
     let mut line = format!(
         "largest logit change against the tuned model {}, of the base {}",
@@ -113,37 +146,34 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         line.push_str(&format!("; perplexity {base:.2} before, {adapted:.2} adapted, {tuned:.2} tuned"));
     }
     cx.ui.print(&format!("{line}\nadapter  {}\n", args.out.display()));
-    Ok(())
 }
 
-fn differences(base: &Engine, tuned: &Engine, rank: usize) -> Outcome<Differences> {
+fn differences(base: &Engine, tuned: &Engine) -> Outcome<Differences> {
     let mut found = Differences::default();
     let mut seen = Vec::new();
     for site in base.model.sites().iter() {
         let Some(other) = tuned.model.sites().iter().find(|s| s.path == site.path) else {
             return Err(unlike(site, "the tuned model does not have it"));
         };
-        // A tied head is the table's own tensor.
-        if site.tensor.is_some() && seen.contains(&site.tensor) {
+        // A tied head is the table's own tensor; what a file holds as one matrix is several with rows of their own.
+        let place = (site.tensor.clone(), site.rows.clone());
+        if site.tensor.is_some() && seen.contains(&place) {
             continue;
         }
-        seen.push(site.tensor.clone());
+        seen.push(place);
         match (&site.value, &other.value) {
             (Value::Weight(a), Value::Weight(b)) => {
                 if a.shape() != b.shape() {
                     return Err(unlike(site, &format!("{:?} before and {:?} after", a.shape(), b.shape())));
                 }
                 let change = b.dense()?.sub(&a.dense()?)?;
-                let size = squared(&change)?;
-                if size == 0.0 {
-                    continue;
+                if squared(&change)? > 0.0 {
+                    found.changes.push((
+                        site.path.clone(),
+                        matches!(site.kind, Kind::Embedding { .. }),
+                        change,
+                    ));
                 }
-                // A table's product is the transpose of its change.
-                let change = if matches!(site.kind, Kind::Embedding { .. }) { change.t()? } else { change };
-                let (a, b) = cut(&change, rank)?;
-                found.lost += squared(&b.matmul(&a)?.sub(&change)?)?;
-                found.whole += size;
-                found.products.push((site.path.clone(), (a, b)));
             }
             (Value::Vector(a), Value::Vector(b)) if a.to_vec()? != b.to_vec()? => {
                 found.vectors.push(site.path.clone());
@@ -160,35 +190,4 @@ fn unlike(site: &Site, what: &str) -> Failure {
 
 fn squared(t: &Tensor) -> Outcome<f64> {
     Ok(t.to_vec()?.iter().map(|&v| f64::from(v) * f64::from(v)).sum())
-}
-
-/// LoRA of scale 1 at the weights that differ, each with the rank that its product has.
-fn method(found: &Differences, rank: u32) -> Outcome<Chosen> {
-    let Some(entry) = find("lora") else { return Err(Failure::running("there is no method lora")) };
-    let ranks = found.products.iter().filter(|(_, (a, _))| a.dim(0) != rank as usize);
-    let ranks: serde_json::Map<String, serde_json::Value> =
-        ranks.map(|(path, (a, _))| (path.clone(), json!(a.dim(0)))).collect();
-    let settings = json!({ "rank": rank, "alpha": rank, "rank_pattern": ranks, "alpha_pattern": ranks });
-    let settings = settings.as_object().cloned().unwrap_or_default();
-    let method = (entry.from_settings)(&settings).before_work()?;
-    Ok((method, Some(Targets::names(found.products.iter().map(|(path, _)| path.clone())))))
-}
-
-fn fill<'a>(adapter: &Adapter, products: impl Iterator<Item = &'a (String, (Tensor, Tensor))>) -> Outcome {
-    for (path, (a, b)) in products {
-        let of = |ends: [&str; 2]| {
-            let named = |end: &str| format!("{path}.{end}");
-            adapter.params().iter().find(|p| ends.iter().any(|end| p.name == named(end)))
-        };
-        for (param, value) in
-            [(of(["lora_A.weight", "lora_embedding_A"]), a), (of(["lora_B.weight", "lora_embedding_B"]), b)]
-        {
-            let Some(param) = param else {
-                return Err(Failure::running(format!("{path}: a low-rank product cannot be attached here")));
-            };
-            let shape = param.param.value().shape().to_vec();
-            param.param.set(value.reshape(shape)?)?;
-        }
-    }
-    Ok(())
 }
