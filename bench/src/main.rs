@@ -1,6 +1,7 @@
 //! The project's own bench: times the engine beside its peers, in one run on one machine.
 
 mod matmul;
+mod methods;
 mod peer;
 mod step;
 
@@ -21,7 +22,9 @@ enum Command {
     Matmul(matmul::Args),
     /// Training steps, beside peft
     Step(step::Args),
-    /// The engine's side of `step`
+    /// Training steps of every method, beside LoRA's
+    Methods(methods::Args),
+    /// The engine's side of `step` and `methods`
     #[command(hide = true)]
     Engine { recipe: PathBuf, examples: PathBuf, threads: usize },
 }
@@ -30,6 +33,7 @@ fn main() -> anyhow::Result<()> {
     match Args::parse().command {
         Command::Matmul(args) => matmul::run(&args),
         Command::Step(args) => step::run(&args),
+        Command::Methods(args) => methods::run(&args),
         Command::Engine { recipe, examples, threads } => step::answer(&recipe, &examples, threads),
     }
 }

@@ -91,7 +91,7 @@ fn hello(session: &Session, seconds: f64) -> Value {
     };
     let labelled: usize = session.train.examples.iter().map(labelled).sum();
     json!({
-        "seconds": seconds, "block_weights": weights(false), "head_weights": weights(true), "width": info.width,
+        "seconds": seconds, "trained": session.adapter.trained_count(), "block_weights": weights(false), "head_weights": weights(true), "width": info.width,
         "layers": info.layers, "labelled_share": labelled as f64 / tokens,
         // A token sees as many others as its own row has.
         "mean_length": lengths.iter().map(|length| length * length).sum::<f64>() / tokens,
