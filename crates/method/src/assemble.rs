@@ -14,7 +14,7 @@ use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
 use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_bias_a_head, stale};
-use crate::names::{file_form, file_names, prefix, stored_as};
+use crate::names::{file_names, prefix, stored_as};
 use crate::written::{as_held, as_stored, written};
 use crate::{Described, Method, from_file, peft, tied};
 
@@ -243,10 +243,6 @@ pub fn save_adapter(
     let sites = sites.named(adapter.names());
     let mut tensors = Vec::new();
     for (name, value) in written(adapter, methods)? {
-        if let Some(form) = file_form(methods, &name, &value)? {
-            tensors.extend(form);
-            continue;
-        }
         let (key, copies) = file_names(methods, adapter, &name);
         tensors.extend(copies.into_iter().chain([key]).map(|key| (key, value.clone())));
     }

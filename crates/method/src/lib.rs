@@ -253,11 +253,6 @@ pub trait Method: Send + Sync {
         Stored::F32
     }
 
-    /// What the file holds in place of the parameter `name`, by the file's own names; `None` where it holds the parameter.
-    fn file_form(&self, _name: &str, _value: &Tensor) -> Result<Option<Named>> {
-        Ok(None)
-    }
-
     /// Further names under which the file of `adapter` holds the same parameter.
     fn file_copies(&self, _name: &str, _adapter: &Adapter) -> Vec<String> {
         Vec::new()

@@ -1,9 +1,8 @@
 //! Names of parameters in an adapter of one or several methods, and in its file.
 
-use engraft_nn::{Adapter, Result};
-use engraft_tensor::Tensor;
+use engraft_nn::Adapter;
 
-use crate::{Chosen, Method, Named, Stored};
+use crate::{Chosen, Method, Stored};
 
 /// What precedes the names of a method's parameters.
 pub fn prefix(methods: &[Chosen], number: usize) -> String {
@@ -23,16 +22,6 @@ pub(crate) fn kept(methods: &[Chosen], adapter: &Adapter, name: &str) -> bool {
         [(only, _)] => only.keeps(adapter, name),
         several => owner(several, name).is_none_or(|(method, _, _)| method.keeps(adapter, name)),
     }
-}
-
-/// What the file holds in place of the parameter `name`.
-pub(crate) fn file_form(methods: &[Chosen], name: &str, value: &Tensor) -> Result<Option<Named>> {
-    if let [(only, _)] = methods {
-        return only.file_form(name, value);
-    }
-    let Some((method, number, rest)) = owner(methods, name) else { return Ok(None) };
-    let form = method.file_form(rest, value)?;
-    Ok(form.map(|form| form.into_iter().map(|(key, value)| (format!("{number}.{key}"), value)).collect()))
 }
 
 /// Type of the numbers that the file of an adapter of these methods holds as `key`.

@@ -211,7 +211,7 @@ pub(crate) fn copied_tables<'s>(
         Some(Value::String(text)) => TABLES.iter().any(|t| text.contains(t)),
         _ => false,
     };
-    let own = |name: &str| name.starts_with("ENGRAFT_");
+    let own = |name: &str| name.starts_with("ENGRAFT_") || name == "TRAINABLE_TOKENS";
     if !named || map.get("peft_type").and_then(Value::as_str).is_none_or(own) {
         return Vec::new();
     }
@@ -279,8 +279,9 @@ pub(crate) fn write_header(
         "auto_mapping": null, "base_model_name_or_path": base_model, "inference_mode": true, "modules_to_save": modules,
         "peft_type": peft_type, "peft_version": VERSION, "revision": null, "task_type": task_type,
     });
-    match header {
-        Value::Object(map) => map,
-        _ => Map::new(),
+    let Value::Object(mut map) = header else { return Map::new() };
+    if peft_type == "TRAINABLE_TOKENS" {
+        map.remove("modules_to_save");
     }
+    map
 }

@@ -11,6 +11,7 @@ use crate::Field;
 /// Settings by key. Every key that is looked at is known; a key that is left over and says something is an error.
 pub(crate) struct Reader<'a> {
     map: &'a Map<String, Value>,
+    is_file: bool,
     defaults: Map<String, Value>,
     known: Vec<&'static str>,
     problems: Vec<String>,
@@ -20,12 +21,18 @@ impl<'a> Reader<'a> {
     /// A method's table of a recipe; absent settings take the defaults of `fields`.
     pub fn settings(map: &'a Map<String, Value>, fields: &[Field]) -> Self {
         let default = |f: &Field| Some((f.name.to_string(), serde_json::from_str(f.default?).ok()?));
-        Reader { map, defaults: fields.iter().filter_map(default).collect(), known: vec![], problems: vec![] }
+        let defaults = fields.iter().filter_map(default).collect();
+        Reader { map, is_file: false, defaults, known: vec![], problems: vec![] }
     }
 
     /// A saved configuration.
     pub fn file(map: &'a Map<String, Value>) -> Self {
-        Reader { map, defaults: Map::new(), known: vec![], problems: vec![] }
+        Reader { map, is_file: true, defaults: Map::new(), known: vec![], problems: vec![] }
+    }
+
+    /// Whether it is a saved configuration.
+    pub fn is_file(&self) -> bool {
+        self.is_file
     }
 
     /// The value of a key; `None` if absent or null and without default.

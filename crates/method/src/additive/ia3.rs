@@ -19,6 +19,8 @@ use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 struct Ia3 {
     feedforward: Feedforward,
+    /// What a file says of how the vectors started: `peft` writes it down again.
+    starts_as_ones: bool,
 }
 
 /// Which of the targets are scaled at their input.
@@ -58,7 +60,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let mut r = Reader::settings(settings, INFO.fields);
     let feedforward = r.texts("feedforward").map_or(Feedforward::Down, Feedforward::Suffixes);
     r.finish()?;
-    Ok(Box::new(Ia3 { feedforward }))
+    Ok(Box::new(Ia3 { feedforward, starts_as_ones: true }))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
@@ -68,10 +70,11 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let targets = peft::read_targets(&mut r);
-    r.ignore(&["fan_in_fan_out", "init_ia3_weights"]);
+    r.ignore(&["fan_in_fan_out"]);
     let feedforward = read_feedforward(&mut r);
+    let starts_as_ones = r.flag("init_ia3_weights", true);
     r.finish()?;
-    Ok(Some(Loaded { method: Box::new(Ia3 { feedforward }), targets, train_also }))
+    Ok(Some(Loaded { method: Box::new(Ia3 { feedforward, starts_as_ones }), targets, train_also }))
 }
 
 fn read_feedforward(r: &mut Reader<'_>) -> Feedforward {
@@ -93,7 +96,7 @@ fn read_feedforward(r: &mut Reader<'_>) -> Feedforward {
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Ia3 { feedforward: Feedforward::Down })
+    Box::new(Ia3 { feedforward: Feedforward::Down, starts_as_ones: true })
 }
 
 impl Method for Ia3 {
@@ -137,8 +140,7 @@ impl Method for Ia3 {
             Feedforward::Down => json!(self.down_names(model)),
         };
         // peft's (IA)³ has no choice of layers.
-        let own =
-            json!({ "fan_in_fan_out": false, "feedforward_modules": feedforward, "init_ia3_weights": true });
+        let own = json!({ "fan_in_fan_out": false, "feedforward_modules": feedforward, "init_ia3_weights": self.starts_as_ones });
         own.as_object().cloned().unwrap_or_default()
     }
 }

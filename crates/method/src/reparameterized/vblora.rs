@@ -224,20 +224,23 @@ impl Method for VbLora {
         }
     }
 
-    fn file_form(&self, name: &str, value: &Tensor) -> Result<Option<Named>> {
-        let logits = name.ends_with(".vblora_logits_A") || name.ends_with(".vblora_logits_B");
-        if !self.only_top || self.read_top || !logits {
-            return Ok(None);
+    fn file_tensors(&self, tensors: Named, _state: &Named) -> Result<Named> {
+        if !self.only_top || self.read_top {
+            return Ok(tensors);
         }
-        let (largest, places) = value.top_k(self.top)?;
-        let weights = largest.softmax()?;
-        Ok(Some(vec![
-            (format!("{}_topk_indices", self.file_name(name)), places.to_f32()),
-            (
-                format!("{}_topk_weights", self.file_name(name)),
-                weights.narrow(weights.shape().len() - 1, 0, self.top - 1)?,
-            ),
-        ]))
+        let mut written = Named::new();
+        for (name, value) in tensors {
+            if !name.ends_with(".vblora_logits_A") && !name.ends_with(".vblora_logits_B") {
+                written.push((name, value));
+                continue;
+            }
+            let (largest, places) = value.top_k(self.top)?;
+            let weights = largest.softmax()?;
+            let all_but_last = weights.narrow(weights.shape().len() - 1, 0, self.top - 1)?;
+            written.push((format!("{name}_topk_indices"), places.to_f32()));
+            written.push((format!("{name}_topk_weights"), all_but_last));
+        }
+        Ok(written)
     }
 }
 

@@ -1,6 +1,7 @@
 //! `bias` of `peft`: the biases of the model that are trained along with a method's own tensors.
 
 use engraft_nn::{Builder, Kind, Result};
+use serde_json::Value;
 
 use crate::read::Reader;
 
@@ -13,8 +14,13 @@ pub(crate) enum Biases {
 }
 
 impl Biases {
-    /// The setting `bias`; `of_targets` is the method's word for the biases of its targets ("vera_only").
+    /// The setting `bias`; `of_targets` is the method's word for the biases of its targets ("vera_only"). In files `peft` takes
+    /// any word that ends so.
     pub fn read(r: &mut Reader<'_>, of_targets: &str) -> Biases {
+        let of_any = r.value("bias").and_then(Value::as_str).is_some_and(|word| word.ends_with("_only"));
+        if r.is_file() && of_any {
+            return Biases::OfTargets;
+        }
         r.one_of("bias", &[("none", Biases::None), ("all", Biases::All), (of_targets, Biases::OfTargets)])
     }
 

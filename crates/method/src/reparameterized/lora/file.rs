@@ -9,7 +9,7 @@ use super::prepare::Search;
 use super::settings::{BIASES, INFO, RANK_MAX, check};
 use super::start::Start;
 use super::variants::{Blocks, Kasa};
-use super::{Lora, Mixer};
+use super::{Biases, Lora, Mixer};
 use crate::read::{Pattern, Reader, as_written, number};
 use crate::{Described, Loaded, Named, peft};
 
@@ -51,7 +51,7 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
         root_scaling: r.flag("use_rslora", false),
         rank_pattern: r.patterns("rank_pattern"),
         alpha_pattern: r.patterns("alpha_pattern"),
-        bias: r.one_of("bias", BIASES),
+        bias: read_bias(&mut r),
         product_bias: r.flag("lora_bias", false),
         start,
         search: read_eva(&mut r),
@@ -66,6 +66,14 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
     check(&lora, &mut r);
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(lora), targets, train_also }))
+}
+
+/// `bias`; `peft` takes any word that ends in `_only` for the biases of the targets.
+fn read_bias(r: &mut Reader<'_>) -> Biases {
+    match r.value("bias").and_then(Value::as_str).is_some_and(|word| word.ends_with("_only")) {
+        true => Biases::OfTargets,
+        false => r.one_of("bias", BIASES),
+    }
 }
 
 /// `init_lora_weights`. Files of starts that are taken off the base fit only a base without them: where these follow from
