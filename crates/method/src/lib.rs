@@ -200,18 +200,17 @@ pub trait Method: Send + Sync {
     }
 
     /// The sites used when neither recipe nor file names any; `None` for methods that have sites of their own kind. Where
-    /// queries, keys and values are one matrix, that matrix stands for each of them.
+    /// queries, keys and values are one matrix, that matrix stands for each of them; roles that the model does not have (a
+    /// gate) are left out.
     fn default_targets(&self, sites: &Sites) -> Option<Targets> {
         let roles = self.info().default_roles?;
         let has = |role: Role| sites.iter().any(|s| s.role == role);
         let parts = [Role::Q, Role::K, Role::V];
-        if parts.iter().any(|&part| has(part)) || !has(Role::Qkv) {
-            return Some(Targets::roles(roles));
-        }
-        let mut fused: Vec<Role> =
-            roles.iter().map(|r| if parts.contains(r) { Role::Qkv } else { *r }).collect();
-        fused.dedup();
-        Some(Targets::roles(&fused))
+        let fused = !parts.iter().any(|&part| has(part)) && has(Role::Qkv);
+        let own = |role: &Role| if fused && parts.contains(role) { Role::Qkv } else { *role };
+        let mut found: Vec<Role> = roles.iter().map(own).filter(|&role| has(role)).collect();
+        found.dedup();
+        Some(Targets::roles(if found.is_empty() { roles } else { &found }))
     }
 
     /// The sites that `targets` choose for this method: weights, unless it lives elsewhere.

@@ -154,6 +154,14 @@ pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
     for term in terms {
         methods_of(&term.config).map_err(|e| Error::Unsupported(format!("{}: {e}", term.name)))?;
     }
+    for term in terms {
+        for (name, tensor) in term.tensors.iter().filter(|(_, tensor)| tensor.dtype() == DType::F32) {
+            if let Some(value) = tensor.to_vec()?.iter().find(|value| !value.is_finite()) {
+                let message = format!("{}: {name}: expected finite numbers, found {value}", term.name);
+                return Err(Error::Unsupported(message));
+            }
+        }
+    }
     if options.rule.prunes() && !(options.density > 0.0 && options.density <= 1.0) {
         let message = format!("density: expected a share above 0 and at most 1, found {}", options.density);
         return Err(Error::Unsupported(message));
