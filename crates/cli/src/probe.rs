@@ -7,7 +7,7 @@ use engraft_nn::{Init, Inputs, Picture, Task};
 
 use crate::commands::logits::pack;
 use crate::engine::Engine;
-use crate::failure::{Failure, Outcome};
+use crate::failure::{BeforeWork, Failure, Outcome};
 
 /// Texts on which models are compared when none are given.
 const PROBES: [&str; 6] = [
@@ -63,7 +63,7 @@ impl Probes {
         let tokenizer = Tokenizer::open(&engine.dir)?;
         let text = match file {
             Some(path) => {
-                let bytes = engraft_store::json::read_capped(path, "config_json", 4 << 20)?;
+                let bytes = engraft_store::json::read_capped(path, "config_json", 4 << 20).before_work()?;
                 String::from_utf8(bytes)
                     .map_err(|_| Failure::before_work(format!("{} is not UTF-8", path.display())))?
             }

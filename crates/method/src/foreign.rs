@@ -137,6 +137,9 @@ pub fn convert(tensors: Named, alpha: Option<f64>) -> Result<(Value, Named)> {
                 .into(),
         ));
     };
+    if !alpha.is_finite() || alpha <= 0.0 || alpha > f64::from(f32::MAX) {
+        return Err(Error::Unsupported(format!("alpha: expected a number above 0, found {alpha}")));
+    }
     let rank = found.modules.first().map_or(1, |m| m.rank);
     let others: BTreeSet<&str> =
         found.others.iter().filter_map(|name| Some(name.split_once('.')?.0)).collect();

@@ -280,7 +280,7 @@ pub(crate) fn write_header(
         "peft_type": peft_type, "peft_version": VERSION, "revision": null, "task_type": task_type,
     });
     let Value::Object(mut map) = header else { return Map::new() };
-    if peft_type == "TRAINABLE_TOKENS" {
+    if peft_type == "TRAINABLE_TOKENS" && train_also.is_empty() {
         map.remove("modules_to_save");
     }
     map

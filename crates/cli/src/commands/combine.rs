@@ -39,7 +39,7 @@ Examples:
   engraft combine a/adapter b/adapter --out both \\
     --model DIR --probe texts.txt")]
 pub struct Args {
-    /// Adapter directories, each with its weight after `=`; 1 where none is given (of average: equal shares)
+    /// Adapter directories, each with its weight after `=`; 1 where none is given. The weights of average are shares: they are divided by their sum
     #[arg(required = true, value_name = "ADAPTER[=WEIGHT]")]
     adapters: Vec<String>,
     /// The adapter directory to write; it must not exist or be empty

@@ -166,7 +166,7 @@ pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
         let message = format!("density: expected a share above 0 and at most 1, found {}", options.density);
         return Err(Error::Unsupported(message));
     }
-    no_grad(|| match options.rule {
+    let combined = no_grad(|| match options.rule {
         Rule::Average => average(terms),
         _ => {
             if let Some(other) = terms.iter().find(|t| !crate::peft::is_type(&t.config, "LORA")) {
@@ -178,7 +178,15 @@ pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
             }
             low_rank(first, terms, options)
         }
-    })
+    })?;
+    // A weight that is finite may still be too large for the numbers of a file.
+    for (name, tensor) in combined.tensors.iter().filter(|(_, tensor)| tensor.dtype() == DType::F32) {
+        if tensor.to_vec()?.iter().any(|value| !value.is_finite()) {
+            let message = format!("{name}: the combination is not finite; choose smaller weights");
+            return Err(Error::Unsupported(message));
+        }
+    }
+    Ok(combined)
 }
 
 fn low_rank(first: &Term, terms: &[Term], options: &Options) -> Result<Combined> {
@@ -340,6 +348,9 @@ fn same(name: &str, terms: &[(f64, Tensor)]) -> Result<(String, Tensor)> {
 /// The mean of every tensor of adapters that are configured alike.
 fn average(terms: &[Term]) -> Result<Combined> {
     same_configuration(terms)?;
+    if terms.iter().map(|term| term.weight).sum::<f64>() == 0.0 {
+        return Err(Error::Unsupported("the weights of a mean add up to zero; choose others".into()));
+    }
     let mut by_name: BTreeMap<String, Vec<(f64, Tensor)>> = BTreeMap::new();
     for term in terms {
         for (name, tensor) in &term.tensors {

@@ -286,6 +286,6 @@ mod tests {
         let error = crate::attach(&table, &[], &sites, &info, 0).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("an embedding"), "{error}");
         let good = config(&[chosen("hra", json!({}))], &[]);
-        assert!(from_file(&with(good, json!({ "bias": "boft_only" }))).is_err());
+        assert!(from_file(&with(good, json!({ "bias": "some" }))).is_err());
     }
 }

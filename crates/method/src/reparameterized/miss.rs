@@ -306,7 +306,7 @@ mod tests {
         survives_saving(&[chosen("miss", json!({ "rank": 3, "form": "mini", "mini_r": 2 }))], &[]);
         let written = config(&[chosen("miss", json!({ "rank": 2 }))], &[]);
         assert_eq!(written["init_weights"], json!(true));
-        for bad in [json!({ "init_weights": "bone" }), json!({ "r": 0 }), json!({ "bias": "miss_only" })] {
+        for bad in [json!({ "init_weights": "bone" }), json!({ "r": 0 }), json!({ "bias": "some" })] {
             assert!(from_file(&with(written.clone(), bad)).is_err());
         }
         let (sites, info) = toy();

@@ -405,7 +405,7 @@ mod tests {
     fn configurations() {
         survives_saving(&[chosen("vblora", small(json!({ "bias": "all", "dropout": 0.1 })))], &["head"]);
         let written = config(&[chosen("vblora", small(json!({})))], &[]);
-        for bad in [json!({ "topk": 6 }), json!({ "bias": "lora_only" }), json!({ "vector_length": 0 })] {
+        for bad in [json!({ "topk": 6 }), json!({ "bias": "some" }), json!({ "vector_length": 0 })] {
             assert!(from_file(&with(written.clone(), bad)).is_err());
         }
         let (sites, info) = toy();

@@ -282,7 +282,7 @@ mod tests {
         let written = config(&[chosen("vera", json!({}))], &[]);
         assert_eq!(written["d_initial"], json!(0.1));
         assert!(written.get("exclude_modules").is_none(), "peft's has no such key");
-        for bad in [json!({ "bias": "lora_only" }), json!({ "projection_prng_key": -1 }), json!({ "r": 0 })] {
+        for bad in [json!({ "bias": "some" }), json!({ "projection_prng_key": -1 }), json!({ "r": 0 })] {
             assert!(from_file(&with(written.clone(), bad)).is_err());
         }
         let (sites, info) = toy();
