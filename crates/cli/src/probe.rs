@@ -22,6 +22,7 @@ const PROBES: [&str; 6] = [
 const PROBE_TOKENS: usize = 256;
 
 /// Logits and loss on the probes.
+#[derive(Clone)]
 pub struct Measured {
     /// Of all real tokens, one after another.
     pub logits: Vec<f32>,

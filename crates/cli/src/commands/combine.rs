@@ -169,8 +169,8 @@ fn compare(
     };
     let result = with(&combined.config, &combined.tensors)?;
     let exact = match args.rule {
-        // Means have no sum to be compared with but themselves.
-        Rule::Cat | Rule::Average => with(&combined.config, &combined.tensors)?,
+        // The result is the sum, or a mean, which has no sum to be compared with.
+        Rule::Cat | Rule::Average => result.clone(),
         _ => {
             let sum = combine(terms, &Options { rule: Rule::Cat, ..*options }).before_work()?;
             with(&sum.config, &sum.tensors)?

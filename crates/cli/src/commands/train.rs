@@ -88,8 +88,7 @@ fn one(args: &Args, path: &Path, cx: &Context) -> Outcome {
     }
     check_pictures(&session, cx)?;
     if args.check {
-        check(session, &out, cx)?;
-        return Ok(());
+        return check(session, &out, cx);
     }
     let mut progress = Progress::new(&cx.ui, session.plan.steps, cx.environment.utf8);
     let options = RunOptions {

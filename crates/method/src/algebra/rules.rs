@@ -1,6 +1,6 @@
 //! How several tensors of one shape become one: what is kept of each, whose sign wins, the weighted sum.
 
-use engraft_nn::Result;
+use engraft_nn::{Init, Result};
 use engraft_tensor::Tensor;
 use engraft_tensor::cpu::random::Key;
 
@@ -106,8 +106,6 @@ fn keep_random(values: &mut [f32], density: f64, key: Key) {
 
 /// What is dropped depends on the seed, the tensor and the adapter alone.
 fn key(seed: u64, name: &str, number: usize) -> Key {
-    let hash = name
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
-    Key { seed, stream: hash.wrapping_add(number as u64) }
+    let key = Init::key(seed, name);
+    Key { stream: key.stream.wrapping_add(number as u64), ..key }
 }

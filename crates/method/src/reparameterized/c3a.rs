@@ -89,10 +89,7 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let c3a = C3a { start: r.one_of("init", STARTS), ..read(&mut r) };
-    r.finish()?;
-    Ok(Box::new(c3a))
+    peft::own_settings(&INFO, settings, |r| C3a { start: r.one_of("init", STARTS), ..read(r) })
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {

@@ -109,10 +109,7 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let deft = read(&mut r, ["rank", "dropout"]);
-    r.finish()?;
-    Ok(Box::new(deft))
+    peft::own_settings(&INFO, settings, |r| read(r, ["rank", "dropout"]))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {

@@ -92,10 +92,7 @@ fn read(r: &mut Reader<'_>, [rank, min, eval, alpha, dropout]: [&'static str; 5]
 }
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let method = read(&mut r, ["rank", "min_rank", "eval_rank", "alpha", "dropout"]);
-    r.finish()?;
-    Ok(Box::new(method))
+    peft::own_settings(&INFO, settings, |r| read(r, ["rank", "min_rank", "eval_rank", "alpha", "dropout"]))
 }
 
 fn read_file(config: &Value) -> Result<Option<(DyLoRa, Loaded)>> {

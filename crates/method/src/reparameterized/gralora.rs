@@ -96,10 +96,7 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let gralora = read(&mut r, ["rank", "hybrid_rank", "k", "dropout"]);
-    r.finish()?;
-    Ok(Box::new(gralora))
+    peft::own_settings(&INFO, settings, |r| read(r, ["rank", "hybrid_rank", "k", "dropout"]))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {

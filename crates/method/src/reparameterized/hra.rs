@@ -15,7 +15,6 @@ use engraft_tensor::ops::{Unary, cat};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::read::Reader;
 use crate::shared::biases::Biases;
 use crate::shared::{matrices, orthogonal};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Step, peft};
@@ -83,34 +82,23 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let hra = Hra {
+    peft::own_settings(&INFO, settings, |r| Hra {
         rank: r.count("rank", 8, 1024),
         gram_schmidt: r.flag("gram_schmidt", false),
-        bias: Biases::read(&mut r, OWN),
+        bias: Biases::read(r, OWN),
         paired: r.flag("init_weights", true),
         orthogonality: r.float("orthogonality", 0.0),
-    };
-    r.finish()?;
-    Ok(Box::new(hra))
+    })
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let targets = peft::read_targets(&mut r);
-    let hra = Hra {
+    peft::own_file(&INFO, config, |r| Hra {
         rank: r.count("r", 8, 1 << 16),
         gram_schmidt: r.flag("apply_GS", false),
-        bias: Biases::read(&mut r, OWN),
+        bias: Biases::read(r, OWN),
         paired: r.flag("init_weights", true),
         orthogonality: 0.0,
-    };
-    r.finish()?;
-    Ok(Some(Loaded { method: Box::new(hra), targets, train_also }))
+    })
 }
 
 fn example() -> Box<dyn Method> {

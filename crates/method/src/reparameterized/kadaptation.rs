@@ -68,22 +68,11 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let method = read(&mut r);
-    r.finish()?;
-    Ok(Box::new(method))
+    peft::own_settings(&INFO, settings, read)
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let targets = peft::read_targets(&mut r);
-    let method = read(&mut r);
-    r.finish()?;
-    Ok(Some(Loaded { method: Box::new(method), targets, train_also }))
+    peft::own_file(&INFO, config, read)
 }
 
 fn read(r: &mut Reader<'_>) -> Kadaptation {

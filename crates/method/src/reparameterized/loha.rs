@@ -95,22 +95,14 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let loha = read(&mut r, "rank", RECIPE_RANK_MAX);
-    r.finish()?;
-    Ok(Box::new(loha))
+    peft::own_settings(&INFO, settings, |r| read(r, "rank", RECIPE_RANK_MAX))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let targets = peft::read_targets(&mut r);
-    let loha = Loha { random: !r.flag("init_weights", true), ..read(&mut r, "r", RANK_MAX) };
-    r.finish()?;
-    Ok(Some(Loaded { method: Box::new(loha), targets, train_also }))
+    peft::own_file(&INFO, config, |r| Loha {
+        random: !r.flag("init_weights", true),
+        ..read(r, "r", RANK_MAX)
+    })
 }
 
 fn read(r: &mut Reader<'_>, rank: &'static str, most: usize) -> Loha {

@@ -31,6 +31,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value};
 
 use crate::read::Pattern;
+use crate::shared::biases::Biases;
 use crate::{Calibration, Described, Entry, Info, Method, Named, Step, tied};
 use factors::{Dropout, Factors, Inner, Table};
 use prepare::Search;
@@ -66,14 +67,6 @@ struct Lora {
     from_file: bool,
 }
 
-/// Which biases of the model are trained along.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Biases {
-    None,
-    All,
-    OfTargets,
-}
-
 /// What stands between B and A, and how it starts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mixer {
@@ -101,7 +94,7 @@ impl Method for Lora {
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         // Before the product's own bias, which is added to what stands in the layer's.
-        self.attach_biases(b)?;
+        self.bias.attach(b)?;
         let tied = if self.tied { tied::follow(b)? } else { vec![] };
         for site in b.targets().into_iter().filter(|site| !tied.contains(&site.id)) {
             match site.kind {

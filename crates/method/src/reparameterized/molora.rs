@@ -10,7 +10,6 @@
 use engraft_nn::{Builder, Init, Result, Role};
 use serde_json::{Map, Value};
 
-use crate::read::Reader;
 use crate::shared::fields::{alpha, dropout, int, rank};
 use crate::shared::mixture::{EXPERTS_MAX, Mixture};
 use crate::{Described, Entry, Info, Loaded, Method, peft};
@@ -42,22 +41,11 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let method = MoLoRa(Mixture::read(&mut r, ["rank", "alpha", "dropout"], &USUAL));
-    r.finish()?;
-    Ok(Box::new(method))
+    peft::own_settings(&INFO, settings, |r| MoLoRa(Mixture::read(r, ["rank", "alpha", "dropout"], &USUAL)))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let targets = peft::read_targets(&mut r);
-    let method = MoLoRa(Mixture::read(&mut r, ["r", "lora_alpha", "lora_dropout"], &USUAL));
-    r.finish()?;
-    Ok(Some(Loaded { method: Box::new(method), targets, train_also }))
+    peft::own_file(&INFO, config, |r| MoLoRa(Mixture::read(r, ["r", "lora_alpha", "lora_dropout"], &USUAL)))
 }
 
 fn example() -> Box<dyn Method> {

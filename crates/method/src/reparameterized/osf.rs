@@ -75,10 +75,7 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let osf = read(&mut r);
-    r.finish()?;
-    Ok(Box::new(osf))
+    peft::own_settings(&INFO, settings, read)
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {

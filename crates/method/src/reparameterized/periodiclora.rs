@@ -66,22 +66,11 @@ fn read(r: &mut Reader<'_>, [rank, alpha, dropout]: [&'static str; 3]) -> Period
 }
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let method = read(&mut r, ["rank", "alpha", "dropout"]);
-    r.finish()?;
-    Ok(Box::new(method))
+    peft::own_settings(&INFO, settings, |r| read(r, ["rank", "alpha", "dropout"]))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let targets = peft::read_targets(&mut r);
-    let method = read(&mut r, ["r", "lora_alpha", "lora_dropout"]);
-    r.finish()?;
-    Ok(Some(Loaded { method: Box::new(method), targets, train_also }))
+    peft::own_file(&INFO, config, |r| read(r, ["r", "lora_alpha", "lora_dropout"]))
 }
 
 fn example() -> Box<dyn Method> {

@@ -77,10 +77,7 @@ fn read(r: &mut Reader<'_>, [rank, tasks, skills, splits, task]: [&'static str; 
 }
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let method = read(&mut r, ["rank", "tasks", "skills", "splits", "task"]);
-    r.finish()?;
-    Ok(Box::new(method))
+    peft::own_settings(&INFO, settings, |r| read(r, ["rank", "tasks", "skills", "splits", "task"]))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {

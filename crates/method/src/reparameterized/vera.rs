@@ -94,10 +94,7 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let vera = read(&mut r, ("rank", "dropout"), RECIPE_RANK_MAX);
-    r.finish()?;
-    Ok(Box::new(vera))
+    peft::own_settings(&INFO, settings, |r| read(r, ("rank", "dropout"), RECIPE_RANK_MAX))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {

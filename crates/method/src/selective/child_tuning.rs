@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
 use crate::shared::scores::{Data, Score, choose};
-use crate::shared::sparse::{Budget, Mask, shape, stream};
+use crate::shared::sparse::{Budget, Mask, shape};
 use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Method, Step, peft};
 
 struct ChildTuning {
@@ -110,8 +110,11 @@ impl Method for ChildTuning {
         for p in adapter.params().iter().filter(|p| p.group == GROUP && !self.driven) {
             if let Some(gradient) = gradients.get(&p.param) {
                 // Dropout is this mask, the factor 1/p included.
-                let masked =
-                    gradient.dropout((1.0 - self.share) as f32, step.seed, stream(&p.name) ^ step.number)?;
+                let masked = gradient.dropout(
+                    (1.0 - self.share) as f32,
+                    step.seed,
+                    Init::key(step.seed, &p.name).stream ^ step.number,
+                )?;
                 gradients.set(&p.param, masked);
             }
         }

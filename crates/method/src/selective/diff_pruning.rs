@@ -20,7 +20,7 @@ use engraft_tensor::{Param, Tensor, no_grad};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
-use crate::shared::sparse::{Budget, Mask, shape, stream};
+use crate::shared::sparse::{Budget, Mask, shape};
 use crate::shared::staged::{self, Change, DENSE};
 use crate::{Described, Entry, Field, FieldKind, Forget, Info, Method, Step, peft};
 
@@ -174,8 +174,8 @@ impl Change for Gated {
     fn change(&self, at: Option<(&Site, &Pass)>) -> Result<Tensor> {
         let drawn = |a: &Tensor, of: &str| match at.map(|(_, cx)| cx.mode()) {
             Some(Mode::Train { seed, step, .. }) => {
-                let stream = stream(&format!("{}.{of}", self.name)) ^ step;
-                noise(a.shape(), Key { seed, stream }).map(Some)
+                let key = Init::key(seed, &format!("{}.{of}", self.name));
+                noise(a.shape(), Key { stream: key.stream ^ step, ..key }).map(Some)
             }
             _ => Ok(None),
         };
@@ -381,7 +381,7 @@ mod tests {
         close(&merged[0].value, &frozen("layers.0.attn.q"), 0.0);
         assert_eq!(method.learning_rate_factor(GATE), 100.0);
         assert!(!method.decays(GATE) && method.decays(DENSE));
-        let key = |step: u64| Key { seed: 1, stream: stream("w") ^ step };
+        let key = |step: u64| Key { stream: Init::key(1, "w").stream ^ step, seed: 1 };
         let draw = |step: u64| noise(&[3], key(step)).unwrap().to_vec().unwrap();
         assert_eq!(draw(1), draw(1));
         assert_ne!(draw(1), draw(2));

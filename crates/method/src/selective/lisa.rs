@@ -23,7 +23,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
-use crate::shared::sparse::{drawn, stream};
+use crate::shared::sparse::drawn;
 use crate::{Described, Entry, Field, FieldKind, Info, Method, peft};
 
 const BLOCKS_MAX: usize = 1 << 16;
@@ -102,7 +102,7 @@ impl Draw {
     /// Numbers of the blocks that are trained in `step`, from 1.
     fn active(&self, seed: u64, step: u64) -> Vec<u64> {
         let period = (step.max(1) - 1) / self.interval;
-        let key = Key { seed, stream: stream("lisa") ^ period };
+        let key = Key { stream: Init::key(seed, "lisa").stream ^ period, seed };
         drawn(self.active.min(self.blocks.len()), self.blocks.len() as u64, key)
     }
 

@@ -7,13 +7,12 @@
 //!
 //! `sparse_values` `[k]` of each target. The places are not saved: file and recipe hold the seed.
 
-use engraft_nn::{Builder, Patch, Result, Role};
+use engraft_nn::{Builder, Init, Patch, Result, Role};
 use engraft_tensor::Param;
-use engraft_tensor::cpu::random::Key;
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
-use crate::shared::sparse::{Budget, Delta, Mask, drawn, shape, stream};
+use crate::shared::sparse::{Budget, Delta, Mask, drawn, shape};
 use crate::{Described, Entry, Field, FieldKind, Info, Method, peft};
 
 struct RandomMask {
@@ -74,7 +73,7 @@ impl Method for RandomMask {
         for group in mask.groups(&b.targets())? {
             let (site, first) = group.sites[0];
             let (out, inn) = shape(site)?;
-            let key = Key { seed: self.seed, stream: stream(&site.path) };
+            let key = Init::key(self.seed, &site.path);
             let places = mask.tensor(&group, &drawn(group.count, (out * inn) as u64, key))?;
             let name = format!("{}.sparse_values", site.path);
             let values = b.param(&name, &[group.count], engraft_nn::Init::Zeros)?;

@@ -213,11 +213,6 @@ pub(crate) fn drawn(count: usize, size: u64, key: Key) -> Vec<u64> {
     chosen.into_iter().collect()
 }
 
-/// FNV-1a of a name: the stream of what is drawn for it.
-pub(crate) fn stream(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
-}
-
 /// W + S at one matrix.
 pub(crate) struct Delta {
     values: Param,
@@ -326,13 +321,13 @@ mod tests {
     #[test]
     fn draws_are_distinct_and_repeat_themselves() {
         for (count, size) in [(1, 1), (5, 5), (100, 1000), (999, 1000)] {
-            let key = Key { seed: 3, stream: stream("a") };
+            let key = Init::key(3, "a");
             let places = drawn(count, size, key);
             assert_eq!(places.len(), count);
             assert!(places.is_sorted_by(|a, b| a < b) && *places.last().unwrap() < size);
             assert_eq!(places, drawn(count, size, key));
         }
-        let key = |name| Key { seed: 3, stream: stream(name) };
+        let key = |name| Init::key(3, name);
         assert_ne!(drawn(9, 1000, key("a")), drawn(9, 1000, key("b")));
     }
 

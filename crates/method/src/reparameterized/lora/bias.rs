@@ -1,9 +1,9 @@
-//! Biases: the product's own, and those of the model that are trained along.
+//! The product's own bias.
 
-use engraft_nn::{Base, Builder, Init, Kind, Pass, Patch, Result, Site, VectorPatch, WeightPatch};
+use engraft_nn::{Base, Builder, Init, Pass, Patch, Result, Site, VectorPatch, WeightPatch};
 use engraft_tensor::{Param, Tensor};
 
-use super::{Biases, Lora, Start};
+use super::{Lora, Start};
 
 impl Lora {
     /// s·(B·A·x + c) = s·B·A·x + s·c: the second part belongs to the layer's bias, or to the output where there is none.
@@ -21,23 +21,6 @@ impl Lora {
             Some(bias) => b.patch(bias.id, Patch::Vector(Box::new(Shift { param, scale }))),
             None => b.patch(site.id, Patch::Weight(Box::new(Shift { param, scale }))),
         }
-    }
-
-    /// `bias = "all"` trains every vector called `bias`, `"lora_only"` those of the targets.
-    pub(super) fn attach_biases(&self, b: &mut Builder<'_>) -> Result<()> {
-        let targets: Vec<&str> = b.targets().iter().map(|s| s.path.as_str()).collect();
-        let sites = b.sites();
-        for site in sites.of_kind(|k| matches!(k, Kind::Vector { .. })) {
-            let Some(module) = site.path.strip_suffix(".bias") else { continue };
-            let of_target = targets.contains(&module);
-            let wanted = self.bias == Biases::All || self.bias == Biases::OfTargets && of_target;
-            if wanted && !b.replaced(site.id) {
-                // peft moves the layers it changes one level down.
-                let name = if of_target { format!("{module}.base_layer.bias") } else { site.path.clone() };
-                b.replace_as(site.id, &name)?;
-            }
-        }
-        Ok(())
     }
 }
 

@@ -6,11 +6,12 @@ use engraft_tensor::ops::cat;
 use serde_json::{Map, Value, json};
 
 use super::prepare::Search;
-use super::settings::{BIASES, INFO, RANK_MAX, check};
+use super::settings::{INFO, RANK_MAX, check};
 use super::start::Start;
 use super::variants::{Blocks, Kasa};
-use super::{Biases, Lora, Mixer};
+use super::{Lora, Mixer};
 use crate::read::{Pattern, Reader, as_written, number};
+use crate::shared::biases::Biases;
 use crate::{Described, Loaded, Named, peft};
 
 /// Keys of variants that are not here.
@@ -51,7 +52,7 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
         root_scaling: r.flag("use_rslora", false),
         rank_pattern: r.patterns("rank_pattern"),
         alpha_pattern: r.patterns("alpha_pattern"),
-        bias: read_bias(&mut r),
+        bias: Biases::read(&mut r, "lora_only"),
         product_bias: r.flag("lora_bias", false),
         start,
         search: read_eva(&mut r),
@@ -66,14 +67,6 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
     check(&lora, &mut r);
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(lora), targets, train_also }))
-}
-
-/// `bias`; `peft` takes any word that ends in `_only` for the biases of the targets.
-fn read_bias(r: &mut Reader<'_>) -> Biases {
-    match r.value("bias").and_then(Value::as_str).is_some_and(|word| word.ends_with("_only")) {
-        true => Biases::OfTargets,
-        false => r.one_of("bias", BIASES),
-    }
 }
 
 /// `init_lora_weights`. Files of starts that are taken off the base fit only a base without them: where these follow from
@@ -121,7 +114,7 @@ impl Lora {
         let mut map: Map<String, Value> =
             OFF.iter().chain(SILENT).map(|k| (k.to_string(), Value::Null)).collect();
         let own = json!({
-            "alpha_pattern": alphas, "bias": name_of(BIASES, self.bias), "ensure_weight_tying": self.tied, "eva_config": eva,
+            "alpha_pattern": alphas, "bias": self.bias.name("lora_only"), "ensure_weight_tying": self.tied, "eva_config": eva,
             "fan_in_fan_out": false, "init_lora_weights": start, "loftq_config": {}, "lora_alpha": number(alpha),
             "layers_pattern": null, "layers_to_transform": null, "lora_bias": self.product_bias,
             "lora_dropout": as_written(self.dropout.elements), "megatron_core": "megatron.core", "qalora_group_size": 16,
@@ -242,8 +235,4 @@ fn used_ranks(a: &Tensor, b: &Tensor) -> usize {
 /// What follows the first size made one.
 fn flat(t: &Tensor) -> Result<Tensor> {
     Ok(t.reshape([t.dim(0), t.len() / t.dim(0).max(1)])?)
-}
-
-fn name_of<T: PartialEq>(names: &[(&'static str, T)], value: T) -> &'static str {
-    names.iter().find(|n| n.1 == value).map_or("", |n| n.0)
 }

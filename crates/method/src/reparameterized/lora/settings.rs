@@ -7,8 +7,9 @@ use super::factors::Dropout;
 use super::prepare::{Prior, Search};
 use super::start::{STARTS, Start};
 use super::variants::{Blocks, Kasa};
-use super::{Biases, Lora, Mixer};
+use super::{Lora, Mixer};
 use crate::read::{Pattern, Reader};
+use crate::shared::biases::Biases;
 use crate::{Field, FieldKind, Info, Method};
 
 pub(super) const RANK_MAX: usize = 1 << 16;
@@ -21,8 +22,6 @@ const MASKS_MAX: usize = 64;
 /// The most blocks of a matrix.
 const BLOCKS_MAX: usize = 1 << 10;
 
-pub(super) const BIASES: &[(&str, Biases)] =
-    &[("none", Biases::None), ("all", Biases::All), ("lora_only", Biases::OfTargets)];
 const MIXERS: &[(&str, Mixer)] =
     &[("none", Mixer::None), ("kaiming", Mixer::Kaiming), ("orthogonal", Mixer::Orthogonal)];
 const PRIORS: &[(&str, Prior)] = &[("ipm", Prior::Instruction), ("kpm", Prior::Knowledge)];
@@ -259,7 +258,7 @@ pub(super) fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Met
         },
         rank_pattern: r.patterns("rank_pattern"),
         alpha_pattern: r.patterns("alpha_pattern"),
-        bias: r.one_of("bias", BIASES),
+        bias: Biases::read(&mut r, "lora_only"),
         product_bias: r.flag("lora_bias", false),
         start,
         search: Search {
