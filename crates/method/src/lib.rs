@@ -7,6 +7,7 @@
 mod additive;
 pub mod algebra;
 mod assemble;
+mod bases;
 mod calibration;
 mod copies;
 mod entry;
@@ -36,8 +37,8 @@ use prompts::{prefix, prompt, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
     hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, osf,
-    peanut, periodiclora, phm, poly, psoft, pvera, randlora, road, rosa, said, sora, unilora, vblora, vera,
-    waveft,
+    peanut, periodiclora, phm, poly, psoft, pvera, randlora, road, rosa, said, sora, unilora,
+    vblora, vera, waveft,
 };
 use selective::{
     bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, ln_tuning, lt_sft, pafi, random_mask,
@@ -218,6 +219,9 @@ pub trait Method: Send + Sync {
         Ok(targets.resolve(sites)?)
     }
 
+    /// Takes from the tensors of a file what its configuration says wrongly or not at all.
+    fn read_shapes(&mut self, _tensors: &Named) {}
+
     /// The method's own keys of `adapter_config.json`, those about targets and the header left out.
     fn config(&self, model: &Described<'_>) -> Map<String, Value>;
 
@@ -263,6 +267,8 @@ pub trait Method: Send + Sync {
 #[allow(missing_docs)]
 pub enum Stored {
     F32,
+    F16,
+    BF16,
     U8,
     I16,
     I32,

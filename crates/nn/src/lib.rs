@@ -20,13 +20,14 @@ mod norm;
 mod parameter;
 mod pass;
 mod patch;
+pub mod pattern;
 mod replace;
 pub mod rotary;
 mod site;
 mod targets;
 pub mod weight;
 
-pub use adapter::{Adapter, NamedParam};
+pub use adapter::{Adapter, NamedParam, TaskName};
 pub use attention::{Attend, Memory};
 pub use builder::Builder;
 pub use cache::KvCache;
@@ -46,7 +47,8 @@ pub use patch::{
     Base, BlockPatch, HeadPatch, KeyValuePatch, KeyValues, Patch, PromptPatch, RowsFn, Sublayer,
     SublayerPatch, VectorPatch, WeightPatch,
 };
+pub use pattern::Pattern;
 pub use replace::Replacement;
-pub use site::{Kind, Names, Role, Site, SiteId, Sites, Stack, Value};
+pub use site::{Kind, Names, Numbers, Role, Site, SiteId, Sites, Stack, Value};
 pub use targets::{LayerChoice, Matcher, Resolution, TargetError, Targets};
 pub use weight::Weight;

@@ -89,7 +89,7 @@ impl Scales {
         let mut r = Reader::file(config.as_object().unwrap_or(&empty));
         Scales {
             alpha: r.float("lora_alpha", 8.0),
-            patterns: r.patterns("alpha_pattern"),
+            patterns: r.scales("alpha_pattern"),
             root: r.flag("use_rslora", false),
         }
     }

@@ -1,5 +1,6 @@
 //! What several methods share.
 
+pub(crate) mod activation;
 pub(crate) mod biases;
 pub(crate) mod bilevel;
 pub(crate) mod fields;
@@ -14,5 +15,6 @@ pub(crate) mod projection;
 pub(crate) mod scores;
 pub(crate) mod sparse;
 pub(crate) mod staged;
+pub(crate) mod token_rows;
 pub(crate) mod torch_random;
 pub(crate) mod wavelets;
