@@ -37,12 +37,12 @@ use prompts::{prefix, prompt, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
     hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, osf,
-    peanut, periodiclora, phm, poly, psoft, pvera, randlora, road, rosa, said, sora, unilora,
+    peanut, periodiclora, phm, poly, psoft, pvera, randlora, road, rosa, said, sora, tinylora, unilora,
     vblora, vera, waveft,
 };
 use selective::{
     bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, ln_tuning, lt_sft, pafi, random_mask,
-    sam_mask, shira, sift, spt, top_layers, trainable_tokens,
+    sam_mask, shira, sift, spt, supertuning, top_layers, trainable_tokens,
 };
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
@@ -98,6 +98,7 @@ pub static METHODS: &[&Entry] = &[
     &peanut::ENTRY,
     &lily::ENTRY,
     &psoft::ENTRY,
+    &tinylora::ENTRY,
     &osf::ENTRY,
     &hiwi::ENTRY,
     &beft::ENTRY,
@@ -110,6 +111,7 @@ pub static METHODS: &[&Entry] = &[
     &top_layers::ENTRY,
     &trainable_tokens::ENTRY,
     &shira::ENTRY,
+    &supertuning::ENTRY,
     &random_mask::ENTRY,
     &pafi::ENTRY,
     &fish::ENTRY,
