@@ -169,7 +169,8 @@ pub trait Method: Send + Sync {
     }
 
     /// Before a forward with the adapter: may run the model without it (`first`) and leave tensors on the pass
-    /// (routers such as X-LoRA).
+    /// (routers such as X-LoRA). A pass that goes on from a cache shows the new tokens alone: what the whole text gave is
+    /// kept by [`Pass::once`].
     fn before_forward(
         &self,
         _adapter: &Arc<Adapter>,
