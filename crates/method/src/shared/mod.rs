@@ -14,5 +14,6 @@ pub(crate) mod projection;
 pub(crate) mod scores;
 pub(crate) mod sparse;
 pub(crate) mod staged;
+pub(crate) mod tasks;
 pub(crate) mod torch_random;
 pub(crate) mod wavelets;
