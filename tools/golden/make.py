@@ -26,6 +26,7 @@ GROUPS = {
     "torch-random": ("torch_random", "peft"),
     "numpy-random": ("numpy_random", "peft"),
     "vpt": ("vpt", "peft"),
+    "hyper": ("hyper", "peft"),
     "tokens": ("cases_selective", "peft"),
     "masks": ("masks", "peft"),
     "multiplicative": ("cases_multiplicative", "peft"),

@@ -150,7 +150,7 @@ impl Engine {
 
     /// Tokens → logits of the real tokens [tokens, outputs], or [sequences, outputs].
     pub fn logits(&self, inputs: &Inputs) -> engraft_nn::Result<Tensor> {
-        no_grad(|| self.model.forward(inputs, &self.pass(inputs)?))
+        no_grad(|| self.model.forward(inputs, &self.pass(inputs, None)?))
     }
 
     /// Tokens → logits after the last token of each sequence [sequences, outputs], reading and extending `cache`.
@@ -160,7 +160,7 @@ impl Engine {
         cache: &Arc<std::sync::Mutex<KvCache>>,
     ) -> engraft_nn::Result<Tensor> {
         no_grad(|| {
-            let out = self.model.features(inputs, &self.pass(inputs)?.cached(cache.clone()))?;
+            let out = self.model.features(inputs, &self.pass(inputs, Some(cache))?)?;
             let lasts: Vec<i64> = out.pass.layout().sequences().iter().map(|s| s.end as i64 - 1).collect();
             let rows = out.features.gather(&Tensor::from_i64(lasts.clone(), [lasts.len()])?)?;
             self.model.logits(&rows, &out.pass.select(&lasts)?)
@@ -168,8 +168,16 @@ impl Engine {
     }
 
     /// The pass of all sequences with the adapter, what its methods prepare included.
-    fn pass(&self, inputs: &Inputs) -> engraft_nn::Result<Pass> {
+    fn pass(
+        &self,
+        inputs: &Inputs,
+        cache: Option<&Arc<std::sync::Mutex<KvCache>>>,
+    ) -> engraft_nn::Result<Pass> {
         let pass = Pass::new(inputs.layout.clone(), self.adapter.clone());
+        let pass = match cache {
+            Some(cache) => pass.cached(cache.clone()),
+            None => pass,
+        };
         let base = || self.model.features(inputs, &Pass::new(inputs.layout.clone(), None));
         if let Some(adapter) = &self.adapter {
             for (method, _) in &self.methods {

@@ -4,6 +4,8 @@
 //! The order of version [`crate::rng::VERSION`]:
 //! - `File`: as they are.
 //! - `Shuffled`: Fisher–Yates by SplitMix64 keyed (seed, 1, epoch).
+//! - several tasks at a temperature: each epoch takes as many rows in all, of every task its share, from shuffles of its own
+//!   rows one after another, keyed (seed, 4 + task, round); what they give is ordered like any rows.
 //! - `LengthGrouped`: that shuffle; within windows of [`WINDOW`] batches a stable sort, longest first; cut into
 //!   batches; the batches shuffled, keyed (seed, 2, epoch). Rows of like length meet, yet each epoch differs.
 
@@ -36,6 +38,57 @@ pub struct Batches {
     lengths: Vec<usize>,
     batch_size: usize,
     order: Order,
+    mixture: Option<Mixture>,
+}
+
+/// Rows of several tasks, of which an epoch takes shares other than their own.
+#[derive(Clone, Debug)]
+struct Mixture {
+    /// The examples of each task.
+    rows: Vec<Vec<usize>>,
+    /// How many of each an epoch takes; as many in all as there are.
+    counts: Vec<usize>,
+    seed: u64,
+}
+
+impl Mixture {
+    /// The examples of an epoch, by task.
+    fn of(&self, epoch: u64) -> Vec<usize> {
+        let mut all = Vec::new();
+        for (task, (rows, &count)) in self.rows.iter().zip(&self.counts).enumerate() {
+            let first = epoch * count as u64;
+            let mut shuffled: Option<(u64, Vec<usize>)> = None;
+            for place in first..first + count as u64 {
+                let (round, at) = (place / rows.len() as u64, (place % rows.len() as u64) as usize);
+                if shuffled.as_ref().is_none_or(|(of, _)| *of != round) {
+                    let mut order = rows.clone();
+                    Random::new(self.seed, 4 + task as u64, round).shuffle(&mut order);
+                    shuffled = Some((round, order));
+                }
+                all.extend(shuffled.as_ref().map(|(_, order)| order[at]));
+            }
+        }
+        all
+    }
+}
+
+/// `total` parted in proportion to sizes^(1/temperature), by largest remainders; every task has at least one.
+fn shares(sizes: &[usize], temperature: f64, total: usize) -> Vec<usize> {
+    let weights: Vec<f64> = sizes.iter().map(|&n| (n as f64).powf(1.0 / temperature)).collect();
+    let sum: f64 = weights.iter().sum();
+    let exact: Vec<f64> = weights.iter().map(|w| w / sum * total as f64).collect();
+    let mut counts: Vec<usize> = exact.iter().map(|&e| (e.floor() as usize).max(1)).collect();
+    let mut order: Vec<usize> = (0..sizes.len()).collect();
+    order.sort_by(|&a, &b| (exact[b] - exact[b].floor()).total_cmp(&(exact[a] - exact[a].floor())));
+    for &task in order.iter().cycle().take(total.saturating_sub(counts.iter().sum())) {
+        counts[task] += 1;
+    }
+    while counts.iter().sum::<usize>() > total.max(sizes.len()) {
+        if let Some(largest) = counts.iter_mut().max() {
+            *largest -= 1;
+        }
+    }
+    counts
 }
 
 /// The batches of one epoch.
@@ -70,7 +123,22 @@ impl Batches {
         if batch_size == 0 {
             return fail("train.batch_size is 0; set it to 1 or more");
         }
-        Ok(Batches { lengths, batch_size, order })
+        Ok(Batches { lengths, batch_size, order, mixture: None })
+    }
+
+    /// The same where each example is of a task (from 0) and tasks are drawn in proportion to size^(1/`temperature`): at 1 as
+    /// they are, the more evenly the higher. An order that is not shuffled stays as it is.
+    pub fn mixed(self, tasks: &[usize], temperature: f64) -> Batches {
+        let seed = match self.order {
+            Order::Shuffled { seed } | Order::LengthGrouped { seed } if temperature != 1.0 => seed,
+            _ => return self,
+        };
+        let mut rows = vec![Vec::new(); tasks.iter().max().map_or(0, |last| last + 1)];
+        tasks.iter().enumerate().for_each(|(index, &task)| rows[task].push(index));
+        rows.retain(|rows| !rows.is_empty());
+        let sizes: Vec<usize> = rows.iter().map(Vec::len).collect();
+        let counts = shares(&sizes, temperature, self.lengths.len());
+        Batches { mixture: Some(Mixture { rows, counts, seed }), ..self }
     }
 
     /// Tokens of example `index`.
@@ -91,7 +159,10 @@ impl Batches {
 
     /// The batches of epoch `epoch` (from 0).
     pub fn epoch(&self, epoch: u64) -> Epoch {
-        let mut order: Vec<usize> = (0..self.lengths.len()).collect();
+        let mut order: Vec<usize> = match &self.mixture {
+            Some(mixture) => mixture.of(epoch),
+            None => (0..self.lengths.len()).collect(),
+        };
         let mut ranges: Vec<(usize, usize)> = (0..self.per_epoch())
             .map(|batch| {
                 (batch * self.batch_size, order.len().min((batch + 1).saturating_mul(self.batch_size)))
@@ -118,7 +189,7 @@ impl Batches {
         for batch in self.epoch(epoch).batches() {
             places += batch.len() * batch.iter().map(|index| self.lengths[*index]).max().unwrap_or(0);
         }
-        let tokens: usize = self.lengths.iter().sum();
+        let tokens: usize = self.epoch(epoch).order.iter().map(|index| self.lengths[*index]).sum();
         if places == 0 { 0.0 } else { 1.0 - tokens as f64 / places as f64 }
     }
 }
@@ -126,6 +197,28 @@ impl Batches {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_temperature_evens_tasks_out_and_every_row_has_its_turn() {
+        assert_eq!(shares(&[900, 100], 1.0, 1000), [900, 100]);
+        assert_eq!(shares(&[900, 100], 2.0, 1000), [750, 250]);
+        assert_eq!(shares(&[900, 100, 1], 1e9, 1001).iter().sum::<usize>(), 1001);
+        assert_eq!(shares(&[5, 1], 1e9, 6), [3, 3]);
+        let tasks: Vec<usize> = (0..12).map(|i| usize::from(i >= 9)).collect();
+        let all = Batches::new(vec![1; 12], 4, Order::Shuffled { seed: 5 }).unwrap();
+        let mixed = all.clone().mixed(&tasks, 1e9);
+        let taken = |epoch| mixed.epoch(epoch).batches().flatten().copied().collect::<Vec<_>>();
+        for epoch in 0..3 {
+            let rows = taken(epoch);
+            assert_eq!(rows.len(), 12);
+            assert_eq!(rows.iter().filter(|&&row| row >= 9).count(), 6);
+            assert_eq!(rows, taken(epoch));
+        }
+        // Nine rows of the first task in turns of six: two epochs hold each of them at least once.
+        let both = [taken(0), taken(1)].concat();
+        assert!((0..9).all(|row| both.contains(&row)));
+        assert_eq!(all.clone().mixed(&tasks, 1.0).epoch(0), all.epoch(0));
+    }
 
     fn lengths(n: usize) -> Vec<usize> {
         (0..n).map(|i| 3 + i * 37 % 101).collect()

@@ -51,6 +51,8 @@ pub struct Example {
     pub image: Option<usize>,
     /// What to train towards.
     pub labels: Labels,
+    /// The task it is of, from 0, where the data have several.
+    pub task: Option<usize>,
     /// The line (from 1) of the row in its file, for messages; rows of tensors count from 0.
     pub row: usize,
 }
@@ -154,7 +156,7 @@ impl Report {
 /// 64 bits are enough to count duplicates: at a million rows a false one has a chance of 3e-8.
 fn fingerprint(example: &Example) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (&example.ids, example.image).hash(&mut hasher);
+    (&example.ids, example.image, example.task).hash(&mut hasher);
     match &example.labels {
         Labels::None => 0u8.hash(&mut hasher),
         Labels::Class(class) => (1u8, class).hash(&mut hasher),

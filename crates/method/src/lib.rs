@@ -32,7 +32,7 @@ use engraft_nn::{
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
-use additive::{beft, bottleneck, ia3};
+use additive::{beft, bottleneck, hyperformer, ia3};
 use prompts::{prefix, prompt, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
@@ -103,6 +103,7 @@ pub static METHODS: &[&Entry] = &[
     &hiwi::ENTRY,
     &beft::ENTRY,
     &bottleneck::ENTRY,
+    &hyperformer::ENTRY,
     &prompt::ENTRY,
     &prefix::ENTRY,
     &vpt::ENTRY,
@@ -172,7 +173,8 @@ pub trait Method: Send + Sync {
     }
 
     /// Before a forward with the adapter: may run the model without it (`first`) and leave tensors on the pass
-    /// (routers such as X-LoRA).
+    /// (routers such as X-LoRA). A pass that goes on from a cache shows the new tokens alone: what the whole text gave is
+    /// kept by [`Pass::once`].
     fn before_forward(
         &self,
         _adapter: &Arc<Adapter>,

@@ -339,7 +339,7 @@ impl Layer {
         let q = split(self.q.forward(h, sites, cx)?)?;
         let k = split(self.k.forward(h, sites, cx)?)?;
         let v = split(self.v.forward(h, sites, cx)?)?;
-        let y = self.attend.forward(&q, &k, &v, cx)?;
+        let y = self.attend.forward(h, [&q, &k, &v], cx)?;
         let y = self.o.forward(&y.reshape(h.shape())?, sites, cx)?;
         let h = self.joined(self.attention_site, h, y, &self.attention_norm, sites, cx)?;
         let x = self.up.forward(&h, sites, cx)?.unary(self.activation)?;

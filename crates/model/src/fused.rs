@@ -24,7 +24,7 @@ impl FusedAttention {
         let all = self.qkv.forward(x, sites, cx)?;
         let part =
             |i: usize| all.narrow(1, i * width, width)?.reshape([tokens, self.heads, width / self.heads]);
-        let y = self.attend.forward(&part(0)?, &part(1)?, &part(2)?, cx)?;
+        let y = self.attend.forward(x, [&part(0)?, &part(1)?, &part(2)?], cx)?;
         self.o.forward(&y.reshape([tokens, width])?, sites, cx)
     }
 }

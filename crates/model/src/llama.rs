@@ -380,7 +380,7 @@ impl Layer {
         }
         let positions = cx.layout().positions_tensor();
         let (q, k) = (rope(&q, cos, sin, positions)?, rope(&k, cos, sin, positions)?);
-        let y = self.attend.forward(&q, &k, &v, cx)?;
+        let y = self.attend.forward(x, [&q, &k, &v], cx)?;
         self.o.forward(&y.reshape([y.dim(0), y.dim(1) * y.dim(2)])?, sites, cx)
     }
 }

@@ -273,7 +273,7 @@ impl SelfAttention {
         let q = split(self.q.forward(x, sites, cx)?)?;
         let k = split(self.k.forward(x, sites, cx)?)?;
         let v = split(self.v.forward(x, sites, cx)?)?;
-        let y = self.attend.forward(&q, &k, &v, cx)?;
+        let y = self.attend.forward(x, [&q, &k, &v], cx)?;
         self.o.forward(&y.reshape(x.shape())?, sites, cx)
     }
 }

@@ -356,7 +356,7 @@ impl Attention {
     ) -> engraft_nn::Result<Tensor> {
         let x = self.norm.forward(h, cx)?;
         let [q, k, v] = [&self.q, &self.k, &self.v].map(|m| self.split(m.forward(&x, sites, cx)?));
-        let y = self.attend.forward_biased(&q?, &k?, &v?, bias, cx)?;
+        let y = self.attend.forward_biased(&x, [&q?, &k?, &v?], bias, cx)?;
         self.joined(h, &x, y, sites, cx)
     }
 
@@ -374,7 +374,7 @@ impl Attention {
             let of = |linear: &Linear| self.split(linear.forward(&m.states, sites, &m.pass)?);
             Ok((of(&self.k)?, of(&self.v)?))
         };
-        let y = self.attend.forward_cross(&q, memory, keys_and_values, cx)?;
+        let y = self.attend.forward_cross(&x, &q, memory, keys_and_values, cx)?;
         self.joined(h, &x, y, sites, cx)
     }
 

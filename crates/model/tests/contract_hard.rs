@@ -27,11 +27,11 @@ impl BlockPatch for Rung {
     fn around(
         &self,
         h: &Tensor,
-        run: &dyn Fn(&Tensor) -> Result<Tensor>,
+        run: &dyn Fn(&Tensor, &Pass) -> Result<Tensor>,
         _: &Site,
         cx: &Pass,
     ) -> Result<Tensor> {
-        let out = run(&h.detach())?;
+        let out = run(&h.detach(), cx)?;
         self.recorded.fetch_add(usize::from(out.needs_grad() || h.needs_grad()), SeqCst);
         let own = out.matmul_t(&self.down.get())?;
         let state = match cx.find("side") {

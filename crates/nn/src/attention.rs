@@ -1,10 +1,13 @@
 //! The core of every attention: extra keys and values, the cache, and the packed kernel.
 
+use std::ops::Range;
+
 use engraft_tensor::Tensor;
 use engraft_tensor::cpu::attention::{AttentionSpec, Span};
 use engraft_tensor::ops::{Attention, RelativeBias, Spans, attention, cat};
 
 use crate::cache::Attended;
+use crate::virtual_rows::{joined, step};
 use crate::{KeyValuePatch, Kind, Layout, Pass, Patch, Result, Role, SiteId, Sites};
 
 /// The attention of one layer: its heads, what is visible, its key-and-value site.
@@ -37,58 +40,57 @@ impl Attend {
         self.site
     }
 
-    /// q [tokens, heads, dim], k and v [tokens, kv_heads, dim] (rotated already) → [tokens, heads, dim].
-    pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor, cx: &Pass) -> Result<Tensor> {
-        self.attended(q, k, v, None, cx)
+    /// q [tokens, heads, dim], k and v [tokens, kv_heads, dim] (rotated already), made of x [tokens, width] →
+    /// [tokens, heads, dim].
+    pub fn forward(&self, x: &Tensor, [q, k, v]: [&Tensor; 3], cx: &Pass) -> Result<Tensor> {
+        self.attended(x, [q, k, v], None, cx)
     }
 
     /// [`Attend::forward`] with as many key heads as query heads and a number added to each score by the distance of key
     /// and query; `bias` gives those of a pass, whose adapters may change them.
     pub fn forward_biased(
         &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        x: &Tensor,
+        [q, k, v]: [&Tensor; 3],
         bias: &dyn Fn(&Pass) -> Result<RelativeBias>,
         cx: &Pass,
     ) -> Result<Tensor> {
         if let [_] = cx.routes() {
-            return self.attended(q, k, v, Some(bias(cx)?), cx);
+            return self.attended(x, [q, k, v], Some(bias(cx)?), cx);
         }
         let heads = self.spec.heads;
-        cx.by_route(self.site, &cat(&[q, k, v], 1)?, |all, _, cx| {
+        cx.by_route(self.site, &cat(&[q, k, v], 1)?, |all, _, own| {
             let part = |i: usize| all.narrow(1, i * heads, heads);
-            self.attended(&part(0)?, &part(1)?, &part(2)?, Some(bias(cx)?), cx)
+            let x = own.rows_in(cx, x)?;
+            self.attended(&x, [&part(0)?, &part(1)?, &part(2)?], Some(bias(own)?), own)
         })
     }
 
     fn attended(
         &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        x: &Tensor,
+        [q, k, v]: [&Tensor; 3],
         bias: Option<RelativeBias>,
         cx: &Pass,
     ) -> Result<Tensor> {
+        let prefixes = if cx.continues() { Vec::new() } else { cx.prefixes(self.site, x)? };
         let (keys, values, spans) = match cx.cache() {
-            Some(mut cache) => {
-                let prefixes = cx.prefixes(self.site)?;
-                cache.extend(self.layer, k, v, &prefixes, cx)?
-            }
+            Some(mut cache) => cache.extend(self.layer, k, v, &prefixes, cx)?,
             None => {
-                let found = self.gathered(k, v, cx.layout(), cx)?;
+                let found = gathered(k, v, cx.layout(), &prefixes, cx)?;
                 let spans = spans_of(&found, cx.layout());
                 (found.keys, found.values, spans)
             }
         };
         let y = attention(&Attention { spans, spec: self.spec, bias }, q, &keys, &values)?;
-        self.gated(q, y, cx)
+        self.gated(x, q, y, cx)
     }
 
-    /// q [target tokens, heads, dim] attends to what `memory` holds → [target tokens, heads, dim]. Under a cache, keys and
-    /// values are made once, and `memory` is not needed again.
+    /// q [target tokens, heads, dim], made of x [target tokens, width], attends to what `memory` holds →
+    /// [target tokens, heads, dim]. Under a cache, keys and values are made once, and `memory` is not needed again.
     pub fn forward_cross(
         &self,
+        x: &Tensor,
         q: &Tensor,
         memory: Option<&Memory>,
         keys_and_values: impl FnOnce(&Memory) -> Result<(Tensor, Tensor)>,
@@ -99,7 +101,8 @@ impl Attend {
             (Some(kept), _) => kept,
             (None, Some(memory)) => {
                 let (k, v) = keys_and_values(memory)?;
-                let found = self.gathered(&k, &v, memory.pass.layout(), cx)?;
+                let prefixes = memory.pass.prefixes(self.site, &memory.states)?;
+                let found = gathered(&k, &v, memory.pass.layout(), &prefixes, cx)?;
                 if let Some(mut cache) = cx.cache() {
                     cache.keep_source(self.layer, found.clone());
                 }
@@ -112,52 +115,11 @@ impl Attend {
         };
         let spans = spans_of(&found, cx.layout());
         let y = attention(&Attention { spans, spec: self.spec, bias: None }, q, &found.keys, &found.values)?;
-        self.gated(q, y, cx)
-    }
-
-    /// Keys and values, laid out as `layout` says, with the prefix of each sequence before them.
-    fn gathered(&self, k: &Tensor, v: &Tensor, layout: &Layout, cx: &Pass) -> Result<Attended> {
-        let prefixes = cx.prefixes(self.site)?;
-        if prefixes.iter().all(Option::is_none) {
-            let seen = (0..layout.sequences().len()).map(|i| layout.seen(i)).collect();
-            let positions = layout.positions_tensor().clone();
-            return Ok(Attended { keys: k.clone(), values: v.clone(), positions, seen });
-        }
-        // All prefixes first, then the tokens; each sequence picks its rows.
-        let (mut keys, mut values, mut starts, mut at) = (vec![], vec![], vec![], 0);
-        for prefix in &prefixes {
-            starts.push(at);
-            if let Some(rows) = prefix {
-                at += rows.keys.dim(0);
-                keys.push(rows.keys.clone());
-                values.push(rows.values.clone());
-            }
-        }
-        keys.push(k.clone());
-        values.push(v.clone());
-        let (mut index, mut positions, mut seen) = (vec![], vec![], vec![]);
-        for ((route, prefix), start) in cx.routes().iter().zip(&prefixes).zip(starts) {
-            let count = prefix.as_ref().map_or(0, |p| p.keys.dim(0));
-            for number in route.sequences.clone() {
-                let (begin, own) = (index.len(), layout.seen(number));
-                index.extend((start..start + count).map(|i| i as i64));
-                index.extend(own.clone().map(|i| (at + i) as i64));
-                positions.extend(0..count as i32);
-                positions.extend_from_slice(&layout.positions()[own]);
-                seen.push(begin..index.len());
-            }
-        }
-        let index = Tensor::from_i64(index.clone(), [index.len()])?;
-        let pick = |parts: &[Tensor]| -> Result<Tensor> {
-            Ok(cat(&parts.iter().collect::<Vec<_>>(), 0)?.gather(&index)?)
-        };
-        let rows = positions.len();
-        let positions = Tensor::from_i32(positions, [rows])?;
-        Ok(Attended { keys: pick(&keys)?, values: pick(&values)?, positions, seen })
+        self.gated(x, q, y, cx)
     }
 
     /// Adds what gated rows give in a softmax of their own.
-    fn gated(&self, q: &Tensor, y: Tensor, cx: &Pass) -> Result<Tensor> {
+    fn gated(&self, x: &Tensor, q: &Tensor, y: Tensor, cx: &Pass) -> Result<Tensor> {
         let has_gate = |r: &crate::Route| {
             let patches = r.adapter.as_ref().map_or(&[][..], |a| a.at(self.site));
             key_value_patches(patches).any(|p| p.gate().is_some())
@@ -168,16 +130,18 @@ impl Attend {
         let spec = AttentionSpec { causal: false, window: None, ..self.spec };
         // Queries and attention outputs are cut together, so join them side by side first.
         let both = cat(&[q, &y], 2)?;
-        cx.by_route(self.site, &both, |both, patches, cx| {
+        cx.by_route(self.site, &both, |both, patches, own| {
+            let (x, cx) = (own.rows_in(cx, x)?, own);
             let q = both.narrow(2, 0, spec.dim)?;
             let mut y = both.narrow(2, spec.dim, spec.dim)?;
             for (patch, gate) in key_value_patches(patches).filter_map(|p| p.gate().map(|g| (p, g))) {
-                let rows = patch.rows()?;
-                let count = rows.keys.dim(0);
+                let (rows, count) = (patch.rows(&x, cx)?, patch.count());
+                let step = step(&rows.keys, count);
                 // Every sequence gets rows of its own, so that their gradients are summed by the gather.
                 let sequences = cx.layout().sequences();
                 let copies = sequences.len() * count;
-                let index = Tensor::from_i64((0..copies).map(|i| (i % count) as i64).collect(), [copies])?;
+                let row = |i: usize| (i / count * step + i % count) as i64;
+                let index = Tensor::from_i64((0..copies).map(row).collect(), [copies])?;
                 let own = |(i, s): (usize, &std::ops::Range<usize>)| Span {
                     q: s.clone(),
                     kv: i * count..(i + 1) * count,
@@ -215,6 +179,67 @@ fn spans_of(found: &Attended, layout: &Layout) -> Spans {
     }
 }
 
+/// Keys and values, laid out as `layout` says, with the prefix of each sequence before them.
+fn gathered(
+    k: &Tensor,
+    v: &Tensor,
+    layout: &Layout,
+    prefixes: &[Option<Prefix>],
+    cx: &Pass,
+) -> Result<Attended> {
+    if prefixes.iter().all(Option::is_none) {
+        let seen = (0..layout.sequences().len()).map(|i| layout.seen(i)).collect();
+        let positions = layout.positions_tensor().clone();
+        return Ok(Attended { keys: k.clone(), values: v.clone(), positions, seen });
+    }
+    // All prefixes first, then the tokens; each sequence picks its rows.
+    let (mut keys, mut values, mut starts, mut at) = (vec![], vec![], vec![], 0);
+    for prefix in prefixes {
+        starts.push(at);
+        if let Some(prefix) = prefix {
+            at += prefix.keys.dim(0);
+            keys.push(prefix.keys.clone());
+            values.push(prefix.values.clone());
+        }
+    }
+    keys.push(k.clone());
+    values.push(v.clone());
+    let (mut index, mut positions, mut seen) = (vec![], vec![], vec![]);
+    for ((route, prefix), start) in cx.routes().iter().zip(prefixes).zip(starts) {
+        for (i, number) in route.sequences.clone().enumerate() {
+            let (begin, own) = (index.len(), layout.seen(number));
+            let before = prefix.as_ref().map_or(0..0, |p| p.rows_of(i));
+            positions.extend(0..before.len() as i32);
+            index.extend(before.map(|row| (start + row) as i64));
+            index.extend(own.clone().map(|row| (at + row) as i64));
+            positions.extend_from_slice(&layout.positions()[own]);
+            seen.push(begin..index.len());
+        }
+    }
+    let index = Tensor::from_i64(index.clone(), [index.len()])?;
+    let pick = |parts: &[Tensor]| -> Result<Tensor> {
+        Ok(cat(&parts.iter().collect::<Vec<_>>(), 0)?.gather(&index)?)
+    };
+    let rows = positions.len();
+    let positions = Tensor::from_i32(positions, [rows])?;
+    Ok(Attended { keys: pick(&keys)?, values: pick(&values)?, positions, seen })
+}
+
+/// The extra rows of a route: `count` for all its sequences, or for each.
+pub(crate) struct Prefix {
+    pub keys: Tensor,
+    pub values: Tensor,
+    pub count: usize,
+}
+
+impl Prefix {
+    /// The rows of the route's sequence `i`.
+    pub fn rows_of(&self, i: usize) -> Range<usize> {
+        let first = i * step(&self.keys, self.count);
+        first..first + self.count
+    }
+}
+
 fn key_value_patches(patches: &[Patch]) -> impl Iterator<Item = &dyn KeyValuePatch> {
     patches.iter().filter_map(|p| match p {
         Patch::KeyValue(p) => Some(p.as_ref()),
@@ -223,21 +248,25 @@ fn key_value_patches(patches: &[Patch]) -> impl Iterator<Item = &dyn KeyValuePat
 }
 
 impl Pass {
-    /// Ungated extra rows of each route, joined: [count, kv_heads, dim].
-    fn prefixes(&self, site: SiteId) -> Result<Vec<Option<crate::KeyValues>>> {
-        let of_route = |patches: &[Patch]| -> Result<Option<crate::KeyValues>> {
-            let rows: Vec<_> = key_value_patches(patches)
-                .filter(|p| p.gate().is_none())
-                .map(|p| p.rows())
-                .collect::<Result<_>>()?;
-            if rows.is_empty() {
+    /// Ungated extra rows of each route, whose keys and values are made of x [tokens, width].
+    fn prefixes(&self, site: SiteId, x: &Tensor) -> Result<Vec<Option<Prefix>>> {
+        let of_route = |route: &crate::Route| -> Result<Option<Prefix>> {
+            let patches = route.adapter.as_ref().map_or(&[][..], |a| a.at(site));
+            let ungated: Vec<_> = key_value_patches(patches).filter(|p| p.gate().is_none()).collect();
+            if ungated.is_empty() {
                 return Ok(None);
             }
-            let keys = cat(&rows.iter().map(|r| &r.keys).collect::<Vec<_>>(), 0)?;
-            let values = cat(&rows.iter().map(|r| &r.values).collect::<Vec<_>>(), 0)?;
-            Ok(Some(crate::KeyValues { keys, values }))
+            let (input, cx) = self.rows_of_route(route, x)?;
+            let (mut keys, mut values) = (vec![], vec![]);
+            for patch in &ungated {
+                let rows = patch.rows(&input, &cx)?;
+                keys.push((patch.count(), rows.keys));
+                values.push((patch.count(), rows.values));
+            }
+            let (count, sequences) = (ungated.iter().map(|p| p.count()).sum(), route.sequences.len());
+            Ok(Some(Prefix { keys: joined(&keys, sequences)?, values: joined(&values, sequences)?, count }))
         };
-        self.routes().iter().map(|r| of_route(r.adapter.as_ref().map_or(&[], |a| a.at(site)))).collect()
+        if self.patched(site) { self.routes().iter().map(of_route).collect() } else { Ok(Vec::new()) }
     }
 
     /// Number of ungated extra key rows at `site` for each sequence: the distance its tokens move.

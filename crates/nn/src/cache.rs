@@ -1,9 +1,12 @@
 //! Keys and values kept from pass to pass, for generation.
 
+use std::collections::HashMap;
+
 use engraft_tensor::Tensor;
 use engraft_tensor::cpu::attention::Span;
 use engraft_tensor::ops::Spans;
 
+use crate::attention::Prefix;
 use crate::{Pass, Result};
 
 /// Keys and values of the tokens so far, for generation. Each sequence owns `capacity` rows of one buffer a layer.
@@ -13,7 +16,12 @@ pub struct KvCache {
     layers: Vec<CachedLayer>,
     /// What cross-attention reads in each layer: made once, the same for every step.
     sources: Vec<Option<Attended>>,
+    /// What patches found in the first pass, by route and key: the first of its sequences, a row for each.
+    kept: HashMap<Key, (usize, Tensor)>,
 }
+
+/// A route, by its first sequence, and a key.
+type Key = (Option<usize>, String);
 
 /// Keys and values that queries attend to, and which of them each sequence sees.
 #[derive(Clone)]
@@ -44,6 +52,7 @@ impl KvCache {
             sequences,
             layers: vec![CachedLayer::default(); layers],
             sources: vec![None; layers],
+            kept: HashMap::new(),
         }
     }
 
@@ -57,6 +66,16 @@ impl KvCache {
         self.sources[layer] = Some(source);
     }
 
+    /// What [`Pass::once`] made in the first pass.
+    pub(crate) fn kept(&self, key: &Key) -> Option<Tensor> {
+        self.kept.get(key).map(|(_, rows)| rows.clone())
+    }
+
+    /// Keeps rows of the sequences from `first` on.
+    pub(crate) fn keep(&mut self, key: Key, first: usize, rows: Tensor) {
+        self.kept.insert(key, (first, rows));
+    }
+
     /// Lets sequence i go on from what sequence `order[i]` had (beams).
     pub fn reorder(&mut self, order: &[usize]) -> Result<()> {
         for layer in &mut self.layers {
@@ -64,6 +83,11 @@ impl KvCache {
         }
         for source in self.sources.iter_mut().flatten() {
             source.seen = order.iter().map(|&i| source.seen[i].clone()).collect();
+        }
+        for (first, rows) in self.kept.values_mut() {
+            let own = &order[*first..*first + rows.dim(0)];
+            let index = own.iter().map(|&i| (i - *first) as i64).collect();
+            *rows = rows.gather(&Tensor::from_i64(index, [own.len()])?)?;
         }
         Ok(())
     }
@@ -79,7 +103,7 @@ impl KvCache {
         layer: usize,
         k: &Tensor,
         v: &Tensor,
-        prefixes: &[Option<crate::KeyValues>],
+        prefixes: &[Option<Prefix>],
         cx: &Pass,
     ) -> Result<(Tensor, Tensor, Spans)> {
         let (capacity, sequences) = (self.capacity, self.sequences);
@@ -93,12 +117,14 @@ impl KvCache {
             store.positions = vec![0; sequences * capacity];
         }
         let mut spans = Vec::new();
-        for (route, prefix) in cx.routes().iter().zip(prefixes) {
+        for (r, route) in cx.routes().iter().enumerate() {
+            let prefix = prefixes.get(r).and_then(Option::as_ref);
             for (i, s) in cx.layout().sequences()[route.sequences.clone()].iter().enumerate() {
                 let number = cx.first_sequence() + route.sequences.start + i;
-                if let (true, Some(rows)) = (store.lengths[number] == 0, prefix) {
-                    let counted: Vec<i32> = (0..rows.keys.dim(0) as i32).collect();
-                    store.append(number, capacity, &rows.keys, &rows.values, &counted)?;
+                if let Some(prefix) = prefix {
+                    let (own, counted) = (prefix.rows_of(i), (0..prefix.count as i32).collect::<Vec<_>>());
+                    let part = |t: &Tensor| t.rows_between(own.start, own.end);
+                    store.append(number, capacity, &part(&prefix.keys)?, &part(&prefix.values)?, &counted)?;
                 }
                 let (k, v) = (k.rows_between(s.start, s.end)?, v.rows_between(s.start, s.end)?);
                 store.append(number, capacity, &k, &v, &cx.layout().positions()[s.clone()])?;

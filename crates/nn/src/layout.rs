@@ -18,6 +18,8 @@ pub struct Layout {
     positions_tensor: Tensor,
     /// Length of the rows with their padding, where it is known.
     columns: Option<usize>,
+    /// Task of each sequence; empty where none was named.
+    tasks: Arc<[usize]>,
 }
 
 impl Layout {
@@ -53,6 +55,7 @@ impl Layout {
             positions: positions.into(),
             positions_tensor,
             columns: None,
+            tasks: Arc::default(),
         })
     }
 
@@ -64,6 +67,17 @@ impl Layout {
     /// Length of the rows with their padding; `None` where they had none.
     pub fn columns(&self) -> Option<usize> {
         self.columns
+    }
+
+    /// Says which task each sequence is of; [`crate::Pass::tasks`] tells patches.
+    pub fn with_tasks(self, tasks: Vec<usize>) -> Self {
+        debug_assert_eq!(tasks.len(), self.sequences.len());
+        Layout { tasks: tasks.into(), ..self }
+    }
+
+    /// The task of each sequence; empty where none was named.
+    pub fn tasks(&self) -> &[usize] {
+        &self.tasks
     }
 
     /// Says of which sequences the virtual rows are padding: they see their sequence and nobody sees them.
@@ -132,8 +146,10 @@ impl Layout {
         let rows = self.rows_of(&which);
         let lengths: Vec<usize> = self.sequences[which.clone()].iter().map(Range::len).collect();
         let padded = self.padded[which.clone()].to_vec();
-        Ok(Self::with_virtual(&lengths, self.virtual_counts[which].to_vec(), self.positions[rows].to_vec())?
-            .padded(padded))
+        let tasks = self.tasks.get(which.clone()).unwrap_or_default().to_vec();
+        let virtual_counts = self.virtual_counts[which].to_vec();
+        let cut = Self::with_virtual(&lengths, virtual_counts, self.positions[rows].to_vec())?.padded(padded);
+        Ok(Layout { tasks: tasks.into(), ..cut })
     }
 
     /// Rows of the sequences `which`.

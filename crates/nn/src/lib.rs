@@ -25,6 +25,7 @@ mod replace;
 pub mod rotary;
 mod site;
 mod targets;
+mod virtual_rows;
 pub mod weight;
 
 pub use adapter::{Adapter, NamedParam, TaskName};

@@ -43,6 +43,8 @@ pub struct Pass {
     /// Share of the step's labels.
     share: f32,
     cache: Option<Arc<Mutex<KvCache>>>,
+    /// Whether the cache held tokens before this pass.
+    continues: bool,
     /// Number, in the whole batch, of the first sequence of this pass.
     first_sequence: usize,
     /// Number, in the whole batch, of the first row of this pass.
@@ -50,6 +52,8 @@ pub struct Pass {
     /// The route this pass is cut to, by its first sequence; none for the whole batch.
     scope: Option<usize>,
     board: Arc<Mutex<Board>>,
+    /// Task of each sequence of the whole batch; empty where none was named.
+    tasks: Arc<[usize]>,
 }
 
 /// What patches pass on, by route and key.
@@ -59,6 +63,7 @@ impl Pass {
     /// All sequences with one adapter, or none.
     pub fn new(layout: Layout, adapter: Option<Arc<Adapter>>) -> Self {
         let route = Route { sequences: 0..layout.sequences().len(), adapter };
+        let tasks = layout.tasks().into();
         Pass {
             layout,
             routes: Arc::new([route]),
@@ -66,10 +71,12 @@ impl Pass {
             checkpointing: false,
             share: 1.0,
             cache: None,
+            continues: false,
             first_sequence: 0,
             first_row: 0,
             scope: None,
             board: Arc::default(),
+            tasks,
         }
     }
 
@@ -117,17 +124,18 @@ impl Pass {
 
     /// The same pass reading and extending a cache of keys and values.
     pub fn cached(self, cache: Arc<Mutex<KvCache>>) -> Self {
-        Pass { cache: Some(cache), ..self }
+        let continues = !cache.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).is_empty();
+        Pass { cache: Some(cache), continues, ..self }
     }
 
     /// The same pass without its cache: what is computed once and not continued (an encoder).
     pub fn uncached(self) -> Self {
-        Pass { cache: None, ..self }
+        Pass { cache: None, continues: false, ..self }
     }
 
-    /// Whether a cache already holds earlier tokens.
+    /// Whether its cache held earlier tokens when the pass began.
     pub fn continues(&self) -> bool {
-        self.cache().is_some_and(|cache| !cache.is_empty())
+        self.continues
     }
 
     /// The same sequences and routes over other rows: a picture's patches, a decoder's tokens.
@@ -137,6 +145,11 @@ impl Pass {
             return Err(Error::Unsupported(format!("expected rows of {expected} sequences, found {found}")));
         }
         Ok(Pass { layout, ..self.clone() })
+    }
+
+    /// The same pass over rows that lie so.
+    pub(crate) fn laid_out(&self, layout: Layout) -> Pass {
+        Pass { layout, ..self.clone() }
     }
 
     /// The rows of the batch.
@@ -185,6 +198,36 @@ impl Pass {
             Some(all) => Ok(Some(all.rows_between(self.first_row, self.first_row + self.layout.tokens())?)),
             None => Ok(None),
         }
+    }
+
+    /// The rows of this pass of a tensor with one row for every sequence of the whole batch, left by [`Pass::put`] before
+    /// the pass.
+    pub fn find_sequences(&self, key: &str) -> Result<Option<Tensor>> {
+        let last = self.first_sequence + self.layout.sequences().len();
+        match self.find(key) {
+            Some(all) => Ok(Some(all.rows_between(self.first_sequence, last)?)),
+            None => Ok(None),
+        }
+    }
+
+    /// The task of each sequence of this pass, from 0; `None` where the data named none.
+    pub fn tasks(&self) -> Option<&[usize]> {
+        let own = self.first_sequence..self.first_sequence + self.layout.sequences().len();
+        self.tasks.get(own).filter(|tasks| !tasks.is_empty())
+    }
+
+    /// What `make` gives, a row for each sequence; under a cache that of the first pass is kept for the later ones, so that
+    /// what was found in the whole text (a gate, a choice) stays while it is continued.
+    pub fn once(&self, key: &str, make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        let key = (self.scope, key.to_owned());
+        if let Some(kept) = self.cache().and_then(|cache| cache.kept(&key)) {
+            return Ok(kept);
+        }
+        let made = make()?;
+        if let Some(mut cache) = self.cache() {
+            cache.keep(key, self.first_sequence, made.clone());
+        }
+        Ok(made)
     }
 
     /// x with dropout while training; `salt` tells apart several dropouts at one site.
@@ -240,79 +283,6 @@ impl Pass {
         Ok(cat(&parts.iter().collect::<Vec<_>>(), 0)?)
     }
 
-    /// Puts the prompt rows of each route before its sequences' embedded tokens h [tokens, width].
-    ///
-    /// While a cache already holds the prompts, only positions move. Gives the new rows and the pass that describes them.
-    pub fn with_prompts(&self, site: SiteId, h: &Tensor) -> Result<(Tensor, Pass)> {
-        let prompts: Vec<Option<Tensor>> =
-            self.routes.iter().map(|r| prompt_rows(r, site)).collect::<Result<_>>()?;
-        if prompts.iter().all(Option::is_none) {
-            return Ok((h.clone(), self.clone()));
-        }
-        let insert = self.cache().is_none_or(|c| c.is_empty());
-        let (mut index, mut positions, mut lengths, mut virtual_counts) = (vec![], vec![], vec![], vec![]);
-        let (mut parts, mut at) = (vec![], 0);
-        let total: usize = prompts.iter().flatten().map(|p| p.dim(0)).sum();
-        for (route, prompt) in self.routes.iter().zip(&prompts) {
-            let count = prompt.as_ref().map_or(0, |p| p.dim(0));
-            for s in &self.layout.sequences()[route.sequences.clone()] {
-                if insert {
-                    index.extend((at..at + count).map(|i| i as i64));
-                    positions.extend(0..count as i32);
-                }
-                index.extend(s.clone().map(|i| (total + i) as i64));
-                positions.extend(self.layout.positions()[s.clone()].iter().map(|p| p + count as i32));
-                lengths.push(s.len() + if insert { count } else { 0 });
-                virtual_counts.push(if insert { count } else { 0 });
-            }
-            at += count;
-            parts.extend(prompt.clone());
-        }
-        parts.push(h.clone());
-        let index = Tensor::from_i64(index.clone(), [index.len()])?;
-        let rows = cat(&parts.iter().collect::<Vec<_>>(), 0)?.gather(&index)?;
-        let layout = Layout::with_virtual(&lengths, virtual_counts, positions)?;
-        Ok((rows, Pass { layout, ..self.clone() }))
-    }
-
-    /// The pass with one row of padding before each sequence that `which` names: the row sees the sequence, which does not
-    /// see it (encoders that read the first column of rows padded on the left). Gives, for every row of the new pass, the
-    /// row of this one that it is, `None` for padding.
-    pub fn with_padding(&self, which: &[bool]) -> Result<(Vec<Option<usize>>, Pass)> {
-        let (mut rows, mut positions, mut lengths, mut counts) = (vec![], vec![], vec![], vec![]);
-        let before = self.layout.virtual_counts();
-        for ((s, &count), &padded) in self.layout.sequences().iter().zip(before).zip(which) {
-            if padded {
-                rows.push(None);
-                positions.push(0);
-            }
-            rows.extend(s.clone().map(Some));
-            positions.extend_from_slice(&self.layout.positions()[s.clone()]);
-            lengths.push(s.len() + usize::from(padded));
-            counts.push(if padded { 1 } else { count });
-        }
-        let layout = Layout::with_virtual(&lengths, counts, positions)?.padded(which.to_vec());
-        Ok((rows, Pass { layout, ..self.clone() }))
-    }
-
-    /// The pass with tokens moved by the prefixes that their adapters have at `first`, the keys and values of the first
-    /// self-attention (see [`crate::KeyValuePatch::gate`]).
-    pub fn with_prefixes(&self, first: SiteId) -> Result<Pass> {
-        let counts = self.prefix_counts(first);
-        if counts.iter().all(|&n| n == 0) {
-            return Ok(self.clone());
-        }
-        let moved = self
-            .layout
-            .sequences()
-            .iter()
-            .zip(counts)
-            .flat_map(|(s, n)| self.layout.positions()[s.clone()].iter().map(move |p| p + n as i32));
-        let lengths: Vec<usize> = self.layout.sequences().iter().map(Range::len).collect();
-        let layout = Layout::with_virtual(&lengths, self.layout.virtual_counts().to_vec(), moved.collect())?;
-        Ok(Pass { layout, ..self.clone() })
-    }
-
     /// The patches at `site` of a pass that has one route.
     pub(crate) fn patches_of_only_route(&self, site: SiteId) -> &[Patch] {
         match &self.routes[..] {
@@ -322,7 +292,7 @@ impl Pass {
     }
 
     /// The pass of one route's rows.
-    fn only(&self, route: &Route) -> Result<Pass> {
+    pub(crate) fn only(&self, route: &Route) -> Result<Pass> {
         let whole = Route { sequences: 0..route.sequences.len(), adapter: route.adapter.clone() };
         Ok(Pass {
             layout: self.layout.slice(route.sequences.clone())?,
@@ -346,12 +316,8 @@ impl Pass {
             return Ok(s.output);
         }
         let site = sites.get(id);
-        let rows = |t: &Tensor, cx: &Pass| -> Result<Tensor> {
-            let start = cx.first_row_in(self);
-            Ok(t.rows_between(start, start + cx.layout.tokens())?)
-        };
         self.by_route(id, &s.output, |output, patches, cx| {
-            let (residual, input) = (rows(s.residual, cx)?, rows(s.input, cx)?);
+            let (residual, input) = (cx.rows_in(self, s.residual)?, cx.rows_in(self, s.input)?);
             // The norm of this route: its gain may be patched too.
             let own = |x: &Tensor| norm.map_or_else(|| Ok(x.clone()), |n| n.forward(x, cx));
             let own: Option<&crate::patch::RowsFn<'_>> = if norm.is_some() { Some(&own) } else { s.norm };
@@ -366,13 +332,14 @@ impl Pass {
         })
     }
 
-    /// Row of `whole` at which this pass, one of its routes, begins.
-    fn first_row_in(&self, whole: &Pass) -> usize {
+    /// The rows of t [tokens of `whole`, …] that are those of this pass, one of the routes of `whole`.
+    pub(crate) fn rows_in(&self, whole: &Pass, t: &Tensor) -> Result<Tensor> {
         let sequence = self.first_sequence - whole.first_sequence;
-        whole.layout.sequences().get(sequence).map_or(0, |s| s.start)
+        let start = whole.layout.sequences().get(sequence).map_or(0, |s| s.start);
+        Ok(t.rows_between(start, start + self.layout.tokens())?)
     }
 
-    /// Runs a block, checkpointed if asked for, inside the patches of its site.
+    /// Runs a block, checkpointed if asked for, inside the patches of its site, which may run it on other rows.
     pub fn block(
         &self,
         sites: &Arc<Sites>,
@@ -409,7 +376,7 @@ impl Pass {
         }
         let site = sites.get(id);
         self.by_route(id, h, |h, patches, cx| {
-            nested(h, patches, &|h| run(h, cx), &|patch, h, inner| match patch {
+            nested(h, cx, patches, &run, &|patch, h, inner, cx| match patch {
                 Patch::Block(p) => Some(p.around(h, inner, site, cx)),
                 _ => None,
             })
@@ -431,34 +398,23 @@ impl Pass {
         }
         let site = sites.get(id);
         self.by_route(id, features, |x, patches, cx| {
-            nested(x, patches, &|x| run(x, cx), &|patch, x, inner| match patch {
-                Patch::Head(p) => Some(p.logits(x, inner, site, cx)),
+            nested(x, cx, patches, &run, &|patch, x, inner, cx| match patch {
+                Patch::Head(p) => Some(p.logits(x, &|x| inner(x, cx), site, cx)),
                 _ => None,
             })
         })
     }
 }
 
-/// A function on rows.
-type Run<'a> = dyn Fn(&Tensor) -> Result<Tensor> + 'a;
+/// A function on the rows of a pass.
+type Run<'a> = dyn Fn(&Tensor, &Pass) -> Result<Tensor> + 'a;
 
 /// Runs a patch around a function on rows, if it is of the kind that is entered.
-type Enter<'a> = dyn Fn(&Patch, &Tensor, &Run<'_>) -> Option<Result<Tensor>> + 'a;
+type Enter<'a> = dyn Fn(&Patch, &Tensor, &Run<'_>, &Pass) -> Option<Result<Tensor>> + 'a;
 
 /// `run` inside the patches that `enter` takes, the first patch outermost.
-fn nested(x: &Tensor, patches: &[Patch], run: &Run<'_>, enter: &Enter<'_>) -> Result<Tensor> {
-    let Some((first, rest)) = patches.split_first() else { return run(x) };
-    let inner = |x: &Tensor| nested(x, rest, run, enter);
-    enter(first, x, &inner).unwrap_or_else(|| inner(x))
-}
-
-/// The prompt rows of a route, joined: [count, width].
-fn prompt_rows(route: &Route, site: SiteId) -> Result<Option<Tensor>> {
-    let patches = route.adapter.as_ref().map_or(&[][..], |a| a.at(site));
-    let prompts = patches.iter().filter_map(|p| match p {
-        Patch::Prompt(p) => Some(p.rows()),
-        _ => None,
-    });
-    let rows: Vec<Tensor> = prompts.collect::<Result<_>>()?;
-    if rows.is_empty() { Ok(None) } else { Ok(Some(cat(&rows.iter().collect::<Vec<_>>(), 0)?)) }
+fn nested(x: &Tensor, cx: &Pass, patches: &[Patch], run: &Run<'_>, enter: &Enter<'_>) -> Result<Tensor> {
+    let Some((first, rest)) = patches.split_first() else { return run(x, cx) };
+    let inner = |x: &Tensor, cx: &Pass| nested(x, cx, rest, run, enter);
+    enter(first, x, &inner, cx).unwrap_or_else(|| inner(x, cx))
 }

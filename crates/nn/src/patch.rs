@@ -70,30 +70,32 @@ pub trait SublayerPatch: Send + Sync {
 
 /// h, run → h′.
 pub trait BlockPatch: Send + Sync {
-    /// h [tokens, width] → h′; `run` is the block itself and may be called never, once or more.
+    /// h [tokens, width] → h′; `run` is the block itself and may be called never, once or more: with the pass `cx`, or with
+    /// one of other rows made of it ([`Pass::select`], [`Pass::with_rows_before`]).
     fn around(
         &self,
         h: &Tensor,
-        run: &dyn Fn(&Tensor) -> Result<Tensor>,
+        run: &dyn Fn(&Tensor, &Pass) -> Result<Tensor>,
         site: &Site,
         cx: &Pass,
     ) -> Result<Tensor>;
 }
 
-/// Extra keys and values, seen by every token of the sequences of a route.
+/// Extra keys and values: `count` for all sequences of a route, or `count` for each of them, one sequence after another.
 pub struct KeyValues {
-    /// [count, kv_heads, dim], not rotated.
+    /// [count, kv_heads, dim] or [sequences · count, kv_heads, dim], not rotated.
     pub keys: Tensor,
-    /// [count, kv_heads, dim].
+    /// As the keys.
     pub values: Tensor,
 }
 
 /// → extra keys and values, optionally gated.
 pub trait KeyValuePatch: Send + Sync {
-    /// Number of extra rows.
+    /// Number of extra rows that a sequence sees.
     fn count(&self) -> usize;
-    /// The rows.
-    fn rows(&self) -> Result<KeyValues>;
+    /// The rows. `input` [tokens, width] is what the sequences' own keys and values are made of (of gated rows: what the
+    /// queries are made of). With a cache, rows without a gate are made once, in the first pass.
+    fn rows(&self, input: &Tensor, cx: &Pass) -> Result<KeyValues>;
     /// `None`: the rows join the sequence's own in one softmax and tokens move by `count` positions (prefix tuning).
     /// A gate `[heads]`: the rows are attended to in a softmax of their own, whose result is scaled by the gate and
     /// added, and positions stay (LLaMA-Adapter).
@@ -104,10 +106,11 @@ pub trait KeyValuePatch: Send + Sync {
 
 /// → rows put before the embedded tokens of every sequence of a route.
 pub trait PromptPatch: Send + Sync {
-    /// Number of rows.
+    /// Number of rows before a sequence.
     fn count(&self) -> usize;
-    /// [count, width].
-    fn rows(&self) -> Result<Tensor>;
+    /// [count, width] for all sequences, or [sequences · count, width], one sequence after another. `embedded`
+    /// [tokens, width] are the tokens' own rows. With a cache, called in the first pass only.
+    fn rows(&self, embedded: &Tensor, cx: &Pass) -> Result<Tensor>;
 }
 
 /// features → logits.

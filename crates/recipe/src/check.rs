@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use crate::keys::{EXCLUSIVE, TableSpec, table, tables};
 use crate::plan::PLAN_FORMAT;
 use crate::problem::{Place, Problem, Problems, Source, quoted};
-use crate::recipe::{MethodTable, Recipe, Spanned, Targets, Template};
+use crate::recipe::{Recipe, Targets};
 use crate::rules;
 use crate::spec::{FieldSpec, MethodSpec, Origin};
 use crate::suggest;
@@ -52,7 +52,7 @@ impl Section {
         self.entries.iter().map(|entry| (entry.field.name.to_owned(), entry.value.clone())).collect()
     }
 
-    fn texts(&self, key: &str) -> Vec<String> {
+    pub fn texts(&self, key: &str) -> Vec<String> {
         match self.get(key) {
             Some(Value::String(text)) => vec![text.clone()],
             Some(Value::Array(items)) => items.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
@@ -60,7 +60,7 @@ impl Section {
         }
     }
 
-    fn targets(&self, key: &str) -> Option<Targets> {
+    pub fn targets(&self, key: &str) -> Option<Targets> {
         Some(match self.get(key)? {
             Value::String(text) if key == "targets" && text == "all-linear" => Targets::AllLinear,
             Value::String(text) => Targets::Pattern(text.clone()),
@@ -85,7 +85,7 @@ pub(crate) fn recipe(
     if !problems.is_empty() {
         return Err(Problems::new(sources, problems));
     }
-    build(tree, sources.clone(), sections, methods, &dir)
+    crate::build::build(tree, sources.clone(), sections, methods, &dir)
         .map_err(|problem| Problems::new(sources, vec![problem]))
 }
 
@@ -118,6 +118,7 @@ impl Checker<'_> {
                 path if tree.find(path).is_none()
                     && top.is_some_and(|top| there(Some(tree), "", &top.fields, path)) => {}
                 "method" => self.methods(tree.find("method")),
+                "data.tasks" => self.tasks(tree.find("data.tasks"), spec),
                 path => {
                     let node = tree.find(path);
                     let known = matches!(node, None | Some(Node { value: Tree::Table(_), .. }));
@@ -162,6 +163,26 @@ impl Checker<'_> {
                 }
                 _ => self.not_a_table("method", node),
             },
+        }
+    }
+
+    /// The data sets of several tasks.
+    fn tasks(&mut self, node: Option<&Node>, spec: &TableSpec) {
+        let Some(node) = node else { return };
+        let Tree::List(items) = &node.value else {
+            let title = format!("`data.tasks` must be a list of tables, found {}", found(&node.value));
+            let label = "write `[[data.tasks]]` on a line of its own for each";
+            return self.push(Problem::new(title).label(node.place.clone(), label));
+        };
+        if items.is_empty() {
+            self.push(Problem::new("`data.tasks` is empty").label(node.place.clone(), "leave it out"));
+        }
+        for (index, item) in items.iter().take(MOST).enumerate() {
+            let path = format!("data.tasks[{index}]");
+            match item.value {
+                Tree::Table(_) => self.section(&path, spec, Some(item), &fields_of(spec)),
+                _ => self.not_a_table(&path, item),
+            }
         }
     }
 
@@ -243,8 +264,15 @@ impl Checker<'_> {
     }
 
     fn missing(&mut self, path: &str, spec: &TableSpec, node: Option<&Node>) {
-        let missing: Vec<&str> =
-            spec.required.iter().copied().filter(|key| !there(node, path, &spec.fields, key)).collect();
+        // Tasks bring files of their own.
+        let brought =
+            |key: &str| path == "data" && key == "path" && node.is_some_and(|n| n.find("tasks").is_some());
+        let missing: Vec<&str> = spec
+            .required
+            .iter()
+            .copied()
+            .filter(|key| !there(node, path, &spec.fields, key) && !brought(key))
+            .collect();
         // A model below some table is reported there.
         let mut tables = ["base", "data", "train"].iter();
         let strayed = path.is_empty()
@@ -255,6 +283,7 @@ impl Checker<'_> {
         let example = |key: &str| match key {
             "model" => "model = \"DIR-or-Hub-id\"".to_owned(),
             "format" => "format = \"csv\"".to_owned(),
+            "name" => "name = \"a-task\"".to_owned(),
             key => format!("{key} = \"train.csv\""),
         };
         let help = |key: &str| match written(node, "path").filter(|_| key == "format") {
@@ -345,7 +374,7 @@ fn fields_of(spec: &TableSpec) -> Vec<FieldSpec> {
     spec.fields.clone()
 }
 
-fn join(path: &str, key: &str) -> String {
+pub(crate) fn join(path: &str, key: &str) -> String {
     if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
 }
 
@@ -396,89 +425,6 @@ fn default(table: &str, field: &FieldSpec, pairs: &[Pair]) -> Option<Value> {
         (field.name == first && written(second)) || (field.name == second && written(first))
     });
     field.read_default().filter(|_| !given_way)
-}
-
-/// The typed recipe. A failure here means that table and structs disagree, which a test rules out; it is still
-/// reported rather than a panic.
-fn build(
-    tree: Node,
-    sources: Arc<[Source]>,
-    sections: Vec<Section>,
-    specs: &[MethodSpec],
-    dir: &Path,
-) -> Result<Recipe, Problem> {
-    let section = |path: &str| sections.iter().find(|section| section.path == path);
-    let model = section("").and_then(|top| top.get("model")).and_then(Value::as_str).unwrap_or_default();
-    let place = tree.nearest("model").unwrap_or(Place::new(0, 0..0));
-    let model_path = if place.origin() == Origin::Set { PathBuf::from(model) } else { dir.join(model) };
-    let mut data: crate::recipe::Data = typed(section("data"))?;
-    data.columns = typed(section("data.columns"))?;
-    data.template =
-        section("data").and_then(|data| data.get("template")).and_then(Value::as_str).map(|text| {
-            let set = tree.find("data.template").is_some_and(|node| node.place.origin() == Origin::Set);
-            template(text, if set { Path::new("") } else { dir })
-        });
-    let methods = sections.iter().filter(|section| section.path.starts_with("method"));
-    let task = section("").and_then(|top| top.get("task")).cloned().unwrap_or_default();
-    Ok(Recipe {
-        model: Spanned { value: model.to_owned(), place },
-        model_path,
-        task: serde_json::from_value(task).map_err(disagreement)?,
-        base: typed(section("base"))?,
-        methods: methods.map(|section| method_table(section, &tree)).collect(),
-        data,
-        train: typed(section("train"))?,
-        specs: specs.to_vec(),
-        tree,
-        sources,
-        sections,
-    })
-}
-
-fn typed<T: serde::de::DeserializeOwned>(section: Option<&Section>) -> Result<T, Problem> {
-    let map = section.map(Section::map).unwrap_or_default();
-    serde_json::from_value(Value::Object(map)).map_err(disagreement)
-}
-
-fn disagreement(error: serde_json::Error) -> Problem {
-    Problem::new(format!("internal: the table of keys and its types disagree: {error}"))
-        .help("please report this")
-}
-
-/// Jinja's braces or a line end make a text; anything else is a path.
-/// The word for the built-in template.
-const PLAIN_TEMPLATE: &str = "plain";
-
-fn template(text: &str, dir: &Path) -> Template {
-    // `plain` names the built-in form, for models without a template.
-    match text == PLAIN_TEMPLATE || text.contains(['{', '\n']) {
-        true => Template::Text(text.to_owned()),
-        false => Template::Path(dir.join(text)),
-    }
-}
-
-fn method_table(section: &Section, tree: &Node) -> MethodTable {
-    let text = |key: &str| section.get(key).and_then(Value::as_str);
-    let place = |key: &str| tree.nearest(&join(&section.path, key)).unwrap_or(Place::new(0, 0..0));
-    let shared =
-        |name: &str| table("method").is_some_and(|spec| spec.fields.iter().any(|field| field.name == name));
-    let own =
-        section.entries.iter().filter(|entry| !shared(entry.field.name) && entry.origin != Origin::Default);
-    MethodTable {
-        at: section.path.clone(),
-        name: text("name").map(|name| Spanned { value: name.to_owned(), place: place("name") }),
-        from: text("from").map(|from| Spanned { value: PathBuf::from(from), place: place("from") }),
-        targets: section.targets("targets"),
-        roles: section.texts("roles"),
-        exclude: section.targets("exclude"),
-        layers: section
-            .get("layers")
-            .and_then(Value::as_array)
-            .map(|layers| layers.iter().filter_map(Value::as_u64).map(|layer| layer as usize).collect()),
-        layers_pattern: section.texts("layers_pattern"),
-        train_also: section.texts("train_also"),
-        settings: own.map(|entry| (entry.field.name.to_owned(), entry.value.clone())).collect(),
-    }
 }
 
 /// What stands there, in words.

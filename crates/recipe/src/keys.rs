@@ -24,13 +24,14 @@ pub(crate) const EXCLUSIVE: &[(&str, &str, &str, &str)] = &[
     ("train", "epochs", "steps", "length"),
     ("train", "warmup_ratio", "warmup_steps", "warm-up"),
     ("data", "eval_path", "eval_fraction", "evaluation data"),
+    ("data.tasks", "eval_path", "eval_fraction", "evaluation data"),
     ("method", "targets", "roles", "choice of sites"),
 ];
 
 /// All tables of a recipe. `[method]` stands here with the keys that every method shares.
 pub fn tables() -> &'static [TableSpec] {
     static TABLES: LazyLock<Vec<TableSpec>> =
-        LazyLock::new(|| vec![top(), base(), method(), data(), columns(), train()]);
+        LazyLock::new(|| vec![top(), base(), method(), data(), columns(), tasks(), train()]);
     &TABLES
 }
 
@@ -139,6 +140,12 @@ fn data() -> TableSpec {
                 FieldKind::Float { min: ABOVE_ZERO, max: BELOW_ONE },
                 "Share of the training rows held out for evaluation.",
             ),
+            key(
+                "temperature",
+                FieldKind::Float { min: 1.0, max: 1e9 },
+                "Tasks are drawn in proportion to rows^(1/temperature): 1 as they are, the more evenly the higher.",
+            )
+            .or(1.0),
             key("shuffle", FieldKind::Bool, "New order of the rows in each epoch.").or(true),
             key(
                 "max_length",
@@ -186,6 +193,27 @@ fn columns() -> TableSpec {
             column("tags", "The list of tags, one a word."),
             column("image", "The path of a picture, from the file's folder."),
         ],
+    }
+}
+
+/// Names of `[data.columns]`.
+pub(crate) const COLUMNS: &[&str] =
+    &["text", "text_pair", "label", "prompt", "completion", "messages", "tokens", "tags", "image"];
+
+/// The keys of `[data]` that a task may have of its own.
+pub(crate) const OF_A_TASK: &[&str] =
+    &["path", "eval_path", "eval_fraction", "format", "labels", "header", "template", "allow_empty"];
+
+fn tasks() -> TableSpec {
+    let mut fields = vec![key("name", FieldKind::Text, "What the task is called.")];
+    let shared = data().fields.into_iter().filter(|field| OF_A_TASK.contains(&field.name));
+    fields.extend(shared.map(|field| FieldSpec { default: None, ..field }));
+    fields.push(key("columns", FieldKind::TextMap(COLUMNS), "As `[data.columns]`, for this task."));
+    TableSpec {
+        path: "data.tasks",
+        doc: "Several data sets, one `[[data.tasks]]` each, numbered from 0; what one leaves out is taken from `[data]`.",
+        required: &["name", "path"],
+        fields,
     }
 }
 

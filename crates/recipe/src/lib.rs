@@ -5,6 +5,7 @@
 //! ([`MethodSpec`]); what passes is a typed [`Recipe`], and, once model and data are known, a [`Plan`].
 //! Mistakes are collected, never thrown one by one: [`Problems`] shows all of them together.
 
+mod build;
 mod check;
 mod keys;
 mod plan;
@@ -23,7 +24,7 @@ pub use plan::{Facts, PLAN_FORMAT, Plan};
 pub use problem::{Grid, Label, Place, Problem, Problems};
 pub use recipe::{
     Base, Columns, Data, Dtype, Format, Length, MethodTable, Metric, Quantize, Recipe, Schedule, Spanned,
-    Targets, Task, Template, Train, Warmup,
+    Targets, Task, TaskData, Template, Train, Warmup,
 };
 pub use schema::schema;
 pub use spec::{ABOVE_ZERO, BELOW_ONE, FieldKind, FieldSpec, MethodSpec, Origin};

@@ -69,7 +69,7 @@ impl Recipe {
         }
         let absolute = |path: &Path| facts.working_dir.join(path);
         let steps = steps(self.train.length, facts.steps_per_epoch);
-        let evaluates = self.data.eval_path.is_some() || self.data.eval_fraction.is_some();
+        let evaluates = self.data.evaluates();
         let eval_every = self.train.eval_every.unwrap_or(if evaluates { (steps / 10).max(1) } else { 0 });
         let max_length = self.data.max_length.unwrap_or(facts.model_length.clamp(1, 1024));
         let model = facts.model_dir.as_deref().map(|dir| absolute(dir).to_string_lossy().into_owned());
@@ -88,6 +88,10 @@ impl Recipe {
         };
         plan.data.path = absolute(&self.data.path);
         plan.data.eval_path = self.data.eval_path.as_deref().map(absolute);
+        for task in &mut plan.data.tasks {
+            task.data.path = absolute(&task.data.path);
+            task.data.eval_path = task.data.eval_path.as_deref().map(absolute);
+        }
         plan.data.max_length = Some(max_length);
         plan.train.eval_every = Some(eval_every);
         plan.decide(&absolute);
@@ -172,6 +176,7 @@ impl Plan {
         for section in &self.sections {
             let header = match section.path.as_str() {
                 "" => String::new(),
+                path if path.starts_with("data.tasks") => "\n[[data.tasks]]\n".into(),
                 path if path.starts_with("method") && several => "\n[[method]]\n".into(),
                 path if path.starts_with("method") => "\n[method]\n".into(),
                 "data.columns" if section.entries.is_empty() => continue,

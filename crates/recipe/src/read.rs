@@ -52,7 +52,7 @@ impl Checker<'_> {
             | FieldKind::FloatList
             | FieldKind::TextOrList
             | FieldKind::Layers => self.list(path, field, node),
-            FieldKind::IntMap | FieldKind::FloatMap => self.map(path, field, node),
+            FieldKind::IntMap | FieldKind::FloatMap | FieldKind::TextMap(_) => self.map(path, field, node),
         }
     }
 
@@ -124,6 +124,13 @@ impl Checker<'_> {
         let mut map = Map::new();
         let mut complete = true;
         for pair in pairs {
+            if let FieldKind::TextMap(names) = &field.kind
+                && !names.contains(&pair.name.as_str())
+            {
+                self.not_one_of(path, names, &pair.name, &pair.node);
+                complete = false;
+                continue;
+            }
             match self.read(&format!("{path}.\"{}\"", quoted(&pair.name)), &item, &pair.node) {
                 Some(value) => drop(map.insert(pair.name.clone(), value)),
                 None => complete = false,
@@ -215,6 +222,7 @@ fn noun(kind: &FieldKind) -> &'static str {
         FieldKind::Layers => "a list of whole numbers or a range",
         FieldKind::IntMap => "a table of patterns and whole numbers",
         FieldKind::FloatMap => "a table of patterns and numbers",
+        FieldKind::TextMap(_) => "a table of names and strings",
     }
 }
 
@@ -249,6 +257,7 @@ fn hint(kind: &FieldKind, value: &Tree) -> Option<String> {
             format!("write `[{}]`", shown(text.as_str().into()))
         }
         (FieldKind::IntList | FieldKind::Layers, Tree::Int(number)) => format!("write `[{number}]`"),
+        (FieldKind::TextMap(names), _) => format!("write `{{ {} = \"…\" }}`", names.first()?),
         (FieldKind::IntMap | FieldKind::FloatMap, _) => "write `{ \"pattern\" = 4 }`".into(),
         _ => return None,
     })

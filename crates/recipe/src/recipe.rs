@@ -199,6 +199,8 @@ pub struct Data {
     pub eval_labels_path: Option<PathBuf>,
     /// Share of the training rows held out for evaluation, above 0 and below 1.
     pub eval_fraction: Option<f64>,
+    /// Tasks are drawn in proportion to rows^(1/temperature).
+    pub temperature: f64,
     /// New order of the rows in each epoch.
     pub shuffle: bool,
     /// Tokens a row; absent: the model's limit, at most 1024. A [`Plan`](crate::Plan) has it.
@@ -219,6 +221,38 @@ pub struct Data {
     /// Which column is what.
     #[serde(skip)]
     pub columns: Columns,
+    /// Data sets of several tasks; empty where there is one without a name.
+    #[serde(skip)]
+    pub tasks: Vec<TaskData>,
+}
+
+impl Data {
+    /// The data sets: the tasks', or the one.
+    pub fn sets(&self) -> Vec<&Data> {
+        if self.tasks.is_empty() { vec![self] } else { self.tasks.iter().map(|task| &task.data).collect() }
+    }
+
+    /// Whether anything is held back to evaluate on.
+    pub fn evaluates(&self) -> bool {
+        self.sets().iter().any(|set| set.eval_path.is_some() || set.eval_fraction.is_some())
+    }
+
+    /// Where a key of set `index` stands in a recipe.
+    pub fn key(&self, index: usize, key: &str) -> String {
+        match key.strip_prefix("data.").filter(|_| !self.tasks.is_empty()) {
+            Some(own) => format!("data.tasks[{index}].{own}"),
+            None => key.to_owned(),
+        }
+    }
+}
+
+/// A `[[data.tasks]]` table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TaskData {
+    /// What it is called.
+    pub name: String,
+    /// `[data]` with what the task has of its own.
+    pub data: Data,
 }
 
 /// How long a run is.

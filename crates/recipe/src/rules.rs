@@ -25,6 +25,7 @@ pub(crate) fn check(tree: &Node, sections: &[Section], problems: &mut Vec<Proble
     rules.base();
     rules.format();
     rules.steps();
+    rules.tasks();
     rules.labels();
     for section in sections.iter().filter(|section| section.path.starts_with("method")) {
         rules.method(section);
@@ -118,7 +119,8 @@ impl Rules<'_> {
 
     /// What evaluates needs something to evaluate on.
     fn evaluation(&mut self) {
-        if self.tree.find("data.eval_path").is_some() || self.tree.find("data.eval_fraction").is_some() {
+        let mut sets = self.sections.iter().filter(|section| section.path.starts_with("data"));
+        if sets.any(|set| set.get("eval_path").is_some() || set.get("eval_fraction").is_some()) {
             return;
         }
         for key in ["eval_every", "early_stopping_patience", "best_metric"] {
@@ -132,6 +134,34 @@ impl Rules<'_> {
                 .label(place, "")
                 .help("add `eval_path = \"test.csv\"` or `eval_fraction = 0.1` to `[data]`");
             self.problems.push(problem);
+        }
+    }
+
+    /// Where every file is a task's, the table has none.
+    fn tasks(&mut self) {
+        let Some(tasks) = self.place("data.tasks") else { return };
+        for key in ["path", "eval_path", "labels_path", "eval_labels_path"] {
+            if let Some(pair) = self.pair("data", key) {
+                let problem = Problem::new(format!("`data.{key}` and `[[data.tasks]]` cannot both be set"))
+                    .label(pair.place.clone(), "")
+                    .context(tasks.clone(), "the tasks")
+                    .help(format!("write `{key}` in each `[[data.tasks]]`"));
+                self.problems.push(problem);
+            }
+        }
+        let names: Vec<&str> = self
+            .sections
+            .iter()
+            .filter(|s| s.path.starts_with("data.tasks["))
+            .filter_map(|s| s.get("name")?.as_str())
+            .collect();
+        for (index, name) in names.iter().enumerate().filter(|(index, name)| names[..*index].contains(name)) {
+            let problem = Problem::new(format!("two tasks are called `{}`", quoted(name)));
+            let place = self.tree.nearest(&format!("data.tasks[{index}].name"));
+            self.problems.push(match place {
+                Some(place) => problem.label(place, "the second"),
+                None => problem,
+            });
         }
     }
 

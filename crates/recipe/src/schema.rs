@@ -20,6 +20,12 @@ pub fn schema(methods: &[MethodSpec]) -> Value {
     }
     if let (Some(data), Some(columns)) = (tables.get_mut("data"), find("data.columns")) {
         data["properties"]["columns"] = object(columns);
+        // With tasks, they bring the files.
+        data["required"] = json!(["format"]);
+        data["anyOf"] = json!([{ "required": ["path"] }, { "required": ["tasks"] }]);
+    }
+    if let (Some(data), Some(task)) = (tables.get_mut("data"), find("data.tasks")) {
+        data["properties"]["tasks"] = json!({ "type": "array", "minItems": 1, "items": object(task) });
     }
     if let Some(shared) = find("method") {
         tables.insert("method".into(), method(shared, methods));
@@ -125,6 +131,11 @@ fn kind(kind: &FieldKind) -> Value {
         ] }),
         FieldKind::IntMap => {
             json!({ "type": "object", "additionalProperties": { "type": "integer", "minimum": 1 } })
+        }
+        FieldKind::TextMap(names) => {
+            let one = |name: &&str| ((*name).to_owned(), json!({ "type": "string" }));
+            let properties: Map<String, Value> = names.iter().map(one).collect();
+            json!({ "type": "object", "properties": properties, "additionalProperties": false })
         }
         FieldKind::FloatMap => json!({ "type": "object", "additionalProperties": { "type": "number" } }),
     }

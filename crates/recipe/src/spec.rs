@@ -47,6 +47,8 @@ pub enum FieldKind {
     IntMap,
     /// Pattern → number, as in `peft`'s `alpha_pattern`.
     FloatMap,
+    /// One of these names → text.
+    TextMap(&'static [&'static str]),
 }
 
 /// One key: its name, what it takes, its default and a line of explanation.

@@ -50,7 +50,12 @@ impl Batch {
             }
         }
         let targets: Vec<&Target> = examples.iter().filter_map(|e| target(&e.labels)).collect();
-        let inputs = if targets.is_empty() { inputs } else { with_targets(inputs, &targets, with.shift)? };
+        let mut inputs =
+            if targets.is_empty() { inputs } else { with_targets(inputs, &targets, with.shift)? };
+        if examples.iter().any(|e| e.task.is_some()) {
+            let tasks = examples.iter().map(|e| e.task.unwrap_or(0)).collect();
+            inputs.layout = inputs.layout.with_tasks(tasks);
+        }
         Ok(Batch { inputs, labels, rows: examples.iter().map(|e| e.row).collect() })
     }
 
@@ -156,6 +161,8 @@ pub struct FeedOptions {
     pub masking: Option<Masking>,
     /// How the labels of targets become decoder inputs.
     pub shift: Option<Shift>,
+    /// Tasks are drawn in proportion to size^(1/temperature).
+    pub temperature: f64,
 }
 
 /// The micro-batches of every step, a function of the step's number: there is no state to save.
@@ -177,7 +184,7 @@ impl<'a> Feed<'a> {
     /// The feeds of the rows that stay, and of every so many that make up the share `held_out`.
     pub fn parts(data: &'a Dataset, options: FeedOptions, held_out: f64) -> Result<[Self; 2]> {
         let held = |row: usize| ((row + 1) as f64 * held_out).floor() > (row as f64 * held_out).floor();
-        let rows = groups(&data.lengths(), options.packed).len();
+        let rows = groups(data, options.packed).len();
         let count = (0..rows).filter(|&row| held(row)).count();
         if count == 0 || count == rows {
             return Err(Error::Setup(format!(
@@ -189,10 +196,12 @@ impl<'a> Feed<'a> {
 
     fn of(data: &'a Dataset, options: FeedOptions, wanted: impl Fn(usize) -> bool) -> Result<Self> {
         let lengths = data.lengths();
-        let all = groups(&lengths, options.packed).into_iter().enumerate();
+        let all = groups(data, options.packed).into_iter().enumerate();
         let groups: Vec<Vec<usize>> = all.filter(|(row, _)| wanted(*row)).map(|(_, group)| group).collect();
         let of_group = |group: &Vec<usize>| group.iter().map(|&i| lengths[i]).sum();
-        let batches = Batches::new(groups.iter().map(of_group).collect(), options.batch_size, options.order)?;
+        let tasks: Vec<usize> = groups.iter().map(|group| task_of(data, group)).collect();
+        let batches = Batches::new(groups.iter().map(of_group).collect(), options.batch_size, options.order)?
+            .mixed(&tasks, options.temperature);
         Ok(Feed { data, options, groups, batches, epoch: None })
     }
 
@@ -264,13 +273,20 @@ impl<'a> Feed<'a> {
     }
 }
 
-/// Examples in file order, as many a row as `limit` tokens hold.
-fn groups(lengths: &[usize], limit: Option<usize>) -> Vec<Vec<usize>> {
+/// The task of the examples that share a row.
+fn task_of(data: &Dataset, group: &[usize]) -> usize {
+    group.first().and_then(|&index| data.examples[index].task).unwrap_or(0)
+}
+
+/// Examples in file order, as many of one task a row as `limit` tokens hold.
+fn groups(data: &Dataset, limit: Option<usize>) -> Vec<Vec<usize>> {
+    let lengths = data.lengths();
     let Some(limit) = limit else { return (0..lengths.len()).map(|i| vec![i]).collect() };
     let (mut groups, mut filled): (Vec<Vec<usize>>, usize) = (vec![], usize::MAX);
     for (index, &length) in lengths.iter().enumerate() {
+        let same = |group: &[usize]| task_of(data, group) == task_of(data, &[index]);
         match groups.last_mut() {
-            Some(group) if filled.saturating_add(length) <= limit => {
+            Some(group) if filled.saturating_add(length) <= limit && same(group) => {
                 group.push(index);
                 filled += length;
             }
@@ -303,7 +319,15 @@ mod tests {
     }
 
     fn options(batch_size: usize, accumulation: usize) -> FeedOptions {
-        FeedOptions { batch_size, accumulation, order: Order::File, packed: None, masking: None, shift: None }
+        FeedOptions {
+            batch_size,
+            accumulation,
+            order: Order::File,
+            packed: None,
+            masking: None,
+            shift: None,
+            temperature: 1.0,
+        }
     }
 
     #[test]

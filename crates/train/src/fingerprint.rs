@@ -96,6 +96,7 @@ pub fn of_data(data: &Dataset) -> String {
     for example in &data.examples {
         hash.update((example.ids.len() as u64).to_le_bytes());
         example.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+        example.task.iter().for_each(|task| hash.update(task.to_le_bytes()));
         if let (Some(images), Some(index)) = (&data.images, example.image) {
             hash.update(images.identity(index));
         }

@@ -57,17 +57,18 @@ impl Session {
         let task = decide_task(recipe, &config);
         classes_only(recipe, task, &config)?;
         let (tokenizer, max_length) = tokenizer(recipe, &model_dir, &config)?;
+        let known_labels = known_labels(&config);
         let reading = Reading {
             task,
             data: &with_labels_of_adapter(recipe, task)?,
             tokenizer: tokenizer.as_ref(),
             max_length,
             seed: recipe.train.seed,
-            known: known_labels(&config),
+            known: known_labels.as_ref(),
             templates: &options.templates,
             model: (&model_dir, &config),
         };
-        let fault = |fault: crate::read::Fault| vec![recipe.problem_at(fault.key, fault.error.to_string())];
+        let fault = |fault: crate::read::Fault| vec![recipe.problem_at(&fault.key, fault.error.to_string())];
         let mut problems: Vec<Problem> = too_long(recipe, &config).into_iter().collect();
         let examples = match missing.is_empty() {
             true => keep(reading.examples().map_err(fault), &mut problems),
@@ -124,6 +125,9 @@ fn with_labels_of_adapter(recipe: &Recipe, task: recipe::Task) -> Result<recipe:
         && let Some(from) = &method.from
     {
         data.labels = label_names(&from.value)?;
+        for task in &mut data.tasks {
+            task.data.labels.clone_from(&data.labels);
+        }
     }
     Ok(data)
 }
@@ -259,11 +263,15 @@ fn model_dir(recipe: &Recipe, options: &mut SessionOptions<'_>) -> std::result::
 
 /// Data files that are not there, both at once.
 fn missing_files(recipe: &Recipe) -> Vec<Problem> {
-    let files = [("data.path", Some(&recipe.data.path)), ("data.eval_path", recipe.data.eval_path.as_ref())];
-    let files = files.into_iter().filter_map(|(key, path)| Some((key, path?)));
-    let fault = |(key, path): (&str, &PathBuf)| {
+    let sets = recipe.data.sets().into_iter().enumerate();
+    let files = sets.flat_map(|(index, set)| {
+        let files = [("data.path", Some(&set.path)), ("data.eval_path", set.eval_path.as_ref())];
+        files.into_iter().filter_map(move |(key, path)| Some((index, key, path?)))
+    });
+    let fault = |(index, key, path): (usize, &str, &PathBuf)| {
         let error = path.metadata().err()?;
-        Some(recipe.problem_at(key, format!("cannot read {}: {error}", path.display())))
+        let key = recipe.data.key(index, key);
+        Some(recipe.problem_at(&key, format!("cannot read {}: {error}", path.display())))
     };
     files.filter_map(fault).collect()
 }
@@ -278,7 +286,7 @@ fn too_long(recipe: &Recipe, config: &Value) -> Option<Problem> {
 
 /// The tokenizer where the data are text, and the tokens a row.
 fn tokenizer(recipe: &Recipe, dir: &Path, config: &Value) -> Result<(Option<Tokenizer>, usize)> {
-    let needed = recipe.data.format != recipe::Format::Tensors;
+    let needed = recipe.data.sets().iter().any(|set| set.format != recipe::Format::Tensors);
     let there = dir.join("tokenizer.json").exists();
     // With arrays the tokenizer only makes the report readable, so a damaged one is no reason to stop.
     let tokenizer = match (there, needed) {

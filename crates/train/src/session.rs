@@ -113,5 +113,6 @@ pub(crate) fn feed_options(
         packed,
         masking,
         shift,
+        temperature: data.temperature,
     }
 }

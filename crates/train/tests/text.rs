@@ -81,3 +81,37 @@ fn all_mistakes_come_together_each_at_its_place() {
     assert!(text.contains("write `targets = [\"query\", \"value\"]`, or `roles = [\"q\", \"v\"]`"), "{text}");
     assert!(text.contains("tset.csv") && text.contains("nothing was loaded or written"), "{text}");
 }
+
+#[test]
+fn several_tasks_train_together() {
+    let root = root().canonicalize().unwrap();
+    let text = "model = \"models/all-minilm-l6-v2\"\n[method]\nname = \"lora\"\ntargets = \"all-linear\"\n[data]\nformat = \"csv\"\ntemperature = 5\n\
+        [[data.tasks]]\nname = \"desk\"\npath = \"data/helpdesk/train.csv\"\neval_path = \"data/helpdesk/test.csv\"\n\
+        [[data.tasks]]\nname = \"again\"\npath = \"data/helpdesk/test.csv\"\neval_fraction = 0.2\n\
+        [train]\nsteps = 3\nseed = 4\n";
+    let specs = [MethodSpec { name: "lora", summary: "", fields: vec![] }];
+    let recipe = Recipe::parse(text, &root.join("recipe.toml").to_string_lossy(), &[], &specs).unwrap();
+    let hub = Hub { offline: true, ..Hub::new(PathBuf::from("/nonexistent")) };
+    let mut options = SessionOptions {
+        hub: &hub,
+        progress: &mut |_| {},
+        working_dir: root,
+        packed: Default::default(),
+        limits: Limits::default(),
+        templates: TemplateOptions::default(),
+    };
+    let session = Session::open(&recipe, &mut options).unwrap();
+    let of = |task| session.train.examples.iter().filter(|e| e.task == Some(task)).count();
+    assert!(of(0) > of(1) && of(1) > 20);
+    let mut feed = session.feed().unwrap();
+    let mut tasks: Vec<usize> = Vec::new();
+    for step in 1..=feed.steps_per_epoch() {
+        feed.step(step).unwrap().iter().for_each(|batch| tasks.extend(batch.inputs.layout.tasks()));
+    }
+    let share = |task| tasks.iter().filter(|&&t| t == task).count() as f64 / tasks.len() as f64;
+    let sizes = [of(0) as f64, of(1) as f64].map(|n| n.powf(0.2));
+    assert!((share(0) - sizes[0] / (sizes[0] + sizes[1])).abs() < 0.01, "{}", share(0));
+    let dir = tempfile::tempdir().unwrap();
+    let options = RunOptions { out: dir.path().join("run"), ..RunOptions::default() };
+    assert!(train(&session, &options, &mut Log::default()).unwrap().after.is_some());
+}

@@ -178,7 +178,7 @@ pub(crate) fn ready(shape: [usize; 3], values: Vec<f32>, labels: Vec<Labels>) ->
 }
 
 fn example(image: usize, labels: Labels, row: usize) -> Example {
-    Example { ids: Vec::new(), type_ids: None, positions: None, image: Some(image), labels, row }
+    Example { ids: Vec::new(), type_ids: None, positions: None, image: Some(image), labels, task: None, row }
 }
 
 fn dataset(

@@ -27,6 +27,8 @@ pub struct Tensors<'a> {
     pub token_type_ids: Option<&'a [i64]>,
     /// `[rows, width]` with −100 ignored, or `[rows]` for classes.
     pub labels: Option<&'a [i64]>,
+    /// `[rows]`, the task of each from 0.
+    pub task_ids: Option<&'a [i64]>,
 }
 
 impl Tensors<'_> {
@@ -46,6 +48,10 @@ impl Tensors<'_> {
         sized("input_ids", Some(self.input_ids))?;
         sized("attention_mask", self.attention_mask)?;
         sized("token_type_ids", self.token_type_ids)?;
+        if let Some(tasks) = self.task_ids.filter(|tasks| tasks.len() != self.rows) {
+            let message = format!("expected {} numbers, one a row, found {}", self.rows, tasks.len());
+            return Err(fail("task_ids", message));
+        }
         let by_row = self.labels.is_some_and(|labels| labels.len() == self.rows && self.width != 1);
         if !by_row {
             sized("labels", self.labels)?;
@@ -100,8 +106,22 @@ impl Tensors<'_> {
                 .then(|| kept.iter().map(|column| *column as u32).collect()),
             image: None,
             labels,
+            task: self.task_ids.map(|tasks| task(tasks[row], row)).transpose()?,
             row,
         })
+    }
+}
+
+/// Tasks that one run may have: more is no list anyone writes, and methods hold tensors for each.
+const TASKS: i64 = 65_536;
+
+fn task(value: i64, row: usize) -> Result<usize> {
+    match value {
+        0..TASKS => Ok(value as usize),
+        _ => Err(fail(
+            "task_ids",
+            format!("row {row}: expected a task from 0 to {}, found {value}", TASKS - 1),
+        )),
     }
 }
 
@@ -143,13 +163,14 @@ mod tests {
             attention_mask: Some(&[1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 1]),
             token_type_ids: Some(&[0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0]),
             labels: Some(&[-100, 6, 7, -100, -100, -100, -100, 9, 1, 2, 3, 4]),
+            task_ids: Some(&[2, 0, 1]),
         };
         let data = tensors.dataset(true, false).unwrap();
         assert_eq!(
             (data.examples[0].ids.as_slice(), data.examples[0].positions.as_ref()),
             (&[5, 6, 7][..], None)
         );
-        assert_eq!(data.examples[1].ids, [8, 9]);
+        assert_eq!((data.examples[1].ids.as_slice(), data.examples[0].task), (&[8, 9][..], Some(2)));
         assert_eq!(data.examples[1].positions.as_deref(), Some(&[2, 3][..]));
         assert_eq!(data.examples[1].type_ids.as_deref(), Some(&[0, 1][..]));
         assert_eq!(data.examples[1].labels, Labels::Tokens(vec![-100, 9]));

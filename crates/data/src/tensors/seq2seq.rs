@@ -108,6 +108,7 @@ mod tests {
         attention_mask: Some(&[1, 1, 1, 0]),
         token_type_ids: None,
         labels: None,
+        task_ids: None,
     };
     const SOUND: Seq2SeqTensors = Seq2SeqTensors {
         source: SOURCE,

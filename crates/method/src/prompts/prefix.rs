@@ -10,7 +10,7 @@
 //! this, with a file in `peft`'s form. Prefixes elsewhere (`at`) have a form of their own, in model order.
 
 use engraft_nn::{
-    Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Patch, Result, Role, Site, Sites, Stack,
+    Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Pass, Patch, Result, Role, Site, Sites, Stack,
 };
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
@@ -260,7 +260,7 @@ impl KeyValuePatch for Rows {
         self.count
     }
 
-    fn rows(&self) -> Result<KeyValues> {
+    fn rows(&self, _input: &Tensor, _cx: &Pass) -> Result<KeyValues> {
         Ok(KeyValues { keys: self.part(self.keys)?, values: self.part(self.values)? })
     }
 }
@@ -281,7 +281,8 @@ mod tests {
             let [Patch::KeyValue(p)] = a.adapter.at(site_id(&sites, &format!("layers.{layer}.attn"))) else {
                 panic!()
             };
-            let rows = p.rows().unwrap();
+            let cx = Pass::new(engraft_nn::Layout::counted(&[1]).unwrap(), None);
+            let rows = p.rows(&a.adapter.params()[0].param.value(), &cx).unwrap();
             assert_eq!((p.count(), rows.keys.shape()), (3, [3, 2, 2].as_slice()));
             close(&rows.keys.reshape([3, 4]).unwrap(), &all.narrow(1, first, 4).unwrap(), 0.0);
             close(&rows.values.reshape([3, 4]).unwrap(), &all.narrow(1, first + 4, 4).unwrap(), 0.0);

@@ -9,7 +9,7 @@
 //! `peft` makes as many again for the decoder and never reads them, so its files hold [2 · tokens, width].
 
 use engraft_nn::{
-    Base, Builder, Error, Init, Kind, Patch, PromptPatch, Result, Role, Sites, Stack, Value as Frozen,
+    Base, Builder, Error, Init, Kind, Pass, Patch, PromptPatch, Result, Role, Sites, Stack, Value as Frozen,
 };
 use engraft_tensor::cpu::random::Key;
 use engraft_tensor::{Param, Tensor};
@@ -204,7 +204,7 @@ impl PromptPatch for Rows {
         self.count
     }
 
-    fn rows(&self) -> Result<Tensor> {
+    fn rows(&self, _embedded: &Tensor, _cx: &Pass) -> Result<Tensor> {
         let rows = self.param.get();
         // What `peft` makes for the decoder is carried along and not used.
         if rows.dim(0) == self.count { Ok(rows) } else { Ok(rows.narrow(0, 0, self.count)?) }

@@ -172,12 +172,9 @@ struct Rows {
     count: usize,
 }
 
-impl PromptPatch for Rows {
-    fn count(&self) -> usize {
-        self.count
-    }
-
-    fn rows(&self) -> Result<Tensor> {
+impl Rows {
+    /// [count, width].
+    fn own(&self) -> Result<Tensor> {
         let all = self.param.get();
         match self.layer {
             None => Ok(all),
@@ -186,12 +183,22 @@ impl PromptPatch for Rows {
     }
 }
 
+impl PromptPatch for Rows {
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn rows(&self, _embedded: &Tensor, _cx: &Pass) -> Result<Tensor> {
+        self.own()
+    }
+}
+
 impl BlockPatch for Rows {
     /// The first rows of each sequence that has a prompt are these instead. With a cache, its later steps have none.
     fn around(
         &self,
         h: &Tensor,
-        run: &dyn Fn(&Tensor) -> Result<Tensor>,
+        run: &dyn Fn(&Tensor, &Pass) -> Result<Tensor>,
         _site: &Site,
         cx: &Pass,
     ) -> Result<Tensor> {
@@ -204,7 +211,7 @@ impl BlockPatch for Rows {
             index.extend((s.start + own..s.end).map(|row| (self.count + row) as i64));
         }
         let index = Tensor::from_i64(index, [layout.tokens()])?;
-        run(&cat(&[&self.rows()?, h], 0)?.gather(&index)?)
+        run(&cat(&[&self.own()?, h], 0)?.gather(&index)?, cx)
     }
 }
 
@@ -221,9 +228,11 @@ mod tests {
         assert_eq!(names(&a), ["prompt_embeddings"]);
         let (sites, _) = toy();
         let [Patch::Prompt(p)] = a.adapter.at(site_id(&sites, "tok.prompt")) else { panic!() };
-        close(&p.rows().unwrap(), &a.adapter.params()[0].param.value(), 0.0);
+        let cx = Pass::new(Layout::counted(&[1]).unwrap(), None);
+        let rows = p.rows(&sample(&[1, 6], 1), &cx).unwrap();
+        close(&rows, &a.adapter.params()[0].param.value(), 0.0);
         let bound = (6.0f32 / 12.0).sqrt();
-        assert!(p.rows().unwrap().to_vec().unwrap().iter().all(|v| v.abs() <= bound));
+        assert!(rows.to_vec().unwrap().iter().all(|v| v.abs() <= bound));
     }
 
     #[test]
@@ -232,13 +241,13 @@ mod tests {
         let rows = Rows { param: own.clone(), layer: Some(1), count: 1 };
         let (sites, _) = toy();
         let h = sample(&[5, 4], 2);
-        let run = |h: &Tensor| Ok(h.clone());
+        let run = |h: &Tensor, _: &Pass| Ok(h.clone());
         // Without a prompt nothing is replaced.
         let cx = Pass::new(Layout::counted(&[2, 3]).unwrap(), None);
         let site = sites.iter().next().unwrap();
         close(&rows.around(&h, &run, site, &cx).unwrap(), &h, 0.0);
         let first = own.value().narrow(0, 1, 1).unwrap().reshape([1, 4]).unwrap();
-        close(&PromptPatch::rows(&rows).unwrap(), &first, 0.0);
+        close(&rows.own().unwrap(), &first, 0.0);
     }
 
     #[test]

@@ -22,6 +22,11 @@ pub(crate) const fn float(
     Field { name, kind: FieldKind::Float { min, max }, default: Some(default), doc }
 }
 
+/// `true` or `false`.
+pub(crate) const fn flag(name: &'static str, default: &'static str, doc: &'static str) -> Field {
+    Field { name, kind: FieldKind::Bool, default: Some(default), doc }
+}
+
 /// One of some words.
 pub(crate) const fn choice(
     name: &'static str,

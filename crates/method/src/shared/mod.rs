@@ -15,6 +15,7 @@ pub(crate) mod projection;
 pub(crate) mod scores;
 pub(crate) mod sparse;
 pub(crate) mod staged;
+pub(crate) mod tasks;
 pub(crate) mod token_rows;
 pub(crate) mod torch_random;
 pub(crate) mod wavelets;

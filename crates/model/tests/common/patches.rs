@@ -43,11 +43,11 @@ impl BlockPatch for Probe {
     fn around(
         &self,
         h: &Tensor,
-        run: &dyn Fn(&Tensor) -> Result<Tensor>,
+        run: &dyn Fn(&Tensor, &Pass) -> Result<Tensor>,
         _: &Site,
         cx: &Pass,
     ) -> Result<Tensor> {
-        let out = run(h)?;
+        let out = run(h, cx)?;
         cx.put("block", out.clone());
         Ok(out.add(&self.param.get())?)
     }
@@ -57,7 +57,7 @@ impl KeyValuePatch for Probe {
     fn count(&self) -> usize {
         self.param.value().dim(0)
     }
-    fn rows(&self) -> Result<KeyValues> {
+    fn rows(&self, _: &Tensor, _: &Pass) -> Result<KeyValues> {
         let (rows, width) = (self.param.get(), self.heads * self.dim);
         let part = |start| rows.narrow(1, start, width)?.reshape([rows.dim(0), self.heads, self.dim]);
         Ok(KeyValues { keys: part(0)?, values: part(width)? })
@@ -71,7 +71,7 @@ impl PromptPatch for Probe {
     fn count(&self) -> usize {
         self.param.value().dim(0)
     }
-    fn rows(&self) -> Result<Tensor> {
+    fn rows(&self, _: &Tensor, _: &Pass) -> Result<Tensor> {
         Ok(self.param.get())
     }
 }

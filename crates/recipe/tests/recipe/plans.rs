@@ -79,6 +79,7 @@ layers = [1, 3]  # recipe
 format = "text"  # recipe
 path = "/here/a \"b\".txt"  # recipe
 eval_fraction = 0.1  # --set
+temperature = 1.0  # default
 shuffle = true  # default
 header = true  # default
 group_by_length = false  # default
@@ -178,7 +179,7 @@ fn the_schema_has_every_key_and_every_method() {
             .path
             .split('.')
             .filter(|part| !part.is_empty())
-            .map(|p| format!("/properties/{p}"))
+            .map(|p| format!("/properties/{p}{}", if p == "tasks" { "/items" } else { "" }))
             .collect();
         for field in &table.fields {
             let property = schema.pointer(&format!("{path}/properties/{}", field.name));
@@ -221,4 +222,56 @@ fn the_reference_page_has_every_key() {
     assert!(page.contains(
         "| `batch_size` | a whole number, at least 1, at most 1048576 | `16` | Rows a micro-batch. |"
     ));
+}
+
+/// The good recipe with its data as tasks.
+fn with_tasks(tasks: &str) -> String {
+    let lines = ["path = \"train.csv\"\n", "eval_path = \"test.csv\"\n"];
+    let without = lines.iter().fold(crate::common::GOOD.to_owned(), |text, line| text.replace(line, ""));
+    assert_eq!(without.len() + lines.concat().len(), crate::common::GOOD.len());
+    let train = without.find("[train]").unwrap();
+    format!("{}{tasks}\n{}", &without[..train], &without[train..])
+}
+
+#[test]
+fn tasks_take_from_the_table_what_they_do_not_say() {
+    let text = with_tasks(
+        "[[data.tasks]]\nname = \"a\"\npath = \"a.csv\"\neval_path = \"b.csv\"\ncolumns = { text = \"sentence\" }\n\n[[data.tasks]]\nname = \"b\"\npath = \"b.jsonl\"\nformat = \"jsonl\"\nlabels = [\"x\"]\n",
+    );
+    let recipe = crate::common::parse(&text, &["data.temperature=10"]).unwrap();
+    assert_eq!(recipe.data.temperature, 10.0);
+    let [a, b] = &recipe.data.tasks[..] else { panic!("{:?}", recipe.data.tasks) };
+    assert_eq!(
+        (a.name.as_str(), a.data.path.to_str(), a.data.columns.text.as_deref()),
+        ("a", Some("a.csv"), Some("sentence"))
+    );
+    assert_eq!(a.data.columns.label, recipe.data.columns.label, "the rest as the table says");
+    assert_eq!((a.data.format, b.data.format), (engraft_recipe::Format::Csv, engraft_recipe::Format::Jsonl));
+    assert_eq!(b.data.labels.as_deref(), Some(&["x".to_owned()][..]));
+    assert!(recipe.data.evaluates() && b.data.eval_path.is_none());
+    let plan = recipe.plan(&facts(Task::SequenceClassification)).unwrap();
+    assert_eq!(plan.data.tasks[0].data.path, Path::new("/here/a.csv"));
+    let again = Recipe::parse(&plan.to_toml(), "/run/plan.toml", &[], &crate::common::methods()).unwrap();
+    assert_eq!(again.data.tasks, plan.data.tasks, "the plan's text says the same");
+}
+
+#[test]
+fn mistakes_in_tasks() {
+    let one = "[[data.tasks]]\nname = \"a\"\npath = \"a.csv\"\n";
+    let text = with_tasks(&format!(
+        "{one}colums = {{}}\n{one}eval_path = \"x\"\neval_fraction = 0.2\n[[data.tasks]]\nname = \"c\"\ncolumns = {{ txt = \"t\" }}\n"
+    ));
+    let found = crate::common::messages(&text, &["data.path=p.csv"]);
+    for expected in [
+        "unknown key `data.tasks[0].colums`",
+        "did you mean `columns`?",
+        "`data.tasks[1].eval_path` and `data.tasks[1].eval_fraction` cannot both be set",
+        "two tasks are called `a`",
+        "`data.tasks[2].path` is missing",
+        "`data.tasks[2].columns` must be one of \"text\"",
+        "did you mean `text`?",
+        "`data.path` and `[[data.tasks]]` cannot both be set",
+    ] {
+        assert!(found.contains(expected), "{expected}\n{found}");
+    }
 }

@@ -1,6 +1,7 @@
 //! Data files to examples: which task they are for, which names the classes have, what is held out.
 
 mod pictures;
+mod tasks;
 mod tensors;
 
 use std::path::Path;
@@ -44,14 +45,14 @@ pub(crate) struct Examples {
 
 /// A mistake in the data, with the key of the recipe that it belongs to.
 pub(crate) struct Fault {
-    pub key: &'static str,
+    pub key: String,
     pub error: Box<Error>,
 }
 
 type Read<T> = std::result::Result<T, Fault>;
 
 fn at<T, E: Into<Error>>(key: &'static str, result: std::result::Result<T, E>) -> Read<T> {
-    result.map_err(|error| Fault { key, error: Box::new(error.into()) })
+    result.map_err(|error| Fault { key: key.to_owned(), error: Box::new(error.into()) })
 }
 
 /// The task: as the recipe says, else as the class in `config.json` and the data do.
@@ -73,7 +74,7 @@ pub(crate) fn decide_task(recipe: &Recipe, config: &Value) -> Task {
         return Task::ImageClassification;
     }
     // An encoder without a head of classes: the data say whether there are classes.
-    match seems(&recipe.data) {
+    match seems(recipe.data.sets()[0]) {
         Need::Label => Task::SequenceClassification,
         Need::Tags => Task::TokenClassification,
         Need::Text | Need::Completion | Need::Image => Task::MaskedLm,
@@ -132,6 +133,7 @@ fn data_task(task: Task, data: &Data) -> Result<DataTask> {
 }
 
 /// What the files are read with.
+#[derive(Clone, Copy)]
 pub(crate) struct Reading<'a> {
     pub task: Task,
     pub data: &'a Data,
@@ -139,7 +141,7 @@ pub(crate) struct Reading<'a> {
     pub max_length: usize,
     pub seed: u64,
     /// `id2label` of the model's configuration, in order.
-    pub known: Option<Vec<String>>,
+    pub known: Option<&'a Vec<String>>,
     /// What chat templates may ask for, and where they are rendered.
     pub templates: &'a TemplateOptions,
     /// The model's directory and its `config.json`, for how pictures are processed.
@@ -147,8 +149,19 @@ pub(crate) struct Reading<'a> {
 }
 
 impl Reading<'_> {
-    /// Training and evaluation examples.
+    /// Training and evaluation examples, of all tasks.
     pub fn examples(&self) -> Read<Examples> {
+        if self.data.tasks.is_empty() {
+            return self.one_set();
+        }
+        let sets = self.data.tasks.iter().enumerate().map(|(index, task)| {
+            let read = Reading { data: &task.data, ..*self }.one_set();
+            read.map_err(|fault| Fault { key: self.data.key(index, &fault.key), ..fault })
+        });
+        at("data.tasks", tasks::joined(sets.collect::<Read<Vec<_>>>()?, self.task))
+    }
+
+    fn one_set(&self) -> Read<Examples> {
         match (self.data.format, self.tokenizer) {
             (recipe::Format::Tensors, _) => self.tensors(),
             _ if self.task == Task::ImageClassification => self.pictures(),
@@ -177,7 +190,7 @@ impl Reading<'_> {
                 engraft_data::Error::Column { column, .. } => given(column),
                 _ => None,
             };
-            Fault { key: column.unwrap_or(key), error: Box::new(error.into()) }
+            Fault { key: column.unwrap_or(key).to_owned(), error: Box::new(error.into()) }
         })
     }
 
@@ -241,7 +254,7 @@ impl Reading<'_> {
 
     /// The model's own names where it was trained for the classes of the data: its head then keeps its meaning.
     fn known_names(&self, train: &Dataset) -> Option<Vec<String>> {
-        let (known, found) = (self.known.as_ref()?, train.labels.as_ref()?);
+        let (known, found) = (self.known?, train.labels.as_ref()?);
         let all = self.data.labels.is_none() && found.iter().all(|name| known.contains(name));
         (all && known != found).then(|| known.clone())
     }

@@ -16,7 +16,7 @@ impl Reading<'_> {
     pub(super) fn pictures(&self) -> Read<Examples> {
         let set = |path: &Path, labels_path, names| self.picture_set(path, labels_path, names);
         let first = |names| set(&self.data.path, self.data.labels_path.as_deref(), names);
-        let known = self.known.as_ref().filter(|_| self.data.labels.is_none());
+        let known = self.known.filter(|_| self.data.labels.is_none());
         // Numbers mean the model's classes where it has so many; names are compared with its own.
         let numbered = matches!(self.data.format, recipe::Format::Idx | recipe::Format::Npy);
         let found = match known.filter(|_| numbered) {

@@ -51,6 +51,7 @@ impl Reading<'_> {
         classes_not_scores(&file)?;
         let array = |name: &str| file.get(name).map(|t| t.to_i64()).transpose();
         let (mask, types, labels) = (array("attention_mask")?, array("token_type_ids")?, array("labels")?);
+        let tasks = array("task_ids")?;
         if labels.is_none() {
             return Err(Error::Setup(format!(
                 "{} holds no `labels`, so there is nothing to learn",
@@ -64,6 +65,7 @@ impl Reading<'_> {
             attention_mask: mask.as_deref(),
             token_type_ids: types.as_deref(),
             labels: labels.as_deref(),
+            task_ids: tasks.as_deref(),
         };
         if self.task != Task::Seq2Seq {
             return Ok(tensors.dataset(shifted, self.data.allow_empty)?);

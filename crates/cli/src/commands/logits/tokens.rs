@@ -1,4 +1,5 @@
-//! Words: `input_ids` [B, T] and optionally `attention_mask`, `token_type_ids`, `position_ids`, all of whole numbers.
+//! Words: `input_ids` [B, T] and optionally `attention_mask`, `token_type_ids`, `position_ids`, and `task_ids` [B],
+//! all of whole numbers.
 //!
 //! Masked places are dropped and every token keeps its column as its position, so that a row gives the same logits
 //! whichever side it is padded on. Logits are [B, T, outputs] with zeros at masked places, or [B, outputs] for models that
@@ -98,6 +99,7 @@ impl Given {
                 at % width.max(1)
             )));
         }
+        let tasks = find("task_ids")?;
         let tensors = Tensors {
             rows,
             width,
@@ -105,6 +107,7 @@ impl Given {
             attention_mask: mask.as_deref(),
             token_type_ids: types.as_deref(),
             labels: None,
+            task_ids: tasks.as_ref().map(|(tasks, _)| &tasks[..]),
         };
         let mut examples = tensors.dataset(false, true)?.examples;
         let kept =
@@ -227,6 +230,10 @@ pub fn pack(examples: &[Example]) -> engraft_nn::Result<Inputs> {
     let type_ids = match examples.iter().any(|e| e.type_ids.is_some()) {
         true => Some(Tensor::from_i64(examples.iter().flat_map(types).collect(), [tokens])?),
         false => None,
+    };
+    let layout = match examples.iter().any(|e| e.task.is_some()) {
+        true => layout.with_tasks(examples.iter().map(|e| e.task.unwrap_or(0)).collect()),
+        false => layout,
     };
     Ok(Inputs::tokens(Tensor::from_i64(ids, [tokens])?, type_ids, layout))
 }
