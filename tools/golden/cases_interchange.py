@@ -47,6 +47,7 @@ TABLE = [
     lora("bert_bf16", "bias", "biases and classifier in bf16", bias="all", target_modules=["query"]),
     case("bert_bf16", "ln_tuning", None, "norms in bf16 (`peft` merges it without the classifier)", False, target_modules=["LayerNorm"]),
     case("bert_bf16", "oft", "bias", "the biases of the targets in bf16", bias="oft_only", r=4, oft_block_size=0, target_modules=["value"]),
+    case("bert_bf16", "glora", None, "the zeros of paths that are off in bf16", r=2, config_D_E="none", target_modules=["query"]),
     case("bert_bf16", "prompt", None, "rows in f32 beside a classifier in bf16", False, num_virtual_tokens=2),
     # Keys of tensors and of the configuration.
     lora("roberta", "bias_all", "biases of a module with modules in it, trained whole", merge=False, bias="all", target_modules=["query"]),
@@ -106,7 +107,7 @@ TRAJECTORIES = {
 BOUNDS = {"tinylora_v": (False, 0.6), "supertuning_values": (False, 0.2)}
 
 CONFIGS = {"lora": peft.LoraConfig, "hira": peft.HiraConfig, "oft": peft.OFTConfig, "boft": peft.BOFTConfig, "osf": peft.OSFConfig,
-           "ln_tuning": peft.LNTuningConfig, "prompt": peft.PromptTuningConfig, "peanut": peft.PeanutConfig,
+           "ln_tuning": peft.LNTuningConfig, "glora": peft.GloraConfig, "prompt": peft.PromptTuningConfig, "peanut": peft.PeanutConfig,
            "trainable_tokens": peft.TrainableTokensConfig, "tinylora": peft.TinyLoraConfig, "supertuning": peft.SupertuningConfig}
 
 
@@ -122,10 +123,11 @@ def attach(c):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(base, CONFIGS[c["method"]](**config))
-    types = {key: p.dtype for key, p in model.named_parameters()}
+    tensors = lambda: [*model.named_parameters(), *model.named_buffers()]  # noqa: E731
+    types = {key: p.dtype for key, p in tensors()}
     model.float()  # drawn in f32, as elsewhere
     fill_adapter(model, cases.label(c))
-    for key, p in model.named_parameters():
+    for key, p in tensors():
         p.data = p.data.to(types[key])
     return cases.tied(model).eval()
 

@@ -260,6 +260,11 @@ pub trait Method: Send + Sync {
         Stored::F32
     }
 
+    /// Whether `peft` keeps what it adds to the model as `key` in the model's type, where it makes the rest F32.
+    fn in_type_of_model(&self, _key: &str) -> bool {
+        false
+    }
+
     /// Further names under which the file of `adapter` holds the same parameter.
     fn file_copies(&self, _name: &str, _adapter: &Adapter) -> Vec<String> {
         Vec::new()

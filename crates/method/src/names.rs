@@ -31,10 +31,11 @@ pub fn stored_as(methods: &[Chosen], key: &str, sites: &Sites) -> Stored {
     let [(only, _)] = methods else {
         return owner(methods, key).map_or(Stored::F32, |(method, _, rest)| method.stored_as(rest));
     };
+    let of_model = || only.in_type_of_model(key) || is_of_model(key, sites);
     let peft = !only.peft_type().starts_with("ENGRAFT_");
     match (only.stored_as(key), sites.numbers()) {
-        (Stored::F32, Numbers::F16) if peft && is_of_model(key, sites) => Stored::F16,
-        (Stored::F32, Numbers::BF16) if peft && is_of_model(key, sites) => Stored::BF16,
+        (Stored::F32, Numbers::F16) if peft && of_model() => Stored::F16,
+        (Stored::F32, Numbers::BF16) if peft && of_model() => Stored::BF16,
         (own, _) => own,
     }
 }

@@ -172,6 +172,11 @@ impl Method for Glora {
         Ok(())
     }
 
+    /// Of the paths that are off `peft` keeps a buffer.
+    fn in_type_of_model(&self, key: &str) -> bool {
+        key.ends_with(".zeros")
+    }
+
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let name =
             |kind: Kind| [LORA, VECTOR, CONSTANT, NONE].into_iter().find(|k| k.1 == kind).map_or("", |k| k.0);
