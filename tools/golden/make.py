@@ -26,6 +26,7 @@ GROUPS = {
     "numpy-random": ("numpy_random", "peft"),
     "vpt": ("vpt", "peft"),
     "hyper": ("hyper", "peft"),
+    "coda": ("coda", "peft"),
     "tokens": ("cases_selective", "peft"),
     "masks": ("masks", "peft"),
     "multiplicative": ("cases_multiplicative", "peft"),

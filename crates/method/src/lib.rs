@@ -31,7 +31,7 @@ use engraft_nn::{
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
-use additive::{beft, bottleneck, hyperformer, ia3};
+use additive::{beft, bottleneck, coda, hyperformer, ia3};
 use prompts::{prefix, prompt, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
@@ -102,6 +102,7 @@ pub static METHODS: &[&Entry] = &[
     &beft::ENTRY,
     &bottleneck::ENTRY,
     &hyperformer::ENTRY,
+    &coda::ENTRY,
     &prompt::ENTRY,
     &prefix::ENTRY,
     &vpt::ENTRY,
