@@ -175,6 +175,14 @@ pub struct Feed<'a> {
     epoch: Option<(u64, Epoch)>,
 }
 
+/// What to do where one of two levels would have no row.
+fn too_few(rows: usize, held_out: f64) -> String {
+    let needed = (1.0 / held_out).ceil().max(2.0);
+    format!(
+        "the training rows are parted into two levels, and of {rows} a share of {held_out} is no row for one of them; give at least {needed} rows, or another `held_out`"
+    )
+}
+
 impl<'a> Feed<'a> {
     /// The feed of a data set.
     pub fn new(data: &'a Dataset, options: FeedOptions) -> Result<Self> {
@@ -187,9 +195,7 @@ impl<'a> Feed<'a> {
         let rows = groups(data, options.packed).len();
         let count = (0..rows).filter(|&row| held(row)).count();
         if count == 0 || count == rows {
-            return Err(Error::Setup(format!(
-                "{rows} training rows cannot be parted into two levels, {held_out} of them for the upper; give more rows"
-            )));
+            return Err(Error::Setup(too_few(rows, held_out)));
         }
         Ok([Self::of(data, options, |row| !held(row))?, Self::of(data, options, held)?])
     }

@@ -65,6 +65,16 @@ impl Session {
         Feed::new(&self.train, self.feed_options()?)
     }
 
+    /// The micro-batches of the two levels, for methods that have two.
+    ///
+    /// # Errors
+    /// Too few rows for both levels.
+    pub(crate) fn levels(&self) -> Result<Option<[Feed<'_>; 2]>> {
+        let held_out = self.methods.iter().map(|(m, _)| m.held_out()).fold(0.0, f64::max);
+        let parts = || Feed::parts(&self.train, self.feed_options()?, held_out);
+        (held_out > 0.0).then(parts).transpose()
+    }
+
     /// How masks are drawn, for masked language models whose examples are text.
     pub fn masking(&self) -> Result<Option<Masking>> {
         let Some(tokenizer) = &self.tokenizer else { return Ok(None) };

@@ -2,6 +2,7 @@
 
 pub(crate) mod biases;
 pub(crate) mod bilevel;
+pub(crate) mod divisors;
 pub(crate) mod fields;
 pub(crate) mod kronecker;
 pub(crate) mod low_rank;
