@@ -26,6 +26,8 @@ GROUPS = {
     "numpy-random": ("numpy_random", "peft"),
     "vpt": ("vpt", "peft"),
     "hyper": ("hyper", "peft"),
+    "prompts": ("cases_prompts", "peft"),
+    "prompts-own": ("prompts_own", "peft"),
     "tokens": ("cases_selective", "peft"),
     "masks": ("masks", "peft"),
     "multiplicative": ("cases_multiplicative", "peft"),

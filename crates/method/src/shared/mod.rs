@@ -3,10 +3,12 @@
 pub(crate) mod biases;
 pub(crate) mod bilevel;
 pub(crate) mod fields;
+pub(crate) mod gated_prompts;
 pub(crate) mod kronecker;
 pub(crate) mod low_rank;
 pub(crate) mod matrices;
 pub(crate) mod mixture;
+pub(crate) mod network;
 pub(crate) mod numpy_random;
 pub(crate) mod orthogonal;
 pub(crate) mod places;
