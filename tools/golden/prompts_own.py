@@ -1,7 +1,11 @@
-"""DePT, and LLaMA-Adapter with the paper's gates in its first and second version: PyTorch transcriptions.
+"""DePT, XPrompt, and LLaMA-Adapter with the paper's gates in its first and second version: PyTorch transcriptions.
 
 DePT (Shi & Lipani, ICLR 2024, arXiv:2309.05173): rows P before the embedded input, and A·B·alpha/√rank added to the embedded
 tokens by their columns; tokens in columns from `max_length` on get nothing. Two learning rates.
+
+XPrompt (Ma et al., EMNLP 2022, arXiv:2210.04457): prompt tuning; then the gradient of a factor on each row, its absolute value
+summed over batches, says which rows leave; then the same of parts of rows, which become zero; then the rest is trained from the
+values before. The prompt rests while it is scored.
 
 LLaMA-Adapter (Zhang et al., ICLR 2024, arXiv:2303.16199): softmax(q·K_pᵀ/√d)·V_p, times tanh of a number a head, is added to what
 a head found, before the output projection. Keys and values are the layer's own projections of the prompt, not rotated; all
@@ -64,6 +68,77 @@ class DePT(nn.Module):
     def config(self):
         return {"peft_type": "ENGRAFT_DEPT", "num_virtual_tokens": self.tokens, **self.settings, "prompt_tuning_init": "RANDOM",
                 "prompt_tuning_init_text": None, "tokenizer_kwargs": None, "tokenizer_name_or_path": None}
+
+
+class XPrompt(DePT):
+    """Prompt tuning that loses rows and parts of rows on its way."""
+
+    def __init__(self, base, model, tokens, pieces, prune_tokens, prune_pieces, prompt_share, score_steps, total=8):
+        super().__init__(base, model, tokens, 1, 1, 0, 1)
+        del self.lora_embedding_A, self.lora_embedding_B
+        self.settings = dict(pieces=pieces, prune_tokens=prune_tokens, prune_pieces=prune_pieces, prompt_share=prompt_share,
+                             score_steps=score_steps)
+        width = self.prompt_embeddings.shape[1]
+        self.kept = list(range(tokens))
+        self.part = torch.tensor([c * pieces // width for c in range(width)])
+        self.register_buffer("mask", torch.ones(tokens, pieces))
+        self.register_buffer("scores", torch.zeros(tokens, pieces))
+        first = max(1, math.floor(prompt_share * total))
+        self.ends = first, first + score_steps, first + 2 * score_steps
+
+    def left(self):
+        return (self.prompt_embeddings * self.mask[:, self.part])[self.kept]
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None, **more):
+        rows, left = len(input_ids), self.left()
+        embedded = torch.cat([left.expand(rows, -1, -1), self.model.get_input_embeddings()(input_ids)], 1)
+        first = torch.ones(rows, len(left), dtype=torch.long)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if token_type_ids is not None:
+            more["token_type_ids"] = torch.cat([0 * first, token_type_ids], 1)
+        if labels is not None and self.causal:
+            labels = torch.cat([-100 * first, labels], 1)
+        return self.model(inputs_embeds=embedded, attention_mask=torch.cat([first, mask], 1), labels=labels, **more)
+
+    def before_update(self, model, step, optimizer):
+        start, rows, pieces = self.ends
+        if not start < step <= pieces:
+            return
+        p = self.prompt_embeddings
+        # d loss / d factor, by parts; a row's is their sum.
+        product = torch.zeros_like(self.mask).index_add_(1, self.part, (p.grad * p).detach())
+        self.scores += (product.sum(1, keepdim=True) if step <= rows else product).abs()
+        p.grad = None
+
+    def after_update(self, model, step, optimizer):
+        _, rows, pieces = self.ends
+        keep = lambda n, share: max(1, n - math.floor(n * share + 1e-9))
+        if step == rows:
+            order = sorted(self.kept, key=lambda row: -float(self.scores[row, 0]))
+            self.kept = sorted(order[:keep(len(order), self.settings["prune_tokens"])])
+            self.scores.zero_()
+        if step == pieces:
+            cells = sorted(((row, c) for row in self.kept for c in range(self.mask.shape[1])), key=lambda at: -float(self.scores[at]))
+            self.mask.zero_()
+            for at in cells[:keep(len(cells), self.settings["prune_pieces"])]:
+                self.mask[at] = 1
+            optimizer.state.pop(self.prompt_embeddings, None)
+
+    def finish(self):
+        self.done = True
+
+    def tensors(self):
+        if getattr(self, "done", False):
+            return {"prompt_embeddings": self.left().detach()}
+        return {"prompt_embeddings": self.prompt_embeddings}
+
+    def config(self):
+        start = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_kwargs": None, "tokenizer_name_or_path": None}
+        if getattr(self, "done", False):
+            config = self.model.config
+            return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(self.kept), "num_transformer_submodules": 1,
+                    "token_dim": self.prompt_embeddings.shape[1], **start}
+        return {"peft_type": "ENGRAFT_XPROMPT", "num_virtual_tokens": self.tokens, **self.settings, **start}
 
 
 class Gated(nn.Module):
@@ -155,6 +230,15 @@ def gated(base, second=False, tokens=4, layers=2):
     return Gated(base, zoo.load(base), tokens, layers, second)
 
 
+def xprompt(base, done=False, tokens=6, pieces=4, prune_tokens=0.5, prune_pieces=0.4, prompt_share=0.3, score_steps=1):
+    model = XPrompt(base, zoo.load(base), tokens, pieces, prune_tokens, prune_pieces, prompt_share, score_steps)
+    if done:
+        # As if rows 1 and 4 had gone, and some parts.
+        model.kept = [row for row in model.kept if row not in (1, 4)]
+        model.mask[0, 2] = model.mask[3, 0] = model.mask[3, 1] = 0
+    return model
+
+
 # name of the case -> (model, method, side, how it is made, what it checks)
 TABLE = {
     "llama__dept": ("llama", "dept", "", lambda m: dept(m), "tokens beyond max_length"),
@@ -165,6 +249,9 @@ TABLE = {
     "bert__dept": ("bert", "dept", "", lambda m: dept(m, max_length=40), "the classifier stays"),
     "roberta_token__dept": ("roberta_token", "dept", "", lambda m: dept(m, max_length=7), "token head"),
     "t5__dept": ("t5", "dept", "", lambda m: dept(m, max_length=7), "the encoder's input alone"),
+    "llama__xprompt": ("llama", "xprompt", "", lambda m: xprompt(m, True), "what is left is prompt tuning"),
+    "bert_mlm__xprompt": ("bert_mlm", "xprompt", "", lambda m: xprompt(m, True, pieces=5), "parts of uneven width"),
+    "t5__xprompt": ("t5", "xprompt", "_left", lambda m: xprompt(m, True), "rows for one half"),
     "llama__llama_adapter_tanh": ("llama", "llama_adapter", "", lambda m: gated(m), "the paper's gates"),
     "qwen2__llama_adapter_tanh": ("qwen2", "llama_adapter", "_left", lambda m: gated(m, layers=1), "biases on queries, keys and values"),
     "bert__llama_adapter_tanh": ("bert", "llama_adapter", "", lambda m: gated(m, layers=2), "an encoder"),
@@ -178,6 +265,9 @@ TRAINED = {
     "llama__dept": ("llama", "full", FAST, "dept", lambda m: dept(m, max_length=8, lr_ratio=0.25)),
     "bert__dept": ("bert", "padded", FAST, "dept", lambda m: dept(m, max_length=8)),
     "t5__dept": ("t5", "ragged", FAST, "dept", lambda m: dept(m, max_length=5, lr_ratio=2)),
+    "llama__xprompt": ("llama", "full", FAST, "xprompt", lambda m: xprompt(m)),
+    "gpt2__xprompt": ("gpt2", "padded", dict(FAST, weight_decay=0.1), "xprompt", lambda m: xprompt(m, tokens=5, pieces=5, score_steps=2)),
+    "t5__xprompt": ("t5", "ragged", FAST, "xprompt", lambda m: xprompt(m, prune_tokens=0.2)),
     "llama__llama_adapter_tanh": ("llama", "full", FAST, "llama_adapter", lambda m: gated(m)),
     "llama__llama_adapter_v2": ("llama", "padded", dict(learning_rate=5e-3), "llama_adapter_v2", lambda m: gated(m, True)),
 }
@@ -212,9 +302,13 @@ def write_case(name):
     logits[~keep] = 0.0
     double = forward_here(wide(filled(make(base), name)), inputs)
     rel = relative(logits[keep], double[keep])
+    if isinstance(model, XPrompt):
+        model.finish()
     save(model, out / "adapter", base)
     again = make(base)
     for key, value in tensors_of(out / "adapter/adapter_model.safetensors").items():
+        if isinstance(again, XPrompt):
+            again = XPrompt(base, again.model, len(value), 1, 0, 0, 1, 1)
         again.tensors()[key].data = value
     meta = {"case": name, "model": base, "method": method, "checks": checks, "task_type": cases.task_of(base), "merge": False,
             "tolerance": TOLERANCE, "num_virtual_tokens": model.config().get("num_virtual_tokens", 0),
@@ -237,7 +331,7 @@ def forward_here(model, inputs):
 
 
 def optimizer_of(model, o):
-    ratio = model.settings["lr_ratio"] if isinstance(model, DePT) else 1
+    ratio = getattr(model, "settings", {}).get("lr_ratio", 1)
     slow = [p for k, p in model.tensors().items() if "lora_embedding" in k]
     fast = [p for k, p in model.tensors().items() if "lora_embedding" not in k]
     groups = [dict(params=fast), *([dict(params=slow, lr=o["learning_rate"] * ratio)] if slow else [])]
@@ -262,6 +356,9 @@ def attempt(name, out, salt):
         training.optimizer_of, training.doubled, training.copy.deepcopy = plain
     if not training.well_posed(expected):
         return False
+    if isinstance(model, XPrompt):
+        print(name, "rows left", model.kept, "parts", int(model.mask.sum()))
+        model.finish()
     save(model, out / "final_adapter", base)
     write_tensors(out / "batches.safetensors", data)
     write_json(out / "expected.json", {"name": name, "model": base, "method": method, "notes": None,

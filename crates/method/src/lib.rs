@@ -32,7 +32,7 @@ use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
 use additive::{beft, bottleneck, hyperformer, ia3};
-use prompts::{dept, llama_adapter, llama_adapter_v2, mpt, p_tuning, prefix, prompt, vpt};
+use prompts::{dept, llama_adapter, llama_adapter_v2, mpt, p_tuning, prefix, prompt, vpt, xprompt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
     hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, osf,
@@ -106,6 +106,7 @@ pub static METHODS: &[&Entry] = &[
     &p_tuning::ENTRY,
     &mpt::ENTRY,
     &dept::ENTRY,
+    &xprompt::ENTRY,
     &prefix::ENTRY,
     &llama_adapter::ENTRY,
     &llama_adapter_v2::ENTRY,

@@ -8,3 +8,4 @@ pub(crate) mod p_tuning;
 pub(crate) mod prefix;
 pub(crate) mod prompt;
 pub(crate) mod vpt;
+pub(crate) mod xprompt;
