@@ -361,7 +361,7 @@ mod tests {
         let start = value_of(&a, ROWS);
         let products = |seed: u64, shape: &[usize]| sample(shape, seed).to_vec().unwrap();
         let at = |number| Step { number, total: 8, seed: 0 };
-        let mut run = |number: u64| -> bool {
+        let run = |number: u64| -> bool {
             let mut gradients = backward(&a, number);
             method.after_backward(&a.adapter, &mut gradients, at(number)).unwrap();
             method.after_step(&a.adapter, &mut Nothing, at(number)).unwrap();
