@@ -27,6 +27,8 @@ GROUPS = {
     "vpt": ("vpt", "peft"),
     "hyper": ("hyper", "peft"),
     "coda": ("coda", "peft"),
+    "prompts": ("cases_prompts", "peft"),
+    "prompts-own": ("prompts_own", "peft"),
     "tokens": ("cases_selective", "peft"),
     "masks": ("masks", "peft"),
     "multiplicative": ("cases_multiplicative", "peft"),

@@ -50,10 +50,19 @@ pub struct Field {
 #[allow(missing_docs)]
 pub enum FieldKind {
     Bool,
-    Int { min: i64, max: i64 },
-    Float { min: f64, max: f64 },
+    Int {
+        min: i64,
+        max: i64,
+    },
+    Float {
+        min: f64,
+        max: f64,
+    },
     Text,
     OneOf(&'static [&'static str]),
+    /// A text whose tokens the method needs: `from_settings` is given `{ "text": …, "ids": […] }`, the ids by the model's
+    /// tokenizer with its special tokens, so that no method knows tokenizers.
+    Tokens,
     TextList,
     IntList,
     IntMap,

@@ -32,7 +32,7 @@ use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
 use additive::{beft, bottleneck, coda, hyperformer, ia3};
-use prompts::{prefix, prompt, vpt};
+use prompts::{dept, llama_adapter, llama_adapter_v2, mpt, p_tuning, prefix, prompt, vpt, xprompt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
     hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, osf,
@@ -46,7 +46,7 @@ use selective::{
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
 pub use calibration::{Calibration, Observe, Seen, observe};
-pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
+pub use entry::{Entry, Field, FieldKind, Info, Loaded, Settings, find, from_file};
 pub use names::{prefix, stored_as};
 pub use read::pattern;
 pub use reparameterized::dylora::sliced_dylora;
@@ -104,7 +104,13 @@ pub static METHODS: &[&Entry] = &[
     &hyperformer::ENTRY,
     &coda::ENTRY,
     &prompt::ENTRY,
+    &p_tuning::ENTRY,
+    &mpt::ENTRY,
+    &dept::ENTRY,
+    &xprompt::ENTRY,
     &prefix::ENTRY,
+    &llama_adapter::ENTRY,
+    &llama_adapter_v2::ENTRY,
     &vpt::ENTRY,
     &full::FULL,
     &full::HEAD,
@@ -284,6 +290,8 @@ pub struct Described<'a> {
     pub adapter: &'a Adapter,
     /// What precedes the names of the method's own parameters in it, where it is one of several.
     pub prefix: &'a str,
+    /// The base as the user named it.
+    pub base_model: &'a str,
 }
 
 /// The optimizer's memory of earlier gradients.

@@ -32,6 +32,9 @@ const NO_EXCLUSION: &[&str] = &[
     "VERA",
 ];
 
+/// Types whose configuration in `peft` has no `modules_to_save`.
+const NOTHING_BESIDE: &[&str] = &["ADAPTION_PROMPT", "TRAINABLE_TOKENS"];
+
 /// Whether this is the configuration of `peft_type`.
 pub(crate) fn is_type(config: &Value, peft_type: &str) -> bool {
     config.get("peft_type").and_then(Value::as_str) == Some(peft_type)
@@ -231,8 +234,7 @@ pub(crate) fn kept_classifier<'s>(
     adapter: &Adapter,
 ) -> Option<(&'static str, Vec<&'s Site>)> {
     let classifies = matches!(task, Task::SequenceClassification | Task::TokenClassification);
-    // Trainable tokens have no `modules_to_save`.
-    if !classifies || peft_type.starts_with("ENGRAFT_") || peft_type == "TRAINABLE_TOKENS" {
+    if !classifies || peft_type.starts_with("ENGRAFT_") || NOTHING_BESIDE.contains(&peft_type) {
         return None;
     }
     CLASSIFIERS.iter().find_map(|name| {
@@ -280,7 +282,7 @@ pub(crate) fn write_header(
         "peft_type": peft_type, "peft_version": VERSION, "revision": null, "task_type": task_type,
     });
     let Value::Object(mut map) = header else { return Map::new() };
-    if peft_type == "TRAINABLE_TOKENS" && train_also.is_empty() {
+    if NOTHING_BESIDE.contains(&peft_type) && train_also.is_empty() {
         map.remove("modules_to_save");
     }
     map

@@ -65,10 +65,17 @@ impl Adapter {
         self.trainable().map(|p| p.param.value().len()).sum()
     }
 
-    /// Rows that its prompts put before every sequence.
+    /// Positions that its prompts and prefixes take before every sequence.
     pub fn prompt_rows(&self) -> usize {
-        let rows = |patch: &Patch| if let Patch::Prompt(prompt) = patch { prompt.count() } else { 0 };
-        self.patches.values().flatten().map(rows).sum()
+        let prompt = |patch: &Patch| if let Patch::Prompt(prompt) = patch { prompt.count() } else { 0 };
+        let prefix = |patch: &Patch| match patch {
+            Patch::KeyValue(prefix) if prefix.gate().is_none() => prefix.count(),
+            _ => 0,
+        };
+        let prompts: usize = self.patches.values().flatten().map(prompt).sum();
+        // Every attention has the same prefix, or the first of them says how far tokens move.
+        let prefixes = self.patches.values().map(|site| site.iter().map(prefix).sum::<usize>());
+        prompts + prefixes.max().unwrap_or(0)
     }
 
     pub(crate) fn push_patch(&mut self, site: SiteId, patch: Patch) {

@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use engraft_method::{Chosen, Field, FieldKind, Named, attach, find, load_adapter, pattern};
+use engraft_data::Tokenizer;
+use engraft_method::{Chosen, Field, FieldKind, Named, Settings, attach, find, load_adapter, pattern};
 use engraft_nn::{Adapter, LayerChoice, Matcher, Model, Role, Sites, TargetError, Targets};
 use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
 use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
+use serde_json::{Value, json};
 
 use crate::Result;
 
@@ -56,6 +58,7 @@ pub(crate) fn from_recipe(
     recipe: &Recipe,
     methods: &[MethodTable],
     model: &dyn Model,
+    tokenizer: Option<&Tokenizer>,
     new_tensors: &[String],
 ) -> std::result::Result<AttachedAdapter, Vec<Problem>> {
     if let Some(table) = methods.iter().find(|m| m.from.is_some()) {
@@ -63,7 +66,7 @@ pub(crate) fn from_recipe(
     }
     let (mut chosen, mut problems): (Vec<Chosen>, Vec<Problem>) = (vec![], vec![]);
     for table in methods {
-        match method(recipe, table, model) {
+        match method(recipe, table, model, tokenizer) {
             Ok(one) => chosen.push(one),
             Err(found) => problems.extend(found),
         }
@@ -167,6 +170,7 @@ fn method(
     recipe: &Recipe,
     table: &MethodTable,
     model: &dyn Model,
+    tokenizer: Option<&Tokenizer>,
 ) -> std::result::Result<Chosen, Vec<Problem>> {
     let name = table.name.as_ref().map_or("", |name| name.value.as_str());
     let Some(entry) = find(name) else {
@@ -174,7 +178,9 @@ fn method(
             recipe.problem_at(&format!("{}.name", table.at), format!("there is no method `{name}`")),
         ]);
     };
-    let method = (entry.from_settings)(&table.settings).map_err(|e| wrong_settings(recipe, table, e))?;
+    let settings = with_ids(&table.settings, entry.info.fields, tokenizer)
+        .map_err(|(key, e)| vec![recipe.problem_at(&format!("{}.{key}", table.at), e)])?;
+    let method = (entry.from_settings)(&settings).map_err(|e| wrong_settings(recipe, table, e))?;
     let default = method.default_targets(model.sites());
     let targets = targets(recipe, table, default.clone())?;
     let effective = targets.clone().or(default);
@@ -203,6 +209,23 @@ fn method(
         }
     }
     Ok((method, targets))
+}
+
+/// The settings with the ids of every text whose tokens a method needs, where there is a tokenizer.
+fn with_ids(
+    settings: &Settings,
+    fields: &[Field],
+    tokenizer: Option<&Tokenizer>,
+) -> std::result::Result<Settings, (&'static str, String)> {
+    let mut settings = settings.clone();
+    let Some(tokenizer) = tokenizer else { return Ok(settings) };
+    for field in fields.iter().filter(|field| matches!(field.kind, FieldKind::Tokens)) {
+        let Some(text) = settings.get(field.name).and_then(Value::as_str) else { continue };
+        let ids = tokenizer.encode(text, true).map_err(|e| (field.name, e.to_string()))?.ids;
+        let both = json!({ "text": text, "ids": ids });
+        settings.insert(field.name.into(), both);
+    }
+    Ok(settings)
 }
 
 /// What a method says of its settings, each at its own place: its words begin with the setting's name.

@@ -80,7 +80,8 @@ impl Session {
         let facts = facts(recipe, task, examples.as_ref(), max_length, &options.working_dir)?;
         let plan = keep(recipe.plan(&facts).map_err(|found| found.list), &mut problems);
         let methods = plan.as_ref().map_or(&recipe.methods, |plan| &plan.methods);
-        let made = from_recipe(recipe, methods, loaded.model.as_ref(), &loaded.new_tensors);
+        let made =
+            from_recipe(recipe, methods, loaded.model.as_ref(), tokenizer.as_ref(), &loaded.new_tensors);
         let attached = keep(made, &mut problems);
         if let Some(examples) = &examples {
             problems.extend(misfits(recipe, examples, &loaded, attached.as_ref()));
@@ -366,16 +367,24 @@ fn steps_per_epoch(recipe: &Recipe, examples: &Examples, max_length: usize) -> R
         .steps_per_epoch())
 }
 
-/// The rows of a prompt take positions too: the longest example with them must not have more than there are.
+/// The rows of a prompt take positions too: there must be some left, and the longest example with them must not have more than
+/// a table has.
 fn no_room(
     recipe: &Recipe,
     examples: &Examples,
     attached: Option<&AttachedAdapter>,
     config: &Value,
 ) -> Option<Problem> {
-    let limit = token_limit(config).filter(|limit| limit.is_table)?.tokens;
+    let limit = token_limit(config)?;
+    let (is_table, limit) = (limit.is_table, limit.tokens);
     let rows = attached?.adapter.prompt_rows();
-    let longest = examples.train.lengths().into_iter().max()?;
+    if rows >= limit {
+        let title = format!("the prompt takes {rows} positions, and the model has {limit}");
+        let help = format!("`tokens` of at most {} leave room for a token", limit.saturating_sub(1));
+        return Some(recipe.problem_at("method", title).help(&help));
+    }
+    let parts = [Some(&examples.train), examples.eval.as_ref()];
+    let longest = parts.into_iter().flatten().flat_map(|part| part.lengths()).max().filter(|_| is_table)?;
     let title = format!(
         "the longest example has {longest} tokens, the prompt {rows} rows, and the model has {limit} positions"
     );

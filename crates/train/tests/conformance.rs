@@ -6,14 +6,14 @@
 
 mod fixtures;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use engraft_method::{Chosen, METHODS, attach, find, load_adapter, save_adapter};
 use engraft_model::Loaded;
 use engraft_nn::weight::Storage;
 use engraft_nn::{
-    Adapter, Builder, Error, Init, Inputs, Kind, Layout, Matcher, Mode, NamedParam, Pass, Patch, Patched,
-    Replacement, Result, Role, Route, Site, Targets, Task, Value, merged_tensors,
+    Adapter, Builder, Error, Init, Inputs, Kind, KvCache, Layout, Matcher, Mode, NamedParam, Pass, Patch,
+    Patched, Replacement, Result, Role, Route, Site, Targets, Task, Value, merged_tensors,
 };
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::testing::sample;
@@ -77,6 +77,10 @@ fn adapters(decoder_reads_encoder: bool) -> Vec<(String, Vec<Chosen>)> {
     let mut all: Vec<(String, Vec<Chosen>)> =
         METHODS.iter().map(|e| (e.info.name.to_string(), vec![((e.example)(), None)])).collect();
     all.push(("prompt, noise".into(), of("prompt", json!({ "tokens": 3, "init": "random" }), None)));
+    let small = json!({ "tokens": 3, "encoder_hidden_size": 5 });
+    all.push(("p_tuning, perceptron".into(), of("p_tuning", small, None)));
+    all.push(("prefix, whole".into(), of("prefix", json!({ "tokens": 3, "dropout": 0.1 }), None)));
+    all.push(("llama_adapter, scalar".into(), of("llama_adapter", json!({ "adapter_layers": 1 }), None)));
     all.push(("vpt, shallow".into(), of("vpt", json!({ "tokens": 2, "init": "normal" }), None)));
     let tables = Targets::roles(&[Role::Embed, Role::PatchEmbed, Role::Q, Role::Down]);
     all.push(("lora, tables".into(), of("lora", json!({ "rank": 2 }), Some(tables))));
@@ -213,6 +217,7 @@ impl Setting<'_> {
             Err(e) => return Err(e.to_string()),
         }
         self.saved(&adapter, &adapted)?;
+        self.cached(&adapter)?;
         self.batch_mates(&adapter)
     }
 
@@ -224,8 +229,12 @@ impl Setting<'_> {
         let table = has(&|s| s.role == Role::Embed && s.is_weight());
         // Its example starts as tokens.
         name == "prompt" && self.title == "prompt" && !table
-            || name == "trainable_tokens" && !table
+            || ["dept", "trainable_tokens"].contains(&name) && !table
             || name == "coda" && self.loaded.model.info().task == Task::CausalLm
+            // `peft`'s form of a prompt in attention goes past the bias of the output projection.
+            || self.title == "llama_adapter, scalar"
+                && has(&|s| s.role == Role::O && sites.bias_of(&s.path).is_some())
+                && !has(&|s| s.role == Role::Qkv)
             || name == "bitfit" && !has(&|s| s.path.ends_with(".bias"))
             || name == "head" && !has(&|s| s.role == Role::Head && s.is_weight())
     }
@@ -451,6 +460,33 @@ impl Setting<'_> {
         ensure(found.iter().zip(&wanted).all(|(a, b)| (a - b).abs() <= tolerance * largest), || {
             "loaded is not what was saved".into()
         })
+    }
+
+    /// Prompts of any kind: a text that is continued token by token, with a cache, has the logits of the whole text.
+    fn cached(&self, adapter: &Arc<Adapter>) -> Checked {
+        let info = self.loaded.model.info();
+        if info.task != Task::CausalLm || self.methods.iter().any(|m| m.0.info().class != "prompt") {
+            return Ok(());
+        }
+        let run = |inputs: &Inputs, cx: &Pass| {
+            no_grad(|| self.loaded.model.forward(inputs, cx)).map_err(|e| e.to_string())
+        };
+        let inputs = self.inputs(2..3);
+        let whole = run(&inputs, &Pass::new(inputs.layout.clone(), Some(adapter.clone())))?;
+        let ids = inputs.ids().and_then(|ids| Ok(ids.to_i64()?)).map_err(|e| e.to_string())?;
+        let room = ids.len() + adapter.prompt_rows();
+        let cache = Arc::new(Mutex::new(KvCache::new(info.layers, 1, room)));
+        let mut at = 0;
+        for count in [3, 1, 1, 1] {
+            let layout = Layout::new(&[count], (at..at + count).map(|p| p as i32).collect()).unwrap();
+            let new = Tensor::from_i64(ids[at..at + count].to_vec(), [count]).unwrap();
+            let cx = Pass::new(layout.clone(), Some(adapter.clone())).cached(cache.clone());
+            let part = run(&Inputs::tokens(new, None, layout), &cx)?;
+            let expected = whole.rows_between(at, at + count).map_err(|e| e.to_string())?;
+            close("with a cache", &part, &expected, self.tolerance())?;
+            at += count;
+        }
+        Ok(())
     }
 
     /// Rows with this adapter, none, and another of the same method in one batch equal their solo runs.

@@ -138,7 +138,7 @@ fn takes(field: &Field) -> String {
             (min, max) if max >= f64::MAX => format!("number, from {}", bound(min)),
             (min, max) => format!("number, {} to {}", bound(min), bound(max)),
         },
-        FieldKind::Text => "text".into(),
+        FieldKind::Text | FieldKind::Tokens => "text".into(),
         FieldKind::OneOf(names) => names.join(", "),
         FieldKind::TextList => "list of texts".into(),
         FieldKind::IntList => "list of whole numbers".into(),

@@ -1,5 +1,11 @@
 //! Trained rows before tokens, or before keys and values.
 
+pub(crate) mod dept;
+pub(crate) mod llama_adapter;
+pub(crate) mod llama_adapter_v2;
+pub(crate) mod mpt;
+pub(crate) mod p_tuning;
 pub(crate) mod prefix;
 pub(crate) mod prompt;
 pub(crate) mod vpt;
+pub(crate) mod xprompt;
