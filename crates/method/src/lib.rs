@@ -32,7 +32,7 @@ use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
 use additive::{beft, bottleneck, ia3};
-use prompts::{prefix, prompt, vpt};
+use prompts::{apt, idpg, lpt, prefix, prompt, smop, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
     hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, osf,
@@ -104,6 +104,10 @@ pub static METHODS: &[&Entry] = &[
     &prompt::ENTRY,
     &prefix::ENTRY,
     &vpt::ENTRY,
+    &idpg::ENTRY,
+    &smop::ENTRY,
+    &lpt::ENTRY,
+    &apt::ENTRY,
     &full::FULL,
     &full::HEAD,
     &top_layers::ENTRY,
