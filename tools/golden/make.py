@@ -44,6 +44,7 @@ GROUPS = {
     "schedules": ("schedules", "peft"),
     "older": ("cases_vit", "adapters"),
     "bottleneck": ("bottleneck", "adapters"),
+    "instance": ("cases_instance", "peft"),
 }
 
 

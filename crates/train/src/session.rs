@@ -57,7 +57,10 @@ impl Session {
     /// How the training examples are batched.
     pub fn feed_options(&self) -> Result<FeedOptions> {
         let masking = self.masking()?;
-        Ok(feed_options(&self.plan.data, &self.plan.train, self.plan.max_length, masking, self.shift))
+        let writes = self.objective == Objective::CausalLm;
+        let plan = &self.plan;
+        let options = feed_options(&plan.data, &plan.train, plan.max_length, masking, self.shift);
+        Ok(FeedOptions { writes, ..options })
     }
 
     /// The micro-batches of every step.
@@ -124,5 +127,6 @@ pub(crate) fn feed_options(
         masking,
         shift,
         temperature: data.temperature,
+        writes: false,
     }
 }

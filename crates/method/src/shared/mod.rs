@@ -15,6 +15,7 @@ pub(crate) mod orthogonal;
 pub(crate) mod places;
 pub(crate) mod projection;
 pub(crate) mod scores;
+pub(crate) mod sequences;
 pub(crate) mod sparse;
 pub(crate) mod staged;
 pub(crate) mod tasks;
