@@ -42,6 +42,7 @@ pub fn toy() -> (Arc<Sites>, ModelInfo) {
     s.add_value("tok", Role::Embed, None, kind, Value::Weight(table), "tok.weight");
     s.add("tok.prompt", Role::Prompt, None, Kind::Prompt { width: 6 });
     for layer in 0..2 {
+        s.add(format!("layers.{layer}"), Role::Block, Some(layer), Kind::Block { width: 6 });
         let linears = [
             ("attn.q", Role::Q, 6, 6, true),
             ("attn.k", Role::K, 4, 6, true),
@@ -64,9 +65,6 @@ pub fn toy() -> (Arc<Sites>, ModelInfo) {
     }
     let weight = Weight::matrix(&rows(3, 6, 90), Storage::Dense, Precision::F32).unwrap();
     Linear::declare(&mut s, ("head", "head"), Role::Head, None, Arc::new(weight), Some(sample(&[3], 91)));
-    for layer in 0..2 {
-        s.add(format!("layers.{layer}"), Role::Block, Some(layer), Kind::Block { width: 6 });
-    }
     let info = ModelInfo {
         architecture: "toy".into(),
         task: Task::CausalLm,
