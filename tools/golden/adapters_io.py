@@ -46,9 +46,9 @@ def trainable(model):
     return {k: p for k, p in model.named_parameters() if p.requires_grad}
 
 
-def save_adapter(model, path, base):
+def save_adapter(model, path, base, save_embedding_layers=False):
     """`save_pretrained`, with the lists of the configuration in a fixed order and no place of this machine in it."""
-    model.save_pretrained(path, save_embedding_layers=False)
+    model.save_pretrained(path, save_embedding_layers=save_embedding_layers)
     (path / "README.md").unlink(missing_ok=True)
     config = path / "adapter_config.json"
     c = json.loads(config.read_text())

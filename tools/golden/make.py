@@ -16,6 +16,7 @@ GROUPS = {
     "models": ("zoo", "peft"),
     "cases": ("cases", "peft"),
     "lora": ("cases_lora", "peft"),
+    "interchange": ("cases_interchange", "peft"),
     "bitfit": ("selective", "peft"),
     "heads": ("heads", "peft"),
     "combine": ("combine", "peft"),

@@ -1,4 +1,4 @@
-"""Raw draws of PyTorch's generator for CPUs: the lower 27 bits of words, single-precision uniforms and the beginnings of permutations."""
+"""Raw draws of PyTorch's generator for CPUs: the lower 27 bits of words, single-precision uniforms, normals and the beginnings of permutations."""
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ def case(seed, permutations):
     # `random_` takes one word modulo its bound where this is small, else two.
     words = torch.empty(700, dtype=torch.int64).random_(0, 2**27, generator=generator(seed))
     uniform = torch.empty(60).uniform_(-0.35, 0.35, generator=generator(seed))
+    normals = [torch.normal(0.0, 0.7, size=(n,), generator=generator(seed)).tolist() for n in (5, 16, 40)]
     return {
-        "seed": seed, "low_bits": words.tolist(), "uniform_bits": uniform.numpy().view(np.uint32).tolist(),
+        "seed": seed, "normals": normals, "low_bits": words.tolist(), "uniform_bits": uniform.numpy().view(np.uint32).tolist(),
         "permutations": [{"n": n, "first": torch.randperm(n, generator=generator(seed))[:count].tolist()} for n, count in permutations],
     }
 

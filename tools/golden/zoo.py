@@ -65,6 +65,7 @@ MODELS_TABLE = {
     "bert_token": spec("BertForTokenClassification", dict(BERT, num_labels=5)),
     "bert_mlm": spec("BertForMaskedLM", BERT),
     "bert_gelu_new": spec("BertForSequenceClassification", dict(BERT, num_labels=2, hidden_act="gelu_new")),
+    "bert_bf16": spec("BertForSequenceClassification", dict(BERT, num_labels=3), dtype="bfloat16"),
     "bert_encoder": spec("BertModel", BERT),
     "roberta": spec("RobertaForSequenceClassification", dict(ROBERTA, num_labels=3)),
     "roberta_token": spec("RobertaForTokenClassification", dict(ROBERTA, num_labels=4)),

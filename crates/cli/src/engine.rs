@@ -84,7 +84,7 @@ impl Engine {
         };
         let files = adapter.as_ref().map(|(_, files)| files);
         let options = LoadOptions {
-            task: files.and_then(task_of),
+            task: files.map(|files| task_of(&dir, files, cx)).transpose()?.flatten(),
             labels: files.map(|files| labels_of(&dir, files, cx)).transpose()?.flatten(),
             precision: match args.dtype {
                 Dtype::F32 => Precision::F32,
@@ -206,16 +206,21 @@ impl Engine {
     }
 }
 
-/// What `peft` wrote as the adapter's task.
-fn task_of(files: &AdapterFiles) -> Option<Task> {
-    match files.config.get("task_type")?.as_str()? {
-        "CAUSAL_LM" => Some(Task::CausalLm),
-        "SEQ_CLS" => Some(Task::SequenceClassification),
-        "TOKEN_CLS" => Some(Task::TokenClassification),
-        "FEATURE_EXTRACTION" => Some(Task::Embedding),
-        "SEQ_2_SEQ_LM" => Some(Task::Seq2Seq),
+/// What `peft` wrote as the task of an adapter for the model in `dir`; `None` is what the model's class computes.
+fn task_of(dir: &Path, files: &AdapterFiles, cx: &Context) -> Outcome<Option<Task>> {
+    Ok(match files.config.get("task_type").and_then(Value::as_str) {
+        Some("CAUSAL_LM") => Some(Task::CausalLm),
+        Some("SEQ_CLS") => Some(Task::SequenceClassification),
+        Some("TOKEN_CLS") => Some(Task::TokenClassification),
+        Some("FEATURE_EXTRACTION") => {
+            let config = read_config(&dir.join("config.json"), &cx.limits).before_work()?;
+            // `peft` takes any class; an adapter of one with a head keeps it.
+            let names = files.weights.iter().map(|(name, _)| name);
+            (!engraft_model::has_head(&config, names)).then_some(Task::Embedding)
+        }
+        Some("SEQ_2_SEQ_LM") => Some(Task::Seq2Seq),
         _ => None,
-    }
+    })
 }
 
 /// Labels of the classifier that the adapter carries for the model in `dir`.

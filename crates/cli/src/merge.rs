@@ -7,9 +7,9 @@
 //! tensors get the prefix of the class that has such a head, as `transformers` expects.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
-use engraft_model::Architecture;
+use engraft_model::{Architecture, ties_by_values};
 use engraft_nn::{Adapter, Base, Kind, Site, Sites, Value as Frozen, mergeable_sites, merged_tensor};
 use engraft_store::{Dtype, Entry, RawTensor, Weights};
 use engraft_tensor::Tensor;
@@ -103,7 +103,7 @@ impl<'a> Merge<'a> {
         Ok(merge)
     }
 
-    /// A head that stays as it was while the embedding whose tensor it shared has changed.
+    /// Heads and tables that stay as they were while the tensor that they share has changed get one of their own.
     fn untie_unchanged_heads(
         &mut self,
         engine: &'a Engine,
@@ -111,18 +111,20 @@ impl<'a> Merge<'a> {
         weights: &'a Weights,
         own_name: &dyn Fn(&Site) -> String,
     ) {
-        let changed: HashSet<&str> = patched.iter().filter_map(|s| s.tensor.as_deref()).collect();
-        let apart = |s: &&Site| s.rows.is_none() && !patched.iter().any(|p| p.id == s.id);
-        for site in engine.model.sites().iter().filter(apart) {
-            let name = site.tensor.as_deref().filter(|name| changed.contains(name));
-            let Some((name, raw)) = name.and_then(|name| Some((name, weights.get(name)?))) else { continue };
-            let first = engine.model.sites().iter().find(|s| s.tensor.as_deref() == Some(name));
-            if first.is_some_and(|first| first.id != site.id) {
-                self.tensors.insert(own_name(site), Source::File(raw));
-                self.untied = Some(own_name(site));
-            } else if let Some(other) = patched.iter().find(|p| p.tensor.as_deref() == Some(name)) {
-                // The embedding stays and the head has changed: `new` gave the head a name of its own.
-                self.untied = Some(own_name(other));
+        let sites = engine.model.sites();
+        let changes = |site: &Site| patched.iter().any(|p| p.id == site.id);
+        for site in sites.iter().filter(|s| s.rows.is_none() && !changes(s)) {
+            let sharing = |s: &&Site| s.tensor.is_some() && s.tensor == site.tensor;
+            let Some(changed) = patched.iter().copied().find(sharing) else { continue };
+            let Some(raw) = site.tensor.as_deref().and_then(|name| weights.get(name)) else { continue };
+            match sites.iter().find(sharing) {
+                // `new` has written the first one's change under the shared name.
+                Some(first) if changes(first) => {
+                    self.tensors.insert(own_name(site), Source::File(raw));
+                    self.untied = Some(own_name(site));
+                }
+                // The shared tensor stays, and what has changed was given a name of its own.
+                _ => self.untied = Some(own_name(changed)),
             }
         }
     }
@@ -276,7 +278,7 @@ impl<'a> Merge<'a> {
     /// `config.json` of the merged model.
     pub fn config(&self, engine: &Engine) -> Value {
         let mut config = engine.config.as_object().cloned().unwrap_or_default();
-        if self.untied.is_some() {
+        if self.untied.is_some() && !ties_by_values(&engine.config) {
             config.insert("tie_word_embeddings".into(), false.into());
         }
         if let Some(dtype) = self.dtype {

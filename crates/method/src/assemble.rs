@@ -7,12 +7,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use engraft_nn::{
-    Adapter, Base, Builder, Error, ModelInfo, Patch, Replacement, Result, Role, Site, SiteId, Sites, Targets,
-    Value as Frozen,
+    Adapter, Base, Builder, Error, ModelInfo, Patch, Replacement, Result, Site, SiteId, Sites, Targets,
+    TaskName, Value as Frozen, pattern,
 };
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
+use crate::bases::{OtherBase, other_bases};
 use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_bias_a_head, stale};
 use crate::names::{file_names, prefix, stored_as};
 use crate::written::{as_held, as_stored, written};
@@ -62,7 +63,7 @@ pub fn attach(
     under_names(
         sites,
         |a: &Attached| a.dead_targets.len() + a.dead_modules.len(),
-        |sites| build(methods, train_also, sites, info, seed, Vec::new()),
+        |sites| build(methods, train_also, sites, info, seed, Vec::new(), &Vec::new()),
     )
 }
 
@@ -88,8 +89,12 @@ fn build(
     info: &ModelInfo,
     seed: u64,
     replaced: Vec<OtherBase>,
+    unread: &Named,
 ) -> Result<Attached> {
     let mut b = Builder::new(sites, info, seed);
+    for (name, value) in unread {
+        b.fixed(name, value.shape(), engraft_nn::Init::Values(value.clone()))?;
+    }
     for other in replaced {
         let shape = other.value.shape().to_vec();
         let param = b.fixed(&other.name, &shape, engraft_nn::Init::Values(other.value))?;
@@ -111,6 +116,8 @@ fn build(
         }
         method.attach(&mut b)?;
     }
+    // A pattern of ranks that could not be decided must not pass for one that does not match.
+    pattern::gave_up()?;
     Ok(Attached { adapter: b.finish(), dead_targets, dead_modules })
 }
 
@@ -132,9 +139,10 @@ pub fn load_adapter(
 }
 
 fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelInfo) -> Result<LoadedAdapter> {
-    let (methods, train_also) = read_methods(config)?;
+    let (mut methods, train_also) = read_methods(config)?;
+    methods.iter_mut().for_each(|(method, _)| method.read_shapes(&tensors));
     let tensors = one_bias_a_head(tied::without_copies(tensors, config, sites)?, sites);
-    let mut attached = build(&methods, &train_also, sites, info, 0, Vec::new())?;
+    let mut attached = build(&methods, &train_also, sites, info, 0, Vec::new(), &Vec::new())?;
     let (mut names, mut copies) = (HashMap::new(), HashMap::new());
     for p in attached.adapter.params().iter().filter(|p| p.saved) {
         let (key, more) = file_names(&methods, &attached.adapter, &p.name);
@@ -143,7 +151,7 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     }
     let (mut given, mut rest, mut copied) = (Vec::new(), Vec::new(), Vec::new());
     for (key, tensor) in tensors {
-        let tensor = as_held(tensor, stored_as(&methods, &key))?;
+        let tensor = as_held(tensor, stored_as(&methods, &key, sites))?;
         match (names.get(&key), copies.get(&key)) {
             (Some(name), _) => given.push((name.clone(), tensor)),
             (None, Some(name)) => copied.push((key, name, tensor)),
@@ -153,12 +161,18 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     }
     copies_are_equal(&copied, &given)?;
     let (unknown, others) = other_bases(rest, sites)?;
+    let (unknown, unread) = tied::of_unread_modules(unknown, sites);
     given.extend(unknown);
-    if !others.is_empty() {
+    if !others.is_empty() || !unread.is_empty() {
         given.extend(others.iter().map(|o| (o.name.clone(), o.value.clone())));
-        attached = build(&methods, &train_also, sites, info, 0, others)?;
+        given.extend(unread.clone());
+        attached = build(&methods, &train_also, sites, info, 0, others, &unread)?;
     }
     attached.adapter.load(given)?;
+    attached.adapter.set_task(match config.get("task_type").and_then(Value::as_str) {
+        Some(name) => TaskName::Is(name.to_owned()),
+        None => TaskName::None,
+    });
     let dead = attached.dead_targets.into_iter().chain(attached.dead_modules).collect();
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
 }
@@ -178,54 +192,6 @@ fn read_methods(config: &Value) -> Result<(Vec<Chosen>, Vec<String>)> {
         train_also = config.get("modules_to_save").and_then(crate::read::texts).unwrap_or_default();
     }
     Ok((methods, train_also))
-}
-
-/// A frozen table or head that the adapter was trained on and that is not the model's.
-struct OtherBase {
-    name: String,
-    value: Tensor,
-    sites: Vec<SiteId>,
-}
-
-/// Takes copies of frozen embeddings and heads out of the tensors of a file; those equal to the model's are dropped.
-fn other_bases(tensors: Named, sites: &Sites) -> Result<(Named, Vec<OtherBase>)> {
-    let tables = || sites.iter().filter(|s| s.is_weight() && matches!(s.role, Role::Embed | Role::Head));
-    let (mut rest, mut others) = (Vec::new(), Vec::new());
-    for (key, value) in tensors {
-        let path = key.strip_prefix("base_model.model.").and_then(|k| k.strip_suffix(".weight"));
-        let path = path.map(|p| p.strip_suffix(".base_layer").unwrap_or(p));
-        let site = tables().find(|s| Some(s.path.as_str()) == path);
-        let Some((site, Frozen::Weight(own))) = site.map(|s| (s, &s.value)) else {
-            rest.push((key, value));
-            continue;
-        };
-        let own = own.dense()?;
-        if own.shape() != value.shape() {
-            let message = format!(
-                "the adapter was trained on a base whose table is {:?}; this model's is {:?}; resize the model's vocabulary first",
-                value.shape(),
-                own.shape()
-            );
-            return Err(Error::Site { path: site.path.clone(), message });
-        }
-        if !same(&own, &value)? {
-            // A tied head is the same tensor of the model.
-            let same_tensor = |s: &&Site| s.id == site.id || s.tensor.is_some() && s.tensor == site.tensor;
-            let name = key.strip_prefix("base_model.model.").unwrap_or(&key).to_string();
-            others.push(OtherBase {
-                name,
-                value,
-                sites: tables().filter(same_tensor).map(|s| s.id).collect(),
-            });
-        }
-    }
-    Ok((rest, others))
-}
-
-/// Equal up to the rounding of bf16, in which the model may be held.
-fn same(a: &Tensor, b: &Tensor) -> Result<bool> {
-    let (a, b) = (a.to_vec()?, b.to_vec()?);
-    Ok(a.iter().zip(&b).all(|(x, y)| (x - y).abs() <= y.abs() / 128.0))
 }
 
 /// `adapter_config.json` and the tensors of its file. `base_model` is the base as the user named it.
@@ -249,7 +215,7 @@ pub fn save_adapter(
     let mut train_also = train_also.to_vec();
     let config = match methods {
         [(method, targets)] => {
-            let kept = peft::kept_classifier(method.file_type(adapter), info.task, sites, adapter);
+            let kept = peft::kept_classifier(method.file_type(adapter), info, sites, adapter);
             if let Some((name, kept)) = kept {
                 train_also.push(name.to_owned());
                 for site in kept {
@@ -257,11 +223,11 @@ pub fn save_adapter(
                 }
             }
             let of = Saved { adapter, base_model, sites, info };
-            let map = config((method.as_ref(), targets.as_ref()), "", &train_also, &of)?;
+            let (map, chosen) = config((method.as_ref(), targets.as_ref()), "", &train_also, &of)?;
             biases_of_decoders(&mut tensors, &train_also, sites);
             tensors.extend(biases_of_saved(&map, &train_also, &tensors, sites));
             tensors.extend(tied::copies(&map, &tensors, sites)?);
-            for site in peft::copied_tables(&map, sites, adapter) {
+            for site in peft::copied_tables(&map, sites, info, &chosen) {
                 let key = format!("base_model.model.{}.base_layer.weight", site.path);
                 if tensors.iter().all(|(name, _)| *name != key) {
                     tensors.push((key, own_value(site)?));
@@ -273,16 +239,17 @@ pub fn save_adapter(
             let saved = Saved { adapter, base_model, sites, info };
             let of = |(number, (m, t)): (usize, &Chosen)| {
                 let before = prefix(several, number);
-                Ok(Value::Object(config((m.as_ref(), t.as_ref()), &before, &[], &saved)?))
+                Ok(Value::Object(config((m.as_ref(), t.as_ref()), &before, &[], &saved)?.0))
             };
-            let mut union = peft::write_header(UNION, base_model, info, &train_also);
+            let mut union =
+                peft::write_header(UNION, base_model, peft::task_type(adapter, info), &train_also);
             let configs = several.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
             union.insert("methods".into(), json!(configs));
             union
         }
     };
     for (key, tensor) in &mut tensors {
-        *tensor = as_stored(tensor, stored_as(methods, key))?;
+        *tensor = as_stored(tensor, stored_as(methods, key, sites))?;
     }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
     Ok((Value::Object(config), tensors))
@@ -312,14 +279,16 @@ struct Saved<'a> {
     info: &'a ModelInfo,
 }
 
+/// The method's configuration, and the sites that its targets choose.
 fn config(
     (method, targets): (&dyn Method, Option<&Targets>),
     prefix: &str,
     train_also: &[String],
     saved: &Saved<'_>,
-) -> Result<Map<String, Value>> {
+) -> Result<(Map<String, Value>, Vec<SiteId>)> {
     let Saved { adapter, base_model, sites, info } = *saved;
-    let mut map = peft::write_header(method.file_type(adapter), base_model, info, train_also);
+    let task = peft::task_type(adapter, info);
+    let mut map = peft::write_header(method.file_type(adapter), base_model, task, train_also);
     let targets = targets.cloned().or_else(|| method.default_targets(sites));
     let targets = targets.map(|targets| Targets { train_also: train_also.to_vec(), ..targets });
     let chosen = match &targets {
@@ -333,13 +302,14 @@ fn config(
         map.extend(peft::write_targets(&targets, method, sites, by_layer)?);
         peft::agree_on_feedforward(&mut map, sites, &chosen);
     }
-    Ok(map)
+    Ok((map, chosen))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{attached, chosen, config, frozen, names, rows_of, stir, survives_saving, toy};
+    use engraft_nn::Role;
     use engraft_tensor::testing::{close, sample};
 
     #[test]

@@ -80,7 +80,9 @@ pub(crate) fn biases_of_saved(
         let trained = tensors.iter().find(|(key, _)| *key == format!("base_model.model.{}", site.path));
         if let (true, Some((_, trained))) = (site.path.ends_with(".bias"), trained) {
             let key = |part: &str| format!("base_model.model.{module}.{part}.{rest}");
-            copies.push((key("modules_to_save"), trained.clone()));
+            // `peft` takes its own name for the adapter out of keys only where it is the last part but one.
+            let own = if rest.contains('.') { "modules_to_save.default" } else { "modules_to_save" };
+            copies.push((key(own), trained.clone()));
             copies.push((key("original_module"), base.clone()));
         }
     }

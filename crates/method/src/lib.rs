@@ -7,6 +7,7 @@
 mod additive;
 pub mod algebra;
 mod assemble;
+mod bases;
 mod calibration;
 mod copies;
 mod entry;
@@ -38,12 +39,12 @@ use prompts::{
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
     hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, osf,
-    peanut, periodiclora, phm, poly, psoft, pvera, randlora, road, rosa, said, sora, unilora, vblora, vera,
-    waveft,
+    peanut, periodiclora, phm, poly, psoft, pvera, randlora, road, rosa, said, sora, tinylora, unilora,
+    vblora, vera, waveft,
 };
 use selective::{
     bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, ln_tuning, lt_sft, pafi, random_mask,
-    sam_mask, shira, sift, spt, top_layers, trainable_tokens,
+    sam_mask, shira, sift, spt, supertuning, top_layers, trainable_tokens,
 };
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
@@ -99,6 +100,7 @@ pub static METHODS: &[&Entry] = &[
     &peanut::ENTRY,
     &lily::ENTRY,
     &psoft::ENTRY,
+    &tinylora::ENTRY,
     &osf::ENTRY,
     &hiwi::ENTRY,
     &beft::ENTRY,
@@ -123,6 +125,7 @@ pub static METHODS: &[&Entry] = &[
     &top_layers::ENTRY,
     &trainable_tokens::ENTRY,
     &shira::ENTRY,
+    &supertuning::ENTRY,
     &random_mask::ENTRY,
     &pafi::ENTRY,
     &fish::ENTRY,
@@ -233,6 +236,9 @@ pub trait Method: Send + Sync {
         Ok(targets.resolve(sites)?)
     }
 
+    /// Takes from the tensors of a file what its configuration says wrongly or not at all.
+    fn read_shapes(&mut self, _tensors: &Named) {}
+
     /// The method's own keys of `adapter_config.json`, those about targets and the header left out.
     fn config(&self, model: &Described<'_>) -> Map<String, Value>;
 
@@ -278,6 +284,8 @@ pub trait Method: Send + Sync {
 #[allow(missing_docs)]
 pub enum Stored {
     F32,
+    F16,
+    BF16,
     U8,
     I16,
     I32,

@@ -1,13 +1,13 @@
 //! The part of `adapter_config.json` that every method of `peft` has: targets, modules trained as a whole, the header.
 
 use engraft_nn::{
-    Adapter, Kind, LayerChoice, Matcher, ModelInfo, Result, Site, SiteId, Sites, Targets, Task,
-    Value as Frozen,
+    Adapter, Kind, LayerChoice, Matcher, ModelInfo, Pattern, Result, Role, Site, SiteId, Sites, Stack,
+    Targets, Task, TaskName, Value as Frozen,
 };
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, texts};
-use crate::{Info, Loaded, Method};
+use crate::{Info, Loaded, Method, tied};
 
 /// The version whose keys are written.
 const VERSION: &str = "0.21.2";
@@ -87,19 +87,19 @@ pub(crate) fn read_targets(r: &mut Reader<'_>) -> Option<Targets> {
     };
     let exclude = r.value("exclude_modules").cloned();
     let exclude = exclude.and_then(|v| names_or_pattern(r, "exclude_modules", &v));
-    let layers = match r.value("layers_to_transform").cloned() {
-        None => None,
-        Some(Value::Number(n)) => n.as_u64().map(|n| vec![n as usize]),
-        Some(_) => r.counts("layers_to_transform"),
+    let (layers, one_layer) = match r.value("layers_to_transform").cloned() {
+        None => (None, false),
+        Some(Value::Number(n)) => (n.as_u64().map(|n| vec![n as usize]), true),
+        Some(Value::Array(a)) if a.is_empty() => (None, false),
+        Some(_) => (r.counts("layers_to_transform"), false),
     };
-    let pattern = match r.value("layers_pattern").cloned() {
-        None => None,
-        Some(Value::Array(a)) if a.is_empty() => None,
-        Some(Value::String(s)) => Some(s),
-        Some(Value::Array(a)) if a.len() == 1 && a[0].is_string() => a[0].as_str().map(str::to_string),
-        Some(_) => r.texts("layers_pattern").map(|names| format!("(?:{})", names.join("|"))),
+    let (patterns, one_pattern) = match r.value("layers_pattern").cloned() {
+        None => (Vec::new(), false),
+        Some(Value::String(s)) if s.is_empty() => (Vec::new(), false),
+        Some(Value::String(s)) => (vec![s], true),
+        Some(_) => (r.texts("layers_pattern").unwrap_or_default(), false),
     };
-    let layers = layers.map(|layers| LayerChoice { layers, pattern });
+    let layers = layers.map(|layers| LayerChoice { layers, patterns, one_layer, one_pattern });
     if layers.is_some() && !matches!(matcher, Some(Matcher::Names(_)) | None) {
         r.problem("`layers_to_transform` needs `target_modules` to be a list of names");
     }
@@ -153,8 +153,16 @@ pub(crate) fn write_targets(
     }
     map.insert("target_modules".into(), written(&targets.matcher));
     if let Some(layers) = &targets.layers {
-        map.insert("layers_to_transform".into(), json!(layers.layers));
-        map.insert("layers_pattern".into(), json!(layers.pattern));
+        let one = layers.layers.first().filter(|_| layers.one_layer);
+        map.insert("layers_to_transform".into(), one.map_or_else(|| json!(layers.layers), |n| json!(n)));
+        map.insert(
+            "layers_pattern".into(),
+            match &layers.patterns[..] {
+                [] => Value::Null,
+                [one] if layers.one_pattern => json!(one),
+                several => json!(several),
+            },
+        );
     }
     Ok(map)
 }
@@ -202,23 +210,46 @@ pub(crate) fn agree_on_feedforward(map: &mut Map<String, Value>, sites: &Sites, 
     map.insert("exclude_modules".into(), Value::Null);
 }
 
-/// The tables below an adapter of which `peft` saves a copy: those called so, where the targets name one of them.
+/// The tables below an adapter of which `peft` saves a copy: the one of the model's input and the head over its words where
+/// they are among `chosen`, as soon as the targets name one that is called as in Llama.
 pub(crate) fn copied_tables<'s>(
     map: &Map<String, Value>,
     sites: &'s Sites,
-    adapter: &Adapter,
+    info: &ModelInfo,
+    chosen: &[SiteId],
 ) -> Vec<&'s Site> {
     const TABLES: [&str; 2] = ["embed_tokens", "lm_head"];
-    let named = match map.get("target_modules") {
-        Some(Value::Array(names)) => names.iter().any(|n| TABLES.iter().any(|t| n == t)),
-        Some(Value::String(text)) => TABLES.iter().any(|t| text.contains(t)),
-        _ => false,
-    };
     let own = |name: &str| name.starts_with("ENGRAFT_") || name == "TRAINABLE_TOKENS";
-    if !named || map.get("peft_type").and_then(Value::as_str).is_none_or(own) {
+    let rows_only = map.get("trainable_token_indices").is_some_and(|rows| !rows.is_null());
+    if rows_only || map.get("peft_type").and_then(Value::as_str).is_none_or(own) {
         return Vec::new();
     }
-    let copied = |s: &&Site| s.is_weight() && TABLES.contains(&s.module()) && !adapter.at(s.id).is_empty();
+    let named = match map.get("target_modules") {
+        Some(Value::Array(names)) => names.iter().any(|n| TABLES.iter().any(|t| n == t)),
+        // What is excluded counts as named.
+        Some(Value::String(text)) if text != "all-linear" => Pattern::whole(text).is_ok_and(|pattern| {
+            let tables = sites.iter().filter(|s| s.is_weight() && TABLES.contains(&s.module()));
+            tables.into_iter().any(|s| pattern.is_match(&s.path))
+        }),
+        _ => false,
+    };
+    let words = |s: &Site| match s.kind {
+        // T5's input is `shared`, which the tables of both sides only copy.
+        Kind::Embedding { .. } => {
+            s.role == Role::Embed && s.stack == Stack::Only && tied::own_name(sites, s).is_none()
+        }
+        Kind::Linear { out, .. } => {
+            s.role == Role::Head && out == info.vocabulary && !info.task.is_classification()
+        }
+        _ => false,
+    };
+    let ties = map.get("ensure_weight_tying").and_then(Value::as_bool) == Some(true);
+    // A head that follows its table is adapted without being named.
+    let follows = |s: &Site| {
+        let tables = chosen.iter().map(|id| sites.get(*id)).filter(|_| ties);
+        tables.into_iter().any(|table| tied::heads(sites, table).any(|head| head.id == s.id))
+    };
+    let copied = |s: &&Site| named && words(s) && (chosen.contains(&s.id) || follows(s));
     sites.iter().filter(copied).collect()
 }
 
@@ -229,11 +260,12 @@ const CLASSIFIERS: &[&str] = &["classifier", "score"];
 /// tensors by the task alone. `None` where there is none, or where the adapter holds or changes it itself.
 pub(crate) fn kept_classifier<'s>(
     peft_type: &str,
-    task: Task,
+    info: &ModelInfo,
     sites: &'s Sites,
     adapter: &Adapter,
 ) -> Option<(&'static str, Vec<&'s Site>)> {
-    let classifies = matches!(task, Task::SequenceClassification | Task::TokenClassification);
+    // A file may name another task, or none.
+    let classifies = matches!(task_type(adapter, info), Some("SEQ_CLS" | "TOKEN_CLS"));
     if !classifies || peft_type.starts_with("ENGRAFT_") || NOTHING_BESIDE.contains(&peft_type) {
         return None;
     }
@@ -261,21 +293,27 @@ pub(crate) fn agree_on_storage(map: &mut Map<String, Value>, sites: &Sites, chos
     }
 }
 
+/// `task_type`: what the adapter's file said, else what `peft` calls the model's task.
+pub(crate) fn task_type<'a>(adapter: &'a Adapter, info: &ModelInfo) -> Option<&'a str> {
+    match (adapter.task(), info.task) {
+        (TaskName::Is(name), _) => Some(name),
+        (TaskName::None, _) => None,
+        (TaskName::OfModel, Task::CausalLm) => Some("CAUSAL_LM"),
+        (TaskName::OfModel, Task::SequenceClassification) => Some("SEQ_CLS"),
+        (TaskName::OfModel, Task::TokenClassification) => Some("TOKEN_CLS"),
+        (TaskName::OfModel, Task::Embedding) => Some("FEATURE_EXTRACTION"),
+        (TaskName::OfModel, Task::Seq2Seq) => Some("SEQ_2_SEQ_LM"),
+        (TaskName::OfModel, Task::MaskedLm | Task::ImageClassification) => None,
+    }
+}
+
 /// The keys of every configuration.
 pub(crate) fn write_header(
     peft_type: &str,
     base_model: &str,
-    info: &ModelInfo,
+    task_type: Option<&str>,
     train_also: &[String],
 ) -> Map<String, Value> {
-    let task_type = match info.task {
-        Task::CausalLm => Some("CAUSAL_LM"),
-        Task::SequenceClassification => Some("SEQ_CLS"),
-        Task::TokenClassification => Some("TOKEN_CLS"),
-        Task::Embedding => Some("FEATURE_EXTRACTION"),
-        Task::Seq2Seq => Some("SEQ_2_SEQ_LM"),
-        Task::MaskedLm | Task::ImageClassification => None,
-    };
     let modules = if train_also.is_empty() { Value::Null } else { json!(train_also) };
     let header = json!({
         "auto_mapping": null, "base_model_name_or_path": base_model, "inference_mode": true, "modules_to_save": modules,

@@ -2,8 +2,7 @@
 
 use std::fmt::Display;
 
-use engraft_nn::{Error, Result};
-use regex::Regex;
+use engraft_nn::{Error, Pattern as Expression, Result};
 use serde_json::{Map, Value};
 
 use crate::Field;
@@ -78,6 +77,12 @@ impl<'a> Reader<'a> {
         self.read(key, "a number of at least 0 and less than 1", share).unwrap_or(0.0) as f32
     }
 
+    /// A probability; one leaves everything out.
+    pub fn probability(&mut self, key: &'static str) -> f32 {
+        let share = |v: &Value| v.as_f64().filter(|p| (0.0..=1.0).contains(p));
+        self.read(key, "a number from 0 to 1", share).unwrap_or(0.0) as f32
+    }
+
     /// A count of at least 1 and at most `max`.
     pub fn count(&mut self, key: &'static str, default: usize, max: usize) -> usize {
         let count = |v: &Value| v.as_u64().map(|n| n as usize).filter(|n| (1..=max).contains(n));
@@ -144,19 +149,26 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Pattern → number.
+    /// Pattern → number above 0.
     pub fn patterns(&mut self, key: &'static str) -> Vec<Pattern> {
+        let patterns = self.scales(key);
+        for p in patterns.iter().filter(|p| p.number <= 0.0) {
+            self.problem(format!("`{key}`: expected a number above 0 for `{}`, found {}", p.text, p.number));
+        }
+        patterns
+    }
+
+    /// Pattern → number of any sign: a factor.
+    pub fn scales(&mut self, key: &'static str) -> Vec<Pattern> {
         let Some(map) = self.read(key, "a table of patterns", |v| v.as_object().cloned()) else {
             return vec![];
         };
         let mut patterns = Vec::new();
         for (text, value) in map {
-            match (pattern(&text), value.as_f64().filter(|v| *v > 0.0)) {
+            match (pattern(&text), value.as_f64()) {
                 (Ok(regex), Some(number)) => patterns.push(Pattern { text, regex, number }),
                 (Err(e), _) => self.problem(format!("`{key}`: `{text}` is not a valid pattern: {e}")),
-                (_, None) => {
-                    self.problem(format!("`{key}`: expected a number above 0 for `{text}`, found {value}"))
-                }
+                (_, None) => self.problem(format!("`{key}`: expected a number for `{text}`, found {value}")),
             }
         }
         patterns
@@ -237,16 +249,15 @@ pub(crate) fn as_written(v: f32) -> f64 {
 ///
 /// # Errors
 /// A text that is no regular expression.
-pub fn pattern(text: &str) -> std::result::Result<Regex, regex::Error> {
-    // Alone first: what is closed by the brackets around it is no expression of its own.
-    Regex::new(text).and_then(|_| Regex::new(&format!(r"^(?:.*\.)?(?:{text})$")))
+pub fn pattern(text: &str) -> std::result::Result<Expression, String> {
+    Expression::ending(text)
 }
 
 /// A number for the modules whose path, or the end of it from a dot on, a pattern matches.
 #[derive(Clone, Debug)]
 pub(crate) struct Pattern {
     text: String,
-    regex: Regex,
+    regex: Expression,
     number: f64,
 }
 

@@ -54,6 +54,23 @@ pub(crate) fn own_name(sites: &Sites, table: &Site) -> Option<String> {
     (table.role == Role::Embed && !known).then(|| stem.to_owned())
 }
 
+/// Takes out of the tensors of a file those at a module that is none of the sites because the model does not read it (LoRA on
+/// T5's `shared`, whose tensor the tables of both sides have): `peft` loads and saves them, and they change nothing.
+pub(crate) fn of_unread_modules(tensors: Named, sites: &Sites) -> (Named, Named) {
+    let modules: Vec<String> = sites.iter().filter_map(|site| own_name(sites, site)).collect();
+    let (mut read, mut unread) = (Named::new(), Named::new());
+    for (key, value) in tensors {
+        let name = key.strip_prefix("base_model.model.").unwrap_or("");
+        let inside =
+            |module: &String| name.strip_prefix(module.as_str()).is_some_and(|rest| rest.starts_with('.'));
+        match modules.iter().any(inside) {
+            true => unread.push((name.to_owned(), value)),
+            false => read.push((key, value)),
+        }
+    }
+    (read, unread)
+}
+
 /// Copies of trained rows: `peft` writes them at the table and at everything that shares its tensor.
 fn copies_of_rows(tensors: &Named, sites: &Sites) -> Named {
     let key = |path: &str| format!("base_model.model.{path}.trainable_tokens_delta");

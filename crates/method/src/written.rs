@@ -38,13 +38,13 @@ pub(crate) fn as_stored(tensor: &Tensor, stored: Stored) -> Result<Tensor> {
         _ if tensor.dtype() != DType::F32 => tensor.clone(),
         Stored::I64 => Tensor::from_i64(whole(tensor)?, tensor.shape())?,
         Stored::I32 => Tensor::from_i32(whole(tensor)?.iter().map(|&v| v as i32).collect(), tensor.shape())?,
-        Stored::F32 | Stored::U8 | Stored::I16 => tensor.clone(),
+        Stored::F32 | Stored::F16 | Stored::BF16 | Stored::U8 | Stored::I16 => tensor.clone(),
     })
 }
 
 /// Whole numbers of a file as the parameter has them, where the file holds them in another type.
 pub(crate) fn as_held(tensor: Tensor, stored: Stored) -> Result<Tensor> {
-    if tensor.dtype() == DType::F32 || stored == Stored::F32 {
+    if tensor.dtype() == DType::F32 || matches!(stored, Stored::F32 | Stored::F16 | Stored::BF16) {
         return Ok(tensor);
     }
     let values = tensor.to_i64()?.iter().map(|&v| v as f32).collect();

@@ -15,11 +15,15 @@ pub struct Facts {
     pub(crate) known_by: &'static [(&'static str, &'static str)],
     /// Ends of names of tensors in old files that are no weights.
     pub(crate) buffers: &'static [&'static str],
+    /// Tables and heads share a tensor where the files hold no other values for them, whatever `tie_word_embeddings` says;
+    /// that key has a meaning of its own.
+    pub(crate) ties_by_values: bool,
 }
 
 impl Facts {
     /// Nothing to say.
-    pub(crate) const NONE: Facts = Facts { labelled: &[], length: Length::Any, known_by: &[], buffers: &[] };
+    pub(crate) const NONE: Facts =
+        Facts { labelled: &[], length: Length::Any, known_by: &[], buffers: &[], ties_by_values: false };
 }
 
 /// How many tokens a sequence may have.
@@ -78,6 +82,24 @@ pub fn token_limit(config: &Value) -> Option<TokenLimit> {
     }
 }
 
+/// Whether tables and heads of this model share a tensor by its values in the files alone: then `tie_word_embeddings` stays
+/// as it is when one of them gets a tensor of its own.
+pub fn ties_by_values(config: &Value) -> bool {
+    Architecture::of(config).is_some_and(|a| a.facts.ties_by_values)
+}
+
+/// Whether an adapter's tensors, by the names that `peft` gives them, are those of a model with a head on its trunk: their
+/// modules lie below the trunk's own name, or in a head.
+pub fn has_head<'a>(config: &Value, names: impl IntoIterator<Item = &'a str>) -> bool {
+    let Some(architecture) = Architecture::of(config) else { return false };
+    let below = |path: &str| !architecture.prefix.is_empty() && path.starts_with(architecture.prefix);
+    let in_head = |path: &str| architecture.heads.iter().any(|head| path.starts_with(head));
+    names
+        .into_iter()
+        .filter_map(|name| name.strip_prefix("base_model.model."))
+        .any(|p| below(p) || in_head(p))
+}
+
 /// The number of labels of the classifier that an adapter's `tensors`, names and shapes, hold; `None` where they hold none.
 pub fn labels_in<'a>(
     config: &Value,
@@ -112,6 +134,15 @@ mod tests {
         let llama = json!({ "model_type": "llama", "max_position_embeddings": 2048 });
         assert_eq!(limit(llama), Some((2048, false)));
         assert_eq!(limit(json!({ "model_type": "t5", "n_positions": 512 })), None);
+    }
+
+    #[test]
+    fn an_adapter_tells_whether_its_model_has_a_head() {
+        let has = |model: &str, name: &str| has_head(&json!({ "model_type": model }), [name]);
+        assert!(has("bert", "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"));
+        assert!(!has("bert", "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"));
+        assert!(has("t5", "base_model.model.decoder.block.0.layer.0.SelfAttention.q.lora_A.weight"));
+        assert!(!has("t5", "base_model.model.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight"));
     }
 
     #[test]

@@ -28,13 +28,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use engraft_nn::weight::Storage;
-use engraft_nn::{Model, Task};
-use engraft_store::{Limits, Weights, read_config};
+use engraft_nn::{Model, Numbers, Task};
+use engraft_store::{Dtype, Limits, Weights, read_config};
 use engraft_tensor::frozen::Precision;
 use serde_json::Value;
 
 pub use error::{Error, Mismatch, MismatchRow, Result};
-pub use facts::{Facts, TokenLimit, labels_in, token_limit};
+pub use facts::{Facts, TokenLimit, has_head, labels_in, ties_by_values, token_limit};
 pub use packed::Packed;
 
 use config::Config;
@@ -166,6 +166,7 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<Loaded> {
     let weights = Weights::open(dir, &options.limits)?;
     let prefixes = architecture.prefixes(&weights, task);
 
+    let numbers = numbers(&config, &weights);
     let mut dry = Reader::new(dir, &weights, options, prefixes.clone(), true);
     (architecture.build)(architecture, &mut c, &mut dry, head)?;
     c.finish()?;
@@ -174,6 +175,7 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<Loaded> {
         return Err(Error::Tensors(mismatch(dir, &weights, &config, dry)));
     }
     let mut reader = Reader::new(dir, &weights, options, prefixes, false);
+    reader.sites.set_numbers(numbers);
     let model = (architecture.build)(architecture, &mut c, &mut reader, head)?;
     let mapped = weights.files().iter().filter_map(|f| f.metadata().ok()).map(|m| m.len()).sum();
     Ok(Loaded {
@@ -184,6 +186,24 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<Loaded> {
         config,
     })
 }
+
+/// What `transformers` makes the model's numbers: what `config.json` says, else the type of the first tensor.
+fn numbers(config: &Value, weights: &Weights) -> Numbers {
+    let said = ["dtype", "torch_dtype"].iter().find_map(|key| config.get(key)?.as_str());
+    match said.map(|name| name.strip_prefix("torch.").unwrap_or(name)) {
+        Some("float16") => Numbers::F16,
+        Some("bfloat16") => Numbers::BF16,
+        Some("float32") => Numbers::F32,
+        _ => match weights.iter().map(|(_, t)| t.dtype).find(|t| FLOATS.contains(t)) {
+            Some(Dtype::F16) => Numbers::F16,
+            Some(Dtype::BF16) => Numbers::BF16,
+            _ => Numbers::F32,
+        },
+    }
+}
+
+/// Types that the weights of a model may have.
+const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::BF16];
 
 /// The architecture of a `config.json`.
 fn architecture(path: &Path, config: &Value) -> Result<&'static Architecture> {

@@ -436,7 +436,8 @@ impl<'a> Reader<'a> {
         Ok(Embedding::declare(&mut self.sites, (path, module), role, weight))
     }
 
-    /// The table at `path` that several modules share: the files call it `shared`, or hold a copy under each path.
+    /// The table at `path` that several modules share: the files call it `shared`, or hold one under each path. Where they
+    /// hold both, with different values, the module has its own, as in `transformers`.
     pub fn shared_embedding(
         &mut self,
         path: &str,
@@ -445,15 +446,17 @@ impl<'a> Reader<'a> {
         shape: (usize, usize),
         tied: bool,
     ) -> Result<Embedding> {
-        let (own, common) = (self.name(path), self.name(shared));
-        let (own_name, common_name) = (format!("{own}.weight"), format!("{common}.weight"));
-        if self.has(&own_name) && self.has(&common_name) && !self.same(&own_name, &common_name) {
-            let (expected, found) = (format!("the values of {common_name}"), "other values".into());
-            self.rows.push(MismatchRow { tensor: own_name.clone(), expected, found });
-        }
-        let module = if self.has(&common_name) || !self.has(&own_name) { common } else { own };
-        self.used.insert(own_name);
+        let common = self.shares(path, shared);
+        let module = self.name(if common { shared } else { path });
+        let own = format!("{}.weight", self.name(path));
+        self.used.insert(own);
         self.table((path, &module), role, shape, tied)
+    }
+
+    /// Whether the table at `path` is the one called `shared`: the files hold no other values under its own name.
+    pub fn shares(&self, path: &str, shared: &str) -> bool {
+        let [own, common] = [path, shared].map(|path| format!("{}.weight", self.name(path)));
+        !self.has(&own) || self.has(&common) && self.same(&own, &common)
     }
 
     /// The weight of a language-model head: the embedding's where `tied`, else one of its own.

@@ -31,7 +31,8 @@ pub(crate) static T5: Architecture = Architecture {
     prefix: "",
     trunk: &["T5Model"],
     heads: &["lm_head.", "classification_head.", "classifier.", "decoder."],
-    facts: Facts::NONE,
+    // The key says whether what a tied head reads is scaled.
+    facts: Facts { ties_by_values: true, ..Facts::NONE },
     build,
 };
 
@@ -172,9 +173,18 @@ fn build(
     let encoder = Half::build("encoder", &s, false, r)?;
     let decoder = if both {
         r.sites.set_stack(Stack::Decoder);
-        let half = Half::build("decoder", &s, tied, r)?;
-        let shared = tied.then_some((&half.words, "shared"));
-        let (weight, tensor) = r.decoder("lm_head", shared, (s.vocabulary, s.width))?;
+        // A merged model may have a table of its own in the decoder, while the head keeps the shared one.
+        let read_by_both = tied && r.shares("decoder.embed_tokens", "shared");
+        let half = Half::build("decoder", &s, read_by_both, r)?;
+        let (weight, tensor) = match (tied, read_by_both) {
+            (true, false) => {
+                r.pass_over("lm_head.weight");
+                r.decoder("shared", None, (s.vocabulary, s.width))?
+            }
+            (_, both) => {
+                r.decoder("lm_head", both.then_some((&half.words, "shared")), (s.vocabulary, s.width))?
+            }
+        };
         let last = Linear::declare_named(&mut r.sites, ("lm_head", &tensor), Role::Head, None, weight, None);
         Some((half, last, s.head_scale))
     } else {

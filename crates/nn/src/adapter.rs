@@ -19,12 +19,25 @@ pub struct NamedParam {
     pub saved: bool,
 }
 
+/// What the file that an adapter was read from calls its task.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum TaskName {
+    /// There was no file: the task is the model's.
+    #[default]
+    OfModel,
+    /// The file names none.
+    None,
+    /// The file's name for it.
+    Is(String),
+}
+
 /// Patches by site and parameters by name.
 #[derive(Default)]
 pub struct Adapter {
     patches: HashMap<SiteId, Vec<Patch>>,
     params: Vec<NamedParam>,
     names: Names,
+    task: TaskName,
 }
 
 impl Adapter {
@@ -36,6 +49,16 @@ impl Adapter {
     /// How its parameters call the model's modules.
     pub fn names(&self) -> Names {
         self.names
+    }
+
+    /// What the file that it was read from calls its task.
+    pub fn task(&self) -> &TaskName {
+        &self.task
+    }
+
+    /// Says what its file calls its task.
+    pub fn set_task(&mut self, task: TaskName) {
+        self.task = task;
     }
 
     /// The patches at a site, in the order they were attached.

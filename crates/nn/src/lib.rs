@@ -20,6 +20,7 @@ mod norm;
 mod parameter;
 mod pass;
 mod patch;
+pub mod pattern;
 mod replace;
 pub mod rotary;
 mod site;
@@ -27,7 +28,7 @@ mod targets;
 mod virtual_rows;
 pub mod weight;
 
-pub use adapter::{Adapter, NamedParam};
+pub use adapter::{Adapter, NamedParam, TaskName};
 pub use attention::{Attend, Memory};
 pub use builder::Builder;
 pub use cache::KvCache;
@@ -47,7 +48,8 @@ pub use patch::{
     Base, BlockPatch, HeadPatch, KeyValuePatch, KeyValues, Patch, PromptPatch, RowsFn, Sublayer,
     SublayerPatch, VectorPatch, WeightPatch,
 };
+pub use pattern::Pattern;
 pub use replace::Replacement;
-pub use site::{Kind, Names, Role, Site, SiteId, Sites, Stack, Value};
+pub use site::{Kind, Names, Numbers, Role, Site, SiteId, Sites, Stack, Value};
 pub use targets::{LayerChoice, Matcher, Resolution, TargetError, Targets};
 pub use weight::Weight;

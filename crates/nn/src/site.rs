@@ -198,6 +198,16 @@ pub enum Stack {
     Decoder,
 }
 
+/// What the numbers of a model are where it is loaded as it is: `dtype` of its configuration, else that of its tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Numbers {
+    #[default]
+    F32,
+    F16,
+    BF16,
+}
+
 /// Which names the modules of a model go by, where `transformers` has changed them between two of its versions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Names {
@@ -255,12 +265,23 @@ pub struct Sites {
     stack: Stack,
     names: Names,
     older: Option<Arc<Sites>>,
+    numbers: Numbers,
 }
 
 impl Sites {
     /// The half of the model that the sites declared from here on belong to.
     pub fn set_stack(&mut self, stack: Stack) {
         self.stack = stack;
+    }
+
+    /// Says what the model's numbers are.
+    pub fn set_numbers(&mut self, numbers: Numbers) {
+        self.numbers = numbers;
+    }
+
+    /// What the model's numbers are, and so the copies of its tensors in the files of adapters.
+    pub fn numbers(&self) -> Numbers {
+        self.numbers
     }
 
     /// Declares a site and returns its index.

@@ -1,9 +1,7 @@
 //! Which sites a method uses: `peft`'s rules for names, roles that hold for every architecture, layers, exclusions.
 
-use regex::Regex;
-
 use crate::builder::module_contains;
-use crate::{Kind, Role, Site, SiteId, Sites};
+use crate::{Kind, Pattern, Role, Site, SiteId, Sites};
 
 /// How sites are named.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,12 +17,17 @@ pub enum Matcher {
 }
 
 /// Which layers.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerChoice {
     /// Numbers of the layers.
     pub layers: Vec<usize>,
-    /// Name of the list of layers in the path; by default whatever precedes the first number.
-    pub pattern: Option<String>,
+    /// Patterns of the list of layers in the path, of which the first that matches counts; by default whatever precedes the
+    /// first number.
+    pub patterns: Vec<String>,
+    /// A file had a number in the place of the list of layers.
+    pub one_layer: bool,
+    /// A file had a text in the place of the list of patterns.
+    pub one_pattern: bool,
 }
 
 /// The choice of sites of one method.
@@ -96,11 +99,14 @@ impl Targets {
         let excluded = self.excluded()?;
         let layers = self.layer_filter()?;
         let mut chosen = Vec::new();
+        let in_full =
+            |path: &str| matches!(&self.matcher, Matcher::Names(names) if names.iter().any(|n| n == path));
         for site in sites.iter().filter(|s| s.is_weight()) {
             let Some(hit) = self.hit(site, pattern.as_ref()) else { continue };
             dead.retain(|d| d != &hit);
             let out = excluded(&site.path) || self.train_also.iter().any(|m| module_contains(m, &site.path));
-            if !out && layers(&site.path) {
+            // As in `peft`, a module that is named by its whole path is chosen in whichever layer it is.
+            if !out && (in_full(&site.path) || layers(&site.path)) {
                 chosen.push(site.id);
             }
         }
@@ -128,7 +134,7 @@ impl Targets {
     }
 
     /// The wish that a site fulfils.
-    fn hit(&self, site: &Site, pattern: Option<&Regex>) -> Option<String> {
+    fn hit(&self, site: &Site, pattern: Option<&Pattern>) -> Option<String> {
         match &self.matcher {
             Matcher::AllLinear => {
                 let linear = matches!(site.kind, Kind::Linear { .. }) && site.role != Role::Head;
@@ -140,7 +146,7 @@ impl Targets {
         }
     }
 
-    fn regex(&self) -> Result<Option<Regex>, TargetError> {
+    fn regex(&self) -> Result<Option<Pattern>, TargetError> {
         match &self.matcher {
             Matcher::Regex(pattern) => Ok(Some(whole(pattern)?)),
             _ => Ok(None),
@@ -162,18 +168,18 @@ impl Targets {
         let choice = match &self.layers {
             None => None,
             Some(choice) => {
-                let number = match &choice.pattern {
-                    Some(name) => format!(r"^.*\.{name}\.(\d+)\."),
-                    None => r"^.*?\.[^.]*\.(\d+)\.".into(),
+                let list = |text: &String| compile(text, &format!(r"^(?:|.*?\.){text}\.(?P<number>\d+)\."));
+                let lists = match &choice.patterns[..] {
+                    [] => vec![compile("", r"^.*?\.[^.]*\.(?P<number>\d+)\.")?],
+                    patterns => patterns.iter().map(list).collect::<Result<_, _>>()?,
                 };
-                Some((compile(&number)?, choice.layers.clone()))
+                Some((lists, choice.layers.clone()))
             }
         };
         Ok(move |path: &str| match &choice {
             None => true,
-            Some((number, layers)) => {
-                let found = number.captures(path).and_then(|c| c[1].parse().ok());
-                found.is_some_and(|n: usize| layers.contains(&n))
+            Some((lists, layers)) => {
+                lists.iter().find_map(|list| list.number(path)).is_some_and(|n| layers.contains(&n))
             }
         })
     }
@@ -189,16 +195,14 @@ fn names_path(name: &str, path: &str) -> bool {
     path == name || path.strip_suffix(name).is_some_and(|head| head.ends_with('.'))
 }
 
-fn compile(pattern: &str) -> Result<Regex, TargetError> {
-    let error = |e: regex::Error| TargetError::Pattern { pattern: pattern.into(), message: e.to_string() };
-    Regex::new(pattern).map_err(error)
+/// The pattern that a text makes in its surroundings.
+fn compile(text: &str, surrounded: &str) -> Result<Pattern, TargetError> {
+    Pattern::anywhere(surrounded).map_err(|message| TargetError::Pattern { pattern: text.into(), message })
 }
 
 /// Python's `re.fullmatch`.
-fn whole(pattern: &str) -> Result<Regex, TargetError> {
-    // Alone first, so that a mistake is shown in what was written.
-    compile(pattern)?;
-    compile(&format!("^(?:{pattern})$"))
+fn whole(pattern: &str) -> Result<Pattern, TargetError> {
+    Pattern::whole(pattern).map_err(|message| TargetError::Pattern { pattern: pattern.into(), message })
 }
 
 /// "role q is `query` (12)" for the roles that the model has, and the module names of q and v.
@@ -271,15 +275,27 @@ mod tests {
     #[test]
     fn layers_and_exclusions() {
         let mut t = Targets::names(["q_proj", "v_proj"]);
-        t.layers = Some(LayerChoice { layers: vec![0, 2], pattern: None });
+        t.layers = Some(LayerChoice { layers: vec![0, 2], ..LayerChoice::default() });
         assert_eq!(paths(&t).len(), 4);
         t.exclude = Some(Matcher::Names(vec!["v_proj".into()]));
         assert_eq!(paths(&t), ["model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.q_proj"]);
         t.exclude = Some(Matcher::Regex(r"model\.layers\.0.*".into()));
-        t.layers.as_mut().unwrap().pattern = Some("layers".into());
+        t.layers.as_mut().unwrap().patterns = vec!["x".into(), "layers".into()];
         assert_eq!(paths(&t).len(), 2);
         t.train_also = vec!["layers.2".into()];
         assert!(t.resolve(&sites()).is_err());
+    }
+
+    #[test]
+    fn patterns_look_around_and_whole_paths_know_no_layers() {
+        let second = Matcher::Regex(r"model\.layers\.(?!0|2)\d\..*(?<!v)_proj".into());
+        assert_eq!(
+            paths(&second.into()),
+            ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+        );
+        let mut t = Targets::names(["model.layers.0.mlp.down_proj", "q_proj"]);
+        t.layers = Some(LayerChoice { layers: vec![1], ..LayerChoice::default() });
+        assert_eq!(paths(&t), ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"]);
     }
 
     #[test]

@@ -283,15 +283,17 @@ fn targets(
         || table.exclude.is_some()
         || table.layers.is_some();
     let Some(matcher) = matcher.filter(|_| says) else { return Ok(None) };
-    let pattern = match &table.layers_pattern[..] {
-        [] => None,
-        [only] => Some(only.clone()),
-        several => Some(format!("(?:{})", several.join("|"))),
-    };
+    let patterns = table.layers_pattern.clone();
+    let one_pattern = patterns.len() == 1;
     Ok(Some(Targets {
         matcher,
         exclude: table.exclude.as_ref().map(self::matcher),
-        layers: table.layers.clone().map(|layers| LayerChoice { layers, pattern }),
+        layers: table.layers.clone().map(|layers| LayerChoice {
+            layers,
+            patterns,
+            one_layer: false,
+            one_pattern,
+        }),
         train_also: table.train_also.clone(),
     }))
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use engraft_data::{Dataset, Tokenizer};
 use engraft_method::{Chosen, Named, save_adapter, stored_as};
-use engraft_nn::{Base, Layout, Pass, Patch, Patched, Value};
+use engraft_nn::{Base, Layout, Pass, Patch, Patched, Sites, Value};
 use engraft_report::run::{Change, EvalRow, Fact, Setting, Verdict};
 use engraft_report::{Events, RunData, human, training_plot};
 use engraft_store::{json, write_atomic};
@@ -34,22 +34,24 @@ pub(crate) fn write_adapter(session: &Session, dir: &Path) -> Result<()> {
         session.model.sites(),
         session.model.info(),
     )?;
-    write_adapter_files(dir, &config, &tensors, &session.methods)?;
+    write_adapter_files(dir, &config, &tensors, &session.methods, session.model.sites())?;
     match &session.labels {
         Some(names) => crate::labels::write(dir, names),
         None => Ok(()),
     }
 }
 
-/// Writes the directory of an adapter of `methods`.
+/// Writes the directory of an adapter of `methods` for the model that has `sites`.
 pub fn write_adapter_files(
     dir: &Path,
     config: &serde_json::Value,
     tensors: &Named,
     methods: &[Chosen],
+    sites: &Sites,
 ) -> Result<()> {
-    let entry =
-        |(name, tensor): &(String, Tensor)| crate::tensors::stored(stored_as(methods, name), name, tensor);
+    let entry = |(name, tensor): &(String, Tensor)| {
+        crate::tensors::stored(stored_as(methods, name, sites), name, tensor)
+    };
     let entries = tensors.iter().map(entry).collect::<Result<Vec<_>>>()?;
     Ok(engraft_store::write_adapter(dir, config, &entries)?)
 }

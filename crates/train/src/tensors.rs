@@ -3,8 +3,9 @@
 use engraft_method::Stored;
 use engraft_store::{Dtype, Entry, RawTensor};
 use engraft_tensor::{DType, Tensor};
+use half::{bf16, f16};
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// A tensor in the type that it has.
 pub(crate) fn entry(name: impl Into<String>, tensor: &Tensor) -> Result<Entry<'static>> {
@@ -27,6 +28,18 @@ pub(crate) fn stored(stored: Stored, name: &str, tensor: &Tensor) -> Result<Entr
         Stored::I16 => (Dtype::I16, values.iter().flat_map(|&v| (v as i16).to_le_bytes()).collect()),
         Stored::I32 => (Dtype::I32, values.iter().flat_map(|&v| (v as i32).to_le_bytes()).collect()),
         Stored::I64 => (Dtype::I64, values.iter().flat_map(|&v| (v as i64).to_le_bytes()).collect()),
+        Stored::BF16 => (Dtype::BF16, values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect()),
+        Stored::F16 => {
+            let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
+            // A finite value beyond 65504 would become infinite.
+            if let Some(at) = (0..halves.len()).find(|&i| values[i].is_finite() && !halves[i].is_finite()) {
+                let value = values[at];
+                return Err(Error::Setup(format!(
+                    "{name}: {value} does not fit into f16, which is the base's type"
+                )));
+            }
+            (Dtype::F16, halves.iter().flat_map(|v| v.to_le_bytes()).collect())
+        }
         Stored::F32 => return entry(name, tensor),
     };
     Ok(Entry::new(name, dtype, tensor.shape(), bytes))

@@ -99,7 +99,9 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         Some(model) => Some(compare(args, model, &terms, &options, &combined, cx)?),
         None => None,
     };
-    write_adapter_files(&args.out, &combined.config, &combined.tensors, &combined.methods)?;
+    // Sums are made without a model, and are F32.
+    let sites = engraft_nn::Sites::default();
+    write_adapter_files(&args.out, &combined.config, &combined.tensors, &combined.methods, &sites)?;
     tell(args, &combined, compared.as_ref(), cx);
     Ok(())
 }

@@ -62,10 +62,12 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     };
     let engine = Engine::open(&dir, &options, cx)?;
     let (sites, info) = (engine.model.sites(), engine.model.info());
-    let loaded = load_adapter(&config, tensors, sites, info).before_work()?;
+    let mut loaded = load_adapter(&config, tensors, sites, info).before_work()?;
+    // The file was none of `peft`'s, which says what an adapter is for.
+    loaded.adapter.set_task(engraft_nn::TaskName::OfModel);
     let (config, tensors) =
         save_adapter(&loaded.adapter, &loaded.methods, &loaded.train_also, &args.model, sites, info)?;
-    write_adapter_files(&args.out, &config, &tensors, &loaded.methods)?;
+    write_adapter_files(&args.out, &config, &tensors, &loaded.methods, sites)?;
     if args.json {
         cx.ui.json(json!({
             "out": args.out.display().to_string(), "tensors": tensors.len(), "rank": config["r"], "alpha": config["lora_alpha"],

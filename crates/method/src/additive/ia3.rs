@@ -8,10 +8,10 @@
 //! l [out, 1], or [1, in] at feed-forward sites.
 
 use engraft_nn::{
-    Base, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, SiteId, VectorPatch, WeightPatch,
+    Base, Builder, Error, Init, Kind, Pass, Patch, Pattern, Result, Role, Site, SiteId, VectorPatch,
+    WeightPatch,
 };
 use engraft_tensor::{Param, Tensor};
-use regex::Regex;
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, texts};
@@ -31,7 +31,7 @@ enum Feedforward {
     /// Those whose path ends so.
     Suffixes(Vec<String>),
     /// Those whose whole path matches.
-    Pattern(String, Regex),
+    Pattern(String, Pattern),
 }
 
 static INFO: Info = Info {
@@ -86,8 +86,8 @@ fn read_feedforward(r: &mut Reader<'_>) -> Feedforward {
         r.problem(format!("`feedforward_modules`: expected a pattern or a list of names, found {value}"));
         return Feedforward::Down;
     };
-    match Regex::new(text).and_then(|_| Regex::new(&format!("^(?:{text})$"))) {
-        Ok(regex) => Feedforward::Pattern(text.into(), regex),
+    match Pattern::whole(text) {
+        Ok(pattern) => Feedforward::Pattern(text.into(), pattern),
         Err(e) => {
             r.problem(format!("`feedforward_modules`: `{text}` is not a valid pattern: {e}"));
             Feedforward::Down

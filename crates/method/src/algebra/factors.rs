@@ -98,7 +98,7 @@ impl Scales {
             rank: r.count("r", 8, RANK_MAX),
             ranks: r.patterns("rank_pattern"),
             alpha: r.float("lora_alpha", 8.0),
-            alphas: r.patterns("alpha_pattern"),
+            alphas: r.scales("alpha_pattern"),
             root: r.flag("use_rslora", false),
         };
         r.finish()?;

@@ -8,9 +8,9 @@
 //!
 //! Liu et al. 2023, arXiv:2311.06243.
 //!
-//! `boft_R` [factors, blocks, b, b], `boft_s` [out, 1].
+//! `boft_R` [factors, blocks, b, b], `boft_s` [out, 1]; [1, out] of a convolution, whose inputs are its windows.
 
-use engraft_nn::{Base, Builder, Error, Init, Pass, Patch, Result, Role, Site, WeightPatch};
+use engraft_nn::{Base, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, WeightPatch};
 use engraft_tensor::ops::Unary;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
@@ -19,7 +19,7 @@ use crate::read::{Reader, as_written};
 use crate::shared::biases::Biases;
 use crate::shared::orthogonal::{self, Side};
 use crate::shared::{divisors, matrices};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
 
 const SIZE_MAX: usize = 1 << 16;
 /// What stands for the biases of the targets.
@@ -30,6 +30,8 @@ struct Boft {
     size: usize,
     count: usize,
     factors: usize,
+    /// Those there are: where `peft` finds no compiler for its kernel, it makes one, whatever the configuration says.
+    made: usize,
     dropout: f32,
     bias: Biases,
     init_weights: bool,
@@ -122,10 +124,12 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 
 /// Recipes and files differ in some names.
 fn read(r: &mut Reader<'_>, (size, count): (usize, usize), [factors, dropout]: [&'static str; 2]) -> Boft {
+    let factors = r.count(factors, 1, 16);
     Boft {
         size,
         count,
-        factors: r.count(factors, 1, 16),
+        factors,
+        made: factors,
         dropout: r.dropout(dropout),
         bias: Biases::read(r, OWN),
         init_weights: r.flag("init_weights", true),
@@ -133,7 +137,15 @@ fn read(r: &mut Reader<'_>, (size, count): (usize, usize), [factors, dropout]: [
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Boft { size: 2, count: 0, factors: 1, dropout: 0.0, bias: Biases::None, init_weights: true })
+    Box::new(Boft {
+        size: 2,
+        count: 0,
+        factors: 1,
+        made: 1,
+        dropout: 0.0,
+        bias: Biases::None,
+        init_weights: true,
+    })
 }
 
 impl Method for Boft {
@@ -144,25 +156,38 @@ impl Method for Boft {
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         self.bias.attach(b)?;
         for site in b.targets() {
-            let (out, inn) = matrices::linear(site, INFO.title)?;
+            let (inn, scales) = match site.kind {
+                Kind::Convolution { out, inn, .. } => (inn, [1, out]),
+                _ => {
+                    let (out, inn) = matrices::linear(site, INFO.title)?;
+                    (inn, [out, 1])
+                }
+            };
             let (blocks, size) =
                 self.cut(inn).map_err(|message| Error::Site { path: site.path.clone(), message })?;
             let name = |end: &str| format!("{}.boft_{end}", site.path);
             let (r, s) = match self.init_weights {
                 true => (Init::Zeros, Init::Ones),
                 false => {
-                    let drawn = Init::Normal(0.1).tensor(&[out, 1], b.seed(), &name("s"))?;
+                    let drawn = Init::Normal(0.1).tensor(&scales, b.seed(), &name("s"))?;
                     (Init::Normal(0.1), Init::Values(drawn.unary(Unary::Shift(1.0))?))
                 }
             };
             let patch = Butterfly {
-                r: b.param(&name("R"), &[self.factors, blocks, size, size], r)?,
-                s: b.param(&name("s"), &[out, 1], s)?,
+                r: b.param(&name("R"), &[self.made, blocks, size, size], r)?,
+                s: b.param(&name("s"), &scales, s)?,
                 dropout: self.dropout,
             };
             b.patch(site.id, Patch::Weight(Box::new(patch)))?;
         }
         Ok(())
+    }
+
+    fn read_shapes(&mut self, tensors: &Named) {
+        let rotations = tensors.iter().filter(|(key, t)| key.ends_with(".boft_R") && t.shape().len() == 4);
+        if rotations.clone().count() > 0 && rotations.into_iter().all(|(_, t)| t.dim(0) == 1) {
+            self.made = 1;
+        }
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
@@ -187,12 +212,12 @@ impl Boft {
             ));
         }
         let (blocks, size) = if self.size > 0 { (inn / given, given) } else { (given, inn / given) };
-        let groups = 1usize << (self.factors - 1);
-        if self.factors > 1 && (!size.is_multiple_of(2) || !blocks.is_multiple_of(groups)) {
+        let groups = 1usize << (self.made - 1);
+        if self.made > 1 && (!size.is_multiple_of(2) || !blocks.is_multiple_of(groups)) {
             return Err(format!(
                 "{} butterfly factors need blocks of an even size, their number a multiple of {groups}; {inn} inputs are {blocks} \
                  blocks of {size}, so choose fewer factors or other blocks",
-                self.factors
+                self.made
             ));
         }
         Ok((blocks, size))
@@ -241,7 +266,8 @@ impl WeightPatch for Butterfly {
         for (number, blocks) in self.factors()?.iter().enumerate() {
             w = turn(&w, blocks, number, Side::Transposed)?;
         }
-        Ok(w.mul(&self.s.get())?)
+        let s = self.s.get();
+        Ok(w.mul(&s.reshape([s.len(), 1])?)?)
     }
 
     fn forward(&self, x: &Tensor, base: &dyn Base, site: &Site, cx: &Pass) -> Result<Tensor> {
@@ -309,6 +335,22 @@ mod tests {
             turn(&v[0], &v[1], 1, Side::Plain).map_err(|e| engraft_tensor::Error::Backward(e.to_string()))
         })
         .unwrap();
+    }
+
+    #[test]
+    fn a_file_with_one_factor_has_one_whatever_it_says() {
+        let methods = [chosen("boft", json!({ "block_size": 3 }))];
+        let a = attached(&methods, &[]);
+        stir(&a, 0.3);
+        let (sites, info) = toy();
+        let (one, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        let two = with(one, json!({ "boft_n_butterfly_factor": 2 }));
+        let loaded = crate::load_adapter(&two, tensors, &sites, &info).unwrap();
+        let merged = |adapter| engraft_nn::merged_tensors(&sites, adapter).unwrap()[0].value.clone();
+        close(&merged(&loaded.adapter), &merged(&a.adapter), 0.0);
+        let (again, _) =
+            crate::save_adapter(&loaded.adapter, &loaded.methods, &[], "b", &sites, &info).unwrap();
+        assert_eq!(again["boft_n_butterfly_factor"], 2, "as it was");
     }
 
     #[test]

@@ -114,7 +114,7 @@ fn read(r: &mut Reader<'_>, rank: &'static str, most: usize) -> Loha {
         effective: r.flag("use_effective_conv2d", false),
         random: false,
         rank_pattern: r.patterns("rank_pattern"),
-        alpha_pattern: r.patterns("alpha_pattern"),
+        alpha_pattern: r.scales("alpha_pattern"),
     };
     for p in loha.rank_pattern.iter().filter_map(|p| p.not_a_count(RANK_MAX)) {
         r.problem(format!("`rank_pattern`: expected a whole number from 1 to {RANK_MAX}, found {p}"));

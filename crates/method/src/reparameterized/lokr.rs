@@ -182,7 +182,7 @@ fn read(r: &mut Reader<'_>, rank: &'static str, most: usize) -> Lokr {
         decompose_factor,
         start: Start::Left,
         rank_pattern: r.patterns("rank_pattern"),
-        alpha_pattern: r.patterns("alpha_pattern"),
+        alpha_pattern: r.scales("alpha_pattern"),
     };
     for p in lokr.rank_pattern.iter().filter_map(|p| p.not_a_count(RANK_MAX)) {
         r.problem(format!("`rank_pattern`: expected a whole number from 1 to {RANK_MAX}, found {p}"));

@@ -22,6 +22,7 @@ mod settings;
 mod start;
 #[cfg(test)]
 mod tests;
+mod tokens;
 mod variants;
 
 use std::sync::Arc;
@@ -37,6 +38,7 @@ use factors::{Dropout, Factors, Inner, Table};
 use prepare::Search;
 use settings::INFO;
 use start::{Pair, Start};
+use tokens::Tokens;
 use variants::{Blocks, Kasa};
 
 /// What is trained, and how it starts.
@@ -63,6 +65,8 @@ struct Lora {
     lr_ratio: f64,
     /// A head that shares the tensor of an adapted table is changed as the table is.
     tied: bool,
+    /// Rows of tables that are trained beside the factors.
+    tokens: Tokens,
     /// Whether it was read from a file: what such a file leaves out is made again as `peft` does.
     from_file: bool,
 }
@@ -95,6 +99,7 @@ impl Method for Lora {
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         // Before the product's own bias, which is added to what stands in the layer's.
         self.bias.attach(b)?;
+        self.tokens.attach(b)?;
         let tied = if self.tied { tied::follow(b)? } else { vec![] };
         for site in b.targets().into_iter().filter(|site| !tied.contains(&site.id)) {
             match site.kind {

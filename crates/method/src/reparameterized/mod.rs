@@ -39,6 +39,7 @@ pub(crate) mod road;
 pub(crate) mod rosa;
 pub(crate) mod said;
 pub(crate) mod sora;
+pub(crate) mod tinylora;
 pub(crate) mod unilora;
 pub(crate) mod vblora;
 pub(crate) mod vera;

@@ -226,6 +226,11 @@ impl Method for Oft {
         for site in b.targets() {
             let (turned, name, table) = match site.kind {
                 Kind::Embedding { width, .. } => (width, "oft_embedding_R", true),
+                Kind::Convolution { .. } => {
+                    let message = "OFT of `peft` adds up overlapping windows of a convolution, so that it computes something else than \
+                                   it merges; leave it out of the targets, or use boft";
+                    return Err(Error::Site { path: site.path.clone(), message: message.into() });
+                }
                 _ => (matrices::linear(site, INFO.title)?.1, "oft_R", false),
             };
             let size = self.size.of(turned);

@@ -11,11 +11,10 @@
 //! `effective_rank`. The strongest directions are beside them in checkpoints only.
 
 use engraft_nn::{
-    Adapter, Base, Builder, Error, Init, NamedParam, Pass, Patch, Result, Role, Site, WeightPatch,
+    Adapter, Base, Builder, Error, Init, NamedParam, Pass, Patch, Pattern, Result, Role, Site, WeightPatch,
 };
 use engraft_tensor::ops::cat;
 use engraft_tensor::{Gradients, Param, Tensor, linalg, no_grad};
-use regex::Regex;
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
@@ -25,8 +24,12 @@ use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Step, peft
 struct Osf {
     kept: Kept,
     /// Other numbers of directions for modules in whose path a pattern is found, as in the file.
-    patterns: Vec<(String, Regex, Kept)>,
+    patterns: Vec<(String, Pattern, Kept)>,
     init_weights: bool,
+    /// `target_svd_config` of a file, which `peft` keeps and does not look at.
+    unused: Value,
+    /// Whether it was read from a file, where nothing need be left to train.
+    from_file: bool,
 }
 
 /// How many directions stay as they are.
@@ -85,8 +88,8 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let targets = peft::read_targets(&mut r);
-    r.must_be_off(&["target_svd_config"]);
-    let osf = read(&mut r);
+    let unused = r.value("target_svd_config").cloned().unwrap_or_default();
+    let osf = Osf { unused, from_file: true, ..read(&mut r) };
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(osf), targets, train_also }))
 }
@@ -100,16 +103,17 @@ fn read(r: &mut Reader<'_>) -> Osf {
     let mut patterns = Vec::new();
     let table = r.value("rank_pattern").and_then(Value::as_object).cloned().unwrap_or_default();
     for (text, value) in table {
-        match Regex::new(&text) {
+        match Pattern::anywhere(&text) {
             Ok(regex) => patterns.push((text, regex, Kept::read(r, "rank_pattern", &value))),
             Err(e) => r.problem(format!("`rank_pattern`: `{text}` is not a valid pattern: {e}")),
         }
     }
-    Osf { kept, patterns, init_weights: r.flag("init_weights", true) }
+    Osf { kept, patterns, init_weights: r.flag("init_weights", true), unused: Value::Null, from_file: false }
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Osf { kept: Kept::Share(0.75), patterns: vec![], init_weights: true })
+    let kept = Kept::Share(0.75);
+    Box::new(Osf { kept, patterns: vec![], init_weights: true, unused: Value::Null, from_file: false })
 }
 
 impl Kept {
@@ -154,6 +158,13 @@ impl Method for Osf {
             let all = out.min(inn);
             let own = self.patterns.iter().find(|(_, regex, _)| regex.is_match(&site.path));
             let kept = own.map_or(self.kept, |(.., kept)| *kept).of(all);
+            if kept == all && self.from_file {
+                for (end, shape) in [("U_low", vec![out, 0]), ("S_low", vec![0]), ("V_low", vec![0, inn])] {
+                    let name = format!("{}.osf_svd_params.{end}", site.path);
+                    b.fixed(&name, &shape, Init::Values(Tensor::zeros(shape.clone())))?;
+                }
+                continue;
+            }
             if kept == 0 || kept == all {
                 let message = format!(
                     "`effective_rank` keeps {kept} of its {all} directions; choose a number that leaves some to keep and some to train"
@@ -197,7 +208,7 @@ impl Method for Osf {
         let patterns = if patterns.is_empty() { Value::Null } else { Value::Object(patterns) };
         let own = json!({
             "effective_rank": self.kept.value(), "init_weights": self.init_weights, "rank_pattern": patterns,
-            "target_svd_config": null,
+            "target_svd_config": self.unused,
         });
         own.as_object().cloned().unwrap_or_default()
     }
@@ -327,6 +338,7 @@ mod tests {
         assert!(from_settings(bad.as_object().unwrap()).is_err());
         let good = config(&queries(json!({})), &[]);
         assert!(good["effective_rank"].is_null() && good["rank_pattern"].is_null());
-        assert!(from_file(&with(good, json!({ "target_svd_config": { "q.weight": 3 } }))).is_err());
+        let unused = with(good, json!({ "target_svd_config": { "q.weight": 3 } }));
+        assert!(from_file(&unused).unwrap().is_some(), "peft does not look at it either");
     }
 }

@@ -16,5 +16,6 @@ pub(crate) mod sam_mask;
 pub(crate) mod shira;
 pub(crate) mod sift;
 pub(crate) mod spt;
+pub(crate) mod supertuning;
 pub(crate) mod top_layers;
 pub(crate) mod trainable_tokens;

@@ -9,18 +9,11 @@
 //!
 //! `trainable_tokens_delta` [rows, width], in the order of `token_indices`; a tied head or table has a copy of its own in the file.
 
-use std::collections::HashMap;
-use std::sync::Arc;
-
-use engraft_nn::{
-    Base, Builder, Error, Init, Kind, Matcher, Pass, Patch, Resolution, Result, Role, Site, SiteId, Sites,
-    Targets, Value as Frozen, WeightPatch,
-};
-use engraft_tensor::ops::{Pattern, cat};
-use engraft_tensor::{Param, Tensor};
+use engraft_nn::{Builder, Error, Matcher, Resolution, Result, Role, Site, SiteId, Sites, Targets};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::token_rows;
 use crate::tied::{own_name, sharing};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
@@ -67,7 +60,8 @@ fn read_rows(r: &mut Reader<'_>) -> Vec<usize> {
     let rows = r.counts("token_indices").unwrap_or_default();
     let mut sorted = rows.clone();
     sorted.sort_unstable();
-    if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+    // In a file the last of them counts.
+    if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1] && !r.is_file()) {
         r.problem(format!("`token_indices`: {} is there twice", twice[0]));
     }
     if rows.is_empty() {
@@ -97,25 +91,12 @@ impl Method for TrainableTokens {
             if done.contains(&site.id) {
                 continue;
             }
-            let (Kind::Embedding { rows, .. } | Kind::Linear { out: rows, .. }) = site.kind else {
-                let message = "rows of tables and heads are trained; leave convolutions out of the targets";
-                return Err(Error::Site { path: site.path.clone(), message: message.into() });
-            };
-            if let Some(row) = self.rows.iter().find(|row| **row >= rows) {
-                let message = format!("`token_indices` names {row}, and there are {rows} rows");
-                return Err(Error::Site { path: site.path.clone(), message });
-            }
-            let Frozen::Weight(weight) = &site.value else { continue };
-            let index = Tensor::from_i64(self.rows.iter().map(|&r| r as i64).collect(), [self.rows.len()])?;
-            let start = weight.lookup(&index)?;
-            let name = format!("{}.trainable_tokens_delta", site.path);
-            let shape = start.shape().to_vec();
-            let param = b.param(&name, &shape, Init::Values(start))?;
+            let followers: Vec<&Site> =
+                sharing(sites, site).filter(|s| s.id == site.id || site.role == Role::Embed).collect();
             // A head has no followers.
-            for tied in sharing(sites, site).filter(|s| s.id == site.id || site.role == Role::Embed) {
-                done.push(tied.id);
-                b.patch(tied.id, Patch::Weight(Box::new(Rows::new(&self.rows, param.clone(), tied)?)))?;
-            }
+            done.extend(followers.iter().map(|tied| tied.id));
+            let name = format!("{}.trainable_tokens_delta", site.path);
+            token_rows::train(b, &self.rows, &name, &followers)?;
         }
         Ok(())
     }
@@ -151,75 +132,14 @@ impl Method for TrainableTokens {
     }
 }
 
-/// Some rows of a table, or of the head that shares it.
-struct Rows {
-    param: Param,
-    /// The order of P in which rows ascend, `I64` `[n]`.
-    ascending: Tensor,
-    /// The rows as a sparse matrix.
-    pattern: Arc<Pattern>,
-    /// Which of P a row is.
-    numbers: HashMap<i64, i64>,
-    /// Zero for the rows that are trained, one for the others.
-    others: Tensor,
-}
-
-impl Rows {
-    fn new(rows: &[usize], param: Param, site: &Site) -> Result<Rows> {
-        let (Kind::Embedding { rows: out, width: inn } | Kind::Linear { out, inn, .. }) = site.kind else {
-            return Err(Error::Site {
-                path: site.path.clone(),
-                message: "expected a table or a head".into(),
-            });
-        };
-        let mut order: Vec<usize> = (0..rows.len()).collect();
-        order.sort_by_key(|&i| rows[i]);
-        let places = order.iter().flat_map(|&i| (0..inn).map(move |c| (rows[i] * inn + c) as u64));
-        let index = |values: Vec<i64>| Tensor::from_i64(values, [rows.len()]);
-        let mut others = vec![1.0; out];
-        rows.iter().for_each(|&row| others[row] = 0.0);
-        Ok(Rows {
-            numbers: (0..).zip(rows).map(|(number, &row)| (row as i64, number)).collect(),
-            others: Tensor::from_vec(others, [out])?,
-            pattern: Arc::new(Pattern::new(places, (out, inn), 0)?),
-            ascending: index(order.iter().map(|&i| i as i64).collect())?,
-            param,
-        })
-    }
-}
-
-impl WeightPatch for Rows {
-    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
-        let dense = base.dense()?;
-        let mut index: Vec<i64> = (0..dense.dim(0)).map(|row| (self.numbers.len() + row) as i64).collect();
-        self.numbers.iter().for_each(|(&row, &number)| index[row as usize] = number);
-        let index = Tensor::from_i64(index, [dense.dim(0)])?;
-        Ok(cat(&[&self.param.get(), &dense], 0)?.gather(&index)?)
-    }
-
-    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
-        let own = self.param.get().gather(&self.ascending)?;
-        let own = own.reshape([own.len()])?;
-        Ok(base.forward(x)?.mul(&self.others)?.add_sparse(x, &own, &self.pattern)?)
-    }
-
-    fn lookup(&self, ids: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
-        let count = self.numbers.len() as i64;
-        let own = |(token, id): (i64, &i64)| self.numbers.get(id).copied().unwrap_or(count + token);
-        let index: Vec<i64> = (0..).zip(ids.ids()?).map(own).collect();
-        if index.iter().all(|&i| i >= count) {
-            return base.lookup(ids);
-        }
-        let index = Tensor::from_i64(index, [ids.len()])?;
-        Ok(cat(&[&self.param.get(), &base.lookup(ids)?], 0)?.gather(&index)?)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+
     use crate::testing::*;
-    use engraft_nn::{Embedding, Linear};
+    use engraft_nn::{Base, Embedding, Linear, Pass};
+    use engraft_tensor::Tensor;
     use engraft_tensor::testing::{close, sample};
 
     #[test]
@@ -280,16 +200,27 @@ mod tests {
     }
 
     #[test]
+    fn of_a_row_that_a_file_has_twice_the_last_counts() {
+        let written = config(&[chosen("trainable_tokens", json!({ "token_indices": [3, 1, 5] }))], &[]);
+        let (sites, info) = toy();
+        let twice = with(written, json!({ "token_indices": [3, 1, 3] }));
+        let rows = sample(&[3, 6], 4);
+        let tensors = vec![("base_model.model.tok.trainable_tokens_delta".to_string(), rows.clone())];
+        let loaded = crate::load_adapter(&twice, tensors, &sites, &info).unwrap();
+        let merged = engraft_nn::merged_tensors(&sites, &loaded.adapter).unwrap()[0].value.clone();
+        close(&merged.rows_between(3, 4).unwrap(), &rows.rows_between(2, 3).unwrap(), 0.0);
+        close(&merged.rows_between(1, 2).unwrap(), &rows.rows_between(1, 2).unwrap(), 0.0);
+        close(&merged.rows_between(4, 11).unwrap(), &frozen("tok").rows_between(4, 11).unwrap(), 0.0);
+    }
+
+    #[test]
     fn configurations() {
         survives_saving(&[chosen("trainable_tokens", json!({ "token_indices": [3, 1] }))], &["head"]);
         let written = config(&[chosen("trainable_tokens", json!({ "token_indices": [3, 1] }))], &[]);
         assert_eq!(written["target_modules"], json!("tok"));
         assert!(written.get("exclude_modules").is_none());
-        for bad in [
-            json!({ "token_indices": [1, 1] }),
-            json!({ "token_indices": [] }),
-            json!({ "token_indices": [-1] }),
-        ] {
+        assert!(from_settings(json!({ "token_indices": [1, 1] }).as_object().unwrap()).is_err());
+        for bad in [json!({ "token_indices": [] }), json!({ "token_indices": [-1] })] {
             assert!(from_file(&with(written.clone(), bad.clone())).is_err(), "{bad}");
         }
         let (sites, info) = toy();

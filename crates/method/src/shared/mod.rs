@@ -1,5 +1,6 @@
 //! What several methods share.
 
+pub(crate) mod activation;
 pub(crate) mod biases;
 pub(crate) mod bilevel;
 pub(crate) mod divisors;
@@ -19,5 +20,6 @@ pub(crate) mod sequences;
 pub(crate) mod sparse;
 pub(crate) mod staged;
 pub(crate) mod tasks;
+pub(crate) mod token_rows;
 pub(crate) mod torch_random;
 pub(crate) mod wavelets;

@@ -70,6 +70,39 @@ impl Generator {
         (0..count).map(|_| self.uniform(-bound, bound)).collect()
     }
 
+    /// `count` numbers of `normal_(0, deviation)`: Box and Muller's, in single precision by sixteens where there are so
+    /// many, else in double precision by pairs.
+    pub fn normal(&mut self, deviation: f64, count: usize) -> Vec<f32> {
+        const BLOCK: usize = 16;
+        if count < BLOCK {
+            let mut numbers = Vec::with_capacity(count + 1);
+            while numbers.len() < count {
+                let mut unit = || (self.long_bits() & ((1 << 53) - 1)) as f64 / (1u64 << 53) as f64;
+                let (angle, size) = (2.0 * std::f64::consts::PI * unit(), (-2.0 * (-unit()).ln_1p()).sqrt());
+                numbers.extend([angle.cos(), angle.sin()].map(|part| (size * part * deviation) as f32));
+            }
+            numbers.truncate(count);
+            return numbers;
+        }
+        let mut numbers: Vec<f32> = (0..count).map(|_| self.uniform(0.0, 1.0)).collect();
+        let turn = |block: &mut [f32]| {
+            for i in 0..BLOCK / 2 {
+                let size = (-2.0 * (1.0 - block[i]).ln()).sqrt();
+                let angle = 2.0 * std::f32::consts::PI * block[i + BLOCK / 2];
+                block[i] = size * angle.cos() * deviation as f32;
+                block[i + BLOCK / 2] = size * angle.sin() * deviation as f32;
+            }
+        };
+        numbers.chunks_exact_mut(BLOCK).for_each(turn);
+        if !count.is_multiple_of(BLOCK) {
+            // The last sixteen are drawn anew, some of them for the second time.
+            let last = &mut numbers[count - BLOCK..];
+            last.iter_mut().for_each(|number| *number = self.uniform(0.0, 1.0));
+            turn(last);
+        }
+        numbers
+    }
+
     /// The first `count` numbers of `randperm(n)`. The others are not drawn: each swap settles one place.
     pub fn permutation(&mut self, n: usize, count: usize) -> Vec<usize> {
         let mut moved = std::collections::HashMap::new();
@@ -109,6 +142,15 @@ mod tests {
             for bits in list("uniform_bits") {
                 let number = g.uniform(-0.35, 0.35);
                 assert_eq!(u64::from(number.to_bits()), bits.as_u64().unwrap(), "seed {seed}");
+            }
+            for normals in list("normals") {
+                let expected: Vec<f64> =
+                    normals.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
+                let found = Generator::new(seed).normal(0.7, expected.len());
+                // Their cosines and logarithms are not those of PyTorch's vector kernels to the last bit.
+                for (a, b) in found.iter().zip(expected) {
+                    assert!((f64::from(*a) - b).abs() < 1e-6, "seed {seed}: {found:?}");
+                }
             }
             for permutation in list("permutations") {
                 let order: Vec<usize> = permutation["first"]

@@ -101,7 +101,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let (sites, info) = (engine.model.sites().clone(), engine.model.info().clone());
     let (config, tensors) = save_adapter(&adapter, &methods, &[], &args.model, &sites, &info)?;
     let probes = Probes::of(args.probe.as_deref(), &engine)?;
-    write_adapter_files(&args.out, &config, &tensors, &methods)?;
+    write_adapter_files(&args.out, &config, &tensors, &methods, &sites)?;
     let before = probes.measure(&engine)?;
     (engine.adapter, engine.methods) = (Some(Arc::new(adapter)), methods);
     let measured = [before, probes.measure(&engine)?, probes.measure(&tuned)?];

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::prepare::Search;
 use super::settings::{INFO, RANK_MAX, check};
 use super::start::Start;
+use super::tokens::Tokens;
 use super::variants::{Blocks, Kasa};
 use super::{Lora, Mixer};
 use crate::read::{Pattern, Reader, as_written, number};
@@ -18,14 +19,13 @@ use crate::{Described, Loaded, Named, peft};
 const OFF: &[&str] = &[
     "alora_invocation_tokens",
     "arrow_config",
-    "layer_replication",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
     "use_qalora",
     "velora_config",
 ];
+/// Keys about places that no model here has.
+const PLACES: &[&str] = &["layer_replication", "target_parameters"];
 /// Keys that only say how the tensors started, or hold a default that matters only to a variant that is off.
 const SILENT: &[&str] = &[
     "corda_config",
@@ -44,6 +44,7 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let train_also = peft::read_header(&mut r);
     let targets = peft::read_targets(&mut r);
     r.must_be_off(OFF);
+    refuse_other_places(&mut r);
     r.ignore(SILENT);
     let start = read_start(&mut r);
     let mut lora = Lora {
@@ -51,7 +52,7 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
         alpha: r.float("lora_alpha", 8.0),
         root_scaling: r.flag("use_rslora", false),
         rank_pattern: r.patterns("rank_pattern"),
-        alpha_pattern: r.patterns("alpha_pattern"),
+        alpha_pattern: r.scales("alpha_pattern"),
         bias: Biases::read(&mut r, "lora_only"),
         product_bias: r.flag("lora_bias", false),
         start,
@@ -60,13 +61,35 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
         blocks: Blocks::read(&mut r),
         dora: r.flag("use_dora", false),
         tied: r.flag("ensure_weight_tying", false),
+        tokens: Tokens::read(&mut r),
         from_file: true,
         ..Lora::default()
     };
-    lora.dropout.elements = r.dropout("lora_dropout");
+    lora.dropout.elements = r.probability("lora_dropout");
     check(&lora, &mut r);
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(lora), targets, train_also }))
+}
+
+/// Variants that adapt what no model here has.
+fn refuse_other_places(r: &mut Reader<'_>) {
+    for (key, reason) in [
+        (
+            "target_parameters",
+            "it adapts parameters by their own names, as layers of experts have them, and the models that are \
+          here have every matrix in a module: name the modules in `target_modules`",
+        ),
+        (
+            "layer_replication",
+            "it adapts a model whose layers are there several times, and layers are not copied here: write \
+          out the model with its layers copied, and train on that",
+        ),
+    ] {
+        let given = r.value(key).is_some_and(|v| v.as_array().is_none_or(|list| !list.is_empty()));
+        if given {
+            r.problem(format!("`{key}`: {reason}"));
+        }
+    }
 }
 
 /// `init_lora_weights`. Files of starts that are taken off the base fit only a base without them: where these follow from
@@ -112,12 +135,12 @@ impl Lora {
         let eva = if self.start == Start::Eva { self.search.eva_config() } else { Value::Null };
         let (rank, alpha, ranks, alphas) = self.written_ranks(model);
         let mut map: Map<String, Value> =
-            OFF.iter().chain(SILENT).map(|k| (k.to_string(), Value::Null)).collect();
+            OFF.iter().chain(SILENT).chain(PLACES).map(|k| (k.to_string(), Value::Null)).collect();
         let own = json!({
             "alpha_pattern": alphas, "bias": self.bias.name("lora_only"), "ensure_weight_tying": self.tied, "eva_config": eva,
             "fan_in_fan_out": false, "init_lora_weights": start, "loftq_config": {}, "lora_alpha": number(alpha),
             "layers_pattern": null, "layers_to_transform": null, "lora_bias": self.product_bias,
-            "lora_dropout": as_written(self.dropout.elements), "megatron_core": "megatron.core", "qalora_group_size": 16,
+            "trainable_token_indices": self.tokens.written(), "lora_dropout": as_written(self.dropout.elements), "megatron_core": "megatron.core", "qalora_group_size": 16,
             "kasa_config": Kasa::config(self.kasa), "use_bdlora": Blocks::config(self.blocks.as_ref()), "r": rank, "rank_pattern": ranks, "use_dora": self.dora, "use_qalora": false, "use_rslora": self.root_scaling,
         });
         map.extend(own.as_object().cloned().unwrap_or_default());

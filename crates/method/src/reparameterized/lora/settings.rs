@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 use super::factors::Dropout;
 use super::prepare::{Prior, Search};
 use super::start::{STARTS, Start};
+use super::tokens::Tokens;
 use super::variants::{Blocks, Kasa};
 use super::{Lora, Mixer};
 use crate::read::{Pattern, Reader};
@@ -235,6 +236,7 @@ impl Default for Lora {
             freeze_a: false,
             lr_ratio: 1.0,
             tied: false,
+            tokens: Tokens::default(),
             from_file: false,
         }
     }
@@ -276,6 +278,7 @@ pub(super) fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Met
         freeze_a: r.flag("freeze_a", false),
         lr_ratio: r.float("lr_ratio", 1.0),
         tied: false,
+        tokens: Tokens::default(),
         from_file: false,
     };
     check(&lora, &mut r);
