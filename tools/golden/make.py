@@ -20,6 +20,7 @@ GROUPS = {
     "bitfit": ("selective", "peft"),
     "heads": ("heads", "peft"),
     "combine": ("combine", "peft"),
+    "compose": ("compose", "peft"),
     "trajectories": ("trajectories", "peft"),
     "kronecker": ("cases_kronecker", "peft"),
     "kronecker-own": ("kronecker_own", "peft"),

@@ -1,9 +1,11 @@
 //! `engraft combine`: several adapters to one, and how far it is from their exact sum.
 
+mod search;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use engraft_method::algebra::{Combined, Options, Rule, Sign, Term, combine, same_base};
+use engraft_method::algebra::{Combined, Found, Options, Rule, Sign, Term, combine, same_base};
 use engraft_method::load_adapter;
 use engraft_model::LoadOptions;
 use engraft_report::human;
@@ -35,6 +37,9 @@ Examples:
   engraft combine a/adapter b/adapter=-0.5 --out less-b    takes half of b away
   engraft combine a/adapter b/adapter --rule ties --density 0.2 --out ties
   engraft combine run0/adapter run1/adapter --rule average --out soup
+  engraft combine a/adapter b/adapter c/adapter --rule lorahub \\
+    --model DIR --data few.jsonl --out hub                 weights that a search finds
+  engraft combine a/adapter b/adapter --rule mera --out m  bottlenecks, their units brought to meet
   engraft combine a/adapter b/adapter --out both \\
     --model DIR --probe texts.txt")]
 pub struct Args {
@@ -44,7 +49,7 @@ pub struct Args {
     /// The adapter directory to write; it must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// cat, average, linear, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four also with _svd
+    /// cat, average, mera, lorahub, linear, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four also with _svd
     #[arg(long, default_value = "cat", value_name = "RULE", value_parser = rule)]
     rule: Rule,
     /// Rank of a result that is cut by singular values; the largest of the adapters' if left out
@@ -56,7 +61,7 @@ pub struct Args {
     /// How TIES elects signs: total if left out
     #[arg(long, value_enum)]
     sign: Option<SignOf>,
-    /// Seed of what DARE drops: 0 if left out
+    /// Seed of what DARE drops and of the search of lorahub: 0 if left out
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// Combines adapters whose bases are called differently, where both are one model
@@ -68,6 +73,8 @@ pub struct Args {
     /// A text file, a text a line, to compare on
     #[arg(long, value_name = "FILE", requires = "model")]
     probe: Option<PathBuf>,
+    #[command(flatten)]
+    examples: search::Examples,
     /// Prints JSON
     #[arg(long)]
     json: bool,
@@ -85,7 +92,7 @@ fn rule(text: &str) -> Result<Rule, String> {
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
     check(args)?;
-    let terms = args.adapters.iter().map(|text| term(text, cx)).collect::<Outcome<Vec<_>>>()?;
+    let mut terms = args.adapters.iter().map(|text| term(text, cx)).collect::<Outcome<Vec<_>>>()?;
     let options = Options {
         rule: args.rule,
         rank: args.rank.map(|rank| rank as usize),
@@ -94,6 +101,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         seed: args.seed.unwrap_or(0),
     };
     same_base(&terms, args.any_base).before_work()?;
+    let searched = search::find(args, &mut terms, cx)?;
     let combined = combine(&terms, &options).before_work()?;
     let compared = match &args.model {
         Some(model) => Some(compare(args, model, &terms, &options, &combined, cx)?),
@@ -102,7 +110,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     // Sums are made without a model, and are F32.
     let sites = engraft_nn::Sites::default();
     write_adapter_files(&args.out, &combined.config, &combined.tensors, &combined.methods, &sites)?;
-    tell(args, &combined, compared.as_ref(), cx);
+    tell(args, &combined, (searched.as_ref(), compared.as_ref()), cx);
     Ok(())
 }
 
@@ -118,9 +126,13 @@ fn check(args: &Args) -> Outcome {
     if args.sign.is_some() && !args.rule.elects() {
         return Err(Failure::before_work("--sign belongs to ties and dare_ties, which elect signs"));
     }
-    if args.seed.is_some() && !args.rule.draws() {
+    if args.examples.data.is_some() && args.rule != Rule::LoraHub {
+        return Err(Failure::before_work("--data belongs to the rule lorahub, which looks for weights"));
+    }
+    let searches = args.examples.data.is_some();
+    if args.seed.is_some() && !args.rule.draws() && !searches {
         return Err(Failure::before_work(
-            "--seed belongs to dare_linear and dare_ties, which draw what they drop",
+            "--seed belongs to dare_linear and dare_ties, which draw what they drop, and to the search of lorahub",
         ));
     }
     if args.rank.is_some() && !args.rule.cuts() {
@@ -183,7 +195,7 @@ fn compare(
     let result = with(&combined.config, &combined.tensors)?;
     let exact = match args.rule {
         // The result is the sum, or a mean, which has no sum to be compared with.
-        Rule::Cat | Rule::Average => result.clone(),
+        Rule::Cat | Rule::Average | Rule::Mera => result.clone(),
         _ => {
             let sum = combine(terms, &Options { rule: Rule::Cat, ..*options }).before_work()?;
             with(&sum.config, &sum.tensors)?
@@ -192,7 +204,12 @@ fn compare(
     Ok(Compared { exact, result, base })
 }
 
-fn tell(args: &Args, combined: &Combined, compared: Option<&Compared>, cx: &Context) {
+fn tell(
+    args: &Args,
+    combined: &Combined,
+    (searched, compared): (Option<&Found>, Option<&Compared>),
+    cx: &Context,
+) {
     let perplexity = |m: &Measured| m.loss.map(f64::exp);
     if args.json {
         let compared = compared.map(|c| {
@@ -206,7 +223,10 @@ fn tell(args: &Args, combined: &Combined, compared: Option<&Compared>, cx: &Cont
         cx.ui.json(json!({
             "out": args.out.display().to_string(), "rank": combined.config["r"], "error": combined.error,
             "worst": combined.worst.as_ref().map(|(path, error)| json!({ "module": path, "error": error })),
-            "notes": combined.notes, "compared": compared,
+            "notes": combined.notes, "compared": compared, "search": searched.map(|found| json!({
+                "weights": found.weights, "objective": found.value, "objective_of_base": found.start,
+                "evaluations": found.evaluations,
+            })),
         }));
         return;
     }
@@ -221,6 +241,9 @@ fn tell(args: &Args, combined: &Combined, compared: Option<&Compared>, cx: &Cont
         line.push_str(&format!(", most at {path}: {}", percent(*error)));
     }
     cx.ui.print(&format!("{line}\n"));
+    if let Some(found) = searched {
+        cx.ui.print(&weights(args, found));
+    }
     combined.notes.iter().for_each(|note| cx.ui.note(note));
     if let Some(c) = compared {
         let change = largest_difference(&c.exact.logits, &c.result.logits);
@@ -233,6 +256,19 @@ fn tell(args: &Args, combined: &Combined, compared: Option<&Compared>, cx: &Cont
         cx.ui.print(&format!("{line}\n"));
     }
     cx.ui.print(&format!("adapter  {}\n", args.out.display()));
+}
+
+/// What a search found, in a line.
+fn weights(args: &Args, found: &Found) -> String {
+    let weights = args.adapters.iter().zip(&found.weights);
+    let weights: Vec<String> = weights.map(|(name, w)| format!("{name}={}", human::number(*w, 3))).collect();
+    format!(
+        "weights {}; loss and penalty {} → {} in {} looks at the examples\n",
+        weights.join(" "),
+        human::number(found.start, 4),
+        human::number(found.value, 4),
+        found.evaluations
+    )
 }
 
 fn percent(share: f64) -> String {
