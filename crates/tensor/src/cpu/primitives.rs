@@ -45,6 +45,7 @@ fn activation(f: Unary) -> Option<math::Unary> {
         Unary::QuickGelu => math::Unary::QuickGelu,
         Unary::Sigmoid => math::Unary::Sigmoid,
         Unary::Tanh => math::Unary::Tanh,
+        Unary::Erf => math::Unary::Erf,
         _ => return None,
     })
 }

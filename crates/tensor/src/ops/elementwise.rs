@@ -41,6 +41,8 @@ pub enum Unary {
     Sigmoid,
     /// tanh x.
     Tanh,
+    /// erf x.
+    Erf,
 }
 
 /// Functions of two numbers.
@@ -216,6 +218,7 @@ mod tests {
             QuickGelu,
             Sigmoid,
             Tanh,
+            Erf,
             Abs,
         ] {
             check_gradients(std::slice::from_ref(&x), |v| v[0].unary(f))
