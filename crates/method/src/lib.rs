@@ -31,7 +31,7 @@ use engraft_nn::{
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
-use additive::{beft, bottleneck, ia3};
+use additive::{beft, bottleneck, compacter, ia3};
 use prompts::{prefix, prompt, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
@@ -101,6 +101,7 @@ pub static METHODS: &[&Entry] = &[
     &hiwi::ENTRY,
     &beft::ENTRY,
     &bottleneck::ENTRY,
+    &compacter::ENTRY,
     &prompt::ENTRY,
     &prefix::ENTRY,
     &vpt::ENTRY,

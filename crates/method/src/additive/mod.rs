@@ -2,4 +2,5 @@
 
 pub(crate) mod beft;
 pub(crate) mod bottleneck;
+pub(crate) mod compacter;
 pub(crate) mod ia3;

@@ -1,7 +1,9 @@
 //! What several methods share.
 
+pub(crate) mod activations;
 pub(crate) mod biases;
 pub(crate) mod bilevel;
+pub(crate) mod branch;
 pub(crate) mod fields;
 pub(crate) mod kronecker;
 pub(crate) mod low_rank;
