@@ -40,6 +40,8 @@ GROUPS = {
     "schedules": ("schedules", "peft"),
     "older": ("cases_vit", "adapters"),
     "bottleneck": ("bottleneck", "adapters"),
+    "adapters": ("cases_adapters", "adapters"),
+    "activations": ("cases_activations", "peft"),
 }
 
 

@@ -31,7 +31,7 @@ use engraft_nn::{
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
-use additive::{beft, bottleneck, compacter, ia3};
+use additive::{adaptformer, beft, bottleneck, ciat, compacter, ia3, krona_b, mov, reft, ssf};
 use prompts::{prefix, prompt, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
@@ -102,6 +102,12 @@ pub static METHODS: &[&Entry] = &[
     &beft::ENTRY,
     &bottleneck::ENTRY,
     &compacter::ENTRY,
+    &krona_b::ENTRY,
+    &ciat::ENTRY,
+    &adaptformer::ENTRY,
+    &ssf::ENTRY,
+    &mov::ENTRY,
+    &reft::ENTRY,
     &prompt::ENTRY,
     &prefix::ENTRY,
     &vpt::ENTRY,

@@ -363,7 +363,9 @@ impl Setting<'_> {
         let config = self.loaded.config.as_object().unwrap();
         // T5's first files name no activation.
         let unnamed = config.contains_key("d_ff") && !config.contains_key("feed_forward_proj");
-        if unnamed || config.values().any(|value| value == "relu") { 0.2 } else { 1e-2 }
+        // Adapters with a ReLU of their own have kinks in any model.
+        let kinked = ["adaptformer", "ciat"].contains(&self.methods[0].0.info().name);
+        if kinked || unnamed || config.values().any(|value| value == "relu") { 0.2 } else { 1e-2 }
     }
 
     /// Blocks that are run again give the same gradients to the bit.
