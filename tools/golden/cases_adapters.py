@@ -5,12 +5,15 @@
 import json
 import warnings
 
+import torch
 from adapters import (CompacterConfig, CompacterPlusPlusConfig, DiReftConfig, DoubleSeqBnConfig, LoReftConfig, NoReftConfig,
                       ParBnConfig, SeqBnConfig)
 
+from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.reft import ReftModule, ReftUnit
 
 import bottleneck
+import philox
 from common import TRAJECTORIES, forward, fresh, tensors_of, write_json, write_tensors
 
 
@@ -70,6 +73,36 @@ TRAINED = {
 }
 
 
+# AdapterDrop, robust: the adapters of the first m layers rest in a batch, m drawn evenly from 0 to all but one.
+ROBUST = {"bert__seq_bn_robust": ("bert", SeqBnConfig(reduction_factor=4), "padded"),
+          "llama__double_seq_bn_robust": ("llama", DoubleSeqBnConfig(reduction_factor=4), "padded")}
+DROPS = 0x6164_6170_7465_7264  # the stream of its draws
+
+
+class Drops(torch.nn.Module):
+    """Counts the forwards of a run, which are its steps, and tells every adapter whether it rests."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.step = 0
+        self.layers = [m for m in model.modules() if isinstance(m, BottleneckLayer)]
+        model.register_forward_pre_hook(self.begin)
+
+    def begin(self, module, args):
+        self.step += 1
+        count = 1 + max(layer.layer_idx for layer in self.layers)
+        u = float(philox.words(0, DROPS, 1, self.step << 20)[0] >> 8) / 2**24
+        for layer in self.layers:
+            layer.rests = layer.layer_idx < int(u * count)
+
+
+def without(self, states, residual, norm, plain=BottleneckLayer.forward):
+    if not getattr(self, "rests", False):
+        return plain(self, states, residual, norm)
+    states = states + residual
+    return norm(states) if norm is not None else states
+
+
 def save(model, path, base, plain=bottleneck.save):
     """With the tensors that Compacter's layers share, which the library leaves out where the model is no part of another."""
     plain(model, path, base)
@@ -77,6 +110,9 @@ def save(model, path, base, plain=bottleneck.save):
     shared = {k: p for k, p in model.named_parameters() if f"shared_parameters.{bottleneck.NAME}." in k}
     write_tensors(file, {**tensors_of(file), **shared})
     # The library does not write down what tells DiReFT from NoReFT.
+    if hasattr(model, "drops"):
+        c = json.loads((path / "adapter_config.json").read_text())
+        write_json(path / "adapter_config.json", {**c, "robust_drop": True})
     config = model.adapters_config.get(bottleneck.NAME)
     if getattr(config, "subtract_projection", True) is False:
         c = json.loads((path / "adapter_config.json").read_text())
@@ -90,6 +126,8 @@ def attach(base, config, case, plain=bottleneck.attach):
     for key, p in model.named_parameters():
         if key.endswith("projection.parametrizations.weight.original"):
             p.data.fill_diagonal_(-1.0)
+    if case.endswith("_robust"):
+        model.drops = Drops(model)
     return model
 
 
@@ -114,14 +152,14 @@ def in_own_type(self, states, plain=ReftModule._gather_adapted_states):
 
 
 def make(only=""):
-    ReftModule._gather_adapted_states = in_own_type
+    ReftModule._gather_adapted_states, BottleneckLayer.forward = in_own_type, without
     bottleneck.save, bottleneck.reloaded, bottleneck.attach = save, reloaded, attach
     warnings.simplefilter("ignore")
     for row in TABLE:
         if only in row[1]:
             bottleneck.write_case(*row)
-    bottleneck.TRAINED.update(TRAINED)
-    for name in TRAINED:
+    bottleneck.TRAINED.update(TRAINED | ROBUST)
+    for name in TRAINED | ROBUST:
         if only not in name:
             continue
         if not any(bottleneck.attempt(name, fresh(TRAJECTORIES / name), salt) for salt in ("", "#1", "#2", "#3", "#4")):
