@@ -47,6 +47,8 @@ GROUPS = {
     "older": ("cases_vit", "adapters"),
     "bottleneck": ("bottleneck", "adapters"),
     "instance": ("cases_instance", "peft"),
+    "adapters": ("cases_adapters", "adapters"),
+    "activations": ("cases_activations", "peft"),
 }
 
 

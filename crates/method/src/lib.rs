@@ -32,7 +32,9 @@ use engraft_nn::{
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
-use additive::{beft, bottleneck, coda, hyperformer, ia3};
+use additive::{
+    adaptformer, beft, bottleneck, ciat, coda, compacter, hyperformer, ia3, krona_b, mov, reft, ssf,
+};
 use prompts::{
     apt, dept, idpg, llama_adapter, llama_adapter_v2, lpt, mpt, p_tuning, prefix, prompt, smop, vpt, xprompt,
 };
@@ -107,6 +109,13 @@ pub static METHODS: &[&Entry] = &[
     &bottleneck::ENTRY,
     &hyperformer::ENTRY,
     &coda::ENTRY,
+    &compacter::ENTRY,
+    &krona_b::ENTRY,
+    &ciat::ENTRY,
+    &adaptformer::ENTRY,
+    &ssf::ENTRY,
+    &mov::ENTRY,
+    &reft::ENTRY,
     &prompt::ENTRY,
     &p_tuning::ENTRY,
     &mpt::ENTRY,

@@ -354,7 +354,6 @@ impl Layer {
             sites,
             self.attention_site,
             Sublayer { residual: h, input: &x, output: y, norm: None },
-            None,
         )?;
         let h = y.plus(h)?;
         let x = self.mlp_norm.forward(&h, cx)?;
@@ -364,12 +363,8 @@ impl Layer {
             other => gate.unary(other)?.mul(&up)?,
         };
         let y = self.down.forward(&y, sites, cx)?;
-        let y = cx.sublayer(
-            sites,
-            self.mlp_site,
-            Sublayer { residual: &h, input: &x, output: y, norm: None },
-            None,
-        )?;
+        let y =
+            cx.sublayer(sites, self.mlp_site, Sublayer { residual: &h, input: &x, output: y, norm: None })?;
         Ok(y.plus(&h)?)
     }
 

@@ -299,7 +299,7 @@ impl Layer {
         };
         let y = self.down.forward(&y, sites, cx)?;
         let seen = Sublayer { residual: &h, input: &x, output: y, norm: None };
-        Ok(cx.sublayer(sites, self.mlp_site, seen, None)?.plus(&h)?)
+        Ok(cx.sublayer(sites, self.mlp_site, seen)?.plus(&h)?)
     }
 }
 
@@ -388,7 +388,7 @@ impl Attention {
     ) -> engraft_nn::Result<Tensor> {
         let y = self.o.forward(&y.reshape([y.dim(0), y.dim(1) * y.dim(2)])?, sites, cx)?;
         let seen = Sublayer { residual: h, input: x, output: y, norm: None };
-        Ok(cx.sublayer(sites, self.site, seen, None)?.plus(h)?)
+        Ok(cx.sublayer(sites, self.site, seen)?.plus(h)?)
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use engraft_tensor::{Param, Tensor};
 
-use crate::{Error, Names, Patch, Result, SiteId};
+use crate::{Error, Names, Patch, Result, SiteId, Sites};
 
 /// A parameter with the name it is saved under.
 #[derive(Clone)]
@@ -99,6 +99,24 @@ impl Adapter {
         // Every attention has the same prefix, or the first of them says how far tokens move.
         let prefixes = self.patches.values().map(|site| site.iter().map(prefix).sum::<usize>());
         prompts + prefixes.max().unwrap_or(0)
+    }
+
+    /// The adapter without its patches in the first `count` blocks of the model, an encoder's before a decoder's
+    /// (AdapterDrop): these blocks compute what the base does. Its tensors stay.
+    ///
+    /// # Errors
+    /// Extra keys and values in some of the blocks, which move the positions of tokens in all of them.
+    pub fn without_first_blocks(mut self, sites: &Sites, count: usize) -> Result<Adapter> {
+        let inside = |id: &SiteId| sites.number(sites.get(*id)).is_some_and(|number| number < count);
+        let prefixed = |patches: &Vec<Patch>| patches.iter().any(|p| matches!(p, Patch::KeyValue(_)));
+        let cut = |(id, patches): (&SiteId, &Vec<Patch>)| inside(id) && prefixed(patches);
+        if self.patches.iter().any(cut) {
+            return Err(Error::Unsupported(
+                "layers of a prefix cannot be dropped, since its rows move the positions of all tokens; drop none".into(),
+            ));
+        }
+        self.patches.retain(|id, _| !inside(id));
+        Ok(self)
     }
 
     pub(crate) fn push_patch(&mut self, site: SiteId, patch: Patch) {

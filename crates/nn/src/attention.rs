@@ -101,8 +101,9 @@ impl Attend {
             (Some(kept), _) => kept,
             (None, Some(memory)) => {
                 let (k, v) = keys_and_values(memory)?;
+                // Of the whole batch, also where `cx` is one of its routes: a cache keeps it for all.
                 let prefixes = memory.pass.prefixes(self.site, &memory.states)?;
-                let found = gathered(&k, &v, memory.pass.layout(), &prefixes, cx)?;
+                let found = gathered(&k, &v, memory.pass.layout(), &prefixes, &memory.pass)?;
                 if let Some(mut cache) = cx.cache() {
                     cache.keep_source(self.layer, found.clone());
                 }
@@ -113,6 +114,8 @@ impl Attend {
                 return Err(crate::Error::Unsupported(message.into()));
             }
         };
+        let own = cx.first_sequence()..cx.first_sequence() + cx.layout().sequences().len();
+        let found = Attended { seen: found.seen[own].to_vec(), ..found };
         let spans = spans_of(&found, cx.layout());
         let y = attention(&Attention { spans, spec: self.spec, bias: None }, q, &found.keys, &found.values)?;
         self.gated(x, q, y, cx)

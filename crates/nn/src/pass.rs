@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use engraft_tensor::{Tensor, checkpoint, ops::cat};
 
-use crate::{Adapter, Error, KvCache, Layout, Norm, Patch, Result, SiteId, Sites, Sublayer};
+use crate::{Adapter, Error, KvCache, Layout, Norm, Patch, Result, Site, SiteId, Sites, Sublayer};
 
 /// Whether dropout is drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -320,31 +320,35 @@ impl Pass {
         })
     }
 
-    /// What a sublayer puts on the stream, after the patches of its site; in post-norm models with the norm that follows.
-    pub fn sublayer(
-        &self,
-        sites: &Sites,
-        id: SiteId,
-        s: Sublayer<'_>,
-        norm: Option<&Norm>,
-    ) -> Result<Tensor> {
+    /// What a sublayer puts on the stream, after the patches of its site, in models whose norms precede their sublayers.
+    pub fn sublayer(&self, sites: &Sites, id: SiteId, s: Sublayer<'_>) -> Result<Tensor> {
         if !self.patched(id) {
             return Ok(s.output);
         }
         let site = sites.get(id);
         self.by_route(id, &s.output, |output, patches, cx| {
             let (residual, input) = (cx.rows_in(self, s.residual)?, cx.rows_in(self, s.input)?);
+            let view = Sublayer { residual: &residual, input: &input, output: output.clone(), norm: s.norm };
+            Ok(under_patches(view, patches, site, cx)?.0)
+        })
+    }
+
+    /// The stream after a sublayer of a post-norm model: norm(residual + output), the output after the patches of its site.
+    pub fn post_norm(&self, sites: &Sites, id: SiteId, s: Sublayer<'_>, norm: &Norm) -> Result<Tensor> {
+        if !self.patched(id) {
+            return norm.forward(&s.output.plus(s.residual)?, self);
+        }
+        let site = sites.get(id);
+        self.by_route(id, &s.output, |output, patches, cx| {
+            let (residual, input) = (cx.rows_in(self, s.residual)?, cx.rows_in(self, s.input)?);
             // The norm of this route: its gain may be patched too.
-            let own = |x: &Tensor| norm.map_or_else(|| Ok(x.clone()), |n| n.forward(x, cx));
-            let own: Option<&crate::patch::RowsFn<'_>> = if norm.is_some() { Some(&own) } else { s.norm };
-            let mut output = output.clone();
-            for patch in patches {
-                if let Patch::Sublayer(p) = patch {
-                    let view = Sublayer { residual: &residual, input: &input, output, norm: own };
-                    output = p.output(&view, site, cx)?;
-                }
+            let own = |x: &Tensor| norm.forward(x, cx);
+            let view =
+                Sublayer { residual: &residual, input: &input, output: output.clone(), norm: Some(&own) };
+            match under_patches(view, patches, site, cx)? {
+                (stream, true) => Ok(stream),
+                (output, false) => own(&output.plus(&residual)?),
             }
-            Ok(output)
         })
     }
 
@@ -420,6 +424,22 @@ impl Pass {
             })
         })
     }
+}
+
+/// What the sublayer patches make of an output, and whether it is the next stream already.
+fn under_patches(s: Sublayer<'_>, patches: &[Patch], site: &Site, cx: &Pass) -> Result<(Tensor, bool)> {
+    let (mut output, mut is_stream) = (s.output, false);
+    for patch in patches {
+        let Patch::Sublayer(p) = patch else { continue };
+        if is_stream {
+            let message = "an adapter that drops the model's norm must be the last of its methods".into();
+            return Err(Error::Site { path: site.path.clone(), message });
+        }
+        let view = Sublayer { residual: s.residual, input: s.input, output, norm: s.norm };
+        output = p.output(&view, site, cx)?;
+        is_stream = s.norm.is_some() && p.replaces_norm();
+    }
+    Ok((output, is_stream))
 }
 
 /// A function on the rows of a pass.

@@ -66,6 +66,11 @@ pub struct Sublayer<'a> {
 pub trait SublayerPatch: Send + Sync {
     /// output′ [tokens, width].
     fn output(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor>;
+
+    /// Whether `output` is, in post-norm models, the next stream itself, to which neither residual nor norm are applied.
+    fn replaces_norm(&self) -> bool {
+        false
+    }
 }
 
 /// h, run → h′.

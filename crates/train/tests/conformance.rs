@@ -391,8 +391,9 @@ impl Setting<'_> {
         let config = self.loaded.config.as_object().unwrap();
         // T5's first files name no activation.
         let unnamed = config.contains_key("d_ff") && !config.contains_key("feed_forward_proj");
-        // Some methods have one of their own.
-        let own = ["coda", "lpt", "propetl", "s4"].contains(&self.methods[0].0.info().name);
+        // Some methods have kinks of their own.
+        let own =
+            ["adaptformer", "ciat", "coda", "lpt", "propetl", "s4"].contains(&self.methods[0].0.info().name);
         if unnamed || own || config.values().any(|value| value == "relu") { 0.2 } else { 1e-2 }
     }
 

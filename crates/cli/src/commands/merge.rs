@@ -76,6 +76,7 @@ impl WrittenType {
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
     let model = ModelArgs {
+        drop_layers: None,
         model: args.model.clone(),
         adapter: Some(args.adapter.clone()),
         dtype: Dtype::F32,

@@ -1,8 +1,10 @@
 //! What several methods share.
 
 pub(crate) mod activation;
+pub(crate) mod activations;
 pub(crate) mod biases;
 pub(crate) mod bilevel;
+pub(crate) mod branch;
 pub(crate) mod divisors;
 pub(crate) mod fields;
 pub(crate) mod gated_prompts;
