@@ -7,5 +7,6 @@ pub(crate) mod mpt;
 pub(crate) mod p_tuning;
 pub(crate) mod prefix;
 pub(crate) mod prompt;
+mod transfer;
 pub(crate) mod vpt;
 pub(crate) mod xprompt;
