@@ -26,6 +26,7 @@ GROUPS = {
     "numpy-random": ("numpy_random", "peft"),
     "vpt": ("vpt", "peft"),
     "hyper": ("hyper", "peft"),
+    "coda": ("coda", "peft"),
     "prompts": ("cases_prompts", "peft"),
     "prompts-own": ("prompts_own", "peft"),
     "tokens": ("cases_selective", "peft"),
@@ -43,6 +44,7 @@ GROUPS = {
     "schedules": ("schedules", "peft"),
     "older": ("cases_vit", "adapters"),
     "bottleneck": ("bottleneck", "adapters"),
+    "instance": ("cases_instance", "peft"),
 }
 
 

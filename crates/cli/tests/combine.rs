@@ -92,6 +92,9 @@ fn what_cannot_be_combined_is_said() {
     assert!(combine(&[text(&a), text(&ia3)]).contains("IA3"));
     assert!(combine(&[text(&a), "--rule", "ties"]).contains("--density"));
     assert!(combine(&[text(&a), "--rank", "3"]).contains("svd"));
+    assert!(combine(&[text(&a), "--seed", "3"]).contains("dare_linear"));
+    assert!(combine(&[text(&a), "--rule", "ties", "--density", "0.5", "--seed", "3"]).contains("--seed"));
+    assert!(combine(&[text(&a), "--sign", "frequency"]).contains("ties"));
     assert!(combine(&[text(&a), "--rule", "sum"]).contains("expected one of cat"));
     assert!(combine(&[&format!("{}=x", text(&a))]).contains("found `x`"));
     assert!(combine(&[&format!("{}=0", text(&a))]).contains("other than zero"));
@@ -100,6 +103,130 @@ fn what_cannot_be_combined_is_said() {
     succeeds(&["combine", text(&ia3), text(&ia3), "--rule", "average", "--out", text(&out)]);
     let same = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
     assert!(same(&out) == same(&ia3));
+}
+
+/// A copy of an adapter whose configuration `change` has changed.
+fn changed(of: &Path, to: &Path, change: impl Fn(&mut Value)) -> String {
+    fs::create_dir_all(to).unwrap();
+    fs::copy(of.join("adapter_model.safetensors"), to.join("adapter_model.safetensors")).unwrap();
+    let mut config: Value =
+        serde_json::from_slice(&fs::read(of.join("adapter_config.json")).unwrap()).unwrap();
+    change(&mut config);
+    fs::write(to.join("adapter_config.json"), config.to_string()).unwrap();
+    text(to).to_owned()
+}
+
+#[test]
+fn adapters_that_do_not_belong_together_are_refused() {
+    let (a, dir) = (golden().join("combine/a"), tempfile::tempdir().unwrap());
+    let out = dir.path().join("out");
+    let with = |name: &str, change: &dyn Fn(&mut Value)| changed(&a, &dir.path().join(name), change);
+    let combine = |other: &str| refused(&["combine", "--out", text(&out), text(&a), other]);
+    let other = with("base", &|c| c["base_model_name_or_path"] = "hub/another-7b".into());
+    let said = combine(&other);
+    assert!(
+        said.contains("hub/another-7b") && said.contains("models/llama") && said.contains("--any-base"),
+        "{said}"
+    );
+    succeeds(&["combine", "--out", text(&out), "--any-base", text(&a), &other]);
+    fs::remove_dir_all(&out).unwrap();
+    let moved = with("moved", &|c| c["base_model_name_or_path"] = "/elsewhere/Llama/".into());
+    succeeds(&["combine", "--out", text(&out), text(&a), &moved]);
+    fs::remove_dir_all(&out).unwrap();
+    let said = combine(&with("rank", &|c| c["r"] = 8.into()));
+    assert!(said.contains("has rank 4") && said.contains("says 8"), "{said}");
+    assert!(combine(&with("zero", &|c| c["r"] = 0.into())).contains("found 0"));
+    assert!(
+        combine(&with("few", &|c| c["target_modules"] = serde_json::json!(["q_proj"])))
+            .contains("does not name")
+    );
+    assert!(
+        combine(&with("none", &|c| c["target_modules"] = serde_json::json!(["x"]))).contains("names none")
+    );
+    assert!(combine(&with("odd", &|c| c["target_modules"] = "(".into())).contains("not a valid pattern"));
+    assert!(combine(&with("alpha", &|c| c["lora_alpha"] = "8".into())).contains("expected a number"));
+    assert!(
+        combine(&with("ranks", &|c| c["rank_pattern"] = serde_json::json!({ "(": 4 })))
+            .contains("not a valid pattern")
+    );
+    let kasa = serde_json::json!({ "beta": 0.1, "gamma": 0.1 });
+    assert!(combine(&with("kasa", &|c| c["kasa_config"] = kasa.clone())).contains("KaSA"));
+    assert!(!out.exists());
+}
+
+#[test]
+fn directories_above_the_result_are_made_and_none_is_where_it_cannot_be() {
+    let (root, dir) = (golden(), tempfile::tempdir().unwrap());
+    let (a, deep) = (root.join("combine/a"), dir.path().join("new/deep/out"));
+    succeeds(&["combine", "--out", text(&deep), text(&a), text(&a)]);
+    assert!(deep.join("adapter_config.json").is_file());
+    fs::write(dir.path().join("file"), "").unwrap();
+    let beneath = dir.path().join("file/out");
+    assert!(
+        refused(&["combine", "--out", text(&beneath), text(&a)]).contains("expected a directory to write to")
+    );
+    assert!(refused(&["combine", "--out", "/proc/engraft/out", text(&a)]).contains("cannot write to /proc"));
+}
+
+/// A copy of the model of the tests, one of whose numbers is no number.
+fn broken(dir: &Path) -> PathBuf {
+    let (model, to) = (golden().join("models/llama"), dir.join("broken"));
+    fs::create_dir_all(&to).unwrap();
+    for entry in fs::read_dir(&model).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+    let file = to.join("model.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    let weights = Weights::open_file(&file, &Limits::default()).unwrap();
+    let q = "model.layers.0.self_attn.q_proj.weight";
+    let raw = weights.get(q).unwrap().bytes().to_vec();
+    let at = bytes.windows(raw.len()).position(|window| window == raw).unwrap();
+    bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    drop(weights);
+    fs::write(&file, bytes).unwrap();
+    to
+}
+
+#[test]
+fn numbers_that_are_none_are_bad_input() {
+    let (root, dir) = (golden(), tempfile::tempdir().unwrap());
+    let (model, broken, out) = (root.join("models/llama"), broken(dir.path()), dir.path().join("out"));
+    for (before, after) in [(&model, &broken), (&broken, &model)] {
+        let said =
+            refused(&["extract", "--model", text(before), "--tuned", text(after), "--out", text(&out)]);
+        assert!(said.contains("self_attn.q_proj: expected finite numbers, found NaN"), "{said}");
+        assert!(said.contains(text(&broken)), "{said}");
+    }
+    let a = root.join("combine/a");
+    let said = refused(&["merge", "--model", text(&broken), "--adapter", text(&a), "--out", text(&out)]);
+    assert!(said.contains("is NaN"), "{said}");
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_rank_beyond_the_weights_is_said_as_what_it_became() {
+    let (root, dir) = (golden(), tempfile::tempdir().unwrap());
+    let (model, tuned, out) = (root.join("models/llama"), dir.path().join("tuned"), dir.path().join("out"));
+    let a = root.join("combine/a");
+    succeeds(&["merge", "--model", text(&model), "--adapter", text(&a), "--out", text(&tuned)]);
+    let args = [
+        "extract",
+        "--model",
+        text(&model),
+        "--tuned",
+        text(&tuned),
+        "--out",
+        text(&out),
+        "--rank",
+        "1000",
+        "--json",
+    ];
+    let said: Value = serde_json::from_str(&succeeds(&args)).unwrap();
+    let rank = said["rank"].as_u64().unwrap();
+    assert!(rank < 1000 && said["form"].as_str().unwrap().contains("of 1000"), "{said}");
+    let config: Value = serde_json::from_slice(&fs::read(out.join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!(config["r"], rank);
 }
 
 #[test]

@@ -31,8 +31,10 @@ use engraft_nn::{
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
-use additive::{beft, bottleneck, hyperformer, ia3};
-use prompts::{dept, llama_adapter, llama_adapter_v2, mpt, p_tuning, prefix, prompt, vpt, xprompt};
+use additive::{beft, bottleneck, coda, hyperformer, ia3};
+use prompts::{
+    apt, dept, idpg, llama_adapter, llama_adapter_v2, lpt, mpt, p_tuning, prefix, prompt, smop, vpt, xprompt,
+};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
     hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, osf,
@@ -102,6 +104,7 @@ pub static METHODS: &[&Entry] = &[
     &beft::ENTRY,
     &bottleneck::ENTRY,
     &hyperformer::ENTRY,
+    &coda::ENTRY,
     &prompt::ENTRY,
     &p_tuning::ENTRY,
     &mpt::ENTRY,
@@ -111,6 +114,10 @@ pub static METHODS: &[&Entry] = &[
     &llama_adapter::ENTRY,
     &llama_adapter_v2::ENTRY,
     &vpt::ENTRY,
+    &idpg::ENTRY,
+    &smop::ENTRY,
+    &lpt::ENTRY,
+    &apt::ENTRY,
     &full::FULL,
     &full::HEAD,
     &top_layers::ENTRY,

@@ -64,6 +64,9 @@ pub fn toy() -> (Arc<Sites>, ModelInfo) {
     }
     let weight = Weight::matrix(&rows(3, 6, 90), Storage::Dense, Precision::F32).unwrap();
     Linear::declare(&mut s, ("head", "head"), Role::Head, None, Arc::new(weight), Some(sample(&[3], 91)));
+    for layer in 0..2 {
+        s.add(format!("layers.{layer}"), Role::Block, Some(layer), Kind::Block { width: 6 });
+    }
     let info = ModelInfo {
         architecture: "toy".into(),
         task: Task::CausalLm,

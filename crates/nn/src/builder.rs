@@ -35,6 +35,12 @@ impl<'a> Builder<'a> {
         self.prefix = prefix.into();
     }
 
+    /// What precedes the names of parameters made from here on: it tells apart what two methods of one adapter leave on a
+    /// pass.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
     /// The chosen sites, in model order.
     pub fn targets(&self) -> Vec<&'a Site> {
         self.targets.iter().map(|&id| self.sites.get(id)).collect()

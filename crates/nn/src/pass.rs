@@ -54,6 +54,8 @@ pub struct Pass {
     board: Arc<Mutex<Board>>,
     /// Task of each sequence of the whole batch; empty where none was named.
     tasks: Arc<[usize]>,
+    /// Last tokens of each sequence of the whole batch that are asked for; empty where all are given.
+    asked: Arc<[usize]>,
 }
 
 /// What patches pass on, by route and key.
@@ -63,7 +65,7 @@ impl Pass {
     /// All sequences with one adapter, or none.
     pub fn new(layout: Layout, adapter: Option<Arc<Adapter>>) -> Self {
         let route = Route { sequences: 0..layout.sequences().len(), adapter };
-        let tasks = layout.tasks().into();
+        let (tasks, asked) = (layout.tasks().into(), layout.asked().into());
         Pass {
             layout,
             routes: Arc::new([route]),
@@ -77,6 +79,7 @@ impl Pass {
             scope: None,
             board: Arc::default(),
             tasks,
+            asked,
         }
     }
 
@@ -144,7 +147,8 @@ impl Pass {
         if found != expected {
             return Err(Error::Unsupported(format!("expected rows of {expected} sequences, found {found}")));
         }
-        Ok(Pass { layout, ..self.clone() })
+        let asked = layout.asked().into();
+        Ok(Pass { layout, asked, ..self.clone() })
     }
 
     /// The same pass over rows that lie so.
@@ -214,6 +218,18 @@ impl Pass {
     pub fn tasks(&self) -> Option<&[usize]> {
         let own = self.first_sequence..self.first_sequence + self.layout.sequences().len();
         self.tasks.get(own).filter(|tasks| !tasks.is_empty())
+    }
+
+    /// The rows of each sequence's tokens that are given: neither virtual nor asked for, one of them at least. What a patch
+    /// makes of its input (gates, routes, generated prompts) may look at these alone.
+    pub fn given(&self) -> Vec<Range<usize>> {
+        let rows = self.layout.sequences().iter().zip(self.layout.virtual_counts()).enumerate();
+        let given = |(i, (s, &virtual_count)): (usize, (&Range<usize>, &usize))| {
+            let first = (s.start + virtual_count).min(s.end);
+            let asked = self.asked.get(self.first_sequence + i).copied().unwrap_or(0);
+            first..s.end.saturating_sub(asked).max(first + 1).min(s.end)
+        };
+        rows.map(given).collect()
     }
 
     /// What `make` gives, a row for each sequence; under a cache that of the first pass is kept for the later ones, so that

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use engraft_data::{Labels, TemplateOptions, Tokenizer};
 use engraft_model::{LoadOptions, Loaded, Packed, load, token_limit};
-use engraft_nn::Task;
 use engraft_nn::weight::Storage;
+use engraft_nn::{Adapter, Task};
 use engraft_recipe::{self as recipe, Dtype, Facts, Problem, Quantize, Recipe};
 use engraft_store::hub::{Hub, Progress};
 use engraft_store::{Limits, Weights, read_config};
@@ -94,8 +94,10 @@ impl Session {
         }
         let weights = Weights::open(&model_dir, &options.limits)?;
         let fingerprint = Fingerprint::new(of_weights(&weights), of_data(&examples.train));
-        let notes = [attached.notes, doubts(recipe, &examples, &config, &loaded)].concat();
-        Ok(Session {
+        let idle = idle_ranks(&attached.adapter);
+        let notes = [attached.notes, doubts(recipe, &examples, &config, &loaded), idle.into_iter().collect()]
+            .concat();
+        let session = Session {
             objective: Objective::of(loaded.model.info().task)?,
             shift: Shift::of(&config),
             plan,
@@ -113,7 +115,9 @@ impl Session {
             labels: examples.labels,
             fingerprint,
             notes,
-        })
+        };
+        session.levels().map_err(|e| recipe.problems(vec![recipe.problem_at("data.path", e.to_string())]))?;
+        Ok(session)
     }
 }
 
@@ -192,6 +196,27 @@ fn doubts(recipe: &Recipe, examples: &Examples, config: &Value, loaded: &Loaded)
         );
     }
     doubts
+}
+
+/// What to tell of low-rank products whose rank is more than their weight's: allowed, as in `peft`, and of no use.
+fn idle_ranks(adapter: &Adapter) -> Option<String> {
+    let shape = |name: &str| {
+        let param = adapter.params().iter().find(|p| p.name == name)?;
+        Some(param.param.value().shape().to_vec())
+    };
+    let idle = adapter.params().iter().filter_map(|param| {
+        let path = param.name.strip_suffix(".lora_A.weight")?;
+        let a = param.param.value().shape().to_vec();
+        let (rank, inn) = (a[0], a[1..].iter().product::<usize>());
+        let most = inn.min(*shape(&format!("{path}.lora_B.weight"))?.first()?);
+        (rank > most).then(|| (path.to_owned(), rank, most))
+    });
+    let idle: Vec<_> = idle.collect();
+    let (path, rank, most) = idle.first()?;
+    let more = if idle.len() > 1 { format!(", and at {} more", idle.len() - 1) } else { String::new() };
+    Some(format!(
+        "rank {rank} is more than the {most} that {path} can have{more}: what is beyond costs time and memory and changes nothing"
+    ))
 }
 
 /// What the plan needs to know of model and data.

@@ -160,7 +160,7 @@ impl<'a> Run<'a> {
         let mut resumed = None;
         let (state, id) = if saved::steps(&RealDisk, &checkpoints)?.is_empty() {
             if !session.goes_on {
-                crate::calibrate::prepare(session)?;
+                crate::calibrate::prepare(session, &options.stop, observer)?;
             }
             let state = State { fingerprint: session.fingerprint.clone(), ..State::default() };
             let id = new_id(&plan_hash);

@@ -51,14 +51,10 @@ impl<'s> Trainer<'s> {
     pub fn new(session: &'s Session) -> Result<Self> {
         let plan = &session.plan;
         let methods: Vec<_> = session.methods.iter().map(|(m, _)| m.as_ref()).collect();
-        let held_out = session.methods.iter().map(|(m, _)| m.held_out()).fold(0.0, f64::max);
-        let parts = (held_out > 0.0)
-            .then(|| Feed::parts(&session.train, session.feed_options()?, held_out))
-            .transpose()?;
         Ok(Trainer {
             session,
             feed: session.feed()?,
-            parts,
+            parts: session.levels()?,
             optimizer: Optimizer::new(&session.adapter, &methods, &plan.train),
             rate: LearningRate {
                 peak: plan.train.learning_rate,

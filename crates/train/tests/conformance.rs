@@ -13,7 +13,7 @@ use engraft_model::Loaded;
 use engraft_nn::weight::Storage;
 use engraft_nn::{
     Adapter, Builder, Error, Init, Inputs, Kind, KvCache, Layout, Matcher, Mode, NamedParam, Pass, Patch,
-    Patched, Replacement, Result, Role, Route, Site, Targets, Task, Value, merged_tensors,
+    Patched, Replacement, Result, Role, Route, Site, Stack, Targets, Task, Value, merged_tensors,
 };
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::testing::sample;
@@ -230,10 +230,14 @@ impl Setting<'_> {
         // Its example starts as tokens.
         name == "prompt" && self.title == "prompt" && !table
             || ["dept", "trainable_tokens"].contains(&name) && !table
+            || name == "coda" && self.loaded.model.info().task == Task::CausalLm
             // `peft`'s form of a prompt in attention goes past the bias of the output projection.
             || self.title == "llama_adapter, scalar"
                 && has(&|s| s.role == Role::O && sites.bias_of(&s.path).is_some())
                 && !has(&|s| s.role == Role::Qkv)
+            || name == "lpt"
+                && !has(&|s| s.role == Role::Block && s.layer == Some(1) && s.stack != Stack::Decoder)
+            || ["unipelt", "mam"].contains(&name) && has(&|s| s.role == Role::CrossAttention)
             || name == "bitfit" && !has(&|s| s.path.ends_with(".bias"))
             || name == "head" && !has(&|s| s.role == Role::Head && s.is_weight())
     }
@@ -282,7 +286,16 @@ impl Setting<'_> {
     fn logits(&self, adapter: Option<&Arc<Adapter>>) -> std::result::Result<Tensor, String> {
         let inputs = self.inputs(0..LENGTHS.len());
         let cx = Pass::new(inputs.layout.clone(), adapter.cloned());
+        if let Some(adapter) = adapter {
+            self.before_forward(adapter, &inputs, &cx).map_err(|e| e.to_string())?;
+        }
         no_grad(|| self.loaded.model.forward(&inputs, &cx)).map_err(|e| e.to_string())
+    }
+
+    /// What the methods look at before a pass.
+    fn before_forward(&self, adapter: &Arc<Adapter>, inputs: &Inputs, cx: &Pass) -> Result<()> {
+        let first = || self.loaded.model.features(inputs, &Pass::new(inputs.layout.clone(), None));
+        self.methods.iter().try_for_each(|(method, _)| method.before_forward(adapter, &first, cx))
     }
 
     /// A projection of the logits on fixed numbers, as the loss.
@@ -296,7 +309,9 @@ impl Setting<'_> {
         let inputs = self.inputs(0..LENGTHS.len());
         let mode = Mode::Train { seed: 1, step: 1, micro: 0 };
         let cx = Pass::new(inputs.layout.clone(), Some(adapter.clone()));
-        self.loaded.model.forward(&inputs, &cx.training(mode).checkpointing(checkpointing))
+        let cx = cx.training(mode).checkpointing(checkpointing);
+        self.before_forward(adapter, &inputs, &cx)?;
+        self.loaded.model.forward(&inputs, &cx)
     }
 
     /// The loss of [`Setting::gradients`], summed in f64.
@@ -313,7 +328,11 @@ impl Setting<'_> {
             return Ok(());
         }
         // DoRA's gradient leaves the norms out on purpose; only its magnitudes have the plain one.
-        let plain = |name: &str| !self.is_dora(adapter) || name.ends_with("lora_magnitude_vector");
+        // Masks are steps, which have no slope; what is sent straight through them is compared in `trajectories.rs`.
+        let plain = |name: &str| {
+            let magnitude = !self.is_dora(adapter) || name.ends_with("lora_magnitude_vector");
+            magnitude && !name.ends_with(".mask_scores")
+        };
         for (number, p) in adapter.trainable().enumerate().filter(|(_, p)| plain(&p.name)) {
             let count = p.param.value().len();
             // What the output does not depend on (the pooler of an encoder) has none.
@@ -366,13 +385,15 @@ impl Setting<'_> {
         Err(format!("{}: gradient {found}, differences {seen:?}", p.name))
     }
 
-    /// How far a difference may be off, as a share of the gradient. Across the kinks of a ReLU differences are means of two
-    /// slopes and show only what is far off; what such models train is compared step by step in `trajectories.rs`.
+    /// How far a difference may be off, as a share of the gradient. Across kinks (a ReLU's, those of CoDA's choice)
+    /// differences are means of two slopes and show only what is far off; what such models train is compared step by step in `trajectories.rs`.
     fn slack(&self) -> f64 {
         let config = self.loaded.config.as_object().unwrap();
         // T5's first files name no activation.
         let unnamed = config.contains_key("d_ff") && !config.contains_key("feed_forward_proj");
-        if unnamed || config.values().any(|value| value == "relu") { 0.2 } else { 1e-2 }
+        // Some methods have one of their own.
+        let own = ["coda", "lpt", "propetl", "s4"].contains(&self.methods[0].0.info().name);
+        if unnamed || own || config.values().any(|value| value == "relu") { 0.2 } else { 1e-2 }
     }
 
     /// Blocks that are run again give the same gradients to the bit.
@@ -492,6 +513,7 @@ impl Setting<'_> {
         let routes = vec![route(0..2, Some(adapter.clone())), route(2..3, None), route(3..4, Some(other))];
         let inputs = self.inputs(0..LENGTHS.len());
         let run = |inputs: &Inputs, cx: &Pass| {
+            self.before_forward(adapter, inputs, cx).map_err(|e| e.to_string())?;
             no_grad(|| self.loaded.model.forward(inputs, cx)).map_err(|e| e.to_string())
         };
         let cx = Pass::with_routes(inputs.layout.clone(), routes.clone()).map_err(|e| e.to_string())?;

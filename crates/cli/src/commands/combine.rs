@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use engraft_method::algebra::{Combined, Options, Rule, Sign, Term, combine};
+use engraft_method::algebra::{Combined, Options, Rule, Sign, Term, combine, same_base};
 use engraft_method::load_adapter;
 use engraft_model::LoadOptions;
 use engraft_report::human;
@@ -18,10 +18,9 @@ use crate::failure::{BeforeWork, Failure, Outcome};
 use crate::probe::{Measured, Probes, largest_difference};
 
 /// How signs are elected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum SignOf {
     /// The sign of the sum.
-    #[default]
     Total,
     /// The sign that more adapters have.
     Frequency,
@@ -54,12 +53,15 @@ pub struct Args {
     /// Share of the numbers that a pruning rule keeps
     #[arg(long, value_name = "SHARE")]
     density: Option<f64>,
-    /// How TIES elects signs
-    #[arg(long, value_enum, default_value_t)]
-    sign: SignOf,
-    /// Seed of what DARE drops
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    /// How TIES elects signs: total if left out
+    #[arg(long, value_enum)]
+    sign: Option<SignOf>,
+    /// Seed of what DARE drops: 0 if left out
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Combines adapters whose bases are called differently, where both are one model
+    #[arg(long)]
+    any_base: bool,
     /// A base model, to compare logits of the result with those of the exact sum
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
@@ -88,9 +90,10 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         rule: args.rule,
         rank: args.rank.map(|rank| rank as usize),
         density: args.density.unwrap_or(1.0),
-        sign: if args.sign == SignOf::Total { Sign::Total } else { Sign::Frequency },
-        seed: args.seed,
+        sign: if args.sign == Some(SignOf::Frequency) { Sign::Frequency } else { Sign::Total },
+        seed: args.seed.unwrap_or(0),
     };
+    same_base(&terms, args.any_base).before_work()?;
     let combined = combine(&terms, &options).before_work()?;
     let compared = match &args.model {
         Some(model) => Some(compare(args, model, &terms, &options, &combined, cx)?),
@@ -109,6 +112,14 @@ fn check(args: &Args) -> Outcome {
     }
     if !args.rule.prunes() && args.density.is_some() {
         return Err(Failure::before_work("--density belongs to the rules ties, dare and magnitude_prune"));
+    }
+    if args.sign.is_some() && !args.rule.elects() {
+        return Err(Failure::before_work("--sign belongs to ties and dare_ties, which elect signs"));
+    }
+    if args.seed.is_some() && !args.rule.draws() {
+        return Err(Failure::before_work(
+            "--seed belongs to dare_linear and dare_ties, which draw what they drop",
+        ));
     }
     if args.rank.is_some() && !args.rule.cuts() {
         return Err(Failure::before_work("--rank belongs to svd and the rules that end in _svd"));

@@ -2,5 +2,6 @@
 
 pub(crate) mod beft;
 pub(crate) mod bottleneck;
+pub(crate) mod coda;
 pub(crate) mod hyperformer;
 pub(crate) mod ia3;

@@ -13,13 +13,18 @@ const ASIDE: [&str; 9] = [
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
-    "init_lora_weights",
-    "lora_dropout",
+    "loftq_config",
+    "name",
     "peft_version",
     "revision",
     "task_type",
-    "loftq_config",
+    "version",
 ];
+
+/// Whether a key says nothing about what an adapter computes: how it was trained, and how it started.
+fn is_aside(key: &str) -> bool {
+    ASIDE.contains(&key) || key.ends_with("dropout") || key.starts_with("init_")
+}
 
 /// Of the first, with the ranks of the result, scale 1, and the targets and modules of all.
 pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String, usize>) -> Value {
@@ -75,7 +80,7 @@ pub(super) fn same_configuration(terms: &[Term]) -> Result<()> {
     let Some(first) = terms.first() else { return Ok(()) };
     let keys: BTreeSet<&String> =
         terms.iter().filter_map(|t| t.config.as_object()).flat_map(|m| m.keys()).collect();
-    for key in keys.into_iter().filter(|key| !ASIDE.contains(&key.as_str())) {
+    for key in keys.into_iter().filter(|key| !is_aside(key)) {
         for term in &terms[1..] {
             let (a, b) = (unordered(first.config.get(key)), unordered(term.config.get(key)));
             if a != b {

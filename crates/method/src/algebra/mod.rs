@@ -9,6 +9,7 @@
 //! configured alike (AdapterSoup, Chronopoulou et al. 2023, arXiv:2302.07027). TIES: Yadav et al. 2023, arXiv:2306.01708; DARE:
 //! Yu et al. 2024, arXiv:2311.03099; task arithmetic: Ilharco et al. 2023, arXiv:2212.04089.
 
+mod alike;
 mod config;
 mod factors;
 mod rules;
@@ -21,6 +22,7 @@ use engraft_tensor::{DType, Tensor, no_grad};
 use serde_json::Value;
 
 use crate::{Chosen, Named};
+pub use alike::same_base;
 use config::{lora_config, same_configuration};
 use factors::{Factors, Module, modules};
 pub use rules::Sign;
@@ -93,6 +95,16 @@ impl Rule {
     pub fn cuts(self) -> bool {
         use Rule::{DareLinearSvd, DareTiesSvd, MagnitudePruneSvd, Svd, TiesSvd};
         matches!(self, Svd | TiesSvd | DareLinearSvd | DareTiesSvd | MagnitudePruneSvd)
+    }
+
+    /// Whether signs are elected.
+    pub fn elects(self) -> bool {
+        self.recipe().elect
+    }
+
+    /// Whether something is drawn.
+    pub fn draws(self) -> bool {
+        self.recipe().keep_random
     }
 
     fn recipe(self) -> Recipe {
@@ -176,6 +188,7 @@ pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
                     other.name
                 )));
             }
+            terms.iter().try_for_each(alike::fits_itself)?;
             low_rank(first, terms, options)
         }
     })?;

@@ -9,7 +9,8 @@
 //! `peft` makes as many again for the decoder and never reads them, so its files hold [2 · tokens, width].
 
 use engraft_nn::{
-    Base, Builder, Error, Init, Kind, Pass, Patch, PromptPatch, Result, Role, Sites, Stack, Value as Frozen,
+    Base, Builder, Error, Init, Kind, Pass, Patch, PromptPatch, Result, Role, Site, Sites, Stack,
+    Value as Frozen,
 };
 use engraft_tensor::cpu::random::Key;
 use engraft_tensor::{Param, Tensor};
@@ -226,6 +227,15 @@ pub(crate) fn submodules(sites: &Sites) -> usize {
     if sites.iter().any(|s| s.stack == Stack::Decoder) { 2 } else { 1 }
 }
 
+/// Where a prompt enters, of an encoder–decoder model the encoder, and the width there.
+pub(crate) fn prompt_site<'s>(sites: &'s Sites, title: &str) -> Result<(&'s Site, usize)> {
+    let found = sites.iter().find_map(|s| match s.kind {
+        Kind::Prompt { width } => Some((s, width)),
+        _ => None,
+    });
+    found.ok_or_else(|| Error::Unsupported(format!("{title} needs a model with an embedded input")))
+}
+
 /// In `peft`, adapters with virtual tokens keep the modules trained beside them one level higher than others do.
 pub(crate) fn prompt_file_name(name: &str) -> String {
     if name == "prompt_embeddings" { name.into() } else { format!("base_model.{name}") }
@@ -241,10 +251,7 @@ impl Method for Prompt {
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
-        let found = b.sites().of_kind(|k| matches!(k, Kind::Prompt { .. })).next();
-        let Some((site, Kind::Prompt { width })) = found.map(|s| (s, s.kind.clone())) else {
-            return Err(Error::Unsupported("prompt tuning needs a model with an embedded input".into()));
-        };
+        let (site, width) = prompt_site(b.sites(), INFO.title)?;
         let count = self.tokens * self.submodules.unwrap_or_else(|| submodules(b.sites()));
         let init = self.start.of(b, self.tokens, count)?;
         let param = b.param("prompt_embeddings", &[count, width], init)?;

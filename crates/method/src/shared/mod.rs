@@ -2,6 +2,7 @@
 
 pub(crate) mod biases;
 pub(crate) mod bilevel;
+pub(crate) mod divisors;
 pub(crate) mod fields;
 pub(crate) mod gated_prompts;
 pub(crate) mod kronecker;
@@ -14,6 +15,7 @@ pub(crate) mod orthogonal;
 pub(crate) mod places;
 pub(crate) mod projection;
 pub(crate) mod scores;
+pub(crate) mod sequences;
 pub(crate) mod sparse;
 pub(crate) mod staged;
 pub(crate) mod tasks;
