@@ -64,6 +64,9 @@ pub enum FieldKind {
     /// tokenizer with its special tokens, so that no method knows tokenizers.
     Tokens,
     TextList,
+    /// Directories of saved prompts, whose rows the method needs: `from_settings` is given a list of
+    /// `{ "path": …, "rows": [[…], …] }`, so that no method reads files.
+    Prompts,
     IntList,
     IntMap,
     FloatMap,

@@ -178,7 +178,7 @@ fn method(
             recipe.problem_at(&format!("{}.name", table.at), format!("there is no method `{name}`")),
         ]);
     };
-    let settings = with_ids(&table.settings, entry.info.fields, tokenizer)
+    let settings = filled(&table.settings, entry.info.fields, tokenizer)
         .map_err(|(key, e)| vec![recipe.problem_at(&format!("{}.{key}", table.at), e)])?;
     let method = (entry.from_settings)(&settings).map_err(|e| wrong_settings(recipe, table, e))?;
     let default = method.default_targets(model.sites());
@@ -211,21 +211,43 @@ fn method(
     Ok((method, targets))
 }
 
-/// The settings with the ids of every text whose tokens a method needs, where there is a tokenizer.
-fn with_ids(
+/// The settings with what a method needs of the texts and files they name: ids of tokens, where there is a tokenizer, and rows
+/// of saved prompts.
+fn filled(
     settings: &Settings,
     fields: &[Field],
     tokenizer: Option<&Tokenizer>,
 ) -> std::result::Result<Settings, (&'static str, String)> {
     let mut settings = settings.clone();
-    let Some(tokenizer) = tokenizer else { return Ok(settings) };
-    for field in fields.iter().filter(|field| matches!(field.kind, FieldKind::Tokens)) {
-        let Some(text) = settings.get(field.name).and_then(Value::as_str) else { continue };
-        let ids = tokenizer.encode(text, true).map_err(|e| (field.name, e.to_string()))?.ids;
-        let both = json!({ "text": text, "ids": ids });
-        settings.insert(field.name.into(), both);
+    for field in fields {
+        let value = match (field.kind, settings.get(field.name), tokenizer) {
+            (FieldKind::Tokens, Some(Value::String(text)), Some(tokenizer)) => {
+                let ids = tokenizer.encode(text, true).map_err(|e| (field.name, e.to_string()))?.ids;
+                json!({ "text": text, "ids": ids })
+            }
+            (FieldKind::Prompts, Some(Value::Array(paths)), _) => {
+                let rows = paths.iter().filter_map(Value::as_str).map(saved_prompt);
+                rows.collect::<std::result::Result<Value, String>>().map_err(|e| (field.name, e))?
+            }
+            _ => continue,
+        };
+        settings.insert(field.name.into(), value);
     }
     Ok(settings)
+}
+
+/// The rows of the prompt that is saved at `path`.
+fn saved_prompt(path: &str) -> std::result::Result<Value, String> {
+    let files = read_adapter(Path::new(path), &Limits::default()).map_err(|e| e.to_string())?;
+    let kind = files.config.get("peft_type").and_then(Value::as_str).unwrap_or("none");
+    let is_prompt = ["PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"].contains(&kind);
+    let raw = files.weights.get("prompt_embeddings").filter(|raw| is_prompt && raw.shape.len() == 2);
+    let Some(raw) = raw else {
+        return Err(format!("{path} holds no rows that stand before an input: its peft_type is {kind}"));
+    };
+    let values = raw.to_f32().map_err(|e| e.to_string())?;
+    let rows: Vec<&[f32]> = values.chunks(raw.shape[1].max(1)).collect();
+    Ok(json!({ "path": path, "rows": rows }))
 }
 
 /// What a method says of its settings, each at its own place: its words begin with the setting's name.

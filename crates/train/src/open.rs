@@ -86,12 +86,10 @@ impl Session {
         if let Some(examples) = &examples {
             problems.extend(misfits(recipe, examples, &loaded, attached.as_ref()));
         }
-        let (Some(examples), Some(plan), Some(attached)) = (examples, plan, attached) else {
+        let sound = problems.is_empty();
+        let (Some(examples), Some(plan), Some(attached), true) = (examples, plan, attached, sound) else {
             return Err(recipe.problems(problems).into());
         };
-        if !problems.is_empty() {
-            return Err(recipe.problems(problems).into());
-        }
         let weights = Weights::open(&model_dir, &options.limits)?;
         let fingerprint = Fingerprint::new(of_weights(&weights), of_data(&examples.train));
         let idle = idle_ranks(&attached.adapter);

@@ -3,7 +3,7 @@
 //! H₀ = [P; E], tokens counted from the first row of P. P starts as embeddings of the vocabulary (of a text, of given ids,
 //! or drawn), repeated or cut to fit, or as noise: N(0, 1), as in `peft`, or uniform in ±0.5, as in the paper.
 //!
-//! Lester et al. 2021, arXiv:2104.08691.
+//! Lester et al. 2021, arXiv:2104.08691. Rows that start from saved prompts (`from_prompts`): SPoT, see `transfer.rs`.
 //!
 //! P [tokens, width], saved as `prompt_embeddings`. In an encoder–decoder model the rows come before the encoder's input;
 //! `peft` makes as many again for the decoder and never reads them, so its files hold [2 · tokens, width].
@@ -16,6 +16,7 @@ use engraft_tensor::cpu::random::Key;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
+use super::transfer::{self, Transfer};
 use crate::read::{Reader, Tokens};
 use crate::shared::fields::{choice, int};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -42,6 +43,8 @@ pub(crate) enum Start {
     Noise,
     /// As noise in ±0.5.
     Uniform,
+    /// From saved prompts.
+    Saved(Transfer),
     /// From the file, which says this of where its rows came from.
     Kept(Map<String, Value>),
 }
@@ -63,6 +66,11 @@ static INFO: Info = Info {
         INIT_TEXT,
         INIT_IDS,
         INIT_BELOW,
+        transfer::FROM,
+        transfer::TARGET,
+        transfer::SELECT,
+        transfer::SIMILARITY,
+        transfer::TOP,
     ],
 };
 
@@ -96,10 +104,17 @@ pub(crate) const INIT_BELOW: Field = int(
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    peft::own_settings(&INFO, settings, |r| Prompt {
-        tokens: r.count("tokens", 20, TOKENS_MAX),
-        submodules: None,
-        start: read_start(r),
+    peft::own_settings(&INFO, settings, |r| {
+        let tokens = r.count("tokens", 20, TOKENS_MAX);
+        let start = match (read_start(r), Transfer::read(r)) {
+            (Start::Given(_) | Start::Text(_), Some(_)) => {
+                r.problem("`from_prompts` and a text or ids both say how rows start; keep one of them");
+                Start::Noise
+            }
+            (_, Some(transfer)) => Start::Saved(transfer),
+            (start, None) => start,
+        };
+        Prompt { tokens, submodules: None, start }
     })
 }
 
@@ -161,6 +176,7 @@ impl Start {
             Start::Noise => Init::Normal(1.0),
             Start::Uniform => Init::Uniform(0.5),
             Start::Kept(_) => Init::Zeros,
+            Start::Saved(transfer) => transfer.of(count, b.info().width)?,
             Start::Given(ids) => rows_of(ids, count, b.sites(), "init_ids")?,
             Start::Text(text) => rows_of(&text.ids, count, b.sites(), "init_text")?,
             Start::Drawn(below) => {
@@ -180,7 +196,7 @@ impl Start {
             Start::Kept(kept) => return kept.clone(),
             Start::Drawn(_) => ("SAMPLE_VOCAB", None),
             Start::Text(text) => ("TEXT", Some(text.text.as_str())),
-            Start::Given(_) | Start::Noise | Start::Uniform => ("RANDOM", None),
+            Start::Given(_) | Start::Saved(_) | Start::Noise | Start::Uniform => ("RANDOM", None),
         };
         let own = json!({
             "prompt_tuning_init": origin, "prompt_tuning_init_text": text, "tokenizer_kwargs": null,

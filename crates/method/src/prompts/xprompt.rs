@@ -334,10 +334,14 @@ mod tests {
     use engraft_tensor::testing::{close, sample};
     use serde_json::json;
 
-    struct Nothing;
+    /// How often something was forgotten.
+    #[derive(Default)]
+    struct Forgotten(std::cell::Cell<usize>);
 
-    impl Forget for Nothing {
-        fn forget(&mut self, _param: &Param) {}
+    impl Forget for &Forgotten {
+        fn forget(&mut self, _param: &Param) {
+            self.0.set(self.0.get() + 1);
+        }
     }
 
     /// A loss whose gradient is known: the sum of what is left times fixed numbers.
@@ -360,11 +364,12 @@ mod tests {
         let method = &methods[0].0;
         let start = value_of(&a, ROWS);
         let products = |seed: u64, shape: &[usize]| sample(shape, seed).to_vec().unwrap();
+        let forgotten = Forgotten::default();
         let at = |number| Step { number, total: 8, seed: 0 };
         let run = |number: u64| -> bool {
             let mut gradients = backward(&a, number);
             method.after_backward(&a.adapter, &mut gradients, at(number)).unwrap();
-            method.after_step(&a.adapter, &mut Nothing, at(number)).unwrap();
+            method.after_step(&a.adapter, &mut &forgotten, at(number)).unwrap();
             gradients.get(&param(&a.adapter, ROWS)).is_some()
         };
         assert_eq!([run(1), run(2)], [true, true], "prompt tuning first");
@@ -379,6 +384,7 @@ mod tests {
         let mask = value_of(&a, PIECES).to_vec().unwrap();
         assert_eq!(mask.iter().filter(|v| **v == 1.0).count(), 6, "a third of nine");
         assert!(mask[3 * lowest..3 * lowest + 3].iter().all(|v| *v == 0.0));
+        assert_eq!(forgotten.0.get(), 1);
         assert!(run(5), "and is trained again");
         close(&value_of(&a, ROWS), &start, 0.0);
 
