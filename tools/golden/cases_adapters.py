@@ -74,8 +74,7 @@ TRAINED = {
 
 
 # AdapterDrop, robust: the adapters of the first m layers rest in a batch, m drawn evenly from 0 to all but one.
-ROBUST = {"bert__seq_bn_robust": ("bert", SeqBnConfig(reduction_factor=4), "padded"),
-          "llama__double_seq_bn_robust": ("llama", DoubleSeqBnConfig(reduction_factor=4), "padded")}
+ROBUST = {"llama__double_seq_bn_robust": ("llama", DoubleSeqBnConfig(reduction_factor=4), "padded")}
 DROPS = 0x6164_6170_7465_7264  # the stream of its draws
 
 
@@ -96,7 +95,7 @@ class Drops(torch.nn.Module):
             layer.rests = layer.layer_idx < int(u * count)
 
 
-def without(self, states, residual, norm, plain=BottleneckLayer.forward):
+def without(self, states, residual, norm, plain=BottleneckLayer.bottleneck_layer_forward):
     if not getattr(self, "rests", False):
         return plain(self, states, residual, norm)
     states = states + residual
@@ -152,7 +151,7 @@ def in_own_type(self, states, plain=ReftModule._gather_adapted_states):
 
 
 def make(only=""):
-    ReftModule._gather_adapted_states, BottleneckLayer.forward = in_own_type, without
+    ReftModule._gather_adapted_states, BottleneckLayer.bottleneck_layer_forward = in_own_type, without
     bottleneck.save, bottleneck.reloaded, bottleneck.attach = save, reloaded, attach
     warnings.simplefilter("ignore")
     for row in TABLE:
