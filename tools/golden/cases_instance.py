@@ -37,37 +37,37 @@ IDPG = dict(tokens=3, generator="phm", phm_dim=4, bottleneck=8, deep=True, dropo
 DENSE = dict(tokens=3, generator="dense", bottleneck=8, deep=True, dropout=0.0)
 SMOP = dict(prompts=4, tokens=2, noise=1)
 LPT = dict(tokens=3, generator="naive", bottleneck=8, dropout=0.0)
-APT = {"tokens": 3, "from": "mean"}
+APT = {"tokens": 3, "summary": "mean"}
 # model, method, variant, side, settings, what it checks
 TABLE = [
-    ("bert", "idpg", None, "", {**IDPG, "from": "first"}, "the pooled output of a first pass; rows for every layer"),
-    ("bert", "idpg", "dense", "", {**DENSE, "from": "first", "deep": False}, "matrices, one prompt"),
-    ("roberta", "idpg", None, "", {**IDPG, "from": "first"}, "the first token's state"),
-    ("bert_token", "idpg", "mean", "", {**IDPG, "from": "mean"}, "the mean of all states"),
-    ("llama", "idpg", None, "", {**IDPG, "from": "last"}, "the last token's state"),
-    ("llama", "idpg", "left", "_left", {**IDPG, "from": "last", "deep": False}, "padding on the left"),
-    ("gpt2", "idpg", None, "", {**DENSE, "from": "last"}, "absolute positions"),
-    ("t5", "idpg", None, "", {**IDPG, "from": "first"}, "the state at the decoder's start token"),
+    ("bert", "idpg", None, "", {**IDPG, "summary": "first"}, "the pooled output of a first pass; rows for every layer"),
+    ("bert", "idpg", "dense", "", {**DENSE, "summary": "first", "deep": False}, "matrices, one prompt"),
+    ("roberta", "idpg", None, "", {**IDPG, "summary": "first"}, "the first token's state"),
+    ("bert_token", "idpg", "mean", "", {**IDPG, "summary": "mean"}, "the mean of all states"),
+    ("llama", "idpg", None, "", {**IDPG, "summary": "last"}, "the last token's state"),
+    ("llama", "idpg", "left", "_left", {**IDPG, "summary": "last", "deep": False}, "padding on the left"),
+    ("gpt2", "idpg", None, "", {**DENSE, "summary": "last"}, "absolute positions"),
+    ("t5", "idpg", None, "", {**IDPG, "summary": "first"}, "the state at the decoder's start token"),
     ("t5", "smop", None, "", SMOP, "the encoder's input"),
     ("llama", "smop", None, "", SMOP, "the most probable prompt by its share"),
     ("llama", "smop", "left", "_left", SMOP, "padding on the left"),
     ("gpt2", "smop", None, "", {**SMOP, "prompts": 7}, "absolute positions"),
     ("bert", "smop", None, "", SMOP, "the pooler reads the first row"),
     ("roberta_token", "smop", "one", "", {**SMOP, "prompts": 1}, "one prompt is prompt tuning"),
-    ("llama", "lpt", None, "", {**LPT, "from": "last", "layer": 1}, "rotary positions move by the rows"),
-    ("llama", "lpt", "average_left", "_left", {**LPT, "from": "last", "layer": 2, "generator": "average"}, "padding on the left"),
-    ("gpt2", "lpt", None, "", {**LPT, "from": "last"}, "half of the layers"),
-    ("gpt2", "lpt", "max", "", {**LPT, "from": "last", "generator": "max", "tokens": 5}, "more rows than some sequences have tokens"),
-    ("bert", "lpt", None, "", {**LPT, "from": "first"}, "the first token stays the one that is classified"),
-    ("bert", "lpt", "none", "", {**LPT, "from": "first", "generator": "none"}, "trained rows"),
-    ("roberta", "lpt", "average", "", {**LPT, "from": "mean", "generator": "average"}, "means of stretches"),
-    ("bert_token", "lpt", "max", "_left", {**LPT, "from": "first", "generator": "max"}, "padding on the left"),
+    ("llama", "lpt", None, "", {**LPT, "summary": "last", "layer": 1}, "rotary positions move by the rows"),
+    ("llama", "lpt", "average_left", "_left", {**LPT, "summary": "last", "layer": 2, "generator": "average"}, "padding on the left"),
+    ("gpt2", "lpt", None, "", {**LPT, "summary": "last"}, "half of the layers"),
+    ("gpt2", "lpt", "max", "", {**LPT, "summary": "last", "generator": "max", "tokens": 5}, "more rows than some sequences have tokens"),
+    ("bert", "lpt", None, "", {**LPT, "summary": "first"}, "the first token stays the one that is classified"),
+    ("bert", "lpt", "none", "", {**LPT, "summary": "first", "generator": "none"}, "trained rows"),
+    ("roberta", "lpt", "average", "", {**LPT, "summary": "mean", "generator": "average"}, "means of stretches"),
+    ("bert_token", "lpt", "max", "_left", {**LPT, "summary": "first", "generator": "max"}, "padding on the left"),
     ("bert", "apt", None, "", APT, "absolute positions move by the prefix"),
-    ("roberta", "apt", "first", "", {**APT, "from": "first"}, "the first token's state"),
+    ("roberta", "apt", "first", "", {**APT, "summary": "first"}, "the first token's state"),
     ("bert_token", "apt", "left", "_left", APT, "padding on the left"),
     ("llama", "apt", None, "", APT, "grouped-query attention"),
-    ("llama", "apt", "left", "_left", {**APT, "from": "last"}, "padding on the left"),
-    ("gpt2", "apt", None, "", {**APT, "from": "last"}, "absolute positions"),
+    ("llama", "apt", "left", "_left", {**APT, "summary": "last"}, "padding on the left"),
+    ("gpt2", "apt", None, "", {**APT, "summary": "last"}, "absolute positions"),
     ("qwen3", "apt", None, "", APT, "prefix keys are not normalised"),
 ]
 
@@ -259,7 +259,7 @@ class Prompted(nn.Module):
             if "Sequence" in zoo.MODELS_TABLE[self.base]["cls"]:
                 pooled = getattr(out, "pooler_output", None)
                 return out.last_hidden_state[:, 0] if pooled is None else pooled
-            return summary(out.last_hidden_state, columns, self.config["from"])
+            return summary(out.last_hidden_state, columns, self.config["summary"])
 
     def made(self, h, columns):
         """LPT's rows from the states h [B, n, d]."""
@@ -269,7 +269,7 @@ class Prompted(nn.Module):
         down = lambda x: F.linear(x, self["lpt_down.weight"], self["lpt_down.bias"])
         up = lambda x: F.linear(x.relu(), self["lpt_up.weight"], self["lpt_up.bias"])
         if c["generator"] == "naive":
-            return up(down(summary(h, columns, c["from"]))).reshape(len(h), t, -1)
+            return up(down(summary(h, columns, c["summary"]))).reshape(len(h), t, -1)
         pool = {"average": F.adaptive_avg_pool1d, "max": F.adaptive_max_pool1d}[c["generator"]]
         return up(torch.stack([pool(down(h[i, own]).T[None], t)[0].T for i, own in enumerate(columns)]))
 
@@ -324,7 +324,7 @@ class Prompted(nn.Module):
         for i, (layer, path) in enumerate(zip(layers(self.model), self.paths())):
             def before(module, args, kwargs, i=i, path=path):
                 h = inspect.signature(module.forward).bind(*args, **kwargs).arguments["hidden_states"]
-                gate = torch.sigmoid(summary(h, columns, self.config["from"]) @ self[f"{path}.apt_gate.weight"].T)
+                gate = torch.sigmoid(summary(h, columns, self.config["summary"]) @ self[f"{path}.apt_gate.weight"].T)
                 gate = gate * self[f"{path}.apt_scale"]
                 module.prefix = [(gate[:, :, None] * p).reshape(len(h), t, heads, dim).transpose(1, 2)
                                  for p in parts[2 * i:2 * i + 2]]
@@ -402,12 +402,12 @@ def write_case(base, method, variant, side, config, checks):
 
 # name -> (kind of batches, settings, options)
 TRAINED = {
-    "bert__idpg": ("padded", {**IDPG, "from": "first"}, {}),
-    "llama__idpg": ("padded", {**IDPG, "from": "last"}, {}),
+    "bert__idpg": ("padded", {**IDPG, "summary": "first"}, {}),
+    "llama__idpg": ("padded", {**IDPG, "summary": "last"}, {}),
     "llama__smop": ("padded", SMOP, {}),
     "t5__smop": ("ragged", SMOP, {}),
-    "gpt2__lpt": ("padded", {**LPT, "from": "last"}, {}),
-    "bert__lpt_average": ("padded", {**LPT, "from": "first", "generator": "average"}, {}),
+    "gpt2__lpt": ("padded", {**LPT, "summary": "last"}, {}),
+    "bert__lpt_average": ("padded", {**LPT, "summary": "first", "generator": "average"}, {}),
     "bert__apt": ("padded", APT, {}),
     "llama__apt": ("padded", APT, {}),
 }

@@ -38,7 +38,7 @@ Examples:
   engraft combine a/adapter b/adapter --rule ties --density 0.2 --out ties
   engraft combine run0/adapter run1/adapter --rule average --out soup
   engraft combine a/adapter b/adapter c/adapter --rule lorahub \\
-    --model DIR --data few.jsonl --out hub                 weights that a search finds
+    --model DIR --data few.jsonl --out hub   weights that a search finds
   engraft combine a/adapter b/adapter --rule mera --out m  bottlenecks, their units brought to meet
   engraft combine a/adapter b/adapter --out both \\
     --model DIR --probe texts.txt")]

@@ -107,7 +107,7 @@ impl Method for Apt {
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
-        let own = json!({ "from": self.from.name(), "tokens": self.tokens });
+        let own = json!({ "summary": self.from.name(), "tokens": self.tokens });
         own.as_object().cloned().unwrap_or_default()
     }
 }
@@ -194,9 +194,9 @@ mod tests {
 
     #[test]
     fn configurations() {
-        survives_saving(&[chosen("apt", json!({ "from": "first" }))], &["head"]);
+        survives_saving(&[chosen("apt", json!({ "summary": "first" }))], &["head"]);
         let good = config(&[chosen("apt", json!({}))], &[]);
-        for bad in [json!({ "tokens": 0 }), json!({ "from": "middle" }), json!({ "odd": 1 })] {
+        for bad in [json!({ "tokens": 0 }), json!({ "summary": "middle" }), json!({ "odd": 1 })] {
             assert!(from_file(&with(good.clone(), bad.clone())).is_err(), "{bad}");
         }
     }

@@ -161,7 +161,7 @@ impl Method for Idpg {
     fn config(&self, model: &Described<'_>) -> Map<String, Value> {
         let mut own = json!({
             "bottleneck": self.bottleneck, "deep": self.deep, "dropout": as_written(self.dropout),
-            "from": self.summary(model.info.task).name(), "generator": if self.phm.is_some() { "phm" } else { "dense" },
+            "summary": self.summary(model.info.task).name(), "generator": if self.phm.is_some() { "phm" } else { "dense" },
             "tokens": self.tokens,
         });
         if let Some(n) = self.phm {
@@ -340,13 +340,13 @@ mod tests {
     #[test]
     fn configurations() {
         survives_saving(&[small(json!({}))], &["head"]);
-        survives_saving(&[small(json!({ "generator": "dense", "deep": false, "from": "mean" }))], &[]);
+        survives_saving(&[small(json!({ "generator": "dense", "deep": false, "summary": "mean" }))], &[]);
         let (sites, info) = toy();
         let uneven = crate::attach(&[small(json!({ "phm_dim": 5 }))], &[], &sites, &info, 1);
         let error = uneven.map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("phm_dim") && error.contains("dense"), "{error}");
         let good = config(&[small(json!({}))], &[]);
-        for bad in [json!({ "generator": "rnn" }), json!({ "tokens": 0 }), json!({ "from": "middle" })] {
+        for bad in [json!({ "generator": "rnn" }), json!({ "tokens": 0 }), json!({ "summary": "middle" })] {
             assert!(from_file(&with(good.clone(), bad.clone())).is_err(), "{bad}");
         }
     }

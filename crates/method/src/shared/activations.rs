@@ -112,7 +112,8 @@ impl Activation {
                 x.mul(&above)?.div(&square.unary(Unary::Shift(1.0))?)?
             }
             Function::Laplace => {
-                let (mean, deviation) = (std::f32::consts::FRAC_1_SQRT_2, 0.282_095 * std::f32::consts::SQRT_2);
+                let (mean, deviation) =
+                    (std::f32::consts::FRAC_1_SQRT_2, 0.282_095 * std::f32::consts::SQRT_2);
                 let z = x.unary(Unary::Shift(-mean))?.scale(1.0 / deviation)?;
                 z.unary(Unary::Erf)?.unary(Unary::Shift(1.0))?.scale(0.5)?
             }

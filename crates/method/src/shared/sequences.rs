@@ -25,13 +25,13 @@ const NAMES: &[(&str, Summary)] =
 
 /// The setting.
 pub(crate) const fn field(default: Option<&'static str>, doc: &'static str) -> Field {
-    Field { name: "from", kind: FieldKind::OneOf(&["first", "last", "mean"]), default, doc }
+    Field { name: "summary", kind: FieldKind::OneOf(&["first", "last", "mean"]), default, doc }
 }
 
 impl Summary {
     /// The setting, where it is given.
     pub fn read(r: &mut Reader<'_>) -> Option<Summary> {
-        r.value("from").is_some().then(|| r.one_of("from", NAMES))
+        r.value("summary").is_some().then(|| r.one_of("summary", NAMES))
     }
 
     /// The name of the setting's value.
