@@ -368,7 +368,6 @@ impl BlockPatch for Intervention {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::*;
     use engraft_tensor::testing::{check_gradients, close, sample};
 
     #[test]
