@@ -251,6 +251,20 @@ fn key_value_patches(patches: &[Patch]) -> impl Iterator<Item = &dyn KeyValuePat
 }
 
 impl Pass {
+    /// An attention of a patch's own: q [tokens, heads, dim], k and v [tokens, kv_heads, dim] of this pass's rows →
+    /// [tokens, heads, dim]. Under a cache keys and values are kept as those of `layer`, which counts on from the model's.
+    pub fn attend(&self, layer: usize, spec: AttentionSpec, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+        let (keys, values, spans) = match self.cache() {
+            Some(mut cache) => cache.extend(layer, k, v, &[], self)?,
+            None => {
+                let found = gathered(k, v, self.layout(), &[], self)?;
+                let spans = spans_of(&found, self.layout());
+                (found.keys, found.values, spans)
+            }
+        };
+        Ok(attention(&Attention { spans, spec, bias: None }, q, &keys, &values)?)
+    }
+
     /// Ungated extra rows of each route, whose keys and values are made of x [tokens, width].
     fn prefixes(&self, site: SiteId, x: &Tensor) -> Result<Vec<Option<Prefix>>> {
         let of_route = |route: &crate::Route| -> Result<Option<Prefix>> {
@@ -280,5 +294,30 @@ impl Pass {
             std::iter::repeat_n(count, r.sequences.len())
         };
         self.routes().iter().flat_map(of_route).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use engraft_tensor::testing::{close, sample};
+
+    use super::*;
+    use crate::KvCache;
+
+    #[test]
+    fn attention_of_a_patch_goes_on_from_a_cache() {
+        let spec = AttentionSpec { heads: 2, kv_heads: 2, dim: 3, scale: 0.5, causal: true, window: None };
+        let [q, k, v] = [1, 2, 3].map(|seed| sample(&[5, 2, 3], seed));
+        let whole = Pass::new(Layout::counted(&[5]).unwrap(), None).attend(7, spec, [&q, &k, &v]).unwrap();
+        let cache = Arc::new(Mutex::new(KvCache::new(2, 1, 5)));
+        for (from, to) in [(0, 3), (3, 4), (4, 5)] {
+            let layout = Layout::new(&[to - from], (from as i32..to as i32).collect()).unwrap();
+            let cx = Pass::new(layout, None).cached(cache.clone());
+            let [q, k, v] = [&q, &k, &v].map(|t| t.rows_between(from, to).unwrap());
+            let part = cx.attend(7, spec, [&q, &k, &v]).unwrap();
+            close(&part, &whole.rows_between(from, to).unwrap(), 1e-6);
+        }
     }
 }

@@ -107,6 +107,10 @@ impl KvCache {
         cx: &Pass,
     ) -> Result<(Tensor, Tensor, Spans)> {
         let (capacity, sequences) = (self.capacity, self.sequences);
+        // Attention of patches comes behind the model's own layers.
+        if layer >= self.layers.len() {
+            self.layers.resize_with(layer + 1, CachedLayer::default);
+        }
         let store = &mut self.layers[layer];
         let fresh = store.keys.is_none();
         if fresh {
