@@ -29,6 +29,7 @@ GROUPS = {
     "vpt": ("vpt", "peft"),
     "hyper": ("hyper", "peft"),
     "coda": ("coda", "peft"),
+    "side": ("side", "peft"),
     "prompts": ("cases_prompts", "peft"),
     "prompts-own": ("prompts_own", "peft"),
     "tokens": ("cases_selective", "peft"),

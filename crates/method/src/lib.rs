@@ -33,7 +33,8 @@ use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
 use additive::{
-    adaptformer, beft, bottleneck, ciat, coda, compacter, hyperformer, ia3, krona_b, mov, reft, ssf,
+    adaptformer, beft, bottleneck, ciat, coda, compacter, hyperformer, ia3, krona_b, lst, mov, reft,
+    res_tuning, side_tuning, ssf,
 };
 use prompts::{
     apt, dept, idpg, llama_adapter, llama_adapter_v2, lpt, mpt, p_tuning, prefix, prompt, smop, vpt, xprompt,
@@ -116,6 +117,9 @@ pub static METHODS: &[&Entry] = &[
     &ssf::ENTRY,
     &mov::ENTRY,
     &reft::ENTRY,
+    &lst::ENTRY,
+    &side_tuning::ENTRY,
+    &res_tuning::ENTRY,
     &prompt::ENTRY,
     &p_tuning::ENTRY,
     &mpt::ENTRY,

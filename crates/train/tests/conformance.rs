@@ -103,6 +103,9 @@ fn adapters(decoder_reads_encoder: bool) -> Vec<(String, Vec<Chosen>)> {
     union.extend(of("ia3", json!({}), None));
     union.extend(of("prefix", json!({ "tokens": 2 }), None));
     all.push(("union".into(), union));
+    let perceptrons = json!({ "reduction": 2, "block": "mlp", "activation": "gelu", "side_layers": [0] });
+    all.push(("lst, mlp".into(), of("lst", perceptrons, None)));
+    all.push(("res_tuning, sum".into(), of("res_tuning", json!({ "bottleneck": 3, "mix": "sum" }), None)));
     if decoder_reads_encoder {
         let everywhere = json!({ "tokens": 2, "at": ["encoder", "decoder", "cross"] });
         all.push(("prefix, everywhere".into(), of("prefix", everywhere, None)));
@@ -479,10 +482,14 @@ impl Setting<'_> {
         })
     }
 
-    /// Prompts of any kind: a text that is continued token by token, with a cache, has the logits of the whole text.
+    /// Prompts of any kind, and side networks: a text that is continued token by token, with a cache, has the logits of the whole text.
     fn cached(&self, adapter: &Arc<Adapter>) -> Checked {
         let info = self.loaded.model.info();
-        if info.task != Task::CausalLm || self.methods.iter().any(|m| m.0.info().class != "prompt") {
+        let keeps = |m: &Chosen| {
+            let info = m.0.info();
+            info.class == "prompt" || ["lst", "side_tuning", "res_tuning"].contains(&info.name)
+        };
+        if info.task != Task::CausalLm || !self.methods.iter().all(keeps) {
             return Ok(());
         }
         let run = |inputs: &Inputs, cx: &Pass| {

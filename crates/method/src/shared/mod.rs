@@ -2,9 +2,11 @@
 
 pub(crate) mod activation;
 pub(crate) mod activations;
+pub(crate) mod beside;
 pub(crate) mod biases;
 pub(crate) mod bilevel;
 pub(crate) mod branch;
+pub(crate) mod dense;
 pub(crate) mod divisors;
 pub(crate) mod fields;
 pub(crate) mod gated_prompts;
