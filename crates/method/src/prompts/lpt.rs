@@ -144,7 +144,7 @@ impl Method for Lpt {
         let generator = GENERATORS.iter().find(|g| g.1 == self.generator).map_or("naive", |g| g.0);
         let mut own = json!({
             "bottleneck": self.bottleneck, "dropout": as_written(self.dropout),
-            "from": self.summary(model.info.task).name(), "generator": generator, "tokens": self.tokens,
+            "summary": self.summary(model.info.task).name(), "generator": generator, "tokens": self.tokens,
         });
         if let Some(layer) = self.layer {
             own["layer"] = layer.into();
@@ -365,7 +365,7 @@ mod tests {
         for more in [
             json!({}),
             json!({ "generator": "average", "layer": 1 }),
-            json!({ "generator": "max", "from": "mean" }),
+            json!({ "generator": "max", "summary": "mean" }),
             json!({ "generator": "none" }),
         ] {
             survives_saving(&[small(more)], &["head"]);
