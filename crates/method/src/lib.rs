@@ -11,6 +11,7 @@ mod calibration;
 mod copies;
 mod entry;
 pub mod foreign;
+mod hybrid;
 mod names;
 mod peft;
 mod prompts;
@@ -31,7 +32,8 @@ use engraft_nn::{
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
-use additive::{beft, bottleneck, ia3};
+use additive::{beft, bottleneck, ia3, sparse_adapter};
+use hybrid::{mam, propetl, s4, unipelt};
 use prompts::{apt, idpg, lpt, prefix, prompt, smop, vpt};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
@@ -101,6 +103,7 @@ pub static METHODS: &[&Entry] = &[
     &hiwi::ENTRY,
     &beft::ENTRY,
     &bottleneck::ENTRY,
+    &sparse_adapter::ENTRY,
     &prompt::ENTRY,
     &prefix::ENTRY,
     &vpt::ENTRY,
@@ -108,6 +111,10 @@ pub static METHODS: &[&Entry] = &[
     &smop::ENTRY,
     &lpt::ENTRY,
     &apt::ENTRY,
+    &unipelt::ENTRY,
+    &mam::ENTRY,
+    &propetl::ENTRY,
+    &s4::ENTRY,
     &full::FULL,
     &full::HEAD,
     &top_layers::ENTRY,

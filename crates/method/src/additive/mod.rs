@@ -3,3 +3,4 @@
 pub(crate) mod beft;
 pub(crate) mod bottleneck;
 pub(crate) mod ia3;
+pub(crate) mod sparse_adapter;

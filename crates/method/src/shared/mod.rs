@@ -2,7 +2,9 @@
 
 pub(crate) mod biases;
 pub(crate) mod bilevel;
+pub(crate) mod bits;
 pub(crate) mod fields;
+pub(crate) mod gate;
 pub(crate) mod kronecker;
 pub(crate) mod low_rank;
 pub(crate) mod matrices;

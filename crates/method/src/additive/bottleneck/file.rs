@@ -40,6 +40,9 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
         return Ok(None);
     }
     let Some(inner) = config.get("config").and_then(Value::as_object) else { return Ok(None) };
+    if inner.get("architecture").is_some_and(|kind| kind == "union") && !ours {
+        return Ok(None);
+    }
     if !inner.contains_key("reduction_factor") {
         let kind = inner.get("architecture").and_then(Value::as_str).unwrap_or("unknown");
         let message =
