@@ -218,6 +218,7 @@ impl Engine {
         let rows = |patch: &Patch| match patch {
             Patch::Prompt(p) => p.count(),
             Patch::KeyValue(p) => p.count(),
+            Patch::Block(p) => p.rows_before(),
             _ => 0,
         };
         // Prompts and prefixes may come together; more room than needed costs little.

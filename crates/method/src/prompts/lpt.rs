@@ -261,6 +261,10 @@ struct At {
 }
 
 impl BlockPatch for At {
+    fn rows_before(&self) -> usize {
+        self.late.method.tokens
+    }
+
     fn around(
         &self,
         h: &Tensor,
