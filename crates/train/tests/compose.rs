@@ -193,7 +193,7 @@ fn each_text_goes_on_as_it_does_alone() {
             let together = run(0..LENGTHS.len());
             let width = model.info().outputs;
             let mut at = 0;
-            for row in 0..LENGTHS.len() {
+            for (row, length) in LENGTHS.into_iter().enumerate() {
                 let alone = run(row..row + 1);
                 for (number, (whole, alone)) in together.iter().zip(&alone).enumerate() {
                     let start = if number == 0 { at } else { row };
@@ -201,7 +201,7 @@ fn each_text_goes_on_as_it_does_alone() {
                     let kind = name_of(all, row);
                     assert!(off < 1e-5, "{what}, {kind}, step {number}, padded before {before}: {off:e}");
                 }
-                at += LENGTHS[row];
+                at += length;
             }
         }
     });

@@ -495,7 +495,7 @@ impl Setting<'_> {
         let inputs = Inputs { layout, ..inputs };
         let whole = run(&inputs, &Pass::new(inputs.layout.clone(), Some(adapter.clone())))?;
         let ids = inputs.ids().and_then(|ids| Ok(ids.to_i64()?)).map_err(|e| e.to_string())?;
-        let room = ids.len() + adapter.prompt_rows();
+        let room = ids.len() + adapter.cache_rows();
         let cache = Arc::new(Mutex::new(KvCache::new(info.layers, 1, room)));
         let mut at = 0;
         for count in [3, 1, 1, 1] {
