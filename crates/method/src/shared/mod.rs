@@ -1,6 +1,5 @@
 //! What several methods share.
 
-pub(crate) mod activation;
 pub(crate) mod activations;
 pub(crate) mod biases;
 pub(crate) mod bilevel;
