@@ -204,7 +204,7 @@ mod tests {
                     a.adapter.params().iter().find(|p| p.name == name).unwrap().param.value()
                 };
                 let w = frozen("layers.0.attn.q");
-                let h = get("A").matmul(&w).unwrap().unary(Unary::Relu).unwrap();
+                let h = get("A").matmul(&w).unwrap().unary(engraft_tensor::ops::Unary::Relu).unwrap();
                 let change = get("B").matmul(&h).unwrap().scale(0.5).unwrap();
                 close(&fast, &x.matmul_t(&w.add(&change).unwrap()).unwrap(), 1e-5);
             }
