@@ -12,6 +12,7 @@ mod calibration;
 mod copies;
 mod entry;
 pub mod foreign;
+mod hybrid;
 mod names;
 mod peft;
 mod prompts;
@@ -34,8 +35,9 @@ use serde_json::{Map, Value};
 
 use additive::{
     adaptformer, beft, bottleneck, ciat, coda, compacter, hyperformer, ia3, krona_b, lst, mov, reft,
-    res_tuning, side_tuning, ssf,
+    res_tuning, side_tuning, sparse_adapter, ssf,
 };
+use hybrid::{mam, propetl, s4, unipelt};
 use prompts::{
     apt, dept, idpg, llama_adapter, llama_adapter_v2, lpt, mpt, p_tuning, prefix, prompt, smop, vpt, xprompt,
 };
@@ -120,6 +122,7 @@ pub static METHODS: &[&Entry] = &[
     &lst::ENTRY,
     &side_tuning::ENTRY,
     &res_tuning::ENTRY,
+    &sparse_adapter::ENTRY,
     &prompt::ENTRY,
     &p_tuning::ENTRY,
     &mpt::ENTRY,
@@ -133,6 +136,10 @@ pub static METHODS: &[&Entry] = &[
     &smop::ENTRY,
     &lpt::ENTRY,
     &apt::ENTRY,
+    &unipelt::ENTRY,
+    &mam::ENTRY,
+    &propetl::ENTRY,
+    &s4::ENTRY,
     &full::FULL,
     &full::HEAD,
     &top_layers::ENTRY,

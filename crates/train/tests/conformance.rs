@@ -493,12 +493,16 @@ impl Setting<'_> {
             return Ok(());
         }
         let run = |inputs: &Inputs, cx: &Pass| {
+            self.before_forward(adapter, inputs, cx).map_err(|e| e.to_string())?;
             no_grad(|| self.loaded.model.forward(inputs, cx)).map_err(|e| e.to_string())
         };
         let inputs = self.inputs(2..3);
+        // Rows that depend on what is said are those of the first tokens.
+        let layout = inputs.layout.clone().with_asked(vec![3]);
+        let inputs = Inputs { layout, ..inputs };
         let whole = run(&inputs, &Pass::new(inputs.layout.clone(), Some(adapter.clone())))?;
         let ids = inputs.ids().and_then(|ids| Ok(ids.to_i64()?)).map_err(|e| e.to_string())?;
-        let room = ids.len() + adapter.prompt_rows();
+        let room = ids.len() + adapter.cache_rows();
         let cache = Arc::new(Mutex::new(KvCache::new(info.layers, 1, room)));
         let mut at = 0;
         for count in [3, 1, 1, 1] {

@@ -14,4 +14,5 @@ pub(crate) mod mov;
 pub(crate) mod reft;
 pub(crate) mod res_tuning;
 pub(crate) mod side_tuning;
+pub(crate) mod sparse_adapter;
 pub(crate) mod ssf;
