@@ -15,7 +15,8 @@
 //! i.wi.weight [f, w], i.wo.weight [w, f]; norm.weight, .bias; up.weight [d, w], .bias. f is the model's own inner width over ρ.
 
 use engraft_nn::{Builder, Error, Init, Kind, Pass, Result, Role, Site, Stack, Task};
-use engraft_tensor::ops::{AttentionSpec, Unary};
+use engraft_tensor::cpu::attention::AttentionSpec;
+use engraft_tensor::ops::Unary;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
