@@ -49,6 +49,7 @@ GROUPS = {
     "instance": ("cases_instance", "peft"),
     "adapters": ("cases_adapters", "adapters"),
     "activations": ("cases_activations", "peft"),
+    "weights": ("cases_weights", "peft"),
 }
 
 
