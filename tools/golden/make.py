@@ -50,6 +50,8 @@ GROUPS = {
     "adapters": ("cases_adapters", "adapters"),
     "activations": ("cases_activations", "peft"),
     "weights": ("cases_weights", "peft"),
+    "hybrid-own": ("cases_hybrid", "peft"),
+    "hybrid": ("hybrid", "adapters"),
 }
 
 
@@ -57,7 +59,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument("--only", choices=GROUPS, help="one group")
     ap.add_argument("--adapters-python", default=os.environ.get("ADAPTERS_PYTHON", ""),
-                    help="interpreter of the environment of requirements-adapters.txt; needed by the groups `older` and `bottleneck`")
+                    help="interpreter of the environment of requirements-adapters.txt; needed by the groups `older`, `bottleneck` and `hybrid`")
     a = ap.parse_args()
     for group in [a.only] if a.only else GROUPS:
         module, environment = GROUPS[group]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use engraft_method::Chosen;
 use engraft_model::LoadOptions;
 use engraft_nn::weight::Storage;
-use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Patch, Site, Task};
+use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Site, Task};
 use engraft_store::{AdapterFiles, read_adapter, read_config};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
@@ -216,22 +216,9 @@ impl Engine {
         Ok(pass)
     }
 
-    /// Rows that the adapter adds to every sequence: prompts and prefixes.
+    /// Rows that the adapter adds to every sequence in the cache.
     pub fn virtual_rows(&self) -> usize {
-        let Some(adapter) = &self.adapter else { return 0 };
-        let rows = |patch: &Patch| match patch {
-            Patch::Prompt(p) => p.count(),
-            Patch::KeyValue(p) => p.count(),
-            _ => 0,
-        };
-        // Prompts and prefixes may come together; more room than needed costs little.
-        adapter
-            .sites()
-            .into_iter()
-            .map(|site| adapter.at(site).iter().map(rows).sum::<usize>())
-            .max()
-            .unwrap_or(0)
-            * 2
+        self.adapter.as_ref().map_or(0, |adapter| adapter.cache_rows())
     }
 }
 

@@ -12,6 +12,7 @@ mod calibration;
 mod copies;
 mod entry;
 pub mod foreign;
+mod hybrid;
 mod names;
 mod peft;
 mod prompts;
@@ -33,8 +34,10 @@ use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
 use additive::{
-    adaptformer, beft, bottleneck, ciat, coda, compacter, hyperformer, ia3, krona_b, mov, reft, ssf,
+    adaptformer, beft, bottleneck, ciat, coda, compacter, hyperformer, ia3, krona_b, mov, reft,
+    sparse_adapter, ssf,
 };
+use hybrid::{mam, propetl, s4, unipelt};
 use prompts::{
     apt, dept, idpg, llama_adapter, llama_adapter_v2, lpt, mpt, p_tuning, prefix, prompt, smop, vpt, xprompt,
 };
@@ -117,6 +120,7 @@ pub static METHODS: &[&Entry] = &[
     &ssf::ENTRY,
     &mov::ENTRY,
     &reft::ENTRY,
+    &sparse_adapter::ENTRY,
     &prompt::ENTRY,
     &p_tuning::ENTRY,
     &mpt::ENTRY,
@@ -130,6 +134,10 @@ pub static METHODS: &[&Entry] = &[
     &smop::ENTRY,
     &lpt::ENTRY,
     &apt::ENTRY,
+    &unipelt::ENTRY,
+    &mam::ENTRY,
+    &propetl::ENTRY,
+    &s4::ENTRY,
     &full::FULL,
     &full::HEAD,
     &top_layers::ENTRY,

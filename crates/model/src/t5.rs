@@ -245,7 +245,7 @@ impl Half {
             let (bias, buckets) = (self.bias.clone(), self.buckets);
             h = cx.block(sites, layer.site, &h, move |h, cx| {
                 // The table is looked up in every layer, so that a patch on it acts on its own route everywhere.
-                let bias = |cx: &Pass| buckets.bias(&bias, &all, cx);
+                let bias = |cx: &Pass| buckets.bias(&bias, this.own.attend.site(), &all, cx);
                 this.forward(h, &bias, memory.as_ref(), &all, cx)
             })?;
         }

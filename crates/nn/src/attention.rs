@@ -212,7 +212,7 @@ fn gathered(
         for (i, number) in route.sequences.clone().enumerate() {
             let (begin, own) = (index.len(), layout.seen(number));
             let before = prefix.as_ref().map_or(0..0, |p| p.rows_of(i));
-            positions.extend(0..before.len() as i32);
+            positions.extend(prefix.as_ref().map_or(0..0, Prefix::positions));
             index.extend(before.map(|row| (start + row) as i64));
             index.extend(own.clone().map(|row| (at + row) as i64));
             positions.extend_from_slice(&layout.positions()[own]);
@@ -233,9 +233,16 @@ pub(crate) struct Prefix {
     pub keys: Tensor,
     pub values: Tensor,
     pub count: usize,
+    /// How many of them do not move the tokens.
+    pub still: usize,
 }
 
 impl Prefix {
+    /// Their positions: the tokens' follow.
+    pub fn positions(&self) -> Range<i32> {
+        -(self.still as i32)..(self.count - self.still) as i32
+    }
+
     /// The rows of the route's sequence `i`.
     pub fn rows_of(&self, i: usize) -> Range<usize> {
         let first = i * step(&self.keys, self.count);
@@ -267,16 +274,30 @@ impl Pass {
                 values.push((patch.count(), rows.values));
             }
             let (count, sequences) = (ungated.iter().map(|p| p.count()).sum(), route.sequences.len());
-            Ok(Some(Prefix { keys: joined(&keys, sequences)?, values: joined(&values, sequences)?, count }))
+            let still = ungated.iter().filter(|p| !p.moves()).map(|p| p.count()).sum();
+            let (keys, values) = (joined(&keys, sequences)?, joined(&values, sequences)?);
+            Ok(Some(Prefix { keys, values, count, still }))
         };
         if self.patched(site) { self.routes().iter().map(of_route).collect() } else { Ok(Vec::new()) }
     }
 
-    /// Number of ungated extra key rows at `site` for each sequence: the distance its tokens move.
+    /// The most rows before the first position that a route has at `site`: relative positions reach so much further back.
+    pub fn still_rows(&self, site: SiteId) -> usize {
+        let of_route = |r: &crate::Route| -> usize {
+            let patches = r.adapter.as_ref().map_or(&[][..], |a| a.at(site));
+            key_value_patches(patches).filter(|p| p.gate().is_none() && !p.moves()).map(|p| p.count()).sum()
+        };
+        self.routes().iter().map(of_route).max().unwrap_or(0)
+    }
+
+    /// Number of extra key rows at `site` that each sequence's tokens are counted from: the distance these move.
     pub(crate) fn prefix_counts(&self, site: SiteId) -> Vec<usize> {
         let of_route = |r: &crate::Route| {
             let patches = r.adapter.as_ref().map_or(&[][..], |a| a.at(site));
-            let count = key_value_patches(patches).filter(|p| p.gate().is_none()).map(|p| p.count()).sum();
+            let count = key_value_patches(patches)
+                .filter(|p| p.gate().is_none() && p.moves())
+                .map(|p| p.count())
+                .sum();
             std::iter::repeat_n(count, r.sequences.len())
         };
         self.routes().iter().flat_map(of_route).collect()

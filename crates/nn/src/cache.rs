@@ -135,7 +135,7 @@ impl KvCache {
             for (i, s) in cx.layout().sequences()[route.sequences.clone()].iter().enumerate() {
                 let number = cx.first_sequence() + route.sequences.start + i;
                 if let Some(prefix) = prefix {
-                    let (own, counted) = (prefix.rows_of(i), (0..prefix.count as i32).collect::<Vec<_>>());
+                    let (own, counted) = (prefix.rows_of(i), prefix.positions().collect::<Vec<_>>());
                     let part = |t: &Tensor| t.rows_between(own.start, own.end);
                     store.append(number, capacity, &part(&prefix.keys)?, &part(&prefix.values)?, &counted)?;
                 }

@@ -492,17 +492,18 @@ impl Setting<'_> {
         }
         let run = |inputs: &Inputs, cx: &Pass| {
             let first = || self.loaded.model.features(inputs, &cx.beside());
-            let looked = self.methods.iter().filter(|(m, _)| m.follows());
+            let looked = self.methods.iter().try_for_each(|(m, _)| m.before_forward(adapter, &first, cx));
             looked
-                .into_iter()
-                .try_for_each(|(m, _)| m.before_forward(adapter, &first, cx))
                 .and_then(|()| no_grad(|| self.loaded.model.forward(inputs, cx)))
                 .map_err(|e| e.to_string())
         };
         let inputs = self.inputs(2..3);
+        // Rows that depend on what is said are those of the first tokens.
+        let layout = inputs.layout.clone().with_asked(vec![3]);
+        let inputs = Inputs { layout, ..inputs };
         let whole = run(&inputs, &Pass::new(inputs.layout.clone(), Some(adapter.clone())))?;
         let ids = inputs.ids().and_then(|ids| Ok(ids.to_i64()?)).map_err(|e| e.to_string())?;
-        let room = ids.len() + adapter.prompt_rows();
+        let room = ids.len() + adapter.cache_rows();
         let cache = Arc::new(Mutex::new(KvCache::new(info.layers, 1, room)));
         let mut at = 0;
         for count in [3, 1, 1, 1] {

@@ -117,8 +117,8 @@ fn adapters(dir: &Path, found: &Path, expected: &Value) -> Vec<String> {
             }
             continue;
         }
-        let (a, b) = (ours.to_f32().unwrap(), tensor.to_f32().unwrap());
-        let start = first.weights.get(name).map_or(b.clone(), |t| t.to_f32().unwrap());
+        let (a, b) = (ours.numbers().unwrap(), tensor.numbers().unwrap());
+        let start = first.weights.get(name).map_or(b.clone(), |t| t.numbers().unwrap());
         let far = |x: &[f32], y: &[f32]| x.iter().zip(y).fold(0.0f32, |m, (x, y)| m.max((x - y).abs()));
         let (error, size, moved) = (far(&a, &b), far(&b, &vec![0.0; b.len()]), far(&b, &start));
         let by_movement = moved > 0.0 && error > 5e-3 * moved + 1e-6 * size;

@@ -39,7 +39,7 @@ Examples:
   engraft combine run0/adapter run1/adapter --rule average --out soup
   engraft combine a/adapter b/adapter c/adapter --rule lorahub \\
     --model DIR --data few.jsonl --out hub   weights that a search finds
-  engraft combine a/adapter b/adapter --rule mera --out m  bottlenecks, their units brought to meet
+  engraft combine a/adapter b/adapter --rule mera --out m  bottleneck adapters
   engraft combine a/adapter b/adapter --out both \\
     --model DIR --probe texts.txt")]
 pub struct Args {

@@ -11,4 +11,5 @@ pub(crate) mod ia3;
 pub(crate) mod krona_b;
 pub(crate) mod mov;
 pub(crate) mod reft;
+pub(crate) mod sparse_adapter;
 pub(crate) mod ssf;

@@ -144,7 +144,7 @@ impl Method for Lpt {
         let generator = GENERATORS.iter().find(|g| g.1 == self.generator).map_or("naive", |g| g.0);
         let mut own = json!({
             "bottleneck": self.bottleneck, "dropout": as_written(self.dropout),
-            "from": self.summary(model.info.task).name(), "generator": generator, "tokens": self.tokens,
+            "summary": self.summary(model.info.task).name(), "generator": generator, "tokens": self.tokens,
         });
         if let Some(layer) = self.layer {
             own["layer"] = layer.into();
@@ -261,6 +261,10 @@ struct At {
 }
 
 impl BlockPatch for At {
+    fn rows_before(&self) -> usize {
+        self.late.method.tokens
+    }
+
     fn around(
         &self,
         h: &Tensor,
@@ -365,7 +369,7 @@ mod tests {
         for more in [
             json!({}),
             json!({ "generator": "average", "layer": 1 }),
-            json!({ "generator": "max", "from": "mean" }),
+            json!({ "generator": "max", "summary": "mean" }),
             json!({ "generator": "none" }),
         ] {
             survives_saving(&[small(more)], &["head"]);

@@ -142,8 +142,8 @@ impl Method for SuperTuning {
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for site in b.targets() {
-            let Kind::Linear { out, inn, transposed: false } = site.kind else {
-                let message = "Super-Tuning of `peft` adapts plain linear layers; leave this one out of the targets, or use shira";
+            let Kind::Linear { out, inn, .. } = site.kind else {
+                let message = "Super-Tuning changes linear layers; leave embeddings and convolutions out of the targets";
                 return Err(Error::Site { path: site.path.clone(), message: message.into() });
             };
             let support = self.support(b, site, (out, inn))?;

@@ -1,12 +1,13 @@
 //! What several methods share.
 
-pub(crate) mod activation;
 pub(crate) mod activations;
 pub(crate) mod biases;
 pub(crate) mod bilevel;
+pub(crate) mod bits;
 pub(crate) mod branch;
 pub(crate) mod divisors;
 pub(crate) mod fields;
+pub(crate) mod gate;
 pub(crate) mod gated_prompts;
 pub(crate) mod kronecker;
 pub(crate) mod low_rank;

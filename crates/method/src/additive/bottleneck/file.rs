@@ -35,6 +35,9 @@ pub(crate) fn from_adapter_hub<'c>(
 pub(crate) fn read_file(config: &Value, info: &Info, has_phm: bool) -> Result<Option<Loaded>> {
     let Some((inner, name)) = from_adapter_hub(config, info) else { return Ok(None) };
     let ours = peft::is_type(config, info.peft_type);
+    if inner.get("architecture").is_some_and(|kind| kind == "union") && !ours {
+        return Ok(None);
+    }
     if !inner.contains_key("reduction_factor") {
         return match inner.get("architecture").and_then(Value::as_str) {
             Some("reft") => Ok(None),
