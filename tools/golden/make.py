@@ -50,6 +50,7 @@ GROUPS = {
     "instance": ("cases_instance", "peft"),
     "adapters": ("cases_adapters", "adapters"),
     "activations": ("cases_activations", "peft"),
+    "weights": ("cases_weights", "peft"),
     "hybrid-own": ("cases_hybrid", "peft"),
     "hybrid": ("hybrid", "adapters"),
 }

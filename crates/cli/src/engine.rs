@@ -203,9 +203,13 @@ impl Engine {
             Some(cache) => pass.cached(cache.clone()),
             None => pass,
         };
-        let base = || self.model.features(inputs, &Pass::new(inputs.layout.clone(), None));
         if let Some(adapter) = &self.adapter {
             for (method, _) in &self.methods {
+                let alone = || match method.follows() {
+                    true => pass.beside(),
+                    false => Pass::new(inputs.layout.clone(), None),
+                };
+                let base = || self.model.features(inputs, &alone());
                 method.before_forward(adapter, &base, &pass)?;
             }
         }

@@ -45,7 +45,7 @@ use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
     hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, osf,
     peanut, periodiclora, phm, poly, psoft, pvera, randlora, road, rosa, said, sora, tinylora, unilora,
-    vblora, vera, waveft,
+    vblora, vera, waveft, xlora,
 };
 use selective::{
     bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, ln_tuning, lt_sft, pafi, random_mask,
@@ -71,6 +71,7 @@ pub static METHODS: &[&Entry] = &[
     &bilora::ENTRY,
     &molora::ENTRY,
     &loramoe::ENTRY,
+    &xlora::ENTRY,
     &poly::ENTRY,
     &rosa::ENTRY,
     &loha::ENTRY,
@@ -215,6 +216,12 @@ pub trait Method: Send + Sync {
         _cx: &Pass,
     ) -> Result<()> {
         Ok(())
+    }
+
+    /// Whether `before_forward` asks for the first pass at every token that text is gone on with: the model without the adapter
+    /// then has a cache of its own ([`Pass::beside`]).
+    fn follows(&self) -> bool {
+        false
     }
 
     /// Between backward and the update: may change gradients (masks, importance).

@@ -58,7 +58,16 @@ pub(crate) fn own_file<M: Method + 'static>(
     config: &Value,
     read: impl FnOnce(&mut Reader<'_>) -> M,
 ) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| is_type(config, info.peft_type)) else { return Ok(None) };
+    file_of(info.peft_type, config, read)
+}
+
+/// The same of a file of another `peft_type`.
+pub(crate) fn file_of<M: Method + 'static>(
+    peft_type: &str,
+    config: &Value,
+    read: impl FnOnce(&mut Reader<'_>) -> M,
+) -> Result<Option<Loaded>> {
+    let Some(map) = config.as_object().filter(|_| is_type(config, peft_type)) else { return Ok(None) };
     let mut r = Reader::file(map);
     let train_also = read_header(&mut r);
     let targets = read_targets(&mut r);

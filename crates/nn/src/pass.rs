@@ -131,6 +131,17 @@ impl Pass {
         Pass { cache: Some(cache), continues, ..self }
     }
 
+    /// The pass of the same rows without adapters and, under a cache, with one of its own beside it: what the model alone says
+    /// of a text that is gone on with.
+    pub fn beside(&self) -> Self {
+        let bare = Pass::new(self.layout.clone(), None);
+        let cache = self.cache().map(|mut cache| cache.beside());
+        match cache {
+            Some(cache) => bare.cached(cache),
+            None => bare,
+        }
+    }
+
     /// The same pass without its cache: what is computed once and not continued (an encoder).
     pub fn uncached(self) -> Self {
         Pass { cache: None, continues: false, ..self }

@@ -94,6 +94,8 @@ fn adapters(decoder_reads_encoder: bool) -> Vec<(String, Vec<Chosen>)> {
     for init in ["pissa", "mica", "eva"] {
         all.push((format!("lora, {init}"), of("lora", json!({ "rank": 2, "init": init }), None)));
     }
+    let sequences = json!({ "rank": 2, "experts": 3, "scalings": "sequence", "enable_softmax": false });
+    all.push(("xlora, sequences".into(), of("xlora", sequences, None)));
     all.push(("pfeiffer".into(), of("bottleneck", json!({ "reduction": 4, "activation": "gelu" }), None)));
     all.push((
         "parallel".into(),
@@ -233,6 +235,7 @@ impl Setting<'_> {
         // Its example starts as tokens.
         name == "prompt" && self.title == "prompt" && !table
             || ["dept", "trainable_tokens"].contains(&name) && !table
+            || self.title == "xlora" && self.loaded.model.info().task == Task::Seq2Seq
             || name == "coda" && self.loaded.model.info().task == Task::CausalLm
             // `peft`'s form of a prompt in attention goes past the bias of the output projection.
             || self.title == "llama_adapter, scalar"
@@ -395,8 +398,8 @@ impl Setting<'_> {
         // T5's first files name no activation.
         let unnamed = config.contains_key("d_ff") && !config.contains_key("feed_forward_proj");
         // Some methods have kinks of their own.
-        let own =
-            ["adaptformer", "ciat", "coda", "lpt", "propetl", "s4"].contains(&self.methods[0].0.info().name);
+        let own = ["adaptformer", "ciat", "coda", "lpt", "propetl", "s4", "xlora"]
+            .contains(&self.methods[0].0.info().name);
         if unnamed || own || config.values().any(|value| value == "relu") { 0.2 } else { 1e-2 }
     }
 
@@ -482,19 +485,23 @@ impl Setting<'_> {
         })
     }
 
-    /// Prompts of any kind, and side networks: a text that is continued token by token, with a cache, has the logits of the whole text.
+    /// Prompts of any kind, side networks, and what follows a text: continued token by token, with a cache, it has the
+    /// logits of the whole text.
     fn cached(&self, adapter: &Arc<Adapter>) -> Checked {
         let info = self.loaded.model.info();
         let keeps = |m: &Chosen| {
             let info = m.0.info();
             info.class == "prompt" || ["lst", "side_tuning", "res_tuning"].contains(&info.name)
         };
-        if info.task != Task::CausalLm || !self.methods.iter().all(keeps) {
+        let prompts = self.methods.iter().all(keeps);
+        let follows = self.methods.iter().all(|m| m.0.follows());
+        if info.task != Task::CausalLm || !prompts && !follows {
             return Ok(());
         }
         let run = |inputs: &Inputs, cx: &Pass| {
-            self.before_forward(adapter, inputs, cx).map_err(|e| e.to_string())?;
-            no_grad(|| self.loaded.model.forward(inputs, cx)).map_err(|e| e.to_string())
+            let first = || self.loaded.model.features(inputs, &cx.beside());
+            let looked = self.methods.iter().try_for_each(|(m, _)| m.before_forward(adapter, &first, cx));
+            looked.and_then(|()| no_grad(|| self.loaded.model.forward(inputs, cx))).map_err(|e| e.to_string())
         };
         let inputs = self.inputs(2..3);
         // Rows that depend on what is said are those of the first tokens.
