@@ -50,6 +50,7 @@ GROUPS = {
     "adapters": ("cases_adapters", "adapters"),
     "activations": ("cases_activations", "peft"),
     "hybrid-own": ("cases_hybrid", "peft"),
+    "s4": ("s4", "peft"),
     "hybrid": ("hybrid", "adapters"),
 }
 
