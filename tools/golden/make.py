@@ -52,6 +52,7 @@ GROUPS = {
     "activations": ("cases_activations", "peft"),
     "weights": ("cases_weights", "peft"),
     "hybrid-own": ("cases_hybrid", "peft"),
+    "s4": ("s4", "peft"),
     "hybrid": ("hybrid", "adapters"),
 }
 
