@@ -5,10 +5,10 @@
 //! (bottleneck): group g ends at the layer nearest to L times the sum of the first shares. `strategies` says what each group
 //! has, in letters:
 //!   A  a bottleneck adapter after the MLP      P  a prefix of its attention, whose tokens keep their positions
-//!   L  LoRA at q and v, α = r                  B  its biases
+//!   L  LoRA at q and v of self-attention, α = r   B  its biases
 //! The found design is the spindle with AL, AP, APB, PBL. Every layer gets as many trained numbers as the others, `budget`
 //! times those of the model over the number of layers: biases as they are, the rest in equal parts, sizes to the nearest
-//! whole number, the coarsest kind first, what it leaves to the next.
+//! whole number, the coarsest kind first; what one leaves is parted equally among those after it. Halves round up.
 //!
 //! Chen et al. 2023, arXiv:2301.01821, design of T5-base. The sizes of the groups and the equal parts are ours: the paper
 //! gives no numbers.
