@@ -105,13 +105,13 @@ class Lst(Side):
 
 class SideTuning(Side):
     def shapes(self):
-        n, out = self.c["layers"], {"side.alpha": (1,)}
+        n, out = self.c["depth"], {"side.alpha": (1,)}
         for i in range(n):
             out |= self.layer(f"side.{i}", self.s.d if i == 0 else self.c["hidden"], self.s.d if i + 1 == n else self.c["hidden"])
         return out
 
     def start(self, x):
-        for i in range(self.c["layers"]):
+        for i in range(self.c["depth"]):
             x = self.linear(f"side.{i}", x if i == 0 else ACT[self.c["activation"]](x))
         return x
 
@@ -153,7 +153,7 @@ class ResTuning(Side):
 
 KINDS = {
     "lst": (Lst, dict(reduction=4, block="transformer", activation="relu", side_layers=None)),
-    "side_tuning": (SideTuning, dict(hidden=12, layers=2, activation="relu")),
+    "side_tuning": (SideTuning, dict(hidden=12, depth=2, activation="relu")),
     "res_tuning": (ResTuning, dict(bottleneck=6, mix="gate")),
 }
 
@@ -213,9 +213,9 @@ TABLE = [
     ("gpt2", "lst", "mlp", dict(block="mlp", side_layers=[0], reduction=2), None, "perceptrons, no side layer at the last block"),
     ("roberta_token", "lst", "mlp", dict(block="mlp"), None, "a row of logits a token"),
     ("bert", "side_tuning", None, {}, ["classifier"], "trained classifier"),
-    ("llama", "side_tuning", None, dict(layers=3, activation="swish"), None, "causal, three layers"),
+    ("llama", "side_tuning", None, dict(depth=3, activation="swish"), None, "causal, three layers"),
     ("t5_flan", "side_tuning", None, dict(activation="gelu"), None, "beside the decoder"),
-    ("vit", "side_tuning", "linear", dict(layers=1), None, "pictures, one matrix"),
+    ("vit", "side_tuning", "linear", dict(depth=1), None, "pictures, one matrix"),
     ("vit", "res_tuning", None, {}, ["classifier"], "pictures, trained classifier"),
     ("bert", "res_tuning", "sum", dict(mix="sum"), None, "the form of the authors' code"),
     ("qwen3", "res_tuning", None, dict(bottleneck=3), None, "causal"),

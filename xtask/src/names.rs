@@ -16,7 +16,7 @@ const EXCUSED: [(&str, &str, &str); 4] = [
         "bert",
         "what AdapterHub calls one of its ways to draw weights",
     ),
-    ("crates/method/src/prompts/llama_adapter", "llama", "the name of the method"),
+    ("crates/method/src/prompts", "llama", "the name of the method"),
     ("crates/model/src", "head", "the path of the site of the head, in every model"),
     ("crates/model/src/picture.rs", "prompt", "the path of the site of the prompt"),
 ];

@@ -46,7 +46,7 @@ static INFO: Info = Info {
     peft_type: "ENGRAFT_SIDE_TUNING",
     fields: &[
         int("hidden", (1, MAX as i64), Some("256"), "Width inside the side network."),
-        int("layers", (1, 64), Some("2"), "Matrices of the side network."),
+        int("depth", (1, 64), Some("2"), "Matrices of the side network."),
         choice(
             "activation",
             &["relu", "gelu", "swish", "tanh"],
@@ -62,7 +62,7 @@ pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example
 fn read(r: &mut Reader<'_>) -> SideTuning {
     SideTuning {
         hidden: r.count("hidden", 256, MAX),
-        layers: r.count("layers", 2, 64),
+        layers: r.count("depth", 2, 64),
         activation: r.one_of("activation", ACTIVATIONS),
     }
 }
@@ -101,7 +101,7 @@ impl Method for SideTuning {
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let own = json!({
             "activation": ACTIVATIONS.iter().find(|(_, f)| *f == self.activation).map(|(name, _)| *name),
-            "hidden": self.hidden, "layers": self.layers,
+            "hidden": self.hidden, "depth": self.layers,
         });
         own.as_object().cloned().unwrap_or_default()
     }
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn the_share_goes_from_the_base_to_the_side_network() {
-        let a = attached(&[chosen("side_tuning", json!({ "hidden": 4, "layers": 3 }))], &[]);
+        let a = attached(&[chosen("side_tuning", json!({ "hidden": 4, "depth": 3 }))], &[]);
         let (d, h) = (6, 4);
         assert_eq!(a.adapter.trained_count(), 1 + h * (d + 1) + h * (h + 1) + d * (h + 1));
         let (sites, _) = toy();
@@ -165,9 +165,9 @@ mod tests {
     #[test]
     fn configurations() {
         survives_saving(&[chosen("side_tuning", json!({ "hidden": 3, "activation": "tanh" }))], &["head"]);
-        survives_saving(&[chosen("side_tuning", json!({ "layers": 1 }))], &[]);
+        survives_saving(&[chosen("side_tuning", json!({ "depth": 1 }))], &[]);
         let settings = |text: Value| (ENTRY.from_settings)(text.as_object().unwrap());
-        assert!(settings(json!({ "layers": 0 })).is_err());
+        assert!(settings(json!({ "depth": 0 })).is_err());
         assert!(from_file(&json!({ "peft_type": "ENGRAFT_SIDE_TUNING", "odd": 1 })).is_err());
     }
 }
