@@ -36,8 +36,10 @@ fn cell(text: &str) -> String {
 struct Costs(Value);
 
 /// Results, and the machine that they are from.
-const MEASURED: (&str, &str) =
-    ("bench/results/methods-zen3-avx2.json", "a machine with an AMD processor of the Zen 3 generation (AVX2)");
+const MEASURED: (&str, &str) = (
+    "bench/results/methods-zen3-avx2.json",
+    "a machine with an AMD processor of the Zen 3 generation (AVX2)",
+);
 
 impl Costs {
     fn read() -> Costs {
@@ -90,8 +92,8 @@ fn methods() -> String {
             info.sites,
             yes(info.mergeable),
             info.peft_type,
-            &time,
-            &memory,
+            time.as_str(),
+            memory.as_str(),
             info.paper,
         ];
         let _ = writeln!(text, "| {} |", row.map(cell).join(" | "));

@@ -395,8 +395,8 @@ impl Setting<'_> {
         // T5's first files name no activation.
         let unnamed = config.contains_key("d_ff") && !config.contains_key("feed_forward_proj");
         // Some methods have kinks of their own.
-        let own =
-            ["adaptformer", "ciat", "coda", "lpt", "propetl", "s4", "xlora"].contains(&self.methods[0].0.info().name);
+        let own = ["adaptformer", "ciat", "coda", "lpt", "propetl", "s4", "xlora"]
+            .contains(&self.methods[0].0.info().name);
         if unnamed || own || config.values().any(|value| value == "relu") { 0.2 } else { 1e-2 }
     }
 
@@ -485,17 +485,17 @@ impl Setting<'_> {
     /// Prompts of any kind, and what follows a text: continued token by token, with a cache, it has the logits of the whole text.
     fn cached(&self, adapter: &Arc<Adapter>) -> Checked {
         let info = self.loaded.model.info();
-        let (prompts, follows) =
-            (self.methods.iter().all(|m| m.0.info().class == "prompt"), self.methods.iter().all(|m| m.0.follows()));
+        let (prompts, follows) = (
+            self.methods.iter().all(|m| m.0.info().class == "prompt"),
+            self.methods.iter().all(|m| m.0.follows()),
+        );
         if info.task != Task::CausalLm || !prompts && !follows {
             return Ok(());
         }
         let run = |inputs: &Inputs, cx: &Pass| {
             let first = || self.loaded.model.features(inputs, &cx.beside());
             let looked = self.methods.iter().try_for_each(|(m, _)| m.before_forward(adapter, &first, cx));
-            looked
-                .and_then(|()| no_grad(|| self.loaded.model.forward(inputs, cx)))
-                .map_err(|e| e.to_string())
+            looked.and_then(|()| no_grad(|| self.loaded.model.forward(inputs, cx))).map_err(|e| e.to_string())
         };
         let inputs = self.inputs(2..3);
         // Rows that depend on what is said are those of the first tokens.

@@ -82,8 +82,16 @@ static INFO: Info = Info {
             default: Some("\"lora\""),
             doc: "What scales and shifts the weight.",
         },
-        choice_or("config_A", &["lora", "vector", "constant", "none"], "What scales the weight, if not `config_A_B`."),
-        choice_or("config_B", &["lora", "vector", "constant", "none"], "What shifts the weight, if not `config_A_B`."),
+        choice_or(
+            "config_A",
+            &["lora", "vector", "constant", "none"],
+            "What scales the weight, if not `config_A_B`.",
+        ),
+        choice_or(
+            "config_B",
+            &["lora", "vector", "constant", "none"],
+            "What shifts the weight, if not `config_A_B`.",
+        ),
         Field {
             name: "config_C",
             kind: FieldKind::OneOf(&["lora", "vector", "none"]),

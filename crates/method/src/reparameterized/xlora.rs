@@ -78,7 +78,12 @@ static INFO: Info = Info {
         float("xlora_dropout_p", (0.0, 0.999), "0.2", "Dropout between the router's layers while training."),
         flag("enable_softmax", "true", "Scalings that sum to one."),
         float("softmax_temperature", (1e-6, 1e6), "1", "What is divided by before the softmax."),
-        int("top_k_lora", (1, EXPERTS_MAX as i64), None, "Use the adapters with so many largest scalings alone."),
+        int(
+            "top_k_lora",
+            (1, EXPERTS_MAX as i64),
+            None,
+            "Use the adapters with so many largest scalings alone.",
+        ),
         flag("enable_softmax_topk", "false", "A softmax over the scalings that are used."),
         float("global_scaling_weight", (0.0, 1e9), "1", "Factor of every adapter."),
     ],
@@ -247,7 +252,11 @@ impl XLora {
             method: self.clone(),
             layers,
             by_token: !self.by_sequence && !task.per_sequence(),
-            states: if self.by_sequence || task.per_sequence() { said(Summary::usual(task)) } else { STATES.into() },
+            states: if self.by_sequence || task.per_sequence() {
+                said(Summary::usual(task))
+            } else {
+                STATES.into()
+            },
             scalings: format!("{}xlora.scalings", b.prefix()),
             site: block.id,
         })
@@ -280,7 +289,8 @@ impl Router {
 
     fn make(&self, cx: &Pass) -> Result<Tensor> {
         let missing = || {
-            let message = "X-LoRA needs a first pass of the model without the adapter, which this pass did not have";
+            let message =
+                "X-LoRA needs a first pass of the model without the adapter, which this pass did not have";
             Error::Unsupported(message.into())
         };
         if !self.by_token {
