@@ -73,7 +73,7 @@ def xlora(base, c, targets):
     finally:
         xlora_model._load_adapter_into_lora_model = loading
     for name, p in whole.named_parameters():
-        p.requires_grad = ".lora_" in name or "internal_xlora_classifier" in name
+        p.requires_grad = any(part in name for part in (".lora_A.", ".lora_B.", "internal_xlora_classifier"))
     router = whole.base_model.internal_xlora_classifier
     if "Sequence" in zoo.MODELS_TABLE[base]["cls"]:
         router.layers = OfSequence(router.layers, model.bert.pooler)

@@ -92,8 +92,8 @@ fn methods() -> String {
             info.sites,
             yes(info.mergeable),
             info.peft_type,
-            &time,
-            &memory,
+            time.as_str(),
+            memory.as_str(),
             info.paper,
         ];
         let _ = writeln!(text, "| {} |", row.map(cell).join(" | "));

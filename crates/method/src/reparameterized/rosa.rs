@@ -16,13 +16,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use engraft_nn::{Adapter, Base, Builder, Error, Init, Mode, Pass, Patch, Result, Role, Site, WeightPatch};
 use engraft_tensor::ops::Unary;
-use engraft_tensor::{Gradients, Param, Tensor};
+use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
 use crate::shared::scores::{Best, Data, Score, choose};
 use crate::shared::sparse::{Budget, Delta, Mask, expect_whole_gradient, shape};
-use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Method, Step, peft};
+use crate::{Calibration, Described, Entry, Field, FieldKind, Forget, Info, Method, Step, peft};
 
 const RANK_MAX: usize = 1024;
 const BATCHES_MAX: usize = 1 << 20;
@@ -152,7 +152,7 @@ impl Method for Rosa {
         Ok(())
     }
 
-    fn after_backward(&self, adapter: &Adapter, _gradients: &mut Gradients, step: Step) -> Result<()> {
+    fn after_step(&self, adapter: &Adapter, _moments: &mut dyn Forget, step: Step) -> Result<()> {
         if self.warmup > 0 && step.total <= self.warmup {
             return Err(Error::Unsupported(format!(
                 "the warm-up of RoSA takes {} steps, and the run has {}; choose a smaller `warmup`, or 0",
@@ -254,6 +254,12 @@ mod tests {
     use crate::testing::*;
     use engraft_tensor::testing::{close, sample};
 
+    struct Nothing;
+
+    impl Forget for Nothing {
+        fn forget(&mut self, _: &Param) {}
+    }
+
     #[test]
     fn is_the_sum_of_both_changes() {
         let settings = json!({ "rank": 2, "alpha": 3, "density": 0.2 });
@@ -307,10 +313,10 @@ mod tests {
             let cx = cx.training(Mode::Train { seed: 1, step: number, micro: 0 });
             let patched = engraft_nn::Patched::new(weight.as_ref(), adapter.at(site.id), site, &cx);
             let dy = sample(&[5, 4], 10 + number);
-            let mut gradients =
+            let gradients =
                 patched.forward(&x).unwrap().mul(&dy).unwrap().sum().unwrap().backward().unwrap();
             let values = gradients.get(&param(&adapter, &format!("{path}.sparse_values"))).cloned();
-            method.after_backward(&adapter, &mut gradients, Step { number, total: 4, seed: 1 }).unwrap();
+            method.after_step(&adapter, &mut Nothing, Step { number, total: 4, seed: 1 }).unwrap();
             (values, dy)
         };
         assert!(run(1).0.is_none() && places() == spread, "S rests");
@@ -327,8 +333,7 @@ mod tests {
         let g = dy.t_matmul(&x).unwrap().to_vec().unwrap();
         let expected = order.iter().map(|&p| g[p as usize]).collect();
         close(&values.unwrap(), &Tensor::from_vec(expected, [4]).unwrap(), 1e-5);
-        let mut none = Gradients::default();
-        let short = method.after_backward(&adapter, &mut none, Step { number: 1, total: 2, seed: 1 });
+        let short = method.after_step(&adapter, &mut Nothing, Step { number: 1, total: 2, seed: 1 });
         assert!(short.unwrap_err().to_string().contains("`warmup`"));
     }
 
