@@ -158,11 +158,7 @@ fn saved(
     }
     let Some(from) = &table.from else { return Err(recipe.problem_at(&at, "`from` is missing")) };
     let problem = |text: String| recipe.problem_at(&at, text);
-    let adapter = open_adapter(model, &from.value, &Limits::default()).map_err(|e| problem(e.to_string()))?;
-    for (method, _) in &adapter.methods {
-        method.trains_on().map_err(|e| problem(e.to_string()))?;
-    }
-    Ok(adapter)
+    open_adapter(model, &from.value, &Limits::default()).map_err(|e| problem(e.to_string()))
 }
 
 /// A method with its targets, all of which exist.

@@ -101,6 +101,7 @@ pub struct Outcome {
 /// A directory that cannot be written or holds another run, a step without a finite loss, checkpoints that cannot be
 /// saved; the newest checkpoint stands whatever happens.
 pub fn train(session: &Session, options: &RunOptions, observer: &mut dyn Observer) -> Result<Outcome> {
+    session.expect_training()?;
     let mut run = Run::open(session, options, observer)?;
     let status = run.steps()?;
     run.end(status)

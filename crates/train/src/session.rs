@@ -54,6 +54,14 @@ pub struct Session {
 }
 
 impl Session {
+    /// An error where the adapter was read from a file that holds only what a forward needs: it can be scored, not trained on.
+    pub fn expect_training(&self) -> Result<()> {
+        if self.goes_on {
+            self.methods.iter().try_for_each(|(method, _)| method.trains_on())?;
+        }
+        Ok(())
+    }
+
     /// How the training examples are batched.
     pub fn feed_options(&self) -> Result<FeedOptions> {
         let masking = self.masking()?;

@@ -162,7 +162,8 @@ fn term(text: &str, cx: &Context) -> Outcome<Term> {
 
 /// What the result does to the model's outputs, beside the exact sum.
 struct Compared {
-    exact: Measured,
+    /// `None` where there is no exact sum.
+    exact: Option<Measured>,
     result: Measured,
     base: Measured,
 }
@@ -193,12 +194,20 @@ fn compare(
         probes.measure(&engine)
     };
     let result = with(&combined.config, &combined.tensors)?;
+    let sum = |terms: &[Term]| combine(terms, &Options { rule: Rule::Cat, ..*options });
     let exact = match args.rule {
-        // The result is the sum, or a mean, which has no sum to be compared with.
-        Rule::Cat | Rule::Average | Rule::Mera => result.clone(),
+        Rule::Cat => Some(result.clone()),
+        // A mean of factors is compared with the mean of products, where it is one of products.
+        Rule::Average => {
+            let total: f64 = terms.iter().map(|term| term.weight).sum();
+            let shares: Vec<Term> =
+                terms.iter().map(|term| Term { weight: term.weight / total, ..term.clone() }).collect();
+            sum(&shares).ok().map(|sum| with(&sum.config, &sum.tensors)).transpose()?
+        }
+        Rule::Mera => None,
         _ => {
-            let sum = combine(terms, &Options { rule: Rule::Cat, ..*options }).before_work()?;
-            with(&sum.config, &sum.tensors)?
+            let sum = sum(terms).before_work()?;
+            Some(with(&sum.config, &sum.tensors)?)
         }
     };
     Ok(Compared { exact, result, base })
@@ -214,9 +223,9 @@ fn tell(
     if args.json {
         let compared = compared.map(|c| {
             json!({
-                "largest_logit": c.exact.largest(),
-                "largest_logit_change": largest_difference(&c.exact.logits, &c.result.logits),
-                "perplexity_base": perplexity(&c.base), "perplexity_exact": perplexity(&c.exact),
+                "largest_logit": c.result.largest(),
+                "largest_logit_change": c.exact.as_ref().map(|exact| largest_difference(&exact.logits, &c.result.logits)),
+                "perplexity_base": perplexity(&c.base), "perplexity_exact": c.exact.as_ref().and_then(perplexity),
                 "perplexity": perplexity(&c.result),
             })
         });
@@ -246,14 +255,25 @@ fn tell(
     }
     combined.notes.iter().for_each(|note| cx.ui.note(note));
     if let Some(c) = compared {
-        let change = largest_difference(&c.exact.logits, &c.result.logits);
-        let mut line = format!("largest logit change against the exact sum {}", human::number(change, 2));
-        if let (Some(base), Some(exact), Some(result)) =
-            (perplexity(&c.base), perplexity(&c.exact), perplexity(&c.result))
-        {
-            line.push_str(&format!("; perplexity {base:.2} alone, {exact:.2} exact, {result:.2} combined"));
-        }
-        cx.ui.print(&format!("{line}\n"));
+        let change = match &c.exact {
+            Some(exact) => {
+                let change = largest_difference(&exact.logits, &c.result.logits);
+                format!("largest logit change against the exact sum {}", human::number(change, 2))
+            }
+            None => {
+                let change = largest_difference(&c.base.logits, &c.result.logits);
+                format!(
+                    "no exact sum to compare with; largest logit change against the base {}",
+                    human::number(change, 2)
+                )
+            }
+        };
+        let found = [Some(&c.base), c.exact.as_ref(), Some(&c.result)].map(|m| m.and_then(perplexity));
+        let named = ["alone", "exact", "combined"].iter().zip(found);
+        let named: Vec<String> = named.filter_map(|(name, p)| Some(format!("{:.2} {name}", p?))).collect();
+        let perplexities =
+            if named.is_empty() { String::new() } else { format!("; perplexity {}", named.join(", ")) };
+        cx.ui.print(&format!("{change}{perplexities}\n"));
     }
     cx.ui.print(&format!("adapter  {}\n", args.out.display()));
 }

@@ -12,7 +12,8 @@ use indicatif::MultiProgress;
 use serde_json::json;
 
 use super::train::{
-    Args, CHECKED, before, check, check_pictures, command, failed, introduce, object, open, passed, summary,
+    Args, CHECKED, before, check, check_pictures, command, failed, introduce, object, open_to_train, passed,
+    summary,
 };
 use crate::context::Context;
 use crate::failure::{BeforeWork, Failure, Outcome};
@@ -46,7 +47,7 @@ pub fn run(args: &Args, recipes: &[PathBuf], cx: &Context) -> Outcome {
     let mut sessions = Vec::new();
     for (recipe, job) in read.iter().zip(&jobs) {
         cx.ui.say(&job.name);
-        let session = open(recipe, &packed, cx)?;
+        let session = open_to_train(recipe, &packed, cx)?;
         introduce(&session, cx);
         check_pictures(&session, cx)?;
         sessions.push(session);

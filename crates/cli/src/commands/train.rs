@@ -81,7 +81,7 @@ fn one(args: &Args, path: &Path, cx: &Context) -> Outcome {
         // Before the model is read: that may take minutes.
         RunDir::look(&out, args.resume).before_work()?;
     }
-    let session = open(&recipe, &Packed::default(), cx)?;
+    let session = open_to_train(&recipe, &Packed::default(), cx)?;
     introduce(&session, cx);
     if let Some(room) = machine::room().filter(|_| !args.overcommit) {
         refuse_too_large(&session, room)?;
@@ -146,6 +146,15 @@ pub fn open(recipe: &Recipe, packed: &Packed, cx: &Context) -> Outcome<Session> 
         templates: cx.templates()?,
     };
     Session::open(recipe, &mut options).before_work()
+}
+
+/// [`open`], and an error where the adapter that it starts from cannot be trained on.
+pub fn open_to_train(recipe: &Recipe, packed: &Packed, cx: &Context) -> Outcome<Session> {
+    let session = open(recipe, packed, cx)?;
+    let problem =
+        |e: engraft_train::Error| recipe.problems(vec![recipe.problem_at("method.from", e.to_string())]);
+    session.expect_training().map_err(|e| Failure::problems(problem(e)))?;
+    Ok(session)
 }
 
 /// What is about to be trained, in a few lines.

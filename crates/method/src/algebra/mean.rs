@@ -23,9 +23,15 @@ pub(super) fn means(tensors: &Weighted) -> Result<Named> {
 
 fn mean(name: &str, terms: &[(f64, Tensor)]) -> Result<(String, Tensor)> {
     let total: f64 = terms.iter().map(|(w, _)| w).sum();
-    let share = |w: f64| if total == 0.0 { 1.0 / terms.len() as f64 } else { w / total };
+    let share = |w: f64| w / total;
     if terms.iter().any(|(_, t)| t.dtype() != DType::F32) {
         return same(name, terms);
+    }
+    if terms.len() > 1 && (total == 0.0 || terms.iter().any(|(w, _)| *w < 0.0)) {
+        return Err(Error::Unsupported(format!(
+            "{name} is trained as a whole and can only be averaged, which a negative weight or a sum of zero does not allow; \
+             give positive weights, or combine adapters without it"
+        )));
     }
     let (weight, first) = &terms[0];
     let mut sum = first.scale(share(*weight) as f32)?;

@@ -37,6 +37,7 @@ pub use rules::Sign;
 use rules::{Recipe, Stack};
 
 /// An adapter that takes part, as its file has it.
+#[derive(Clone)]
 pub struct Term {
     /// What it is called in messages.
     pub name: String,

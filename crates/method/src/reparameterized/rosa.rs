@@ -84,7 +84,7 @@ static INFO: Info = Info {
             name: "warmup",
             kind: FieldKind::Int { min: 0, max: 1 << 40 },
             default: Some("64"),
-            doc: "First steps, in which the product is trained alone; the last of them chooses the places.",
+            doc: "First steps, in which the product is trained alone; the last of them chooses the places. The paper: 64.",
         },
     ],
 };
@@ -93,7 +93,7 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry {
     info: &INFO,
     from_settings: |settings| {
-        peft::own_settings(&INFO, settings, |r| Rosa { warmup: r.at_least("warmup", 64, 0), ..Rosa::read(r) })
+        peft::own_settings(&INFO, settings, |r| Rosa { warmup: r.at_least("warmup", 0, 0), ..Rosa::read(r) })
     },
     from_file: |config| peft::own_file(&INFO, config, Rosa::read),
     example: || {
@@ -313,8 +313,7 @@ mod tests {
             let cx = cx.training(Mode::Train { seed: 1, step: number, micro: 0 });
             let patched = engraft_nn::Patched::new(weight.as_ref(), adapter.at(site.id), site, &cx);
             let dy = sample(&[5, 4], 10 + number);
-            let gradients =
-                patched.forward(&x).unwrap().mul(&dy).unwrap().sum().unwrap().backward().unwrap();
+            let gradients = patched.forward(&x).unwrap().mul(&dy).unwrap().sum().unwrap().backward().unwrap();
             let values = gradients.get(&param(&adapter, &format!("{path}.sparse_values"))).cloned();
             method.after_step(&adapter, &mut Nothing, Step { number, total: 4, seed: 1 }).unwrap();
             (values, dy)
