@@ -67,6 +67,9 @@ pub enum FieldKind {
     /// Directories of saved prompts, whose rows the method needs: `from_settings` is given a list of
     /// `{ "path": …, "rows": [[…], …] }`, so that no method reads files.
     Prompts,
+    /// Directories of saved adapters that the method builds on: `from_settings` is given their paths, and then
+    /// [`Method::take_adapters`] what they hold, so that no method reads files.
+    Adapters,
     IntList,
     IntMap,
     FloatMap,

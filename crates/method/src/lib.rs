@@ -28,14 +28,14 @@ mod written;
 use std::sync::Arc;
 
 use engraft_nn::{
-    Adapter, Builder, ModelInfo, Output, Pass, Resolution, Result, Role, SiteId, Sites, Targets,
+    Adapter, Builder, Error, ModelInfo, Output, Pass, Resolution, Result, Role, SiteId, Sites, Targets,
 };
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
 use additive::{
-    adaptformer, beft, bottleneck, ciat, coda, compacter, hyperformer, ia3, krona_b, lst, mov, reft,
-    res_tuning, side_tuning, sparse_adapter, ssf,
+    adamix, adapter_fusion, adaptformer, beft, bottleneck, ciat, coda, compacter, hyperformer, ia3, krona_b,
+    lst, mov, reft, res_tuning, side_tuning, sparse_adapter, ssf,
 };
 use hybrid::{mam, propetl, s4, unipelt};
 use prompts::{
@@ -111,6 +111,8 @@ pub static METHODS: &[&Entry] = &[
     &hiwi::ENTRY,
     &beft::ENTRY,
     &bottleneck::ENTRY,
+    &adapter_fusion::ENTRY,
+    &adamix::ENTRY,
     &hyperformer::ENTRY,
     &coda::ENTRY,
     &compacter::ENTRY,
@@ -166,6 +168,11 @@ pub trait Method: Send + Sync {
     /// What it is.
     fn info(&self) -> &'static Info;
 
+    /// Takes the saved adapters that a setting of [`FieldKind::Adapters`] names, in its order, before anything is attached.
+    fn take_adapters(&mut self, setting: &str, _adapters: Vec<SavedAdapter>) -> Result<()> {
+        Err(Error::Unsupported(format!("{} reads no adapters for `{setting}`", self.info().title)))
+    }
+
     /// Attaches patches at `b.targets()` (or, for methods that have sites of their own kind, at those).
     fn attach(&self, b: &mut Builder<'_>) -> Result<()>;
 
@@ -194,6 +201,12 @@ pub trait Method: Send + Sync {
     /// A scalar added to the loss.
     fn penalty(&self, _adapter: &Adapter, _step: Step) -> Result<Option<Tensor>> {
         Ok(None)
+    }
+
+    /// How much the divergence of two passes over each micro-batch, which draw apart, counts in the loss:
+    /// ½·[KL(sg p₂ ‖ p₁) + KL(sg p₁ ‖ p₂)]; `None` takes one pass.
+    fn consistency(&self) -> Option<f32> {
+        None
     }
 
     /// The share of the training rows that a method of two levels keeps apart for its upper one; 0 for none.
@@ -333,6 +346,17 @@ pub struct Described<'a> {
     pub prefix: &'a str,
     /// The base as the user named it.
     pub base_model: &'a str,
+}
+
+/// A saved adapter that another one is built on.
+#[derive(Clone, Debug)]
+pub struct SavedAdapter {
+    /// Where it lies, as the recipe names it.
+    pub path: String,
+    /// Its `adapter_config.json`.
+    pub config: Value,
+    /// The tensors of its file.
+    pub tensors: Named,
 }
 
 /// The optimizer's memory of earlier gradients.

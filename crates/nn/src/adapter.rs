@@ -136,33 +136,38 @@ impl Adapter {
 
     /// Sets the saved parameters from `tensors` (name, values); every missing, extra or mis-shaped one is reported.
     pub fn load(&self, tensors: Vec<(String, Tensor)>) -> Result<()> {
-        let mut given: HashMap<String, Tensor> = tensors.into_iter().collect();
-        let mut problems = Vec::new();
-        let mut accepted = Vec::new();
-        for p in self.params.iter().filter(|p| p.saved) {
-            let own = p.param.value();
-            let (expected, dtype) = (own.shape().to_vec(), own.dtype());
-            match given.remove(&p.name) {
-                None => problems.push(format!("{}: expected {expected:?}, absent", p.name)),
-                Some(t) if t.shape() != expected => {
-                    problems.push(format!("{}: expected {expected:?}, found {:?}", p.name, t.shape()));
-                }
-                Some(t) if t.dtype() != dtype => {
-                    problems.push(format!("{}: expected {dtype:?}, found {:?}", p.name, t.dtype()));
-                }
-                Some(t) => accepted.push((p, t)),
-            }
-        }
-        let mut extra: Vec<_> =
-            given.into_iter().map(|(n, t)| format!("{n}: not expected, found {:?}", t.shape())).collect();
-        extra.sort();
-        problems.extend(extra);
-        if !problems.is_empty() {
-            return Err(Error::Mismatch(problems));
-        }
-        for (p, t) in accepted {
-            p.param.set(t)?;
-        }
-        Ok(())
+        assign(&self.params, tensors)
     }
+}
+
+/// Sets those of `params` that are saved; every missing, extra or mis-shaped tensor is reported.
+pub(crate) fn assign(params: &[NamedParam], tensors: Vec<(String, Tensor)>) -> Result<()> {
+    let mut given: HashMap<String, Tensor> = tensors.into_iter().collect();
+    let mut problems = Vec::new();
+    let mut accepted = Vec::new();
+    for p in params.iter().filter(|p| p.saved) {
+        let own = p.param.value();
+        let (expected, dtype) = (own.shape().to_vec(), own.dtype());
+        match given.remove(&p.name) {
+            None => problems.push(format!("{}: expected {expected:?}, absent", p.name)),
+            Some(t) if t.shape() != expected => {
+                problems.push(format!("{}: expected {expected:?}, found {:?}", p.name, t.shape()));
+            }
+            Some(t) if t.dtype() != dtype => {
+                problems.push(format!("{}: expected {dtype:?}, found {:?}", p.name, t.dtype()));
+            }
+            Some(t) => accepted.push((p, t)),
+        }
+    }
+    let mut extra: Vec<_> =
+        given.into_iter().map(|(n, t)| format!("{n}: not expected, found {:?}", t.shape())).collect();
+    extra.sort();
+    problems.extend(extra);
+    if !problems.is_empty() {
+        return Err(Error::Mismatch(problems));
+    }
+    for (p, t) in accepted {
+        p.param.set(t)?;
+    }
+    Ok(())
 }

@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use engraft_data::Tokenizer;
-use engraft_method::{Chosen, Field, FieldKind, Named, Settings, attach, find, load_adapter, pattern};
+use engraft_method::{
+    Chosen, Field, FieldKind, Method, Named, SavedAdapter, Settings, attach, find, load_adapter, pattern,
+};
 use engraft_nn::{Adapter, LayerChoice, Matcher, Model, Role, Sites, TargetError, Targets};
 use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
 use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
@@ -176,7 +178,8 @@ fn method(
     };
     let settings = filled(&table.settings, entry.info.fields, tokenizer)
         .map_err(|(key, e)| vec![recipe.problem_at(&format!("{}.{key}", table.at), e)])?;
-    let method = (entry.from_settings)(&settings).map_err(|e| wrong_settings(recipe, table, e))?;
+    let mut method = (entry.from_settings)(&settings).map_err(|e| wrong_settings(recipe, table, e))?;
+    give_adapters(recipe, table, entry.info.fields, method.as_mut())?;
     let default = method.default_targets(model.sites());
     let targets = targets(recipe, table, default.clone())?;
     let effective = targets.clone().or(default);
@@ -230,6 +233,39 @@ fn filled(
         settings.insert(field.name.into(), value);
     }
     Ok(settings)
+}
+
+/// Gives the method what the saved adapters that its settings name hold.
+fn give_adapters(
+    recipe: &Recipe,
+    table: &MethodTable,
+    fields: &[Field],
+    method: &mut dyn Method,
+) -> std::result::Result<(), Vec<Problem>> {
+    for field in fields.iter().filter(|field| matches!(field.kind, FieldKind::Adapters)) {
+        let Some(Value::Array(paths)) = table.settings.get(field.name) else { continue };
+        let (mut adapters, mut problems) = (vec![], vec![]);
+        for (index, path) in paths.iter().filter_map(Value::as_str).enumerate() {
+            match saved_adapter(path) {
+                Ok(adapter) => adapters.push(adapter),
+                Err(e) => {
+                    let at = format!("{}.{}[{index}]", table.at, field.name);
+                    problems.push(recipe.problem_at(&at, e.to_string()));
+                }
+            }
+        }
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        method.take_adapters(field.name, adapters).map_err(|e| wrong_settings(recipe, table, e))?;
+    }
+    Ok(())
+}
+
+fn saved_adapter(path: &str) -> Result<SavedAdapter> {
+    let files = read_adapter(Path::new(path), &Limits::default())?;
+    let tensors = adapter_tensors(&files)?;
+    Ok(SavedAdapter { path: path.into(), config: files.config, tensors })
 }
 
 /// The rows of the prompt that is saved at `path`.

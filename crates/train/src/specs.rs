@@ -28,7 +28,7 @@ fn kind(kind: FieldKind) -> Kind {
         FieldKind::Text | FieldKind::Tokens => Kind::Text,
         FieldKind::OneOf(names) => Kind::OneOf(names),
         FieldKind::TextList => Kind::TextList,
-        FieldKind::Prompts => Kind::PathList,
+        FieldKind::Prompts | FieldKind::Adapters => Kind::PathList,
         FieldKind::IntList => Kind::IntList,
         FieldKind::IntMap => Kind::IntMap,
         FieldKind::FloatMap => Kind::FloatMap,
@@ -63,7 +63,9 @@ mod tests {
                     FieldKind::Float { min, max } => value.as_f64().is_some_and(|n| (min..=max).contains(&n)),
                     FieldKind::Text | FieldKind::Tokens => value.is_string(),
                     FieldKind::OneOf(names) => value.as_str().is_some_and(|text| names.contains(&text)),
-                    FieldKind::TextList | FieldKind::Prompts | FieldKind::IntList => value.is_array(),
+                    FieldKind::TextList | FieldKind::Prompts | FieldKind::Adapters | FieldKind::IntList => {
+                        value.is_array()
+                    }
                     FieldKind::IntMap | FieldKind::FloatMap => value.is_object(),
                 };
                 assert!(fits, "{}.{} = {text} does not fit its kind", entry.info.name, field.name);

@@ -139,7 +139,7 @@ fn takes(field: &Field) -> String {
             (min, max) => format!("number, {} to {}", bound(min), bound(max)),
         },
         FieldKind::Text | FieldKind::Tokens => "text".into(),
-        FieldKind::Prompts => "list of paths".into(),
+        FieldKind::Prompts | FieldKind::Adapters => "list of paths".into(),
         FieldKind::OneOf(names) => names.join(", "),
         FieldKind::TextList => "list of texts".into(),
         FieldKind::IntList => "list of whole numbers".into(),

@@ -24,7 +24,8 @@ mod tests;
 use engraft_nn::{Adapter, Builder, Error, Kind, Patch, Result};
 use serde_json::{Map, Value};
 
-pub(crate) use file::{around, from_adapter_hub, read_file};
+pub(crate) use file::{around, from_adapter_hub, read_file, saved};
+pub(crate) use layer::AtSublayer;
 pub(crate) use phm::Phm;
 pub(crate) use settings::{Bottleneck, Form};
 
@@ -35,7 +36,7 @@ use crate::shared::fields::{float, int};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method};
 use settings::{FORMS, Scaling, Start};
 
-static INFO: Info = Info {
+pub(crate) static INFO: Info = Info {
     name: "bottleneck",
     title: "Bottleneck adapter",
     class: "additive",

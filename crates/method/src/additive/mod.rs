@@ -1,5 +1,7 @@
 //! New modules beside or behind the frozen ones.
 
+pub(crate) mod adamix;
+pub(crate) mod adapter_fusion;
 pub(crate) mod adaptformer;
 pub(crate) mod beft;
 pub(crate) mod bottleneck;

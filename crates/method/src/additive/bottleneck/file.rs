@@ -33,6 +33,13 @@ pub(crate) fn from_adapter_hub<'c>(
 
 /// A file with or without Compacter's layers; `None` where it is another method's.
 pub(crate) fn read_file(config: &Value, info: &Info, has_phm: bool) -> Result<Option<Loaded>> {
+    let Some(method) = saved(config, info, has_phm)? else { return Ok(None) };
+    let train_also = config.get("modules_to_save").and_then(crate::read::texts).unwrap_or_default();
+    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+}
+
+/// The adapter of such a file.
+pub(crate) fn saved(config: &Value, info: &Info, has_phm: bool) -> Result<Option<Bottleneck>> {
     let Some((inner, name)) = from_adapter_hub(config, info) else { return Ok(None) };
     let ours = peft::is_type(config, info.peft_type);
     if inner.get("architecture").is_some_and(|kind| kind == "union") && !ours {
@@ -55,8 +62,7 @@ pub(crate) fn read_file(config: &Value, info: &Info, has_phm: bool) -> Result<Op
     let mut method = read(&mut r, name, has_phm);
     r.finish()?;
     method.robust_drop = config.get("robust_drop").and_then(Value::as_bool).unwrap_or(false);
-    let train_also = config.get("modules_to_save").and_then(crate::read::texts).unwrap_or_default();
-    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+    Ok(Some(method))
 }
 
 /// The keys of an adapter called `name`.

@@ -33,7 +33,7 @@ impl Projection {
 }
 
 /// The adapter of one sublayer.
-pub(super) struct AtSublayer {
+pub(crate) struct AtSublayer {
     config: Bottleneck,
     before: Option<Norm>,
     down: Projection,
@@ -46,7 +46,12 @@ pub(super) struct AtSublayer {
 }
 
 impl AtSublayer {
-    pub fn build(c: &Bottleneck, b: &mut Builder<'_>, site: &Site, shared: &Shared) -> Result<Self> {
+    /// One of matrices.
+    pub fn of_matrices(c: &Bottleneck, b: &mut Builder<'_>, site: &Site) -> Result<Self> {
+        AtSublayer::build(c, b, site, &Shared::default())
+    }
+
+    pub(super) fn build(c: &Bottleneck, b: &mut Builder<'_>, site: &Site, shared: &Shared) -> Result<Self> {
         let Kind::Sublayer { width } = site.kind else {
             return Err(Error::Site { path: site.path.clone(), message: "expected a sublayer".into() });
         };
@@ -100,8 +105,8 @@ impl AtSublayer {
         }
     }
 
-    /// s·(σ(N(x)·W_dᵀ + b_d)·W_uᵀ + b_u), x [tokens, width].
-    fn bottleneck(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
+    /// s·(σ(N(x)·W_dᵀ + b_d)·W_uᵀ + b_u), x [tokens, width], before dropout and gate.
+    pub fn branch(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
         let c = &self.config;
         let normed = self.before.as_ref().map(|norm| norm.apply(x)).transpose()?;
         let middle = c.activation.apply(self.down.forward(normed.as_ref().unwrap_or(x))?)?;
@@ -111,12 +116,16 @@ impl AtSublayer {
                 cx.dropout(&Tensor::full(1.0, [cx.layout().sequences().len(), 1]), c.depth, site.id, 2)?;
             up = up.mul(&kept.gather(&of_sequences(cx)?)?)?;
         }
-        let up = match (&self.scale, c.scaling) {
+        Ok(match (&self.scale, c.scaling) {
             (Some(scale), _) => up.mul(&scale.get())?,
             (None, Scaling::Fixed(s)) if s != 1.0 => up.scale(s as f32)?,
             _ => up,
-        };
-        let up = cx.dropout(&up, c.dropout, site.id, 1)?;
+        })
+    }
+
+    /// What it adds, before a norm of its own.
+    fn bottleneck(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let up = cx.dropout(&self.branch(x, site, cx)?, self.config.dropout, site.id, 1)?;
         match &self.gate {
             None => Ok(up),
             Some((weight, bias)) => {
@@ -138,7 +147,8 @@ impl AtSublayer {
         Ok(s.output.add(&added)?)
     }
 
-    fn serial(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
+    /// What a serial adapter reads, and its residual.
+    pub fn read(&self, s: &Sublayer<'_>) -> Result<(Tensor, Tensor)> {
         let c = &self.config;
         let sum = s.output.add(s.residual)?;
         let input = match (c.original_ln_before, s.norm) {
@@ -146,13 +156,27 @@ impl AtSublayer {
             (true, None) => sum.clone(),
             (false, _) => s.output.clone(),
         };
-        let added = self.bottleneck(&input, site, cx)?;
         let residual = match c.residual {
             Residual::Output => s.output.clone(),
             Residual::Sum => sum,
-            Residual::Input => input,
+            Residual::Input => input.clone(),
         };
-        if c.residual_before_own_norm {
+        Ok((input, residual))
+    }
+
+    /// What a sublayer gives when `next`, output and residual of a serial adapter, is to go on.
+    pub fn going_on(&self, next: Tensor, s: &Sublayer<'_>) -> Result<Tensor> {
+        match (self.config.original_ln_after, s.norm) {
+            // Without the model's own residual: what the model adds to the stream is taken off first.
+            (false, None) => Ok(next.sub(s.residual)?),
+            _ => Ok(next),
+        }
+    }
+
+    fn serial(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let (input, residual) = self.read(s)?;
+        let added = self.bottleneck(&input, site, cx)?;
+        if self.config.residual_before_own_norm {
             return self.own_norm(added.add(&residual)?);
         }
         Ok(self.own_norm(added)?.add(&residual)?)
@@ -168,11 +192,7 @@ impl SublayerPatch for AtSublayer {
             };
         }
         let next = if self.config.parallel { self.parallel(s, site, cx)? } else { self.serial(s, site, cx)? };
-        match (self.config.original_ln_after, s.norm) {
-            // Without the model's own residual: what the model adds to the stream is taken off first.
-            (false, None) => Ok(next.sub(s.residual)?),
-            _ => Ok(next),
-        }
+        self.going_on(next, s)
     }
 
     fn replaces_norm(&self) -> bool {
