@@ -179,7 +179,7 @@ pub struct FeedOptions {
     pub shift: Option<Shift>,
     /// Tasks are drawn in proportion to size^(1/temperature).
     pub temperature: f64,
-    /// As in [`Packing`].
+    /// As in `Packing`.
     pub writes: bool,
 }
 
