@@ -45,7 +45,7 @@ TABLE = [
 
 def places(model, method):
     """Where `peft` puts the virtual tokens, read off what it makes of them."""
-    if method == "prompt":
+    if method in ("prompt", "p_tuning", "mpt"):
         return {"virtual_tokens_in": "encoder_input", "rows_read": list(range(model.active_peft_config.num_virtual_tokens))}
     config = model.active_peft_config
     layers = model.get_prompt(1).self_attention_cache.layers

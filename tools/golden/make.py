@@ -20,6 +20,7 @@ GROUPS = {
     "bitfit": ("selective", "peft"),
     "heads": ("heads", "peft"),
     "combine": ("combine", "peft"),
+    "compose": ("compose", "peft"),
     "trajectories": ("trajectories", "peft"),
     "kronecker": ("cases_kronecker", "peft"),
     "kronecker-own": ("kronecker_own", "peft"),
@@ -27,6 +28,11 @@ GROUPS = {
     "numpy-random": ("numpy_random", "peft"),
     "vpt": ("vpt", "peft"),
     "hyper": ("hyper", "peft"),
+    "coda": ("coda", "peft"),
+    "side": ("side", "peft"),
+    "adamix": ("adamix", "peft"),
+    "prompts": ("cases_prompts", "peft"),
+    "prompts-own": ("prompts_own", "peft"),
     "tokens": ("cases_selective", "peft"),
     "masks": ("masks", "peft"),
     "multiplicative": ("cases_multiplicative", "peft"),
@@ -42,6 +48,14 @@ GROUPS = {
     "schedules": ("schedules", "peft"),
     "older": ("cases_vit", "adapters"),
     "bottleneck": ("bottleneck", "adapters"),
+    "fusion": ("cases_fusion", "adapters"),
+    "instance": ("cases_instance", "peft"),
+    "adapters": ("cases_adapters", "adapters"),
+    "activations": ("cases_activations", "peft"),
+    "weights": ("cases_weights", "peft"),
+    "hybrid-own": ("cases_hybrid", "peft"),
+    "s4": ("s4", "peft"),
+    "hybrid": ("hybrid", "adapters"),
 }
 
 
@@ -49,7 +63,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument("--only", choices=GROUPS, help="one group")
     ap.add_argument("--adapters-python", default=os.environ.get("ADAPTERS_PYTHON", ""),
-                    help="interpreter of the environment of requirements-adapters.txt; needed by the groups `older` and `bottleneck`")
+                    help="interpreter of the environment of requirements-adapters.txt; needed by the groups `older`, `bottleneck` and `hybrid`")
     a = ap.parse_args()
     for group in [a.only] if a.only else GROUPS:
         module, environment = GROUPS[group]

@@ -391,6 +391,8 @@ class Rosa(torch.nn.Module):
 
 
 def rosa_run(base, names, o, causal, data, config):
+    if config["warmup"]:
+        return rosa_warm_run(base, names, o, causal, data, config)
     model = zoo.load(base)
     scores = masks.score(model, linears(model, names), "squares", data, o["batch_size"], config["batches"], causal)
     places = masks.chosen(scores, "tensor", config["density"])
@@ -400,6 +402,38 @@ def rosa_run(base, names, o, causal, data, config):
         parametrize.register_parametrization(m, "weight", own)
         tensors |= {f"{path}.lora_A.weight": own.a, f"{path}.lora_B.weight": own.b, f"{path}.sparse_values": own.values}
     losses = steps(model, data, o, causal, range(1, o["steps"] + 1), adam(list(tensors.values()), o))
+    return losses, {**{k: v.detach() for k, v in tensors.items()}, **{f"{p}.sparse_indices": at for p, at in places.items()}}
+
+
+def rosa_warm_run(base, names, o, causal, data, config):
+    """The product alone for `warmup` steps; the squared gradient of W' in the last of them chooses the places."""
+    model, owns, tensors = frozen(base), {}, {}
+    for path, m in linears(model, names).items():
+        own = Rosa(path, m.weight.shape, config["rank"], config["alpha"], torch.arange(0))
+        parametrize.register_parametrization(m, "weight", own)
+        own.dense = torch.nn.Parameter(torch.zeros_like(m.weight.detach()))
+        own.sum = lambda w, own=own: w + own.scale * own.b @ own.a + own.dense
+        own.forward = own.sum
+        owns[path] = own
+    product = [t for own in owns.values() for t in (own.a, own.b)]
+    optimizer = adam(product, o)
+    seen = {}
+
+    def touch(step):
+        if step == config["warmup"]:
+            seen.update({path: own.dense.grad.clone() ** 2 for path, own in owns.items()})
+        for own in owns.values():
+            own.dense.grad = None
+
+    losses = steps(model, data, o, causal, range(1, config["warmup"] + 1), optimizer, touch=touch)
+    places = masks.chosen(seen, "tensor", config["density"])
+    for path, own in owns.items():
+        own.places, own.values = places[path], torch.nn.Parameter(torch.zeros(len(places[path])))
+        own.dense = None
+        del own.forward
+        optimizer.add_param_group({"params": [own.values]})
+        tensors |= {f"{path}.lora_A.weight": own.a, f"{path}.lora_B.weight": own.b, f"{path}.sparse_values": own.values}
+    losses += steps(model, data, o, causal, range(config["warmup"] + 1, o["steps"] + 1), optimizer)
     return losses, {**{k: v.detach() for k, v in tensors.items()}, **{f"{p}.sparse_indices": at for p, at in places.items()}}
 
 
@@ -533,8 +567,10 @@ RUNS = {
                             lambda b, n, o, c, d, k: two_stages(b, n, o, c, d, k, k["gated_share"], k["structured"])),
     "bert__far": ("bert", "padded", ["intermediate.dense", "output.dense"], dict(nodes=0.1, priming_share=0.25, rewind=False), ("nodes", "rewind"), {},
                   lambda b, n, o, c, d, k: far_run(b, n, o, c, d, k, k["priming_share"])),
-    "llama__rosa": ("llama", "padded", ["q_proj", "v_proj"], dict(rank=2, alpha=4, density=0.03, batches=2),
+    "llama__rosa": ("llama", "padded", ["q_proj", "v_proj"], dict(rank=2, alpha=4, density=0.03, batches=2, warmup=0),
                     ("rank", "alpha", "density", "batches"), {}, rosa_run),
+    "bert__rosa_warm": ("bert", "padded", ["query", "value"], dict(rank=2, alpha=4, density=0.03, batches=1, warmup=3),
+                        ("rank", "alpha", "density", "batches"), {}, rosa_run),
     "bert__gps": ("bert", "padded", ["query", "value", "intermediate.dense"], dict(inputs=1, loss="contrastive", temperature=0.5, batches=3),
                   ("inputs", "loss", "temperature", "batches"), dict(batch_size=4), gps_run),
     "bert__spt": ("bert", "padded", ["query", "value", "intermediate.dense"], dict(budget=0.06, rank=2, alpha=4, batches=3),
@@ -546,7 +582,7 @@ RUNS = {
 
 def attempt(name, out, salt):
     base, kind, names, config, keys, options, run = RUNS[name]
-    method, causal = name.split("__")[1].removesuffix("_free"), zoo.is_causal(base)
+    method, causal = name.split("__")[1].removesuffix("_free").removesuffix("_warm"), zoo.is_causal(base)
     o = {**DEFAULTS, "learning_rate": 5e-3, **options}
     data = batches(name + salt, base, kind, o["steps"] * o["batch_size"] * o["gradient_accumulation"])
     if method == "far":  # attention.output.dense is no feed-forward layer

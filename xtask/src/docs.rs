@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use engraft_method::METHODS;
 use engraft_model::ARCHITECTURES;
+use serde_json::Value;
 
 const HEAD: &str = "<!-- Written by `cargo run --release -p engraft-xtask -- docs`; do not edit. -->\n";
 
@@ -31,12 +32,70 @@ fn cell(text: &str) -> String {
     text.replace('|', "\\|")
 }
 
+/// What a training step costs beside LoRA's, as `engraft-bench methods` measured it.
+struct Costs(Value);
+
+/// Results, and the machine that they are from.
+const MEASURED: (&str, &str) = (
+    "bench/results/methods-zen3-avx2.json",
+    "a machine with an AMD processor of the Zen 3 generation (AVX2)",
+);
+
+impl Costs {
+    fn read() -> Costs {
+        let file = crate::root().join(MEASURED.0);
+        let text = std::fs::read_to_string(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+        Costs(serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", file.display())))
+    }
+
+    fn rows(&self) -> impl Iterator<Item = (&str, [String; 2])> {
+        self.0["methods"].as_array().into_iter().flatten().map(|row| {
+            let ratio = |key: &str| row[key].as_f64().map_or(String::new(), |ratio| format!("{ratio:.2}"));
+            (row["method"].as_str().unwrap_or_default(), ["time_to_lora", "memory_to_lora"].map(ratio))
+        })
+    }
+
+    /// Time and memory of the method called `name`; nothing where it was not measured.
+    fn of(&self, name: &str) -> [String; 2] {
+        self.rows().find(|(of, _)| *of == name).map_or_else(Default::default, |(_, costs)| costs)
+    }
+
+    /// What the columns mean and where they come from; forms of a method that have no line of their own.
+    fn note(&self) -> String {
+        let forms = self.rows().filter_map(|(of, [time, memory])| {
+            let (name, form) = of.split_once(", ")?;
+            Some(format!("`{name}` with {form} {time} and {memory}"))
+        });
+        let forms: Vec<String> = forms.collect();
+        format!(
+            "Time and memory are those of a training step beside plain LoRA's, where `engraft-bench methods` measured them: on {} with {} threads, MiniLM as a classifier of texts, batches of 32, all linear layers, f32, ranks of 8 or settings that train about as much; medians of {} rounds, and the peak memory of the process, model included (`{}`). Of forms that have no line: {}.\n\n",
+            MEASURED.1,
+            self.0["threads"],
+            self.0["rounds"],
+            MEASURED.0,
+            forms.join("; "),
+        )
+    }
+}
+
 fn methods() -> String {
     let mut text = format!("{HEAD}\n# Methods\n\n");
-    text.push_str("| name | method | class | sites | merges | peft type | paper |\n| --- | --- | --- | --- | --- | --- | --- |\n");
+    let costs = Costs::read();
+    text.push_str(&costs.note());
+    text.push_str("| name | method | class | sites | merges | peft type | time | memory | paper |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
     for info in METHODS.iter().map(|entry| entry.info) {
-        let row =
-            [info.name, info.title, info.class, info.sites, yes(info.mergeable), info.peft_type, info.paper];
+        let [time, memory] = costs.of(info.name);
+        let row = [
+            info.name,
+            info.title,
+            info.class,
+            info.sites,
+            yes(info.mergeable),
+            info.peft_type,
+            time.as_str(),
+            memory.as_str(),
+            info.paper,
+        ];
         let _ = writeln!(text, "| {} |", row.map(cell).join(" | "));
     }
     for info in METHODS.iter().map(|entry| entry.info) {

@@ -18,10 +18,8 @@ const MAY_USE: [(&str, &[&str]); 9] = [
 ];
 
 /// Files longer than the budget, with the reason.
-const LONG: [(&str, usize, &str); 2] = [
-    ("crates/model/src/bert.rs", 550, "BERT and RoBERTa with five heads; their difference is a few lines"),
-    ("crates/method/src/additive/bottleneck.rs", 600, "AdapterHub's variants in one place, and their tests"),
-];
+const LONG: [(&str, usize, &str); 1] =
+    [("crates/model/src/bert.rs", 550, "BERT and RoBERTa with five heads; their difference is a few lines")];
 const LINES_MAX: usize = 500;
 /// Lines of a function.
 const FUNCTION_MAX: usize = 70;

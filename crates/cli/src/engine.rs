@@ -6,7 +6,7 @@ use std::sync::Arc;
 use engraft_method::Chosen;
 use engraft_model::LoadOptions;
 use engraft_nn::weight::Storage;
-use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Patch, Site, Task};
+use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Site, Task};
 use engraft_store::{AdapterFiles, read_adapter, read_config};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
@@ -42,12 +42,34 @@ pub struct ModelArgs {
     /// An adapter directory, or a Hub id
     #[arg(long, value_name = "ADAPTER")]
     pub adapter: Option<String>,
+    /// Leaves the adapter out of the model's first N layers
+    #[arg(long, value_name = "N", requires = "adapter")]
+    pub drop_layers: Option<usize>,
     /// Type of the computation
     #[arg(long, value_enum, default_value_t)]
     pub dtype: Dtype,
     /// Keeps the frozen linear weights in four bits
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub quantize: Option<Quantize>,
+}
+
+/// The adapter without its part in the first `count` layers (AdapterDrop).
+///
+/// # Errors
+/// More layers than there are, and adapters whose layers cannot do without each other.
+pub fn without_first(
+    adapter: Option<Arc<Adapter>>,
+    model: &dyn Model,
+    count: usize,
+) -> Outcome<Option<Arc<Adapter>>> {
+    let (sites, layers) = (model.sites(), model.sites().blocks());
+    if count > layers {
+        return Err(Failure::before_work(format!("--drop-layers {count}: this model has {layers} layers")));
+    }
+    let Some(adapter) = adapter else { return Ok(None) };
+    let own = Arc::into_inner(adapter);
+    let own = own.ok_or_else(|| Failure::before_work("--drop-layers: the adapter is in use elsewhere"))?;
+    Ok(Some(Arc::new(own.without_first_blocks(sites, count).before_work()?)))
 }
 
 /// A loaded model with an optional adapter.
@@ -100,6 +122,9 @@ impl Engine {
         let mut engine = Engine::read(&dir, &options)?;
         if let Some((dir, _)) = &adapter {
             engine.attach(dir, cx)?;
+        }
+        if let Some(count) = args.drop_layers {
+            engine.adapter = without_first(engine.adapter.take(), engine.model.as_ref(), count)?;
         }
         engine.tell_random(cx);
         Ok(engine)
@@ -178,31 +203,22 @@ impl Engine {
             Some(cache) => pass.cached(cache.clone()),
             None => pass,
         };
-        let base = || self.model.features(inputs, &Pass::new(inputs.layout.clone(), None));
         if let Some(adapter) = &self.adapter {
             for (method, _) in &self.methods {
+                let alone = || match method.follows() {
+                    true => pass.beside(),
+                    false => Pass::new(inputs.layout.clone(), None),
+                };
+                let base = || self.model.features(inputs, &alone());
                 method.before_forward(adapter, &base, &pass)?;
             }
         }
         Ok(pass)
     }
 
-    /// Rows that the adapter adds to every sequence: prompts and prefixes.
+    /// Rows that the adapter adds to every sequence in the cache.
     pub fn virtual_rows(&self) -> usize {
-        let Some(adapter) = &self.adapter else { return 0 };
-        let rows = |patch: &Patch| match patch {
-            Patch::Prompt(p) => p.count(),
-            Patch::KeyValue(p) => p.count(),
-            _ => 0,
-        };
-        // Prompts and prefixes may come together; more room than needed costs little.
-        adapter
-            .sites()
-            .into_iter()
-            .map(|site| adapter.at(site).iter().map(rows).sum::<usize>())
-            .max()
-            .unwrap_or(0)
-            * 2
+        self.adapter.as_ref().map_or(0, |adapter| adapter.cache_rows())
     }
 }
 

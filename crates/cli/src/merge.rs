@@ -269,7 +269,8 @@ impl<'a> Merge<'a> {
     /// Fails if a tensor could not be made while the entries were written.
     pub fn finish(&self, written: engraft_store::Result<()>) -> Outcome {
         match self.failed.borrow_mut().take() {
-            Some(message) => Err(Failure::running(message)),
+            // The files hold what cannot be merged, or not in the type that was asked for.
+            Some(message) => Err(Failure::before_work(message)),
             None => Ok(written?),
         }
     }

@@ -30,6 +30,8 @@ pub struct Progress<'a> {
     shown_loss: Option<f64>,
     eval: Option<EvalEvent>,
     begun: Option<(Instant, u64)>,
+    /// Since when a method looks at the data before the first step, and which.
+    looking: Option<(Instant, String)>,
     last_line: Instant,
 }
 
@@ -53,6 +55,7 @@ impl<'a> Progress<'a> {
             shown_loss: None,
             eval: None,
             begun: None,
+            looking: None,
             last_line: Instant::now(),
         }
     }
@@ -166,10 +169,50 @@ impl Observer for Progress<'_> {
         }
     }
 
+    fn preparing(&mut self, method: &str, done: u64, total: Option<u64>) {
+        if self.looking.as_ref().is_none_or(|(_, before)| before != method) {
+            self.looking = Some((Instant::now(), method.to_owned()));
+        }
+        let Some((since, _)) = &self.looking else { return };
+        let text = looked(method, done, total, since.elapsed());
+        match &self.bar {
+            Some(bar) => {
+                bar.set_length(total.unwrap_or(0).max(done));
+                bar.set_position(done);
+                bar.set_message(format!("{}{text}", self.name));
+            }
+            None if self.last_line.elapsed() >= PLAIN_EVERY => {
+                self.last_line = Instant::now();
+                self.say(&text);
+            }
+            None => {}
+        }
+    }
+
+    fn prepared(&mut self) {
+        self.looking = None;
+        if let Some(bar) = &self.bar {
+            bar.set_length(self.total);
+            bar.set_position(0);
+            bar.set_message(String::new());
+        }
+    }
+
     fn evaluating(&mut self, done: usize, total: usize) {
         if let Some(bar) = &self.bar {
             bar.set_message(if done < total { format!("evaluating {done}/{total}") } else { String::new() });
         }
+    }
+}
+
+/// What a method that looks at the data before the first step has behind it, and the time that is left.
+fn looked(method: &str, done: u64, total: Option<u64>, since: Duration) -> String {
+    match total {
+        Some(total) => {
+            let left = since.as_secs_f64() / done.max(1) as f64 * total.saturating_sub(done) as f64;
+            format!("{method} looks at the data  batch {done}/{total}  {} left", human::duration(left))
+        }
+        None => format!("{method} looks at the data  batch {done}"),
     }
 }
 
@@ -184,6 +227,16 @@ fn fitting(mut fields: Vec<String>, width: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_looked_at_before_the_first_step_is_told() {
+        let since = Duration::from_secs(30);
+        assert_eq!(
+            looked("SAM", 100, Some(500), since),
+            format!("SAM looks at the data  batch 100/500  {} left", human::duration(120.0))
+        );
+        assert_eq!(looked("FISH mask", 7, None, since), "FISH mask looks at the data  batch 7");
+    }
 
     #[test]
     fn fields_go_from_the_right() {

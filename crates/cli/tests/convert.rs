@@ -77,6 +77,24 @@ fn names_of_loralib_become_peft_s() {
 }
 
 #[test]
+fn the_weights_of_peft_need_only_their_alpha() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = golden("cases/roberta__lora/adapter");
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let (file, model) = (text(&case.join("adapter_model.safetensors")), text(&golden("models/roberta")));
+    let out = dir.path().join("deep/out");
+    let to = text(&out);
+    let convert = ["convert", &file, "--model", &model, "--out", &to];
+    assert!(refused(&convert).contains("--alpha"));
+    succeeds(&[&convert[..], &["--alpha", "8"]].concat());
+    let read = |file: PathBuf| {
+        let weights = Weights::open_file(&file, &Limits::default()).unwrap();
+        weights.iter().map(|(name, raw)| (name.to_owned(), raw.to_f32().unwrap())).collect::<BTreeMap<_, _>>()
+    };
+    assert_eq!(read(out.join("adapter_model.safetensors")), read(case.join("adapter_model.safetensors")));
+}
+
+#[test]
 fn the_published_checkpoint_is_recognised() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../../shared/data/models/roberta-base-lora-mnli/adapter_loralib.safetensors");

@@ -51,8 +51,36 @@ fn a_mistyped_path_is_no_hub_id() {
             assert!(text.contains(expected) && !text.contains("HF_HUB_OFFLINE"), "{args:?}: {text}");
         }
     }
+    // Without a slash it may be either; what is near is named.
+    let text = refused(dir.path(), &["inspect", "model"]);
+    assert!(text.contains("did you mean models?") && text.contains("HF_HUB_OFFLINE"), "{text}");
     // An id goes to the Hub, be it that a recipe elsewhere has a directory of its owner's name.
     assert!(refused(dir.path(), &["inspect", "owner/name"]).contains("HF_HUB_OFFLINE"));
+}
+
+#[test]
+fn too_few_rows_for_two_levels_are_said_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("few.csv"), "text,intent\nhello there,a\nmy password,b\n").unwrap();
+    for method in ["autolora", "bilora"] {
+        let text = recipe("").replace("\"lora\"", &format!("{method:?}"));
+        let path = format!("{:?}", root().join("data/helpdesk/test.csv"));
+        fs::write(dir.path().join("r.toml"), text.replace(&path, "\"few.csv\"")).unwrap();
+        let said = refused(dir.path(), &["train", "r.toml", "--out", "run"]);
+        assert!(said.contains("give at least 4 rows") && said.contains("r.toml:"), "{said}");
+        assert!(!dir.path().join("run").exists());
+    }
+}
+
+#[test]
+fn sizes_that_do_not_divide_are_said_with_some_that_do() {
+    let dir = tempfile::tempdir().unwrap();
+    for (method, key) in [("vblora", "vector_length"), ("c3a", "block_size")] {
+        let text = recipe("").replace("\"lora\"", &format!("{method:?}"));
+        fs::write(dir.path().join("r.toml"), text).unwrap();
+        let said = refused(dir.path(), &["train", "r.toml"]);
+        assert!(said.contains(&format!("`{key}` that divides both, such as 192 or 384")), "{said}");
+    }
 }
 
 #[test]

@@ -70,6 +70,34 @@ fn runs_that_go_on_together_have_the_bits_of_each_alone() {
 }
 
 #[test]
+fn checks_and_resumes_say_which_run_they_speak_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    recipes(dir);
+    let output = engraft(dir, &["train", "a.toml", "b.toml", "--check"]);
+    let (said, told) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success() && said.contains("a  check passed") && said.contains("b  check passed"),
+        "{said}"
+    );
+    assert!(told.contains("b  resumed at step 1"), "{told}");
+    let said: Value =
+        serde_json::from_str(&succeeds(dir, &["train", "a.toml", "b.toml", "--check", "--json"])).unwrap();
+    assert_eq!((&said["runs"][1]["name"], &said["runs"][0]["status"]), (&"b".into(), &"check passed".into()));
+    let said: Value =
+        serde_json::from_str(&succeeds(dir, &["train", "a.toml", "--check", "--json"])).unwrap();
+    assert_eq!(said["status"], "check passed");
+    assert!(!dir.join("runs").exists());
+    let said = refused(dir, &["train", "a.toml", "b.toml", "--resume"]);
+    assert!(said.contains("nothing to resume") && said.contains("(a, b)"), "{said}");
+    assert!(refused(dir, &["train", "a.toml", "--resume"]).contains("no run to resume"));
+    succeeds(dir, &["train", "a.toml", "--out", "all/a"]);
+    let output = engraft(dir, &["train", "a.toml", "c.toml", "--out", "all", "--resume"]);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && told.contains("note: c was not begun in all"), "{told}");
+}
+
+#[test]
 fn one_that_fails_leaves_the_others_going() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

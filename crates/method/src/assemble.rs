@@ -295,7 +295,7 @@ fn config(
         Some(targets) => method.resolve(targets, sites)?.sites,
         None => Vec::new(),
     };
-    map.extend(method.config(&Described { info, sites, chosen: &chosen, adapter, prefix }));
+    map.extend(method.config(&Described { info, sites, chosen: &chosen, adapter, prefix, base_model }));
     peft::agree_on_storage(&mut map, sites, &chosen);
     if let Some(targets) = targets {
         let by_layer = map.contains_key("layers_to_transform");

@@ -29,6 +29,8 @@ pub trait Calibration {
     fn micro_batches(&self) -> u64 {
         1
     }
+    /// Says that the method is about to look at `batches` micro-batches, for those who watch.
+    fn expect(&self, _batches: u64) {}
     /// Number of labels that the loss of micro-batch `number` is averaged over.
     fn labels(&self, _number: u64) -> Result<usize> {
         Ok(1)

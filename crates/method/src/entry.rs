@@ -50,11 +50,26 @@ pub struct Field {
 #[allow(missing_docs)]
 pub enum FieldKind {
     Bool,
-    Int { min: i64, max: i64 },
-    Float { min: f64, max: f64 },
+    Int {
+        min: i64,
+        max: i64,
+    },
+    Float {
+        min: f64,
+        max: f64,
+    },
     Text,
     OneOf(&'static [&'static str]),
+    /// A text whose tokens the method needs: `from_settings` is given `{ "text": …, "ids": […] }`, the ids by the model's
+    /// tokenizer with its special tokens, so that no method knows tokenizers.
+    Tokens,
     TextList,
+    /// Directories of saved prompts, whose rows the method needs: `from_settings` is given a list of
+    /// `{ "path": …, "rows": [[…], …] }`, so that no method reads files.
+    Prompts,
+    /// Directories of saved adapters that the method builds on: `from_settings` is given their paths, and then
+    /// [`Method::take_adapters`] what they hold, so that no method reads files.
+    Adapters,
     IntList,
     IntMap,
     FloatMap,

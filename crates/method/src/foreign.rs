@@ -22,6 +22,9 @@ struct Form {
     convertible: bool,
 }
 
+/// What the names of `peft`'s files begin with.
+const PREFIX: &str = "base_model.model.";
+
 const FORMS: [Form; 5] = [
     Form { name: "loralib", a: ".lora_A", b: ".lora_B", alpha: None, convertible: true },
     Form { name: "diffusers", a: "_lora.down.weight", b: "_lora.up.weight", alpha: None, convertible: false },
@@ -95,18 +98,62 @@ pub fn recognise<'a>(tensors: impl Iterator<Item = (&'a str, &'a [usize])>) -> O
     Some(found)
 }
 
+/// What to say of a file that holds no LoRA.
+fn none_of(tensors: &Named) -> Error {
+    let mut text = "expected a LoRA with names such as PATH.lora_A and PATH.lora_B, found ".to_owned();
+    match tensors.first() {
+        Some((name, _)) => text.push_str(&format!("{} tensors such as `{name}`", tensors.len())),
+        None => text.push_str("no tensor at all"),
+    }
+    if tensors.iter().any(|(name, _)| name.starts_with(PREFIX)) {
+        text.push_str(&format!(
+            "; some begin with `{PREFIX}`, as peft's do, and some do not: these are two files in one"
+        ));
+    }
+    Error::Unsupported(text)
+}
+
+/// Factors whose other half is not in the file, each with the name that is missing.
+fn halves<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let names: BTreeSet<&str> = names.collect();
+    let lacks = |name: &&str| {
+        FORMS.iter().find_map(|form| {
+            let other = match (name.strip_suffix(form.a), name.strip_suffix(form.b)) {
+                (Some(path), _) => format!("{path}{}", form.b),
+                (_, Some(path)) => format!("{path}{}", form.a),
+                _ => return None,
+            };
+            (!names.contains(&*other))
+                .then(|| format!("`{name}` needs `{other}`, which the file does not hold"))
+        })
+    };
+    names.iter().filter_map(lacks).collect()
+}
+
 /// `peft`'s configuration and tensors of such a file. Its names must be those of the model's modules; alpha is not in it unless
 /// the form has one.
 ///
 /// # Errors
 /// A file that is no LoRA of another program, a form whose modules are not those of a model here, an alpha that is not known.
-pub fn convert(tensors: Named, alpha: Option<f64>) -> Result<(Value, Named)> {
-    let shapes = tensors.iter().map(|(name, t)| (name.as_str(), t.shape()));
-    let Some(found) = recognise(shapes) else {
-        return Err(Error::Unsupported(
-            "expected a LoRA with names such as PATH.lora_A and PATH.lora_B, found none".into(),
-        ));
-    };
+pub fn convert(mut tensors: Named, alpha: Option<f64>) -> Result<(Value, Named)> {
+    // The weights of an adapter of peft without their configuration.
+    if tensors.iter().all(|(name, _)| name.starts_with(PREFIX)) {
+        tensors.iter_mut().for_each(|(name, _)| name.replace_range(..PREFIX.len(), ""));
+    }
+    let shapes = || tensors.iter().map(|(name, t)| (name.as_str(), t.shape()));
+    let unpaired = halves(shapes().map(|(name, _)| name));
+    if let [first, rest @ ..] = &unpaired[..] {
+        let more =
+            if rest.is_empty() { String::new() } else { format!("; {} more have no other half", rest.len()) };
+        return Err(Error::Mismatch(vec![format!("{first}{more}")]));
+    }
+    let Some(found) = recognise(shapes()) else { return Err(none_of(&tensors)) };
+    if let Some(module) = found.modules.iter().find(|module| module.rank == 0) {
+        return Err(Error::Mismatch(vec![format!(
+            "{}: expected a rank of at least 1, found 0",
+            module.path
+        )]));
+    }
     if !found.convertible {
         return Err(Error::Unsupported(format!(
             "a LoRA in the form of {} ({} modules) belongs to a diffusion model, and these are not there yet; `engraft inspect` lists it",
@@ -129,7 +176,7 @@ pub fn convert(tensors: Named, alpha: Option<f64>) -> Result<(Value, Named)> {
                 _ => name,
             },
         };
-        written.push((format!("base_model.model.{renamed}"), tensor));
+        written.push((format!("{PREFIX}{renamed}"), tensor));
     }
     let Some(alpha) = alpha.or_else(|| alphas.values().next().copied()) else {
         return Err(Error::Unsupported(
@@ -204,7 +251,13 @@ mod tests {
             .is_none()
         );
         assert!(seen(&file(&[("x.lora_A", &[2, 6])])).is_none(), "half a product");
-        assert!(convert(file(&[("x.weight", &[2])]), None).is_err());
+        let error = |names: &[(&str, &[usize])]| convert(file(names), Some(4.0)).unwrap_err().to_string();
+        assert!(error(&[("x.weight", &[2])]).contains("1 tensors such as `x.weight`"));
+        let half = error(&[("x.lora_A", &[2, 6]), ("y.lora_A", &[2, 6]), ("y.lora_B", &[4, 2])]);
+        assert!(half.contains("`x.lora_A` needs `x.lora_B`"), "{half}");
+        let half = error(&[("x.lora_B.weight", &[4, 2]), ("y.lora_B.weight", &[4, 2])]);
+        assert!(half.contains("needs `x.lora_A.weight`") && half.contains("1 more"), "{half}");
+        assert!(error(&[("x.lora_A", &[0, 6]), ("x.lora_B", &[4, 0])]).contains("found 0"));
     }
 
     #[test]
@@ -220,5 +273,15 @@ mod tests {
         let names: [(&str, &[usize]); 3] =
             [("x.q.lora_A.weight", &[2, 6]), ("x.q.lora_B.weight", &[4, 2]), ("x.q.alpha", &[1])];
         assert_eq!(of(&names, None).unwrap().0["lora_alpha"], json!(2.0));
+        let names: [(&str, &[usize]); 2] = [
+            ("base_model.model.x.q.lora_A.weight", &[2, 6]),
+            ("base_model.model.x.q.lora_B.weight", &[4, 2]),
+        ];
+        let (config, tensors) = of(&names, Some(4.0)).unwrap();
+        assert_eq!(config["target_modules"], json!(["x.q"]));
+        assert!(
+            tensors.iter().all(|(name, _)| names.iter().any(|(n, _)| n == name)),
+            "peft's own names stay"
+        );
     }
 }

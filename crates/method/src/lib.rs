@@ -12,6 +12,7 @@ mod calibration;
 mod copies;
 mod entry;
 pub mod foreign;
+mod hybrid;
 mod names;
 mod peft;
 mod prompts;
@@ -27,18 +28,24 @@ mod written;
 use std::sync::Arc;
 
 use engraft_nn::{
-    Adapter, Builder, ModelInfo, Output, Pass, Resolution, Result, Role, SiteId, Sites, Targets,
+    Adapter, Builder, Error, ModelInfo, Output, Pass, Resolution, Result, Role, SiteId, Sites, Targets,
 };
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
-use additive::{beft, bottleneck, hyperformer, ia3};
-use prompts::{prefix, prompt, vpt};
+use additive::{
+    adamix, adapter_fusion, adaptformer, beft, bottleneck, ciat, coda, compacter, hyperformer, ia3, krona_b,
+    lst, mov, reft, res_tuning, side_tuning, sparse_adapter, ssf,
+};
+use hybrid::{mam, propetl, s4, unipelt};
+use prompts::{
+    apt, dept, idpg, llama_adapter, llama_adapter_v2, lpt, mpt, p_tuning, prefix, prompt, smop, vpt, xprompt,
+};
 use reparameterized::{
     adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
     hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, osf,
     peanut, periodiclora, phm, poly, psoft, pvera, randlora, road, rosa, said, sora, tinylora, unilora,
-    vblora, vera, waveft,
+    vblora, vera, waveft, xlora,
 };
 use selective::{
     bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, ln_tuning, lt_sft, pafi, random_mask,
@@ -47,7 +54,7 @@ use selective::{
 
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
 pub use calibration::{Calibration, Observe, Seen, observe};
-pub use entry::{Entry, Field, FieldKind, Info, Loaded, find, from_file};
+pub use entry::{Entry, Field, FieldKind, Info, Loaded, Settings, find, from_file};
 pub use names::{prefix, stored_as};
 pub use read::pattern;
 pub use reparameterized::dylora::sliced_dylora;
@@ -64,6 +71,7 @@ pub static METHODS: &[&Entry] = &[
     &bilora::ENTRY,
     &molora::ENTRY,
     &loramoe::ENTRY,
+    &xlora::ENTRY,
     &poly::ENTRY,
     &rosa::ENTRY,
     &loha::ENTRY,
@@ -103,10 +111,38 @@ pub static METHODS: &[&Entry] = &[
     &hiwi::ENTRY,
     &beft::ENTRY,
     &bottleneck::ENTRY,
+    &adapter_fusion::ENTRY,
+    &adamix::ENTRY,
     &hyperformer::ENTRY,
+    &coda::ENTRY,
+    &compacter::ENTRY,
+    &krona_b::ENTRY,
+    &ciat::ENTRY,
+    &adaptformer::ENTRY,
+    &ssf::ENTRY,
+    &mov::ENTRY,
+    &reft::ENTRY,
+    &lst::ENTRY,
+    &side_tuning::ENTRY,
+    &res_tuning::ENTRY,
+    &sparse_adapter::ENTRY,
     &prompt::ENTRY,
+    &p_tuning::ENTRY,
+    &mpt::ENTRY,
+    &dept::ENTRY,
+    &xprompt::ENTRY,
     &prefix::ENTRY,
+    &llama_adapter::ENTRY,
+    &llama_adapter_v2::ENTRY,
     &vpt::ENTRY,
+    &idpg::ENTRY,
+    &smop::ENTRY,
+    &lpt::ENTRY,
+    &apt::ENTRY,
+    &unipelt::ENTRY,
+    &mam::ENTRY,
+    &propetl::ENTRY,
+    &s4::ENTRY,
     &full::FULL,
     &full::HEAD,
     &top_layers::ENTRY,
@@ -131,6 +167,11 @@ pub static METHODS: &[&Entry] = &[
 pub trait Method: Send + Sync {
     /// What it is.
     fn info(&self) -> &'static Info;
+
+    /// Takes the saved adapters that a setting of [`FieldKind::Adapters`] names, in its order, before anything is attached.
+    fn take_adapters(&mut self, setting: &str, _adapters: Vec<SavedAdapter>) -> Result<()> {
+        Err(Error::Unsupported(format!("{} reads no adapters for `{setting}`", self.info().title)))
+    }
 
     /// Attaches patches at `b.targets()` (or, for methods that have sites of their own kind, at those).
     fn attach(&self, b: &mut Builder<'_>) -> Result<()>;
@@ -162,6 +203,12 @@ pub trait Method: Send + Sync {
         Ok(None)
     }
 
+    /// How much the divergence of two passes over each micro-batch, which draw apart, counts in the loss:
+    /// ½·[KL(sg p₂ ‖ p₁) + KL(sg p₁ ‖ p₂)]; `None` takes one pass.
+    fn consistency(&self) -> Option<f32> {
+        None
+    }
+
     /// The share of the training rows that a method of two levels keeps apart for its upper one; 0 for none.
     fn held_out(&self) -> f64 {
         0.0
@@ -182,6 +229,12 @@ pub trait Method: Send + Sync {
         _cx: &Pass,
     ) -> Result<()> {
         Ok(())
+    }
+
+    /// Whether `before_forward` asks for the first pass at every token that text is gone on with: the model without the adapter
+    /// then has a cache of its own ([`Pass::beside`]).
+    fn follows(&self) -> bool {
+        false
     }
 
     /// Between backward and the update: may change gradients (masks, importance).
@@ -296,6 +349,19 @@ pub struct Described<'a> {
     pub adapter: &'a Adapter,
     /// What precedes the names of the method's own parameters in it, where it is one of several.
     pub prefix: &'a str,
+    /// The base as the user named it.
+    pub base_model: &'a str,
+}
+
+/// A saved adapter that another one is built on.
+#[derive(Clone, Debug)]
+pub struct SavedAdapter {
+    /// Where it lies, as the recipe names it.
+    pub path: String,
+    /// Its `adapter_config.json`.
+    pub config: Value,
+    /// The tensors of its file.
+    pub tensors: Named,
 }
 
 /// The optimizer's memory of earlier gradients.

@@ -32,6 +32,9 @@ const NO_EXCLUSION: &[&str] = &[
     "VERA",
 ];
 
+/// Types whose configuration in `peft` has no `modules_to_save`.
+const NOTHING_BESIDE: &[&str] = &["ADAPTION_PROMPT", "TRAINABLE_TOKENS"];
+
 /// Whether this is the configuration of `peft_type`.
 pub(crate) fn is_type(config: &Value, peft_type: &str) -> bool {
     config.get("peft_type").and_then(Value::as_str) == Some(peft_type)
@@ -55,7 +58,16 @@ pub(crate) fn own_file<M: Method + 'static>(
     config: &Value,
     read: impl FnOnce(&mut Reader<'_>) -> M,
 ) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| is_type(config, info.peft_type)) else { return Ok(None) };
+    file_of(info.peft_type, config, read)
+}
+
+/// The same of a file of another `peft_type`.
+pub(crate) fn file_of<M: Method + 'static>(
+    peft_type: &str,
+    config: &Value,
+    read: impl FnOnce(&mut Reader<'_>) -> M,
+) -> Result<Option<Loaded>> {
+    let Some(map) = config.as_object().filter(|_| is_type(config, peft_type)) else { return Ok(None) };
     let mut r = Reader::file(map);
     let train_also = read_header(&mut r);
     let targets = read_targets(&mut r);
@@ -263,8 +275,7 @@ pub(crate) fn kept_classifier<'s>(
 ) -> Option<(&'static str, Vec<&'s Site>)> {
     // A file may name another task, or none.
     let classifies = matches!(task_type(adapter, info), Some("SEQ_CLS" | "TOKEN_CLS"));
-    // Trainable tokens have no `modules_to_save`.
-    if !classifies || peft_type.starts_with("ENGRAFT_") || peft_type == "TRAINABLE_TOKENS" {
+    if !classifies || peft_type.starts_with("ENGRAFT_") || NOTHING_BESIDE.contains(&peft_type) {
         return None;
     }
     CLASSIFIERS.iter().find_map(|name| {
@@ -318,7 +329,7 @@ pub(crate) fn write_header(
         "peft_type": peft_type, "peft_version": VERSION, "revision": null, "task_type": task_type,
     });
     let Value::Object(mut map) = header else { return Map::new() };
-    if peft_type == "TRAINABLE_TOKENS" && train_also.is_empty() {
+    if NOTHING_BESIDE.contains(&peft_type) && train_also.is_empty() {
         map.remove("modules_to_save");
     }
     map

@@ -123,6 +123,20 @@ impl<'a> Reader<'a> {
         self.read(key, format!("one of {}", names.join(", ")), choose).unwrap_or(choices[0].1)
     }
 
+    /// A text with the ids of its tokens, as the caller gives settings of [`crate::FieldKind::Tokens`].
+    pub fn tokens(&mut self, key: &'static str) -> Option<Tokens> {
+        let value = self.value(key)?.clone();
+        if value.is_string() {
+            self.problem(format!("`{key}`: a text needs the model's tokenizer, and there is none"));
+            return None;
+        }
+        let ids = |v: &Value| v.as_array()?.iter().map(Value::as_i64).collect::<Option<Vec<i64>>>();
+        self.read(key, "a text of at least one token", |v| {
+            let tokens = Tokens { text: v.get("text")?.as_str()?.to_owned(), ids: ids(v.get("ids")?)? };
+            (!tokens.ids.is_empty()).then_some(tokens)
+        })
+    }
+
     /// A list of texts.
     pub fn texts(&mut self, key: &'static str) -> Option<Vec<String>> {
         self.read(key, "a list of texts", texts)
@@ -195,6 +209,13 @@ impl<'a> Reader<'a> {
         }
         if self.problems.is_empty() { Ok(()) } else { Err(Error::Mismatch(self.problems)) }
     }
+}
+
+/// A text and the ids of its tokens.
+#[derive(Clone, Debug)]
+pub(crate) struct Tokens {
+    pub text: String,
+    pub ids: Vec<i64>,
 }
 
 fn says_something(v: &Value) -> bool {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use engraft_nn::weight::Storage;
 use engraft_nn::{
     Adapter, Base, Builder, Kind, Layout, Linear, ModelInfo, Norm, Pass, Patch, Patched, Result, Role, Site,
-    SiteId, Sites, Task, Value, Weight,
+    SiteId, Sites, Sublayer, Task, Value, Weight,
 };
 use engraft_tensor::frozen::{Precision, RowSource};
 use engraft_tensor::testing::sample;
@@ -42,6 +42,7 @@ pub fn toy() -> (Arc<Sites>, ModelInfo) {
     s.add_value("tok", Role::Embed, None, kind, Value::Weight(table), "tok.weight");
     s.add("tok.prompt", Role::Prompt, None, Kind::Prompt { width: 6 });
     for layer in 0..2 {
+        s.add(format!("layers.{layer}"), Role::Block, Some(layer), Kind::Block { width: 6 });
         let linears = [
             ("attn.q", Role::Q, 6, 6, true),
             ("attn.k", Role::K, 4, 6, true),
@@ -122,6 +123,20 @@ pub fn both_ways(a: &Attached, path: &str, x: &Tensor) -> (Tensor, Tensor) {
         Kind::Embedding { .. } => (patched.lookup(x).unwrap(), dense.gather(x).unwrap()),
         _ => (patched.forward(x).unwrap(), x.matmul_t(&dense).unwrap()),
     }
+}
+
+/// (residual, output, what the patch of a sublayer makes of them), under a norm that doubles where `post_norm`.
+pub fn at_sublayer(a: &Attached, path: &str, post_norm: bool) -> Result<(Tensor, Tensor, Tensor)> {
+    let (sites, _) = toy();
+    let site = sites.get(site_id(&sites, path));
+    let [Patch::Sublayer(p)] = a.adapter.at(site.id) else { panic!("no adapter at {path}") };
+    let (residual, output) = (sample(&[4, 6], 1), sample(&[4, 6], 2));
+    let norm = |x: &Tensor| Ok(x.scale(2.0)?);
+    let norm = post_norm.then_some(&norm as &dyn Fn(&Tensor) -> Result<Tensor>);
+    let cx = Pass::new(Layout::counted(&[4])?, None);
+    let s = Sublayer { residual: &residual, input: &residual, output: output.clone(), norm };
+    let y = p.output(&s, site, &cx)?;
+    Ok((residual, output, y))
 }
 
 /// The frozen weight of a site.

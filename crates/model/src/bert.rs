@@ -357,9 +357,7 @@ impl Layer {
         sites: &Sites,
         cx: &Pass,
     ) -> engraft_nn::Result<Tensor> {
-        let y =
-            cx.sublayer(sites, site, Sublayer { residual: h, input: h, output: y, norm: None }, Some(norm))?;
-        norm.forward(&y.plus(h)?, cx)
+        cx.post_norm(sites, site, Sublayer { residual: h, input: h, output: y, norm: None }, norm)
     }
 }
 

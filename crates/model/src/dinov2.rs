@@ -155,11 +155,11 @@ impl Layer {
         let x = self.attention_norm.forward(h, cx)?;
         let y = scaled(&self.attention_scale, &self.attention.forward(&x, sites, cx)?)?;
         let s = Sublayer { residual: h, input: &x, output: y, norm: None };
-        let h = cx.sublayer(sites, self.attention_site, s, None)?.plus(h)?;
+        let h = cx.sublayer(sites, self.attention_site, s)?.plus(h)?;
         let x = self.mlp_norm.forward(&h, cx)?;
         let y = scaled(&self.mlp_scale, &self.mlp.forward(&x, sites, cx)?)?;
         let s = Sublayer { residual: &h, input: &x, output: y, norm: None };
-        Ok(cx.sublayer(sites, self.mlp_site, s, None)?.plus(&h)?)
+        Ok(cx.sublayer(sites, self.mlp_site, s)?.plus(&h)?)
     }
 }
 

@@ -208,12 +208,12 @@ impl Layer {
         let x = self.attention_norm.forward(h, cx)?;
         let y = self.attention.forward(&x, sites, cx)?;
         let seen = Sublayer { residual: h, input: &x, output: y, norm: None };
-        let h = cx.sublayer(sites, self.attention_site, seen, None)?.plus(h)?;
+        let h = cx.sublayer(sites, self.attention_site, seen)?.plus(h)?;
         let x = self.mlp_norm.forward(&h, cx)?;
         let y = self.up.forward(&x, sites, cx)?.unary(self.activation)?;
         let y = self.down.forward(&y, sites, cx)?;
         let seen = Sublayer { residual: &h, input: &x, output: y, norm: None };
-        Ok(cx.sublayer(sites, self.mlp_site, seen, None)?.plus(&h)?)
+        Ok(cx.sublayer(sites, self.mlp_site, seen)?.plus(&h)?)
     }
 }
 

@@ -189,8 +189,8 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<Loaded> {
 
 /// What `transformers` makes the model's numbers: what `config.json` says, else the type of the first tensor.
 fn numbers(config: &Value, weights: &Weights) -> Numbers {
-    let named = ["dtype", "torch_dtype"].iter().find_map(|key| config.get(key)?.as_str());
-    match named.map(|name| name.strip_prefix("torch.").unwrap_or(name)) {
+    let told = ["dtype", "torch_dtype"].iter().find_map(|key| config.get(key)?.as_str());
+    match told.map(|name| name.strip_prefix("torch.").unwrap_or(name)) {
         Some("float16") => Numbers::F16,
         Some("bfloat16") => Numbers::BF16,
         Some("float32") => Numbers::F32,

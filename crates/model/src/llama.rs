@@ -213,7 +213,7 @@ struct Llama {
     norm: Norm,
     head: Linear,
     head_site: SiteId,
-    rope: Rope,
+    rope: Arc<Rope>,
 }
 
 /// One block.
@@ -279,7 +279,17 @@ fn build(
         max_positions: rope.reach(s.positions),
     };
     let sites = Arc::new(std::mem::take(&mut r.sites));
-    Ok(Arc::new(Llama { info, sites, embed, prompt, layers, norm, head: lm_head, head_site, rope }))
+    Ok(Arc::new(Llama {
+        info,
+        sites,
+        embed,
+        prompt,
+        layers,
+        norm,
+        head: lm_head,
+        head_site,
+        rope: Arc::new(rope),
+    }))
 }
 
 impl Layer {
@@ -344,7 +354,6 @@ impl Layer {
             sites,
             self.attention_site,
             Sublayer { residual: h, input: &x, output: y, norm: None },
-            None,
         )?;
         let h = y.plus(h)?;
         let x = self.mlp_norm.forward(&h, cx)?;
@@ -354,12 +363,8 @@ impl Layer {
             other => gate.unary(other)?.mul(&up)?,
         };
         let y = self.down.forward(&y, sites, cx)?;
-        let y = cx.sublayer(
-            sites,
-            self.mlp_site,
-            Sublayer { residual: &h, input: &x, output: y, norm: None },
-            None,
-        )?;
+        let y =
+            cx.sublayer(sites, self.mlp_site, Sublayer { residual: &h, input: &x, output: y, norm: None })?;
         Ok(y.plus(&h)?)
     }
 
@@ -385,6 +390,11 @@ impl Layer {
     }
 }
 
+/// Positions of rows that lie so.
+fn longest(layout: &Layout) -> usize {
+    layout.positions().iter().max().map_or(1, |p| (p + 1).max(1) as usize)
+}
+
 impl Model for Llama {
     fn info(&self) -> &ModelInfo {
         &self.info
@@ -399,15 +409,21 @@ impl Model for Llama {
         let cx = cx.with_prefixes(self.layers[0].attend.site())?;
         let h = self.embed.forward(inputs.ids()?, &self.sites, &cx)?;
         let (mut h, cx) = cx.with_prompts(self.prompt, &h)?;
-        let longest =
-            |layout: &Layout| layout.positions().iter().max().map_or(1, |p| (p + 1).max(1) as usize);
         // Padding counts too, as in `transformers`; prompts and prefixes move it like the tokens.
         let (given, moved) = (longest(&inputs.layout), longest(cx.layout()));
         let padded = inputs.layout.columns().unwrap_or(0) + moved.saturating_sub(given);
         let tables = self.rope.tables(moved.max(padded))?;
         for layer in &self.layers {
             let (this, sites, tables) = (layer.clone(), self.sites.clone(), tables.clone());
-            h = cx.block(&self.sites, layer.site, &h, move |h, cx| this.forward(h, &sites, &tables, cx))?;
+            let rope = self.rope.clone();
+            h = cx.block(&self.sites, layer.site, &h, move |h, cx| {
+                // Rows that enter at this block move its tokens further than the first ones.
+                let positions = longest(cx.layout());
+                if positions > tables.0.dim(0) {
+                    return this.forward(h, &sites, &rope.tables(positions)?, cx);
+                }
+                this.forward(h, &sites, &tables, cx)
+            })?;
         }
         let features = self.norm.forward(&h, &cx)?;
         if !self.info.task.per_sequence() {

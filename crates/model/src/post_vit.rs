@@ -130,13 +130,11 @@ impl Layer {
     fn forward(&self, h: &Tensor, sites: &Sites, cx: &Pass) -> engraft_nn::Result<Tensor> {
         let y = self.attention.forward(h, sites, cx)?;
         let seen = Sublayer { residual: h, input: h, output: y, norm: None };
-        let y = cx.sublayer(sites, self.attention_site, seen, Some(&self.attention_norm))?;
-        let h = self.attention_norm.forward(&y.plus(h)?, cx)?;
+        let h = cx.post_norm(sites, self.attention_site, seen, &self.attention_norm)?;
         let y = self.up.forward(&h, sites, cx)?.unary(self.activation)?;
         let y = self.down.forward(&y, sites, cx)?;
         let seen = Sublayer { residual: &h, input: &h, output: y, norm: None };
-        let y = cx.sublayer(sites, self.mlp_site, seen, Some(&self.mlp_norm))?;
-        self.mlp_norm.forward(&y.plus(&h)?, cx)
+        cx.post_norm(sites, self.mlp_site, seen, &self.mlp_norm)
     }
 }
 

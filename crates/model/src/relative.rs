@@ -1,7 +1,7 @@
 //! T5's relative positions (Raffel et al. 2020, arXiv:1910.10683, section 2.1): distances fall into buckets, one each for the
 //! small ones and ever wider ones, by the logarithm, up to the farthest; a table gives each bucket a number a head.
 
-use engraft_nn::{Embedding, Pass, Sites};
+use engraft_nn::{Embedding, Pass, SiteId, Sites};
 use engraft_tensor::Tensor;
 use engraft_tensor::ops::RelativeBias;
 
@@ -34,13 +34,21 @@ impl Buckets {
         first + (exact + steps as usize).min(count - 1)
     }
 
-    /// The bias of every distance between the rows of `cx` and those before them: `table` [buckets, heads].
-    pub fn bias(self, table: &Embedding, sites: &Sites, cx: &Pass) -> engraft_nn::Result<RelativeBias> {
+    /// The bias of every distance between the rows of `cx` and those before them, at the keys and values `attended`: `table`
+    /// [buckets, heads].
+    pub fn bias(
+        self,
+        table: &Embedding,
+        attended: SiteId,
+        sites: &Sites,
+        cx: &Pass,
+    ) -> engraft_nn::Result<RelativeBias> {
         let last = cx.layout().positions().iter().copied().max().unwrap_or(0);
-        let buckets: Vec<i64> = (-last..=last).map(|distance| self.of(distance) as i64).collect();
+        let first = -last - cx.still_rows(attended) as i32;
+        let buckets: Vec<i64> = (first..=last).map(|distance| self.of(distance) as i64).collect();
         let distances = buckets.len();
         let values = table.forward(&Tensor::from_i64(buckets, [distances])?, sites, cx)?;
-        Ok(RelativeBias { values: values.t()?, first: -last })
+        Ok(RelativeBias { values: values.t()?, first })
     }
 }
 

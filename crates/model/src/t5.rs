@@ -245,7 +245,7 @@ impl Half {
             let (bias, buckets) = (self.bias.clone(), self.buckets);
             h = cx.block(sites, layer.site, &h, move |h, cx| {
                 // The table is looked up in every layer, so that a patch on it acts on its own route everywhere.
-                let bias = |cx: &Pass| buckets.bias(&bias, &all, cx);
+                let bias = |cx: &Pass| buckets.bias(&bias, this.own.attend.site(), &all, cx);
                 this.forward(h, &bias, memory.as_ref(), &all, cx)
             })?;
         }
@@ -299,7 +299,7 @@ impl Layer {
         };
         let y = self.down.forward(&y, sites, cx)?;
         let seen = Sublayer { residual: &h, input: &x, output: y, norm: None };
-        Ok(cx.sublayer(sites, self.mlp_site, seen, None)?.plus(&h)?)
+        Ok(cx.sublayer(sites, self.mlp_site, seen)?.plus(&h)?)
     }
 }
 
@@ -388,7 +388,7 @@ impl Attention {
     ) -> engraft_nn::Result<Tensor> {
         let y = self.o.forward(&y.reshape([y.dim(0), y.dim(1) * y.dim(2)])?, sites, cx)?;
         let seen = Sublayer { residual: h, input: x, output: y, norm: None };
-        Ok(cx.sublayer(sites, self.site, seen, None)?.plus(h)?)
+        Ok(cx.sublayer(sites, self.site, seen)?.plus(h)?)
     }
 }
 

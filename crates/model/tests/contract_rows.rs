@@ -102,7 +102,8 @@ fn adapter(model: &dyn Model, kind: &str, seed: u64) -> Arc<Adapter> {
 
 #[test]
 fn each_sequence_has_the_logits_it_has_alone() {
-    let rows = [&[5i64, 9, 17, 33][..], &[12, 4, 77, 6, 8], &[90, 31, 8], &[7, 7, 2, 40, 3]];
+    // Seven tokens and three late rows do not fit into tables of eight positions.
+    let rows = [&[5i64, 9, 17, 33][..], &[12, 4, 77, 6, 8, 9, 11], &[90, 31, 8], &[7, 7, 2, 40, 3]];
     for name in ["llama", "gpt2", "bert", "roberta_token"] {
         let loaded = model(&golden().join("models").join(name));
         let model = loaded.model.as_ref();
@@ -173,4 +174,18 @@ fn tasks_go_with_their_sequences() {
     let cx = Pass::new(layout, None);
     assert_eq!(cx.tasks(), Some(&[4, 0, 7][..]));
     assert_eq!(cx.select(&[1, 2, 5]).unwrap().tasks(), Some(&[4, 0, 7][..]));
+}
+
+#[test]
+fn what_is_asked_for_is_not_given() {
+    let layout = Layout::counted(&[4, 3, 2]).unwrap();
+    assert_eq!(Pass::new(layout.clone(), None).given(), [0..4, 4..7, 7..9]);
+    let layout = layout.with_asked(vec![3, 0, 2]);
+    assert_eq!(layout.slice(1..3).unwrap().asked(), [0, 2]);
+    let cx = Pass::new(layout, None);
+    assert_eq!(cx.given(), [0..1, 4..7, 7..8], "one token at least is given");
+    // Another stack's rows are other tokens, and virtual rows are never given.
+    assert_eq!(cx.over(Layout::counted(&[2, 2, 2]).unwrap()).unwrap().given(), [0..2, 2..4, 4..6]);
+    let (rows, inner) = cx.with_rows_before(2, || Ok(Tensor::zeros([2, 1])), &Tensor::zeros([9, 1])).unwrap();
+    assert_eq!((rows.dim(0), inner.given()), (15, vec![2..3, 8..11, 13..14]));
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use engraft_tensor::{Param, Tensor};
 
-use crate::{Error, Names, Patch, Result, SiteId};
+use crate::{Error, Names, Patch, Result, SiteId, Sites};
 
 /// A parameter with the name it is saved under.
 #[derive(Clone)]
@@ -88,10 +88,42 @@ impl Adapter {
         self.trainable().map(|p| p.param.value().len()).sum()
     }
 
-    /// Rows that its prompts put before every sequence.
+    /// Positions that its prompts and prefixes take before every sequence.
     pub fn prompt_rows(&self) -> usize {
-        let rows = |patch: &Patch| if let Patch::Prompt(prompt) = patch { prompt.count() } else { 0 };
-        self.patches.values().flatten().map(rows).sum()
+        let prompt = |patch: &Patch| if let Patch::Prompt(prompt) = patch { prompt.count() } else { 0 };
+        let prefix = |patch: &Patch| match patch {
+            Patch::KeyValue(prefix) if prefix.gate().is_none() => prefix.count(),
+            _ => 0,
+        };
+        let prompts: usize = self.patches.values().flatten().map(prompt).sum();
+        // Every attention has the same prefix, or the first of them says how far tokens move.
+        let prefixes = self.patches.values().map(|site| site.iter().map(prefix).sum::<usize>());
+        prompts + prefixes.max().unwrap_or(0)
+    }
+
+    /// Rows that a cache needs beside the tokens of a sequence, in its fullest layer.
+    pub fn cache_rows(&self) -> usize {
+        let late = |patch: &Patch| if let Patch::Block(block) = patch { block.rows_before() } else { 0 };
+        let late: usize = self.patches.values().flatten().map(late).sum();
+        self.prompt_rows() + late
+    }
+
+    /// The adapter without its patches in the first `count` blocks of the model, an encoder's before a decoder's
+    /// (AdapterDrop): these blocks compute what the base does. Its tensors stay.
+    ///
+    /// # Errors
+    /// Extra keys and values in some of the blocks, which move the positions of tokens in all of them.
+    pub fn without_first_blocks(mut self, sites: &Sites, count: usize) -> Result<Adapter> {
+        let inside = |id: &SiteId| sites.number(sites.get(*id)).is_some_and(|number| number < count);
+        let prefixed = |patches: &Vec<Patch>| patches.iter().any(|p| matches!(p, Patch::KeyValue(_)));
+        let cut = |(id, patches): (&SiteId, &Vec<Patch>)| inside(id) && prefixed(patches);
+        if self.patches.iter().any(cut) {
+            return Err(Error::Unsupported(
+                "layers of a prefix cannot be dropped, since its rows move the positions of all tokens; drop none".into(),
+            ));
+        }
+        self.patches.retain(|id, _| !inside(id));
+        Ok(self)
     }
 
     pub(crate) fn push_patch(&mut self, site: SiteId, patch: Patch) {
@@ -104,33 +136,38 @@ impl Adapter {
 
     /// Sets the saved parameters from `tensors` (name, values); every missing, extra or mis-shaped one is reported.
     pub fn load(&self, tensors: Vec<(String, Tensor)>) -> Result<()> {
-        let mut given: HashMap<String, Tensor> = tensors.into_iter().collect();
-        let mut problems = Vec::new();
-        let mut accepted = Vec::new();
-        for p in self.params.iter().filter(|p| p.saved) {
-            let own = p.param.value();
-            let (expected, dtype) = (own.shape().to_vec(), own.dtype());
-            match given.remove(&p.name) {
-                None => problems.push(format!("{}: expected {expected:?}, absent", p.name)),
-                Some(t) if t.shape() != expected => {
-                    problems.push(format!("{}: expected {expected:?}, found {:?}", p.name, t.shape()));
-                }
-                Some(t) if t.dtype() != dtype => {
-                    problems.push(format!("{}: expected {dtype:?}, found {:?}", p.name, t.dtype()));
-                }
-                Some(t) => accepted.push((p, t)),
-            }
-        }
-        let mut extra: Vec<_> =
-            given.into_iter().map(|(n, t)| format!("{n}: not expected, found {:?}", t.shape())).collect();
-        extra.sort();
-        problems.extend(extra);
-        if !problems.is_empty() {
-            return Err(Error::Mismatch(problems));
-        }
-        for (p, t) in accepted {
-            p.param.set(t)?;
-        }
-        Ok(())
+        assign(&self.params, tensors)
     }
+}
+
+/// Sets those of `params` that are saved; every missing, extra or mis-shaped tensor is reported.
+pub(crate) fn assign(params: &[NamedParam], tensors: Vec<(String, Tensor)>) -> Result<()> {
+    let mut given: HashMap<String, Tensor> = tensors.into_iter().collect();
+    let mut problems = Vec::new();
+    let mut accepted = Vec::new();
+    for p in params.iter().filter(|p| p.saved) {
+        let own = p.param.value();
+        let (expected, dtype) = (own.shape().to_vec(), own.dtype());
+        match given.remove(&p.name) {
+            None => problems.push(format!("{}: expected {expected:?}, absent", p.name)),
+            Some(t) if t.shape() != expected => {
+                problems.push(format!("{}: expected {expected:?}, found {:?}", p.name, t.shape()));
+            }
+            Some(t) if t.dtype() != dtype => {
+                problems.push(format!("{}: expected {dtype:?}, found {:?}", p.name, t.dtype()));
+            }
+            Some(t) => accepted.push((p, t)),
+        }
+    }
+    let mut extra: Vec<_> =
+        given.into_iter().map(|(n, t)| format!("{n}: not expected, found {:?}", t.shape())).collect();
+    extra.sort();
+    problems.extend(extra);
+    if !problems.is_empty() {
+        return Err(Error::Mismatch(problems));
+    }
+    for (p, t) in accepted {
+        p.param.set(t)?;
+    }
+    Ok(())
 }

@@ -101,8 +101,9 @@ impl Attend {
             (Some(kept), _) => kept,
             (None, Some(memory)) => {
                 let (k, v) = keys_and_values(memory)?;
+                // Of the whole batch, also where `cx` is one of its routes: a cache keeps it for all.
                 let prefixes = memory.pass.prefixes(self.site, &memory.states)?;
-                let found = gathered(&k, &v, memory.pass.layout(), &prefixes, cx)?;
+                let found = gathered(&k, &v, memory.pass.layout(), &prefixes, &memory.pass)?;
                 if let Some(mut cache) = cx.cache() {
                     cache.keep_source(self.layer, found.clone());
                 }
@@ -113,6 +114,8 @@ impl Attend {
                 return Err(crate::Error::Unsupported(message.into()));
             }
         };
+        let own = cx.first_sequence()..cx.first_sequence() + cx.layout().sequences().len();
+        let found = Attended { seen: found.seen[own].to_vec(), ..found };
         let spans = spans_of(&found, cx.layout());
         let y = attention(&Attention { spans, spec: self.spec, bias: None }, q, &found.keys, &found.values)?;
         self.gated(x, q, y, cx)
@@ -209,7 +212,7 @@ fn gathered(
         for (i, number) in route.sequences.clone().enumerate() {
             let (begin, own) = (index.len(), layout.seen(number));
             let before = prefix.as_ref().map_or(0..0, |p| p.rows_of(i));
-            positions.extend(0..before.len() as i32);
+            positions.extend(prefix.as_ref().map_or(0..0, Prefix::positions));
             index.extend(before.map(|row| (start + row) as i64));
             index.extend(own.clone().map(|row| (at + row) as i64));
             positions.extend_from_slice(&layout.positions()[own]);
@@ -230,9 +233,16 @@ pub(crate) struct Prefix {
     pub keys: Tensor,
     pub values: Tensor,
     pub count: usize,
+    /// How many of them do not move the tokens.
+    pub still: usize,
 }
 
 impl Prefix {
+    /// Their positions: the tokens' follow.
+    pub fn positions(&self) -> Range<i32> {
+        -(self.still as i32)..(self.count - self.still) as i32
+    }
+
     /// The rows of the route's sequence `i`.
     pub fn rows_of(&self, i: usize) -> Range<usize> {
         let first = i * step(&self.keys, self.count);
@@ -248,6 +258,20 @@ fn key_value_patches(patches: &[Patch]) -> impl Iterator<Item = &dyn KeyValuePat
 }
 
 impl Pass {
+    /// An attention of a patch's own: q [tokens, heads, dim], k and v [tokens, kv_heads, dim] of this pass's rows →
+    /// [tokens, heads, dim]. Under a cache keys and values are kept as those of `layer`, which counts on from the model's.
+    pub fn attend(&self, layer: usize, spec: AttentionSpec, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+        let (keys, values, spans) = match self.cache() {
+            Some(mut cache) => cache.extend(layer, k, v, &[], self)?,
+            None => {
+                let found = gathered(k, v, self.layout(), &[], self)?;
+                let spans = spans_of(&found, self.layout());
+                (found.keys, found.values, spans)
+            }
+        };
+        Ok(attention(&Attention { spans, spec, bias: None }, q, &keys, &values)?)
+    }
+
     /// Ungated extra rows of each route, whose keys and values are made of x [tokens, width].
     fn prefixes(&self, site: SiteId, x: &Tensor) -> Result<Vec<Option<Prefix>>> {
         let of_route = |route: &crate::Route| -> Result<Option<Prefix>> {
@@ -264,18 +288,57 @@ impl Pass {
                 values.push((patch.count(), rows.values));
             }
             let (count, sequences) = (ungated.iter().map(|p| p.count()).sum(), route.sequences.len());
-            Ok(Some(Prefix { keys: joined(&keys, sequences)?, values: joined(&values, sequences)?, count }))
+            let still = ungated.iter().filter(|p| !p.moves()).map(|p| p.count()).sum();
+            let (keys, values) = (joined(&keys, sequences)?, joined(&values, sequences)?);
+            Ok(Some(Prefix { keys, values, count, still }))
         };
         if self.patched(site) { self.routes().iter().map(of_route).collect() } else { Ok(Vec::new()) }
     }
 
-    /// Number of ungated extra key rows at `site` for each sequence: the distance its tokens move.
+    /// The most rows before the first position that a route has at `site`: relative positions reach so much further back.
+    pub fn still_rows(&self, site: SiteId) -> usize {
+        let of_route = |r: &crate::Route| -> usize {
+            let patches = r.adapter.as_ref().map_or(&[][..], |a| a.at(site));
+            key_value_patches(patches).filter(|p| p.gate().is_none() && !p.moves()).map(|p| p.count()).sum()
+        };
+        self.routes().iter().map(of_route).max().unwrap_or(0)
+    }
+
+    /// Number of extra key rows at `site` that each sequence's tokens are counted from: the distance these move.
     pub(crate) fn prefix_counts(&self, site: SiteId) -> Vec<usize> {
         let of_route = |r: &crate::Route| {
             let patches = r.adapter.as_ref().map_or(&[][..], |a| a.at(site));
-            let count = key_value_patches(patches).filter(|p| p.gate().is_none()).map(|p| p.count()).sum();
+            let count = key_value_patches(patches)
+                .filter(|p| p.gate().is_none() && p.moves())
+                .map(|p| p.count())
+                .sum();
             std::iter::repeat_n(count, r.sequences.len())
         };
         self.routes().iter().flat_map(of_route).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use engraft_tensor::testing::{close, sample};
+
+    use super::*;
+    use crate::KvCache;
+
+    #[test]
+    fn attention_of_a_patch_goes_on_from_a_cache() {
+        let spec = AttentionSpec { heads: 2, kv_heads: 2, dim: 3, scale: 0.5, causal: true, window: None };
+        let [q, k, v] = [1, 2, 3].map(|seed| sample(&[5, 2, 3], seed));
+        let whole = Pass::new(Layout::counted(&[5]).unwrap(), None).attend(7, spec, [&q, &k, &v]).unwrap();
+        let cache = Arc::new(Mutex::new(KvCache::new(2, 1, 5)));
+        for (from, to) in [(0, 3), (3, 4), (4, 5)] {
+            let layout = Layout::new(&[to - from], (from as i32..to as i32).collect()).unwrap();
+            let cx = Pass::new(layout, None).cached(cache.clone());
+            let [q, k, v] = [&q, &k, &v].map(|t| t.rows_between(from, to).unwrap());
+            let part = cx.attend(7, spec, [&q, &k, &v]).unwrap();
+            close(&part, &whole.rows_between(from, to).unwrap(), 1e-6);
+        }
     }
 }

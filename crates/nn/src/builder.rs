@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use engraft_tensor::Param;
+use engraft_tensor::{Param, Tensor};
 
-use crate::adapter::NamedParam;
+use crate::adapter::{NamedParam, assign};
 use crate::{Adapter, Error, Init, Kind, ModelInfo, Patch, Replacement, Result, Site, SiteId, Sites, Value};
 
 /// Builds an [`Adapter`].
@@ -15,6 +15,8 @@ pub struct Builder<'a> {
     seed: u64,
     prefix: String,
     replaced: Vec<SiteId>,
+    /// Whether new parameters are trained.
+    trains: bool,
     adapter: Adapter,
 }
 
@@ -22,7 +24,16 @@ impl<'a> Builder<'a> {
     /// Starts an empty adapter for a model; new tensors are drawn from `seed` and their names.
     pub fn new(sites: &'a Arc<Sites>, info: &'a ModelInfo, seed: u64) -> Self {
         let (targets, prefix, replaced) = (Vec::new(), String::new(), Vec::new());
-        Builder { sites, info, targets, seed, prefix, replaced, adapter: Adapter::named(sites.names()) }
+        Builder {
+            sites,
+            info,
+            targets,
+            seed,
+            prefix,
+            replaced,
+            trains: true,
+            adapter: Adapter::named(sites.names()),
+        }
     }
 
     /// The sites the next method was told to use.
@@ -33,6 +44,12 @@ impl<'a> Builder<'a> {
     /// Puts `prefix` before the names of parameters made from here on (several methods in one adapter).
     pub fn set_prefix(&mut self, prefix: impl Into<String>) {
         self.prefix = prefix.into();
+    }
+
+    /// What precedes the names of parameters made from here on: it tells apart what two methods of one adapter leave on a
+    /// pass.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
     }
 
     /// The chosen sites, in model order.
@@ -69,9 +86,28 @@ impl<'a> Builder<'a> {
         group: &'static str,
     ) -> Result<Param> {
         let name = format!("{}{name}", self.prefix);
-        let param = Param::new(init.tensor(shape, self.seed, &name)?);
+        let value = init.tensor(shape, self.seed, &name)?;
+        let param = if self.trains { Param::new(value) } else { Param::frozen(value) };
         self.add(name, param.clone(), group, true)?;
         Ok(param)
+    }
+
+    /// What `make` adds is a part of the adapter that is not trained. Where `values` are given, they are all that its tensors
+    /// hold, by their names without the prefix.
+    pub fn frozen<T>(
+        &mut self,
+        values: Option<Vec<(String, Tensor)>>,
+        make: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        let (first, trains) = (self.adapter.params().len(), std::mem::replace(&mut self.trains, false));
+        let made = make(self);
+        self.trains = trains;
+        let made = made?;
+        if let Some(values) = values {
+            let named = values.into_iter().map(|(name, value)| (format!("{}{name}", self.prefix), value));
+            assign(&self.adapter.params()[first..], named.collect())?;
+        }
+        Ok(made)
     }
 
     /// A trained parameter that a finished adapter does not need (a stage of training that ends): in checkpoints, not in the

@@ -1,6 +1,7 @@
 //! Keys and values kept from pass to pass, for generation.
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 use engraft_tensor::Tensor;
 use engraft_tensor::cpu::attention::Span;
@@ -18,6 +19,8 @@ pub struct KvCache {
     sources: Vec<Option<Attended>>,
     /// What patches found in the first pass, by route and key: the first of its sequences, a row for each.
     kept: HashMap<Key, (usize, Tensor)>,
+    /// What the model without an adapter read of the same tokens, for methods that look at it at every one.
+    beside: Option<Arc<Mutex<KvCache>>>,
 }
 
 /// A route, by its first sequence, and a key.
@@ -53,7 +56,14 @@ impl KvCache {
             layers: vec![CachedLayer::default(); layers],
             sources: vec![None; layers],
             kept: HashMap::new(),
+            beside: None,
         }
+    }
+
+    /// The cache of the model without an adapter over the same tokens, empty at first.
+    pub(crate) fn beside(&mut self) -> Arc<Mutex<KvCache>> {
+        let empty = || Arc::new(Mutex::new(KvCache::new(self.layers.len(), self.sequences, self.capacity)));
+        self.beside.get_or_insert_with(empty).clone()
     }
 
     /// What cross-attention of `layer` reads, where it was made.
@@ -84,6 +94,9 @@ impl KvCache {
         for source in self.sources.iter_mut().flatten() {
             source.seen = order.iter().map(|&i| source.seen[i].clone()).collect();
         }
+        if let Some(beside) = &self.beside {
+            beside.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).reorder(order)?;
+        }
         for (first, rows) in self.kept.values_mut() {
             let own = &order[*first..*first + rows.dim(0)];
             let index = own.iter().map(|&i| (i - *first) as i64).collect();
@@ -107,6 +120,10 @@ impl KvCache {
         cx: &Pass,
     ) -> Result<(Tensor, Tensor, Spans)> {
         let (capacity, sequences) = (self.capacity, self.sequences);
+        // Attention of patches comes behind the model's own layers.
+        if layer >= self.layers.len() {
+            self.layers.resize_with(layer + 1, CachedLayer::default);
+        }
         let store = &mut self.layers[layer];
         let fresh = store.keys.is_none();
         if fresh {
@@ -122,7 +139,7 @@ impl KvCache {
             for (i, s) in cx.layout().sequences()[route.sequences.clone()].iter().enumerate() {
                 let number = cx.first_sequence() + route.sequences.start + i;
                 if let Some(prefix) = prefix {
-                    let (own, counted) = (prefix.rows_of(i), (0..prefix.count as i32).collect::<Vec<_>>());
+                    let (own, counted) = (prefix.rows_of(i), prefix.positions().collect::<Vec<_>>());
                     let part = |t: &Tensor| t.rows_between(own.start, own.end);
                     store.append(number, capacity, &part(&prefix.keys)?, &part(&prefix.values)?, &counted)?;
                 }

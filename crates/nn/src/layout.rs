@@ -20,6 +20,8 @@ pub struct Layout {
     columns: Option<usize>,
     /// Task of each sequence; empty where none was named.
     tasks: Arc<[usize]>,
+    /// Last tokens of each sequence that are asked for; empty where all are given.
+    asked: Arc<[usize]>,
 }
 
 impl Layout {
@@ -56,6 +58,7 @@ impl Layout {
             positions_tensor,
             columns: None,
             tasks: Arc::default(),
+            asked: Arc::default(),
         })
     }
 
@@ -78,6 +81,18 @@ impl Layout {
     /// The task of each sequence; empty where none was named.
     pub fn tasks(&self) -> &[usize] {
         &self.tasks
+    }
+
+    /// Says how many of each sequence's last tokens are there to be learnt rather than given; [`crate::Pass::given`] leaves
+    /// them out, so that what a patch makes of its input does not know the answer.
+    pub fn with_asked(self, asked: Vec<usize>) -> Self {
+        debug_assert_eq!(asked.len(), self.sequences.len());
+        Layout { asked: asked.into(), ..self }
+    }
+
+    /// How many of each sequence's last tokens are asked for; empty where all are given.
+    pub fn asked(&self) -> &[usize] {
+        &self.asked
     }
 
     /// Says of which sequences the virtual rows are padding: they see their sequence and nobody sees them.
@@ -147,9 +162,10 @@ impl Layout {
         let lengths: Vec<usize> = self.sequences[which.clone()].iter().map(Range::len).collect();
         let padded = self.padded[which.clone()].to_vec();
         let tasks = self.tasks.get(which.clone()).unwrap_or_default().to_vec();
+        let asked = self.asked.get(which.clone()).unwrap_or_default().to_vec();
         let virtual_counts = self.virtual_counts[which].to_vec();
         let cut = Self::with_virtual(&lengths, virtual_counts, self.positions[rows].to_vec())?.padded(padded);
-        Ok(Layout { tasks: tasks.into(), ..cut })
+        Ok(Layout { tasks: tasks.into(), asked: asked.into(), ..cut })
     }
 
     /// Rows of the sequences `which`.

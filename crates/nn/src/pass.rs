@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use engraft_tensor::{Tensor, checkpoint, ops::cat};
 
-use crate::{Adapter, Error, KvCache, Layout, Norm, Patch, Result, SiteId, Sites, Sublayer};
+use crate::{Adapter, Error, KvCache, Layout, Norm, Patch, Result, Site, SiteId, Sites, Sublayer};
 
 /// Whether dropout is drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,6 +54,8 @@ pub struct Pass {
     board: Arc<Mutex<Board>>,
     /// Task of each sequence of the whole batch; empty where none was named.
     tasks: Arc<[usize]>,
+    /// Last tokens of each sequence of the whole batch that are asked for; empty where all are given.
+    asked: Arc<[usize]>,
 }
 
 /// What patches pass on, by route and key.
@@ -63,7 +65,7 @@ impl Pass {
     /// All sequences with one adapter, or none.
     pub fn new(layout: Layout, adapter: Option<Arc<Adapter>>) -> Self {
         let route = Route { sequences: 0..layout.sequences().len(), adapter };
-        let tasks = layout.tasks().into();
+        let (tasks, asked) = (layout.tasks().into(), layout.asked().into());
         Pass {
             layout,
             routes: Arc::new([route]),
@@ -77,6 +79,7 @@ impl Pass {
             scope: None,
             board: Arc::default(),
             tasks,
+            asked,
         }
     }
 
@@ -128,6 +131,17 @@ impl Pass {
         Pass { cache: Some(cache), continues, ..self }
     }
 
+    /// The pass of the same rows without adapters and, under a cache, with one of its own beside it: what the model alone says
+    /// of a text that is gone on with.
+    pub fn beside(&self) -> Self {
+        let bare = Pass::new(self.layout.clone(), None);
+        let cache = self.cache().map(|mut cache| cache.beside());
+        match cache {
+            Some(cache) => bare.cached(cache),
+            None => bare,
+        }
+    }
+
     /// The same pass without its cache: what is computed once and not continued (an encoder).
     pub fn uncached(self) -> Self {
         Pass { cache: None, continues: false, ..self }
@@ -144,7 +158,8 @@ impl Pass {
         if found != expected {
             return Err(Error::Unsupported(format!("expected rows of {expected} sequences, found {found}")));
         }
-        Ok(Pass { layout, ..self.clone() })
+        let asked = layout.asked().into();
+        Ok(Pass { layout, asked, ..self.clone() })
     }
 
     /// The same pass over rows that lie so.
@@ -214,6 +229,18 @@ impl Pass {
     pub fn tasks(&self) -> Option<&[usize]> {
         let own = self.first_sequence..self.first_sequence + self.layout.sequences().len();
         self.tasks.get(own).filter(|tasks| !tasks.is_empty())
+    }
+
+    /// The rows of each sequence's tokens that are given: neither virtual nor asked for, one of them at least. What a patch
+    /// makes of its input (gates, routes, generated prompts) may look at these alone.
+    pub fn given(&self) -> Vec<Range<usize>> {
+        let rows = self.layout.sequences().iter().zip(self.layout.virtual_counts()).enumerate();
+        let given = |(i, (s, &virtual_count)): (usize, (&Range<usize>, &usize))| {
+            let first = (s.start + virtual_count).min(s.end);
+            let asked = self.asked.get(self.first_sequence + i).copied().unwrap_or(0);
+            first..s.end.saturating_sub(asked).max(first + 1).min(s.end)
+        };
+        rows.map(given).collect()
     }
 
     /// What `make` gives, a row for each sequence; under a cache that of the first pass is kept for the later ones, so that
@@ -304,31 +331,35 @@ impl Pass {
         })
     }
 
-    /// What a sublayer puts on the stream, after the patches of its site; in post-norm models with the norm that follows.
-    pub fn sublayer(
-        &self,
-        sites: &Sites,
-        id: SiteId,
-        s: Sublayer<'_>,
-        norm: Option<&Norm>,
-    ) -> Result<Tensor> {
+    /// What a sublayer puts on the stream, after the patches of its site, in models whose norms precede their sublayers.
+    pub fn sublayer(&self, sites: &Sites, id: SiteId, s: Sublayer<'_>) -> Result<Tensor> {
         if !self.patched(id) {
             return Ok(s.output);
         }
         let site = sites.get(id);
         self.by_route(id, &s.output, |output, patches, cx| {
             let (residual, input) = (cx.rows_in(self, s.residual)?, cx.rows_in(self, s.input)?);
+            let view = Sublayer { residual: &residual, input: &input, output: output.clone(), norm: s.norm };
+            Ok(under_patches(view, patches, site, cx)?.0)
+        })
+    }
+
+    /// The stream after a sublayer of a post-norm model: norm(residual + output), the output after the patches of its site.
+    pub fn post_norm(&self, sites: &Sites, id: SiteId, s: Sublayer<'_>, norm: &Norm) -> Result<Tensor> {
+        if !self.patched(id) {
+            return norm.forward(&s.output.plus(s.residual)?, self);
+        }
+        let site = sites.get(id);
+        self.by_route(id, &s.output, |output, patches, cx| {
+            let (residual, input) = (cx.rows_in(self, s.residual)?, cx.rows_in(self, s.input)?);
             // The norm of this route: its gain may be patched too.
-            let own = |x: &Tensor| norm.map_or_else(|| Ok(x.clone()), |n| n.forward(x, cx));
-            let own: Option<&crate::patch::RowsFn<'_>> = if norm.is_some() { Some(&own) } else { s.norm };
-            let mut output = output.clone();
-            for patch in patches {
-                if let Patch::Sublayer(p) = patch {
-                    let view = Sublayer { residual: &residual, input: &input, output, norm: own };
-                    output = p.output(&view, site, cx)?;
-                }
+            let own = |x: &Tensor| norm.forward(x, cx);
+            let view =
+                Sublayer { residual: &residual, input: &input, output: output.clone(), norm: Some(&own) };
+            match under_patches(view, patches, site, cx)? {
+                (stream, true) => Ok(stream),
+                (output, false) => own(&output.plus(&residual)?),
             }
-            Ok(output)
         })
     }
 
@@ -404,6 +435,22 @@ impl Pass {
             })
         })
     }
+}
+
+/// What the sublayer patches make of an output, and whether it is the next stream already.
+fn under_patches(s: Sublayer<'_>, patches: &[Patch], site: &Site, cx: &Pass) -> Result<(Tensor, bool)> {
+    let (mut output, mut is_stream) = (s.output, false);
+    for patch in patches {
+        let Patch::Sublayer(p) = patch else { continue };
+        if is_stream {
+            let message = "an adapter that drops the model's norm must be the last of its methods".into();
+            return Err(Error::Site { path: site.path.clone(), message });
+        }
+        let view = Sublayer { residual: s.residual, input: s.input, output, norm: s.norm };
+        output = p.output(&view, site, cx)?;
+        is_stream = s.norm.is_some() && p.replaces_norm();
+    }
+    Ok((output, is_stream))
 }
 
 /// A function on the rows of a pass.

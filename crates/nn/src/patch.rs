@@ -66,10 +66,19 @@ pub struct Sublayer<'a> {
 pub trait SublayerPatch: Send + Sync {
     /// output′ [tokens, width].
     fn output(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor>;
+
+    /// Whether `output` is, in post-norm models, the next stream itself, to which neither residual nor norm are applied.
+    fn replaces_norm(&self) -> bool {
+        false
+    }
 }
 
 /// h, run → h′.
 pub trait BlockPatch: Send + Sync {
+    /// Rows that it puts before each sequence ([`Pass::with_rows_before`]): a cache must have room for them.
+    fn rows_before(&self) -> usize {
+        0
+    }
     /// h [tokens, width] → h′; `run` is the block itself and may be called never, once or more: with the pass `cx`, or with
     /// one of other rows made of it ([`Pass::select`], [`Pass::with_rows_before`]).
     fn around(
@@ -101,6 +110,11 @@ pub trait KeyValuePatch: Send + Sync {
     /// added, and positions stay (LLaMA-Adapter).
     fn gate(&self) -> Option<Tensor> {
         None
+    }
+    /// Whether tokens move by `count` positions, as in `peft`; else rows without a gate lie before the first position, as
+    /// in AdapterHub.
+    fn moves(&self) -> bool {
+        true
     }
 }
 

@@ -390,6 +390,23 @@ impl Sites {
         self.iter().filter(vector).find(|s| s.path.strip_suffix(".bias") == Some(path))
     }
 
+    /// The number of a site's block through the whole model: a decoder's go on from the encoder's.
+    pub fn number(&self, site: &Site) -> Option<usize> {
+        let before = match site.stack {
+            Stack::Decoder => {
+                let encoder = self.iter().filter(|s| s.stack == Stack::Encoder);
+                encoder.filter_map(|s| s.layer).max().map_or(0, |last| last + 1)
+            }
+            _ => 0,
+        };
+        site.layer.map(|layer| layer + before)
+    }
+
+    /// How many blocks are counted so.
+    pub fn blocks(&self) -> usize {
+        self.iter().filter_map(|site| self.number(site)).max().map_or(0, |last| last + 1)
+    }
+
     /// Sites of one kind.
     pub fn of_kind<'a>(&'a self, is: impl Fn(&Kind) -> bool + 'a) -> impl Iterator<Item = &'a Site> {
         self.iter().filter(move |s| is(&s.kind))

@@ -55,7 +55,7 @@ pub enum TargetError {
         message: String,
     },
     /// Names or roles match no site.
-    #[error("nothing among {total} {kind}s matches {}; in this model {note}", names.join(", "))]
+    #[error("nothing among {total} {kind}s matches {}; in this model {note}", few(names))]
     Dead {
         /// Names that match nothing.
         names: Vec<String>,
@@ -70,6 +70,18 @@ pub enum TargetError {
         /// Module names of queries and values here, those of the cross-attention where that was asked for.
         suggestion: Vec<String>,
     },
+}
+
+/// Most names that a message lists.
+const LISTED: usize = 8;
+
+/// Names in a row, the first ones alone where they are many.
+pub fn few(names: &[String]) -> String {
+    let listed = names[..names.len().min(LISTED)].join(", ");
+    match names.len().saturating_sub(LISTED) {
+        0 => listed,
+        more => format!("{listed} … and {more} more"),
+    }
 }
 
 /// Chosen sites, and names among live ones that matched nothing.
@@ -308,6 +320,10 @@ mod tests {
         assert_eq!(Targets::names(["q_proj", "value"]).resolve(&sites()).unwrap().dead, ["value"]);
         assert!(Targets::names(["q_proj", "value"]).resolve_all(&sites()).is_err());
         assert!(Targets::names(["roj"]).resolve(&sites()).is_err(), "part of a name is not a name");
+        let names = |count: usize| (0..count).map(|i| format!("x{i}"));
+        let message = |count| Targets::names(names(count)).resolve(&sites()).unwrap_err().to_string();
+        assert!(message(8).contains("matches x0, x1, x2, x3, x4, x5, x6, x7; in"), "{}", message(8));
+        assert!(message(11).contains("x6, x7 … and 3 more; in"), "{}", message(11));
         let bad = Targets::from(Matcher::Regex("(".into())).resolve(&sites()).unwrap_err();
         assert!(matches!(bad, TargetError::Pattern { .. }));
     }

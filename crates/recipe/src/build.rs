@@ -89,6 +89,11 @@ fn method_table(section: &Section, tree: &Node) -> MethodTable {
     }
 }
 
+/// The format of the first task, where the table itself names none.
+fn first_format(tasks: &[&Section]) -> Value {
+    tasks.first().and_then(|task| task.get("format")).cloned().unwrap_or_default()
+}
+
 /// The data of a recipe.
 fn data(sections: &[Section], tree: &Node, dir: &Path) -> Result<Data, Problem> {
     let section = |path: &str| sections.iter().find(|section| section.path == path);
@@ -107,6 +112,7 @@ fn data(sections: &[Section], tree: &Node, dir: &Path) -> Result<Data, Problem> 
         }
         let text = table.get("template").and_then(Value::as_str).map(str::to_owned);
         // Where every set is a task's, the table itself has no file.
+        table.entry("format").or_insert_with(|| first_format(&tables));
         table.entry("path").or_insert_with(|| Value::String(String::new()));
         let mut data: Data = serde_json::from_value(Value::Object(table)).map_err(disagreement)?;
         data.columns = serde_json::from_value(Value::Object(names)).map_err(disagreement)?;
@@ -116,7 +122,7 @@ fn data(sections: &[Section], tree: &Node, dir: &Path) -> Result<Data, Problem> 
         Ok(data)
     };
     let mut all = one("data", Map::new())?;
-    for section in tables {
+    for section in &tables {
         let mut own = section.map();
         let name = own.remove("name").and_then(|name| name.as_str().map(str::to_owned)).unwrap_or_default();
         all.tasks.push(TaskData { name, data: one(&section.path, own)? });

@@ -265,8 +265,12 @@ impl Checker<'_> {
 
     fn missing(&mut self, path: &str, spec: &TableSpec, node: Option<&Node>) {
         // Tasks bring files of their own.
-        let brought =
-            |key: &str| path == "data" && key == "path" && node.is_some_and(|n| n.find("tasks").is_some());
+        let tasks = node.and_then(|n| n.find("tasks")).filter(|_| path == "data");
+        let in_all = |tasks: &Node, key: &str| match &tasks.value {
+            Tree::List(items) => !items.is_empty() && items.iter().all(|task| task.find(key).is_some()),
+            _ => false,
+        };
+        let brought = |key: &str| tasks.is_some_and(|tasks| key == "path" || in_all(tasks, key));
         let missing: Vec<&str> = spec
             .required
             .iter()

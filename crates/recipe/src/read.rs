@@ -48,6 +48,7 @@ impl Checker<'_> {
                 }
             }
             FieldKind::TextList
+            | FieldKind::PathList
             | FieldKind::IntList
             | FieldKind::FloatList
             | FieldKind::TextOrList
@@ -194,6 +195,7 @@ impl Checker<'_> {
 fn item_kind(kind: &FieldKind) -> FieldKind {
     match kind {
         FieldKind::IntList => FieldKind::Int { min: 0, max: i64::MAX },
+        FieldKind::PathList => FieldKind::Path,
         FieldKind::Layers => FieldKind::Int { min: 0, max: LAST_LAYER as i64 },
         FieldKind::IntMap => FieldKind::Int { min: 1, max: i64::MAX },
         FieldKind::FloatList | FieldKind::FloatMap => FieldKind::Float { min: -f64::MAX, max: f64::MAX },
@@ -216,6 +218,7 @@ fn noun(kind: &FieldKind) -> &'static str {
         FieldKind::Float { .. } => "a number",
         FieldKind::Text | FieldKind::Path | FieldKind::OneOf(_) => "a string",
         FieldKind::TextList => "a list of strings",
+        FieldKind::PathList => "a list of paths",
         FieldKind::IntList => "a list of whole numbers",
         FieldKind::FloatList => "a list of numbers",
         FieldKind::TextOrList => "a string or a list of strings",
@@ -253,7 +256,7 @@ fn hint(kind: &FieldKind, value: &Tree) -> Option<String> {
         (FieldKind::Text | FieldKind::Path | FieldKind::OneOf(_), Tree::Bool(flag)) => {
             format!("write `\"{flag}\"`")
         }
-        (FieldKind::TextList, Tree::Text(text)) if text.len() <= 60 => {
+        (FieldKind::TextList | FieldKind::PathList, Tree::Text(text)) if text.len() <= 60 => {
             format!("write `[{}]`", shown(text.as_str().into()))
         }
         (FieldKind::IntList | FieldKind::Layers, Tree::Int(number)) => format!("write `[{number}]`"),

@@ -121,7 +121,7 @@ fn kind(kind: &FieldKind) -> Value {
         FieldKind::Float { min, max } => float(*min, *max),
         FieldKind::Text | FieldKind::Path => text(),
         FieldKind::OneOf(names) => json!({ "enum": names }),
-        FieldKind::TextList => json!({ "type": "array", "items": text() }),
+        FieldKind::TextList | FieldKind::PathList => json!({ "type": "array", "items": text() }),
         FieldKind::IntList => json!({ "type": "array", "items": { "type": "integer", "minimum": 0 } }),
         FieldKind::FloatList => json!({ "type": "array", "items": { "type": "number" } }),
         FieldKind::TextOrList => json!({ "anyOf": [text(), { "type": "array", "items": text() }] }),

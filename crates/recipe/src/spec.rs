@@ -31,6 +31,8 @@ pub enum FieldKind {
     Text,
     /// A file or directory; relative to the recipe's directory, or in `--set` to the working directory.
     Path,
+    /// A list of files or directories, as [`FieldKind::Path`] has them.
+    PathList,
     /// One of these texts.
     OneOf(&'static [&'static str]),
     /// A list of texts.

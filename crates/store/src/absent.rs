@@ -24,17 +24,20 @@ pub(crate) fn no_such_directory(path: &Path) -> String {
     if !dir.is_dir() {
         return format!("no such directory; {} is a file", dir.display());
     }
-    let mut missing = path.strip_prefix(above).unwrap_or(path).iter();
-    let near = missing.next().and_then(|wanted| sibling(dir, &wanted.to_string_lossy()));
     let shown = dir.display();
-    match near {
+    match meant(path) {
         None => format!("no such directory; the nearest that exists is {shown}"),
-        Some(name) => {
-            let whole: PathBuf = above.iter().chain([name.as_ref()]).chain(missing).collect();
-            let meant = if whole.is_dir() { whole } else { above.join(name) };
-            format!("no such directory in {shown}; did you mean {}?", meant.display())
-        }
+        Some(near) => format!("no such directory in {shown}; did you mean {}?", near.display()),
     }
+}
+
+/// The directory whose name is like the first part of `path` that is not there, with what follows where that is there too.
+pub(crate) fn meant(path: &Path) -> Option<PathBuf> {
+    let above = path.ancestors().skip(1).find(|dir| here(dir).exists()).unwrap_or(Path::new(""));
+    let mut missing = path.strip_prefix(above).unwrap_or(path).iter();
+    let name = sibling(here(above), &missing.next()?.to_string_lossy())?;
+    let whole: PathBuf = above.iter().chain([name.as_ref()]).chain(missing).collect();
+    Some(if whole.is_dir() { whole } else { above.join(name) })
 }
 
 /// The empty path is the working directory.

@@ -114,11 +114,7 @@ pub fn write_adapter(dir: &Path, config: &Value, entries: &[Entry]) -> Result<()
 pub fn write_adapter_on(disk: &dyn Disk, dir: &Path, config: &Value, entries: &[Entry]) -> Result<()> {
     let weights = Body::safetensors(entries, &BTreeMap::new())?;
     let config = Body::bytes(python_json(config).into_bytes());
-    if !disk.exists(dir) {
-        disk.create_dir(dir, false).map_err(|e| Error::io("create", dir, e))?;
-        let above = parent(dir);
-        disk.sync_dir(above).map_err(|e| Error::io("sync", above, e))?;
-    }
+    make_dir(disk, dir)?;
     let (weights_to, config_to) = (dir.join(WEIGHTS), dir.join(CONFIG));
     // Both are complete on disk before either name changes.
     let weights_aside = write_aside(disk, &weights_to, &weights)?;
@@ -135,6 +131,17 @@ pub fn write_adapter_on(disk: &dyn Disk, dir: &Path, config: &Value, entries: &[
     Ok(())
 }
 
+/// Creates a directory and those above it, durably.
+fn make_dir(disk: &dyn Disk, dir: &Path) -> Result<()> {
+    if dir.as_os_str().is_empty() || disk.exists(dir) {
+        return Ok(());
+    }
+    let above = parent(dir);
+    make_dir(disk, above)?;
+    disk.create_dir(dir, false).map_err(|e| Error::io("create", dir, e))?;
+    disk.sync_dir(above).map_err(|e| Error::io("sync", above, e))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -147,7 +154,7 @@ mod tests {
     #[test]
     fn written_and_read_again() {
         let dir = tempfile::tempdir().unwrap();
-        let at = dir.path().join("adapter");
+        let at = dir.path().join("new/deep/adapter");
         let config = json!({"r": 8, "peft_type": "LORA", "lora_dropout": 0.0});
         for value in [1.0, 2.0] {
             write_adapter(&at, &config, &[Entry::f32("w", &[1], &[value])]).unwrap();

@@ -3,7 +3,7 @@
 //! The cache is the one that Python uses: `models--ORG--NAME/refs/REVISION` holds a commit,
 //! `snapshots/COMMIT/FILE` links to `blobs/ETAG`. Nothing is sent when the cache has the model.
 
-use crate::absent::{no_such_directory, reads_as_path};
+use crate::absent::{meant, no_such_directory, reads_as_path};
 use crate::download;
 use crate::error::{Error, Result};
 use crate::paths::is_plain;
@@ -116,18 +116,33 @@ impl Hub {
             return Err(Error::missing(path, no_such_directory(path)));
         }
         if self.offline {
+            let near =
+                meant(path).map_or_else(String::new, |near| format!("\n  did you mean {}?", near.display()));
             return Err(Error::Hub(format!(
                 "`{model}` is not a directory and not in the cache, and offline mode forbids a download\n  \
                  looked for {}\n  looked for {looked}\n  \
-                 unset HF_HUB_OFFLINE to download it, or give a model directory",
+                 unset HF_HUB_OFFLINE to download it, or give a model directory{near}",
                 path.display()
             )));
         }
         // hf-hub asserts some of what a server answers; a strange answer must not end the process.
         let work = || download::download(self, model, revision, &repository, progress);
-        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        let found = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
             Err(Error::Hub(format!("{} gave an answer that makes no sense for `{model}`", self.endpoint)))
-        })
+        });
+        found.map_err(|error| self.as_path_too(path, error))
+    }
+
+    /// An id that the Hub does not give may have been meant as a path.
+    fn as_path_too(&self, path: &Path, error: Error) -> Error {
+        let Error::Hub(text) = error else { return error };
+        match meant(path) {
+            Some(near) => Error::missing(
+                path,
+                format!("no such directory; did you mean {}?\n  as a Hub id: {text}", near.display()),
+            ),
+            None => Error::Hub(format!("{text}\n  (a directory of that name is not here either)")),
+        }
     }
 
     fn repository(&self, id: &str) -> PathBuf {

@@ -46,10 +46,7 @@ impl RunDir {
     /// # Errors
     /// It holds something else or no run to resume, or it cannot be written.
     pub fn look(path: &Path, resume: bool) -> Result<()> {
-        let above = path.ancestors().map(or_here).find(|dir| dir.exists()).unwrap_or(Path::new("."));
-        if !above.is_dir() {
-            return Err(Error::malformed(above, "expected a directory to write to, found something else"));
-        }
+        let above = above_that_exists(path)?;
         if resume {
             // A run that was killed before its plan stood has only its lock.
             if !path.join(LOCK).is_file() {
@@ -170,6 +167,24 @@ fn whole_lines(file: &mut File) -> std::io::Result<u64> {
         end -= size as u64;
     }
     Ok(0)
+}
+
+/// Whether `path` can be made, with the directories above it, and written: nothing stays behind.
+///
+/// # Errors
+/// Something above it is no directory, or cannot be written.
+pub fn require_writable(path: &Path) -> Result<()> {
+    let above = above_that_exists(path)?;
+    probe(above, above)
+}
+
+/// The nearest directory to `path` that exists, itself included.
+fn above_that_exists(path: &Path) -> Result<&Path> {
+    let above = path.ancestors().map(or_here).find(|dir| dir.exists()).unwrap_or(Path::new("."));
+    if !above.is_dir() {
+        return Err(Error::malformed(above, "expected a directory to write to, found something else"));
+    }
+    Ok(above)
 }
 
 /// Writes a file in `dir` and removes it again; an error names `shown`.

@@ -3,10 +3,14 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use engraft_method::{Chosen, Field, FieldKind, Named, attach, find, load_adapter, pattern};
+use engraft_data::Tokenizer;
+use engraft_method::{
+    Chosen, Field, FieldKind, Method, Named, SavedAdapter, Settings, attach, find, load_adapter, pattern,
+};
 use engraft_nn::{Adapter, LayerChoice, Matcher, Model, Role, Sites, TargetError, Targets};
 use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
 use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
+use serde_json::{Value, json};
 
 use crate::Result;
 
@@ -56,6 +60,7 @@ pub(crate) fn from_recipe(
     recipe: &Recipe,
     methods: &[MethodTable],
     model: &dyn Model,
+    tokenizer: Option<&Tokenizer>,
     new_tensors: &[String],
 ) -> std::result::Result<AttachedAdapter, Vec<Problem>> {
     if let Some(table) = methods.iter().find(|m| m.from.is_some()) {
@@ -63,7 +68,7 @@ pub(crate) fn from_recipe(
     }
     let (mut chosen, mut problems): (Vec<Chosen>, Vec<Problem>) = (vec![], vec![]);
     for table in methods {
-        match method(recipe, table, model) {
+        match method(recipe, table, model, tokenizer) {
             Ok(one) => chosen.push(one),
             Err(found) => problems.extend(found),
         }
@@ -155,11 +160,7 @@ fn saved(
     }
     let Some(from) = &table.from else { return Err(recipe.problem_at(&at, "`from` is missing")) };
     let problem = |text: String| recipe.problem_at(&at, text);
-    let adapter = open_adapter(model, &from.value, &Limits::default()).map_err(|e| problem(e.to_string()))?;
-    for (method, _) in &adapter.methods {
-        method.trains_on().map_err(|e| problem(e.to_string()))?;
-    }
-    Ok(adapter)
+    open_adapter(model, &from.value, &Limits::default()).map_err(|e| problem(e.to_string()))
 }
 
 /// A method with its targets, all of which exist.
@@ -167,6 +168,7 @@ fn method(
     recipe: &Recipe,
     table: &MethodTable,
     model: &dyn Model,
+    tokenizer: Option<&Tokenizer>,
 ) -> std::result::Result<Chosen, Vec<Problem>> {
     let name = table.name.as_ref().map_or("", |name| name.value.as_str());
     let Some(entry) = find(name) else {
@@ -174,7 +176,10 @@ fn method(
             recipe.problem_at(&format!("{}.name", table.at), format!("there is no method `{name}`")),
         ]);
     };
-    let method = (entry.from_settings)(&table.settings).map_err(|e| wrong_settings(recipe, table, e))?;
+    let settings = filled(&table.settings, entry.info.fields, tokenizer)
+        .map_err(|(key, e)| vec![recipe.problem_at(&format!("{}.{key}", table.at), e)])?;
+    let mut method = (entry.from_settings)(&settings).map_err(|e| wrong_settings(recipe, table, e))?;
+    give_adapters(recipe, table, entry.info.fields, method.as_mut())?;
     let default = method.default_targets(model.sites());
     let targets = targets(recipe, table, default.clone())?;
     let effective = targets.clone().or(default);
@@ -203,6 +208,78 @@ fn method(
         }
     }
     Ok((method, targets))
+}
+
+/// The settings with what a method needs of the texts and files they name: ids of tokens, where there is a tokenizer, and rows
+/// of saved prompts.
+fn filled(
+    settings: &Settings,
+    fields: &[Field],
+    tokenizer: Option<&Tokenizer>,
+) -> std::result::Result<Settings, (&'static str, String)> {
+    let mut settings = settings.clone();
+    for field in fields {
+        let value = match (field.kind, settings.get(field.name), tokenizer) {
+            (FieldKind::Tokens, Some(Value::String(text)), Some(tokenizer)) => {
+                let ids = tokenizer.encode(text, true).map_err(|e| (field.name, e.to_string()))?.ids;
+                json!({ "text": text, "ids": ids })
+            }
+            (FieldKind::Prompts, Some(Value::Array(paths)), _) => {
+                let rows = paths.iter().filter_map(Value::as_str).map(saved_prompt);
+                rows.collect::<std::result::Result<Value, String>>().map_err(|e| (field.name, e))?
+            }
+            _ => continue,
+        };
+        settings.insert(field.name.into(), value);
+    }
+    Ok(settings)
+}
+
+/// Gives the method what the saved adapters that its settings name hold.
+fn give_adapters(
+    recipe: &Recipe,
+    table: &MethodTable,
+    fields: &[Field],
+    method: &mut dyn Method,
+) -> std::result::Result<(), Vec<Problem>> {
+    for field in fields.iter().filter(|field| matches!(field.kind, FieldKind::Adapters)) {
+        let Some(Value::Array(paths)) = table.settings.get(field.name) else { continue };
+        let (mut adapters, mut problems) = (vec![], vec![]);
+        for (index, path) in paths.iter().filter_map(Value::as_str).enumerate() {
+            match saved_adapter(path) {
+                Ok(adapter) => adapters.push(adapter),
+                Err(e) => {
+                    let at = format!("{}.{}[{index}]", table.at, field.name);
+                    problems.push(recipe.problem_at(&at, e.to_string()));
+                }
+            }
+        }
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        method.take_adapters(field.name, adapters).map_err(|e| wrong_settings(recipe, table, e))?;
+    }
+    Ok(())
+}
+
+fn saved_adapter(path: &str) -> Result<SavedAdapter> {
+    let files = read_adapter(Path::new(path), &Limits::default())?;
+    let tensors = adapter_tensors(&files)?;
+    Ok(SavedAdapter { path: path.into(), config: files.config, tensors })
+}
+
+/// The rows of the prompt that is saved at `path`.
+fn saved_prompt(path: &str) -> std::result::Result<Value, String> {
+    let files = read_adapter(Path::new(path), &Limits::default()).map_err(|e| e.to_string())?;
+    let kind = files.config.get("peft_type").and_then(Value::as_str).unwrap_or("none");
+    let is_prompt = ["PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"].contains(&kind);
+    let raw = files.weights.get("prompt_embeddings").filter(|raw| is_prompt && raw.shape.len() == 2);
+    let Some(raw) = raw else {
+        return Err(format!("{path} holds no rows that stand before an input: its peft_type is {kind}"));
+    };
+    let values = raw.to_f32().map_err(|e| e.to_string())?;
+    let rows: Vec<&[f32]> = values.chunks(raw.shape[1].max(1)).collect();
+    Ok(json!({ "path": path, "rows": rows }))
 }
 
 /// What a method says of its settings, each at its own place: its words begin with the setting's name.

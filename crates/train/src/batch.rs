@@ -24,6 +24,8 @@ pub struct Packing<'a> {
     pub images: Option<&'a Images>,
     /// How the labels of targets become decoder inputs.
     pub shift: Option<Shift>,
+    /// Whether the labels of tokens are those tokens, which the model is to write (causal language models).
+    pub writes: bool,
 }
 
 impl Batch {
@@ -37,6 +39,7 @@ impl Batch {
             Some(images) => Inputs::pixels(pixels(images, &pictures)?)?,
             None => tokens(examples)?,
         };
+        let inputs = if with.writes { without_answers(inputs, examples) } else { inputs };
         let mut labels = vec![];
         for example in examples {
             match &example.labels {
@@ -70,6 +73,16 @@ fn target(labels: &Labels) -> Option<&Target> {
         Labels::Target(target) => Some(target),
         _ => None,
     }
+}
+
+/// The inputs, with the tokens from the first that has a label on marked as asked for.
+fn without_answers(inputs: Inputs, examples: &[Example]) -> Inputs {
+    let asked = |example: &Example| match &example.labels {
+        Labels::Tokens(of) => of.iter().position(|&l| l != IGNORED).map_or(0, |first| of.len() - first),
+        _ => 0,
+    };
+    let asked = examples.iter().map(asked).collect();
+    Inputs { layout: inputs.layout.with_asked(asked), ..inputs }
 }
 
 /// Token ids, types and positions of examples, one after another.
@@ -125,7 +138,10 @@ fn with_targets(inputs: Inputs, targets: &[&Target], shift: Option<Shift>) -> Re
     }
     let lengths: Vec<usize> = targets.iter().map(|t| t.labels.len()).collect();
     let count = ids.len();
-    Ok(inputs.with_target(Tensor::from_i64(ids, [count])?, Layout::new(&lengths, positions)?))
+    // The start token is given, all others are to be written.
+    let layout =
+        Layout::new(&lengths, positions)?.with_asked(lengths.iter().map(|n| n.saturating_sub(1)).collect());
+    Ok(inputs.with_target(Tensor::from_i64(ids, [count])?, layout))
 }
 
 /// What masked language modelling draws from.
@@ -163,6 +179,8 @@ pub struct FeedOptions {
     pub shift: Option<Shift>,
     /// Tasks are drawn in proportion to size^(1/temperature).
     pub temperature: f64,
+    /// As in `Packing`.
+    pub writes: bool,
 }
 
 /// The micro-batches of every step, a function of the step's number: there is no state to save.
@@ -173,6 +191,14 @@ pub struct Feed<'a> {
     groups: Vec<Vec<usize>>,
     batches: Batches,
     epoch: Option<(u64, Epoch)>,
+}
+
+/// What to do where one of two levels would have no row.
+fn too_few(rows: usize, held_out: f64) -> String {
+    let needed = (1.0 / held_out).ceil().max(2.0);
+    format!(
+        "the training rows are parted into two levels, and of {rows} a share of {held_out} is no row for one of them; give at least {needed} rows, or another `held_out`"
+    )
 }
 
 impl<'a> Feed<'a> {
@@ -187,9 +213,7 @@ impl<'a> Feed<'a> {
         let rows = groups(data, options.packed).len();
         let count = (0..rows).filter(|&row| held(row)).count();
         if count == 0 || count == rows {
-            return Err(Error::Setup(format!(
-                "{rows} training rows cannot be parted into two levels, {held_out} of them for the upper; give more rows"
-            )));
+            return Err(Error::Setup(too_few(rows, held_out)));
         }
         Ok([Self::of(data, options, |row| !held(row))?, Self::of(data, options, held)?])
     }
@@ -269,7 +293,8 @@ impl<'a> Feed<'a> {
                 self.options.masking.map_or_else(|| example.clone(), |m| m.apply(example, index, epoch))
             })
             .collect();
-        Batch::pack(&examples, Packing { images: self.data.images.as_deref(), shift: self.options.shift })
+        let FeedOptions { shift, writes, .. } = self.options;
+        Batch::pack(&examples, Packing { images: self.data.images.as_deref(), shift, writes })
     }
 }
 
@@ -327,6 +352,7 @@ mod tests {
             masking: None,
             shift: None,
             temperature: 1.0,
+            writes: false,
         }
     }
 
@@ -347,6 +373,21 @@ mod tests {
         let first = &feed.step(1).unwrap()[0];
         assert_eq!(first.inputs.layout.positions(), [0, 1, 2, 0]);
         assert_eq!((first.tokens(), &first.labels[..]), (4, &[0, 1][..]));
+    }
+
+    #[test]
+    fn what_a_language_model_is_to_write_is_not_given() {
+        let mut data = data(&[4, 3, 2]);
+        let labels = [vec![IGNORED, IGNORED, 7, 8], vec![IGNORED; 3], vec![5, 6]];
+        for (example, labels) in data.examples.iter_mut().zip(labels) {
+            example.labels = Labels::Tokens(labels);
+        }
+        let asked = |writes| {
+            let mut feed = Feed::new(&data, FeedOptions { writes, ..options(3, 1) }).unwrap();
+            feed.step(1).unwrap()[0].inputs.layout.asked().to_vec()
+        };
+        assert_eq!(asked(true), [2, 0, 2]);
+        assert!(asked(false).is_empty(), "labels of other models are no tokens of theirs");
     }
 
     #[test]

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::events::Observer;
+use crate::events::{Event, Observer};
 use crate::run::{Outcome, RunOptions, Status, train};
 use crate::session::Session;
 use crate::{Error, Result};
@@ -24,12 +24,9 @@ pub fn check(mut session: Session, parent: &Path, observer: &mut dyn Observer) -
     }
     let dir = tempfile::Builder::new().prefix(".engraft-check-").tempdir_in(parent);
     let dir = dir.map_err(|e| engraft_store::Error::io("create a directory in", parent, e))?;
-    let options = RunOptions {
-        out: dir.path().join("run"),
-        stop: Arc::new(AtomicBool::new(true)),
-        ..RunOptions::default()
-    };
-    let first = train(&session, &options, observer)?;
+    let options = RunOptions { out: dir.path().join("run"), ..RunOptions::default() };
+    let mut stopping = StopAfterFirst { observer: &mut *observer, stop: options.stop.clone() };
+    let first = train(&session, &options, &mut stopping)?;
     if first.status != Status::Interrupted {
         return Err(Error::Setup(format!("the check ended after step {} instead of stopping", first.step)));
     }
@@ -37,4 +34,31 @@ pub fn check(mut session: Session, parent: &Path, observer: &mut dyn Observer) -
     let outcome = train(&session, &options, observer)?;
     dir.close().map_err(|e| engraft_store::Error::io("remove the directory of the check in", parent, e))?;
     Ok(outcome)
+}
+
+/// Stops a run after its first step: what prepares the methods before it is not to be stopped.
+struct StopAfterFirst<'a> {
+    observer: &'a mut dyn Observer,
+    stop: Arc<AtomicBool>,
+}
+
+impl Observer for StopAfterFirst<'_> {
+    fn event(&mut self, event: &Event) {
+        if matches!(event, Event::Data(_)) {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+        self.observer.event(event);
+    }
+
+    fn evaluating(&mut self, done: usize, total: usize) {
+        self.observer.evaluating(done, total);
+    }
+
+    fn preparing(&mut self, method: &str, done: u64, total: Option<u64>) {
+        self.observer.preparing(method, done, total);
+    }
+
+    fn prepared(&mut self) {
+        self.observer.prepared();
+    }
 }

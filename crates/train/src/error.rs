@@ -32,6 +32,9 @@ pub enum Error {
     /// A checkpoint, or the run it belongs to, is not that of this recipe.
     #[error("{0}")]
     Resume(String),
+    /// Stopped from outside before there was anything to save.
+    #[error("interrupted before the first step; nothing was saved yet")]
+    Interrupted,
     /// A loss or gradient is not a number; nothing was updated.
     #[error(transparent)]
     NotFinite(#[from] Box<NotFinite>),

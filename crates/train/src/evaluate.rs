@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use engraft_data::{Dataset, Example};
 use engraft_method::Chosen;
-use engraft_nn::{Adapter, Model, Output, Pass};
+use engraft_nn::{Adapter, Model, Output, Pass, Task};
 use engraft_tensor::{Tensor, no_grad, on_pool, ops};
 use serde::Serialize;
 
@@ -114,7 +114,8 @@ impl Evaluated<'_> {
 
     /// What examples of `data` are packed with.
     pub(crate) fn packing<'d>(&self, data: &'d Dataset) -> Packing<'d> {
-        Packing { images: data.images.as_deref(), shift: self.shift }
+        let writes = self.model.info().task == Task::CausalLm;
+        Packing { images: data.images.as_deref(), shift: self.shift, writes }
     }
 
     pub(crate) fn predict(&self, objective: Objective, batch: &Batch) -> Result<Answers> {

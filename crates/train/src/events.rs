@@ -108,13 +108,19 @@ pub struct EndEvent {
     pub adapter_step: Option<u64>,
 }
 
-/// Watches a run.
-pub trait Observer {
+/// Watches a run. What prepares a method may run on another thread.
+pub trait Observer: Send {
     /// Something happened. Called on the training thread; it should return soon.
     fn event(&mut self, event: &Event);
 
     /// An evaluation has done `done` of `total` batches.
     fn evaluating(&mut self, _done: usize, _total: usize) {}
+
+    /// Before the first step `method` has looked at `done` batches of the data, of `total` where it knows how many.
+    fn preparing(&mut self, _method: &str, _done: u64, _total: Option<u64>) {}
+
+    /// All methods have looked.
+    fn prepared(&mut self) {}
 }
 
 /// Watches nothing.

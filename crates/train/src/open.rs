@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use engraft_data::{Labels, TemplateOptions, Tokenizer};
 use engraft_model::{LoadOptions, Loaded, Packed, load, token_limit};
-use engraft_nn::Task;
 use engraft_nn::weight::Storage;
+use engraft_nn::{Adapter, Task};
 use engraft_recipe::{self as recipe, Dtype, Facts, Problem, Quantize, Recipe};
 use engraft_store::hub::{Hub, Progress};
 use engraft_store::{Limits, Weights, read_config};
@@ -80,21 +80,22 @@ impl Session {
         let facts = facts(recipe, task, examples.as_ref(), max_length, &options.working_dir)?;
         let plan = keep(recipe.plan(&facts).map_err(|found| found.list), &mut problems);
         let methods = plan.as_ref().map_or(&recipe.methods, |plan| &plan.methods);
-        let made = from_recipe(recipe, methods, loaded.model.as_ref(), &loaded.new_tensors);
+        let made =
+            from_recipe(recipe, methods, loaded.model.as_ref(), tokenizer.as_ref(), &loaded.new_tensors);
         let attached = keep(made, &mut problems);
         if let Some(examples) = &examples {
             problems.extend(misfits(recipe, examples, &loaded, attached.as_ref()));
         }
-        let (Some(examples), Some(plan), Some(attached)) = (examples, plan, attached) else {
+        let sound = problems.is_empty();
+        let (Some(examples), Some(plan), Some(attached), true) = (examples, plan, attached, sound) else {
             return Err(recipe.problems(problems).into());
         };
-        if !problems.is_empty() {
-            return Err(recipe.problems(problems).into());
-        }
         let weights = Weights::open(&model_dir, &options.limits)?;
         let fingerprint = Fingerprint::new(of_weights(&weights), of_data(&examples.train));
-        let notes = [attached.notes, doubts(recipe, &examples, &config, &loaded)].concat();
-        Ok(Session {
+        let idle = idle_ranks(&attached.adapter);
+        let notes = [attached.notes, doubts(recipe, &examples, &config, &loaded), idle.into_iter().collect()]
+            .concat();
+        let session = Session {
             objective: Objective::of(loaded.model.info().task)?,
             shift: Shift::of(&config),
             plan,
@@ -112,7 +113,9 @@ impl Session {
             labels: examples.labels,
             fingerprint,
             notes,
-        })
+        };
+        session.levels().map_err(|e| recipe.problems(vec![recipe.problem_at("data.path", e.to_string())]))?;
+        Ok(session)
     }
 }
 
@@ -191,6 +194,27 @@ fn doubts(recipe: &Recipe, examples: &Examples, config: &Value, loaded: &Loaded)
         );
     }
     doubts
+}
+
+/// What to tell of low-rank products whose rank is more than their weight's: allowed, as in `peft`, and of no use.
+fn idle_ranks(adapter: &Adapter) -> Option<String> {
+    let shape = |name: &str| {
+        let param = adapter.params().iter().find(|p| p.name == name)?;
+        Some(param.param.value().shape().to_vec())
+    };
+    let idle = adapter.params().iter().filter_map(|param| {
+        let path = param.name.strip_suffix(".lora_A.weight")?;
+        let a = param.param.value().shape().to_vec();
+        let (rank, inn) = (a[0], a[1..].iter().product::<usize>());
+        let most = inn.min(*shape(&format!("{path}.lora_B.weight"))?.first()?);
+        (rank > most).then(|| (path.to_owned(), rank, most))
+    });
+    let idle: Vec<_> = idle.collect();
+    let (path, rank, most) = idle.first()?;
+    let more = if idle.len() > 1 { format!(", and at {} more", idle.len() - 1) } else { String::new() };
+    Some(format!(
+        "rank {rank} is more than the {most} that {path} can have{more}: what is beyond costs time and memory and changes nothing"
+    ))
 }
 
 /// What the plan needs to know of model and data.
@@ -341,16 +365,24 @@ fn steps_per_epoch(recipe: &Recipe, examples: &Examples, max_length: usize) -> R
         .steps_per_epoch())
 }
 
-/// The rows of a prompt take positions too: the longest example with them must not have more than there are.
+/// The rows of a prompt take positions too: there must be some left, and the longest example with them must not have more than
+/// a table has.
 fn no_room(
     recipe: &Recipe,
     examples: &Examples,
     attached: Option<&AttachedAdapter>,
     config: &Value,
 ) -> Option<Problem> {
-    let limit = token_limit(config).filter(|limit| limit.is_table)?.tokens;
+    let limit = token_limit(config)?;
+    let (is_table, limit) = (limit.is_table, limit.tokens);
     let rows = attached?.adapter.prompt_rows();
-    let longest = examples.train.lengths().into_iter().max()?;
+    if rows >= limit {
+        let title = format!("the prompt takes {rows} positions, and the model has {limit}");
+        let help = format!("`tokens` of at most {} leave room for a token", limit.saturating_sub(1));
+        return Some(recipe.problem_at("method", title).help(&help));
+    }
+    let parts = [Some(&examples.train), examples.eval.as_ref()];
+    let longest = parts.into_iter().flatten().flat_map(|part| part.lengths()).max().filter(|_| is_table)?;
     let title = format!(
         "the longest example has {longest} tokens, the prompt {rows} rows, and the model has {limit} positions"
     );

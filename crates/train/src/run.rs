@@ -101,6 +101,7 @@ pub struct Outcome {
 /// A directory that cannot be written or holds another run, a step without a finite loss, checkpoints that cannot be
 /// saved; the newest checkpoint stands whatever happens.
 pub fn train(session: &Session, options: &RunOptions, observer: &mut dyn Observer) -> Result<Outcome> {
+    session.expect_training()?;
     let mut run = Run::open(session, options, observer)?;
     let status = run.steps()?;
     run.end(status)
@@ -160,7 +161,7 @@ impl<'a> Run<'a> {
         let mut resumed = None;
         let (state, id) = if saved::steps(&RealDisk, &checkpoints)?.is_empty() {
             if !session.goes_on {
-                crate::calibrate::prepare(session)?;
+                crate::calibrate::prepare(session, &options.stop, observer)?;
             }
             let state = State { fingerprint: session.fingerprint.clone(), ..State::default() };
             let id = new_id(&plan_hash);

@@ -54,15 +54,36 @@ pub struct Session {
 }
 
 impl Session {
+    /// An error where the adapter was read from a file that holds only what a forward needs: it can be scored, not trained on.
+    pub fn expect_training(&self) -> Result<()> {
+        if self.goes_on {
+            self.methods.iter().try_for_each(|(method, _)| method.trains_on())?;
+        }
+        Ok(())
+    }
+
     /// How the training examples are batched.
     pub fn feed_options(&self) -> Result<FeedOptions> {
         let masking = self.masking()?;
-        Ok(feed_options(&self.plan.data, &self.plan.train, self.plan.max_length, masking, self.shift))
+        let writes = self.objective == Objective::CausalLm;
+        let plan = &self.plan;
+        let options = feed_options(&plan.data, &plan.train, plan.max_length, masking, self.shift);
+        Ok(FeedOptions { writes, ..options })
     }
 
     /// The micro-batches of every step.
     pub fn feed(&self) -> Result<Feed<'_>> {
         Feed::new(&self.train, self.feed_options()?)
+    }
+
+    /// The micro-batches of the two levels, for methods that have two.
+    ///
+    /// # Errors
+    /// Too few rows for both levels.
+    pub(crate) fn levels(&self) -> Result<Option<[Feed<'_>; 2]>> {
+        let held_out = self.methods.iter().map(|(m, _)| m.held_out()).fold(0.0, f64::max);
+        let parts = || Feed::parts(&self.train, self.feed_options()?, held_out);
+        (held_out > 0.0).then(parts).transpose()
     }
 
     /// How masks are drawn, for masked language models whose examples are text.
@@ -114,5 +135,6 @@ pub(crate) fn feed_options(
         masking,
         shift,
         temperature: data.temperature,
+        writes: false,
     }
 }

@@ -25,9 +25,10 @@ fn kind(kind: FieldKind) -> Kind {
         FieldKind::Bool => Kind::Bool,
         FieldKind::Int { min, max } => Kind::Int { min, max },
         FieldKind::Float { min, max } => Kind::Float { min, max },
-        FieldKind::Text => Kind::Text,
+        FieldKind::Text | FieldKind::Tokens => Kind::Text,
         FieldKind::OneOf(names) => Kind::OneOf(names),
         FieldKind::TextList => Kind::TextList,
+        FieldKind::Prompts | FieldKind::Adapters => Kind::PathList,
         FieldKind::IntList => Kind::IntList,
         FieldKind::IntMap => Kind::IntMap,
         FieldKind::FloatMap => Kind::FloatMap,
@@ -60,9 +61,11 @@ mod tests {
                     FieldKind::Bool => value.is_boolean(),
                     FieldKind::Int { min, max } => value.as_i64().is_some_and(|n| (min..=max).contains(&n)),
                     FieldKind::Float { min, max } => value.as_f64().is_some_and(|n| (min..=max).contains(&n)),
-                    FieldKind::Text => value.is_string(),
+                    FieldKind::Text | FieldKind::Tokens => value.is_string(),
                     FieldKind::OneOf(names) => value.as_str().is_some_and(|text| names.contains(&text)),
-                    FieldKind::TextList | FieldKind::IntList => value.is_array(),
+                    FieldKind::TextList | FieldKind::Prompts | FieldKind::Adapters | FieldKind::IntList => {
+                        value.is_array()
+                    }
                     FieldKind::IntMap | FieldKind::FloatMap => value.is_object(),
                 };
                 assert!(fits, "{}.{} = {text} does not fit its kind", entry.info.name, field.name);

@@ -51,14 +51,10 @@ impl<'s> Trainer<'s> {
     pub fn new(session: &'s Session) -> Result<Self> {
         let plan = &session.plan;
         let methods: Vec<_> = session.methods.iter().map(|(m, _)| m.as_ref()).collect();
-        let held_out = session.methods.iter().map(|(m, _)| m.held_out()).fold(0.0, f64::max);
-        let parts = (held_out > 0.0)
-            .then(|| Feed::parts(&session.train, session.feed_options()?, held_out))
-            .transpose()?;
         Ok(Trainer {
             session,
             feed: session.feed()?,
-            parts,
+            parts: session.levels()?,
             optimizer: Optimizer::new(&session.adapter, &methods, &plan.train),
             rate: LearningRate {
                 peak: plan.train.learning_rate,
@@ -102,9 +98,7 @@ impl<'s> Trainer<'s> {
         let mut total = Tensor::scalar(0.0);
         let share = 1.0 / labels as f32;
         for (micro, batch) in batches.iter().enumerate() {
-            let own = session.objective.count(batch, self.prompted) as f32;
-            let cx = self.pass(batch, number, micro as u64)?.sharing(own * share);
-            let loss = session.objective.loss(&session.model, batch, &cx)?.scale(share)?;
+            let loss = self.loss(batch, number, micro as u64, share)?.scale(share)?;
             gradients.add(loss.backward()?)?;
             total = total.add(&loss.detach())?;
         }
@@ -158,6 +152,19 @@ impl<'s> Trainer<'s> {
             (Some([_, upper]), Some(Part::Upper)) => upper.step(at.number.div_ceil(2)),
             _ => self.feed.step(at.number),
         }
+    }
+
+    /// The loss of a micro-batch, summed over its labels, each of which is `share` of the step's.
+    fn loss(&self, batch: &Batch, step: u64, micro: u64, share: f32) -> Result<Tensor> {
+        let (objective, model) = (self.session.objective, &self.session.model);
+        let own = objective.count(batch, self.prompted) as f32 * share;
+        let Some(weight) = self.session.methods.iter().find_map(|(m, _)| m.consistency()) else {
+            return objective.loss(model, batch, &self.pass(batch, step, micro)?.sharing(own));
+        };
+        // Each pass draws as a micro-batch of its own would; terms that patches bring along come with the first.
+        let first = self.pass(batch, step, 2 * micro)?.sharing(own);
+        let second = self.pass(batch, step, 2 * micro + 1)?.sharing(0.0);
+        objective.loss_of_two(model, batch, [&first, &second], weight)
     }
 
     /// The pass of a micro-batch, after the methods had their first look.

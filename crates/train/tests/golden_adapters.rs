@@ -67,10 +67,13 @@ fn case(root: &Path, name: &str) -> Vec<String> {
         let same = format!("{stored:?}") == raw.dtype.to_string();
         (!whole && !same).then(|| format!("{key} is {} and saved as {stored:?}", raw.dtype))
     }));
+    let methods = adapter.methods;
     let adapted = Arc::new(adapter.adapter);
     let mut compare = |adapter: &Arc<Adapter>, file: &str, tolerance: &str| {
         let cx = Pass::new(grid.inputs.layout.clone(), Some(adapter.clone()));
-        let logits = match no_grad(|| loaded.model.forward(&grid.inputs, &cx)) {
+        let first = || loaded.model.features(&grid.inputs, &Pass::new(grid.inputs.layout.clone(), None));
+        let looked = methods.iter().try_for_each(|(m, _)| m.before_forward(adapter, &first, &cx));
+        let logits = match looked.and_then(|()| no_grad(|| loaded.model.forward(&grid.inputs, &cx))) {
             Ok(logits) => grid.unpack(&logits, info.task.per_sequence()),
             Err(e) => return problems.push(format!("{file}: {e}")),
         };

@@ -1,4 +1,5 @@
-//! SIGKILL at 20 random moments, and a file-size limit in the middle: the run goes on to the same bits.
+//! SIGKILL at random moments, and a file-size limit in the middle: the run goes on to the same bits, also of methods that look
+//! at the data before the first step.
 //!
 //! The killed process is this test binary itself, started on the ignored test `child`.
 
@@ -8,11 +9,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{golden, recipe, session};
+use common::{golden, recipe, recipe_of, session};
 use engraft_train::{RunOptions, train};
 
 const RUN: &str = "ENGRAFT_TEST_RUN";
+const METHOD: &str = "ENGRAFT_TEST_METHOD";
 const STEPS: u64 = 60;
+/// Steps of a run that is prepared.
+const FEW: u64 = 12;
 
 /// Trains in the directory that the parent names, from wherever the run there stands.
 #[test]
@@ -20,8 +24,16 @@ const STEPS: u64 = 60;
 fn child() {
     let Some(out) = std::env::var_os(RUN).map(PathBuf::from) else { return };
     let dir = golden().join("trajectories/llama__lora");
-    let text = format!("steps = {STEPS}\nbatch_size = 2\ncheckpoint_every = 5\nschedule = \"linear\"\n");
-    let session = session(&recipe(&dir, &golden().join("models/llama"), &text, "")).unwrap();
+    let method = std::env::var(METHOD).ok();
+    let (steps, every) = if method.is_some() { (FEW, 2) } else { (STEPS, 5) };
+    let text =
+        format!("steps = {steps}\nbatch_size = 2\ncheckpoint_every = {every}\nschedule = \"linear\"\n");
+    let base = golden().join("models/llama");
+    let text = match method {
+        None => recipe(&dir, &base, &text, ""),
+        Some(method) => recipe_of(&method, &dir, &base, &text, ""),
+    };
+    let session = session(&text).unwrap();
     let resume = out.join("run.lock").exists();
     let options = RunOptions { out, resume, exact: true, ..RunOptions::default() };
     if let Err(e) = train(&session, &options, &mut ()) {
@@ -40,7 +52,11 @@ fn child_command(mut command: Command, out: &Path) -> Command {
 }
 
 fn result(out: &Path) -> [Vec<u8>; 3] {
-    let saved = out.join(format!("checkpoints/step-{STEPS:08}"));
+    result_at(out, STEPS)
+}
+
+fn result_at(out: &Path, step: u64) -> [Vec<u8>; 3] {
+    let saved = out.join(format!("checkpoints/step-{step:08}"));
     let files = [
         out.join("adapter/adapter_model.safetensors"),
         saved.join("params.safetensors"),
@@ -88,6 +104,85 @@ fn twenty_kills_change_no_bit() {
     }
     finish(start(&out));
     assert!(result(&out) == expected, "after all kills");
+}
+
+/// Methods that look at the data before the first step.
+const PREPARED: [&str; 8] = [
+    "name = \"fish\"\nsamples = 16",
+    "name = \"child_tuning\"",
+    "name = \"sam_mask\"\nburn_in = 40",
+    "name = \"sift\"",
+    "name = \"spt\"",
+    "name = \"lora\"\ninit = \"corda\"",
+    "name = \"lora\"\ninit = \"lora-ga\"",
+    "name = \"lora\"\ninit = \"eva\"",
+];
+
+#[test]
+fn kills_of_prepared_methods_change_no_bit() {
+    let mut fractions = fractions();
+    for method in PREPARED {
+        let dir = tempfile::tempdir().unwrap();
+        let begin = |out: &Path| {
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command.env(METHOD, method);
+            child_command(command, out).spawn().unwrap()
+        };
+        let (whole, out) = (dir.path().join("whole"), dir.path().join("run"));
+        let started = Instant::now();
+        finish(begin(&whole));
+        let seconds = started.elapsed().as_secs_f64();
+        let expected = result_at(&whole, FEW);
+        // Once as soon as the plan stands, while the method looks; then at moments that the dice say.
+        let mut child = begin(&out);
+        while !out.join("plan.toml").is_file() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        for fraction in fractions.by_ref().take(4) {
+            let mut child = begin(&out);
+            std::thread::sleep(Duration::from_secs_f64(seconds * fraction));
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        finish(begin(&out));
+        assert!(result_at(&out, FEW) == expected, "{method}");
+    }
+}
+
+#[test]
+fn what_is_stopped_before_its_first_step_looks_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (dir_of_data, base) = (golden().join("trajectories/llama__lora"), golden().join("models/llama"));
+    let train_table = format!("steps = {FEW}\nbatch_size = 2\n");
+    let text = recipe_of(PREPARED[2], &dir_of_data, &base, &train_table, "");
+    let outs = ["whole", "run"].map(|name| dir.path().join(name));
+    let options = |out: &Path, resume| RunOptions { out: out.to_owned(), resume, ..RunOptions::default() };
+    let [whole, out] = &outs;
+    train(&session(&text).unwrap(), &options(whole, false), &mut ()).unwrap();
+    let stopped = options(out, false);
+    let mut looks = Looks { stop: stopped.stop.clone(), seen: Vec::new() };
+    let error = train(&session(&text).unwrap(), &stopped, &mut looks).unwrap_err();
+    assert!(matches!(error, engraft_train::Error::Interrupted), "{error}");
+    assert_eq!(looks.seen, [(1, Some(40)), (2, Some(40)), (3, Some(40))]);
+    train(&session(&text).unwrap(), &options(out, true), &mut ()).unwrap();
+    assert!(result_at(out, FEW) == result_at(whole, FEW));
+}
+
+/// Stops a run after its method's third look.
+struct Looks {
+    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    seen: Vec<(u64, Option<u64>)>,
+}
+
+impl engraft_train::Observer for Looks {
+    fn event(&mut self, _event: &engraft_train::Event) {}
+
+    fn preparing(&mut self, _method: &str, done: u64, total: Option<u64>) {
+        self.seen.push((done, total));
+        self.stop.store(done == 3, std::sync::atomic::Ordering::Relaxed);
+    }
 }
 
 #[test]

@@ -73,7 +73,7 @@ fn a_run_resumed_after_any_step_ends_in_the_same_bits() {
 
 #[test]
 fn what_methods_remember_between_steps_goes_on_too() {
-    for name in ["adalora", "sora", "dylora", "periodiclora", "autolora", "poly"] {
+    for name in ["adalora", "sora", "dylora", "periodiclora", "autolora", "poly", "adamix"] {
         let dir = golden().join(format!("trajectories/llama__{name}"));
         let train = "steps = 8\nbatch_size = 2\nlearning_rate = 2e-3\n";
         let open = || session(&recipe(&dir, &golden().join("models/llama"), train, "")).unwrap();

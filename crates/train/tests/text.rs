@@ -16,14 +16,18 @@ fn root() -> PathBuf {
 }
 
 fn open(method: &str, data: &str, train: &str) -> engraft_train::Result<Session> {
-    let root = root().canonicalize().unwrap();
-    let text = format!(
+    opened(&format!(
         "model = \"models/all-minilm-l6-v2\"\n\n[method]\nname = \"lora\"\n{method}\n\n[data]\nformat = \"csv\"\n\
          path = \"data/helpdesk/train.csv\"\n{data}\n\n[train]\n{train}\n"
-    );
+    ))
+}
+
+/// The session of a recipe in the repository's root.
+fn opened(recipe: &str) -> engraft_train::Result<Session> {
+    let root = root().canonicalize().unwrap();
     let specs = [MethodSpec { name: "lora", summary: "", fields: vec![] }];
     let name = root.join("recipe.toml");
-    let recipe = Recipe::parse(&text, &name.to_string_lossy(), &[], &specs)?;
+    let recipe = Recipe::parse(recipe, &name.to_string_lossy(), &[], &specs)?;
     let hub = Hub { offline: true, ..Hub::new(PathBuf::from("/nonexistent")) };
     let mut options = SessionOptions {
         hub: &hub,
@@ -84,23 +88,11 @@ fn all_mistakes_come_together_each_at_its_place() {
 
 #[test]
 fn several_tasks_train_together() {
-    let root = root().canonicalize().unwrap();
     let text = "model = \"models/all-minilm-l6-v2\"\n[method]\nname = \"lora\"\ntargets = \"all-linear\"\n[data]\nformat = \"csv\"\ntemperature = 5\n\
         [[data.tasks]]\nname = \"desk\"\npath = \"data/helpdesk/train.csv\"\neval_path = \"data/helpdesk/test.csv\"\n\
         [[data.tasks]]\nname = \"again\"\npath = \"data/helpdesk/test.csv\"\neval_fraction = 0.2\n\
         [train]\nsteps = 3\nseed = 4\n";
-    let specs = [MethodSpec { name: "lora", summary: "", fields: vec![] }];
-    let recipe = Recipe::parse(text, &root.join("recipe.toml").to_string_lossy(), &[], &specs).unwrap();
-    let hub = Hub { offline: true, ..Hub::new(PathBuf::from("/nonexistent")) };
-    let mut options = SessionOptions {
-        hub: &hub,
-        progress: &mut |_| {},
-        working_dir: root,
-        packed: Default::default(),
-        limits: Limits::default(),
-        templates: TemplateOptions::default(),
-    };
-    let session = Session::open(&recipe, &mut options).unwrap();
+    let session = opened(text).unwrap();
     let of = |task| session.train.examples.iter().filter(|e| e.task == Some(task)).count();
     assert!(of(0) > of(1) && of(1) > 20);
     let mut feed = session.feed().unwrap();

@@ -1,9 +1,11 @@
 //! `engraft combine`: several adapters to one, and how far it is from their exact sum.
 
+mod search;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use engraft_method::algebra::{Combined, Options, Rule, Sign, Term, combine};
+use engraft_method::algebra::{Combined, Found, Options, Rule, Sign, Term, combine, same_base};
 use engraft_method::load_adapter;
 use engraft_model::LoadOptions;
 use engraft_report::human;
@@ -18,10 +20,9 @@ use crate::failure::{BeforeWork, Failure, Outcome};
 use crate::probe::{Measured, Probes, largest_difference};
 
 /// How signs are elected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum SignOf {
     /// The sign of the sum.
-    #[default]
     Total,
     /// The sign that more adapters have.
     Frequency,
@@ -36,6 +37,9 @@ Examples:
   engraft combine a/adapter b/adapter=-0.5 --out less-b    takes half of b away
   engraft combine a/adapter b/adapter --rule ties --density 0.2 --out ties
   engraft combine run0/adapter run1/adapter --rule average --out soup
+  engraft combine a/adapter b/adapter c/adapter --rule lorahub \\
+    --model DIR --data few.jsonl --out hub   weights that a search finds
+  engraft combine a/adapter b/adapter --rule mera --out m  bottleneck adapters
   engraft combine a/adapter b/adapter --out both \\
     --model DIR --probe texts.txt")]
 pub struct Args {
@@ -45,7 +49,7 @@ pub struct Args {
     /// The adapter directory to write; it must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// cat, average, linear, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four also with _svd
+    /// cat, average, mera, lorahub, linear, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four also with _svd
     #[arg(long, default_value = "cat", value_name = "RULE", value_parser = rule)]
     rule: Rule,
     /// Rank of a result that is cut by singular values; the largest of the adapters' if left out
@@ -54,18 +58,23 @@ pub struct Args {
     /// Share of the numbers that a pruning rule keeps
     #[arg(long, value_name = "SHARE")]
     density: Option<f64>,
-    /// How TIES elects signs
-    #[arg(long, value_enum, default_value_t)]
-    sign: SignOf,
-    /// Seed of what DARE drops
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    /// How TIES elects signs: total if left out
+    #[arg(long, value_enum)]
+    sign: Option<SignOf>,
+    /// Seed of what DARE drops and of the search of lorahub: 0 if left out
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Combines adapters whose bases are called differently, where both are one model
+    #[arg(long)]
+    any_base: bool,
     /// A base model, to compare logits of the result with those of the exact sum
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
     /// A text file, a text a line, to compare on
     #[arg(long, value_name = "FILE", requires = "model")]
     probe: Option<PathBuf>,
+    #[command(flatten)]
+    examples: search::Examples,
     /// Prints JSON
     #[arg(long)]
     json: bool,
@@ -83,14 +92,16 @@ fn rule(text: &str) -> Result<Rule, String> {
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
     check(args)?;
-    let terms = args.adapters.iter().map(|text| term(text, cx)).collect::<Outcome<Vec<_>>>()?;
+    let mut terms = args.adapters.iter().map(|text| term(text, cx)).collect::<Outcome<Vec<_>>>()?;
     let options = Options {
         rule: args.rule,
         rank: args.rank.map(|rank| rank as usize),
         density: args.density.unwrap_or(1.0),
-        sign: if args.sign == SignOf::Total { Sign::Total } else { Sign::Frequency },
-        seed: args.seed,
+        sign: if args.sign == Some(SignOf::Frequency) { Sign::Frequency } else { Sign::Total },
+        seed: args.seed.unwrap_or(0),
     };
+    same_base(&terms, args.any_base).before_work()?;
+    let searched = search::find(args, &mut terms, cx)?;
     let combined = combine(&terms, &options).before_work()?;
     let compared = match &args.model {
         Some(model) => Some(compare(args, model, &terms, &options, &combined, cx)?),
@@ -99,7 +110,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     // Sums are made without a model, and are F32.
     let sites = engraft_nn::Sites::default();
     write_adapter_files(&args.out, &combined.config, &combined.tensors, &combined.methods, &sites)?;
-    tell(args, &combined, compared.as_ref(), cx);
+    tell(args, &combined, (searched.as_ref(), compared.as_ref()), cx);
     Ok(())
 }
 
@@ -111,6 +122,18 @@ fn check(args: &Args) -> Outcome {
     }
     if !args.rule.prunes() && args.density.is_some() {
         return Err(Failure::before_work("--density belongs to the rules ties, dare and magnitude_prune"));
+    }
+    if args.sign.is_some() && !args.rule.elects() {
+        return Err(Failure::before_work("--sign belongs to ties and dare_ties, which elect signs"));
+    }
+    if args.examples.data.is_some() && args.rule != Rule::LoraHub {
+        return Err(Failure::before_work("--data belongs to the rule lorahub, which looks for weights"));
+    }
+    let searches = args.examples.data.is_some();
+    if args.seed.is_some() && !args.rule.draws() && !searches {
+        return Err(Failure::before_work(
+            "--seed belongs to dare_linear and dare_ties, which draw what they drop, and to the search of lorahub",
+        ));
     }
     if args.rank.is_some() && !args.rule.cuts() {
         return Err(Failure::before_work("--rank belongs to svd and the rules that end in _svd"));
@@ -139,7 +162,8 @@ fn term(text: &str, cx: &Context) -> Outcome<Term> {
 
 /// What the result does to the model's outputs, beside the exact sum.
 struct Compared {
-    exact: Measured,
+    /// `None` where there is no exact sum.
+    exact: Option<Measured>,
     result: Measured,
     base: Measured,
 }
@@ -170,32 +194,48 @@ fn compare(
         probes.measure(&engine)
     };
     let result = with(&combined.config, &combined.tensors)?;
+    let sum = |terms: &[Term]| combine(terms, &Options { rule: Rule::Cat, ..*options });
     let exact = match args.rule {
-        // The result is the sum, or a mean, which has no sum to be compared with.
-        Rule::Cat | Rule::Average => result.clone(),
+        Rule::Cat => Some(result.clone()),
+        // A mean of factors is compared with the mean of products, where it is one of products.
+        Rule::Average => {
+            let total: f64 = terms.iter().map(|term| term.weight).sum();
+            let shares: Vec<Term> =
+                terms.iter().map(|term| Term { weight: term.weight / total, ..term.clone() }).collect();
+            sum(&shares).ok().map(|sum| with(&sum.config, &sum.tensors)).transpose()?
+        }
+        Rule::Mera => None,
         _ => {
-            let sum = combine(terms, &Options { rule: Rule::Cat, ..*options }).before_work()?;
-            with(&sum.config, &sum.tensors)?
+            let sum = sum(terms).before_work()?;
+            Some(with(&sum.config, &sum.tensors)?)
         }
     };
     Ok(Compared { exact, result, base })
 }
 
-fn tell(args: &Args, combined: &Combined, compared: Option<&Compared>, cx: &Context) {
+fn tell(
+    args: &Args,
+    combined: &Combined,
+    (searched, compared): (Option<&Found>, Option<&Compared>),
+    cx: &Context,
+) {
     let perplexity = |m: &Measured| m.loss.map(f64::exp);
     if args.json {
         let compared = compared.map(|c| {
             json!({
-                "largest_logit": c.exact.largest(),
-                "largest_logit_change": largest_difference(&c.exact.logits, &c.result.logits),
-                "perplexity_base": perplexity(&c.base), "perplexity_exact": perplexity(&c.exact),
+                "largest_logit": c.result.largest(),
+                "largest_logit_change": c.exact.as_ref().map(|exact| largest_difference(&exact.logits, &c.result.logits)),
+                "perplexity_base": perplexity(&c.base), "perplexity_exact": c.exact.as_ref().and_then(perplexity),
                 "perplexity": perplexity(&c.result),
             })
         });
         cx.ui.json(json!({
             "out": args.out.display().to_string(), "rank": combined.config["r"], "error": combined.error,
             "worst": combined.worst.as_ref().map(|(path, error)| json!({ "module": path, "error": error })),
-            "notes": combined.notes, "compared": compared,
+            "notes": combined.notes, "compared": compared, "search": searched.map(|found| json!({
+                "weights": found.weights, "objective": found.value, "objective_of_base": found.start,
+                "evaluations": found.evaluations,
+            })),
         }));
         return;
     }
@@ -210,18 +250,45 @@ fn tell(args: &Args, combined: &Combined, compared: Option<&Compared>, cx: &Cont
         line.push_str(&format!(", most at {path}: {}", percent(*error)));
     }
     cx.ui.print(&format!("{line}\n"));
+    if let Some(found) = searched {
+        cx.ui.print(&weights(args, found));
+    }
     combined.notes.iter().for_each(|note| cx.ui.note(note));
     if let Some(c) = compared {
-        let change = largest_difference(&c.exact.logits, &c.result.logits);
-        let mut line = format!("largest logit change against the exact sum {}", human::number(change, 2));
-        if let (Some(base), Some(exact), Some(result)) =
-            (perplexity(&c.base), perplexity(&c.exact), perplexity(&c.result))
-        {
-            line.push_str(&format!("; perplexity {base:.2} alone, {exact:.2} exact, {result:.2} combined"));
-        }
-        cx.ui.print(&format!("{line}\n"));
+        let change = match &c.exact {
+            Some(exact) => {
+                let change = largest_difference(&exact.logits, &c.result.logits);
+                format!("largest logit change against the exact sum {}", human::number(change, 2))
+            }
+            None => {
+                let change = largest_difference(&c.base.logits, &c.result.logits);
+                format!(
+                    "no exact sum to compare with; largest logit change against the base {}",
+                    human::number(change, 2)
+                )
+            }
+        };
+        let found = [Some(&c.base), c.exact.as_ref(), Some(&c.result)].map(|m| m.and_then(perplexity));
+        let named = ["alone", "exact", "combined"].iter().zip(found);
+        let named: Vec<String> = named.filter_map(|(name, p)| Some(format!("{:.2} {name}", p?))).collect();
+        let perplexities =
+            if named.is_empty() { String::new() } else { format!("; perplexity {}", named.join(", ")) };
+        cx.ui.print(&format!("{change}{perplexities}\n"));
     }
     cx.ui.print(&format!("adapter  {}\n", args.out.display()));
+}
+
+/// What a search found, in a line.
+fn weights(args: &Args, found: &Found) -> String {
+    let weights = args.adapters.iter().zip(&found.weights);
+    let weights: Vec<String> = weights.map(|(name, w)| format!("{name}={}", human::number(*w, 3))).collect();
+    format!(
+        "weights {}; loss and penalty {} → {} in {} looks at the examples\n",
+        weights.join(" "),
+        human::number(found.start, 4),
+        human::number(found.value, 4),
+        found.evaluations
+    )
 }
 
 fn percent(share: f64) -> String {

@@ -15,7 +15,7 @@ use super::train::open;
 use crate::answers::{Question, answers, lines, questions, scores};
 use crate::beam::Search;
 use crate::context::Context;
-use crate::engine::{Dtype, Engine, Quantize};
+use crate::engine::{Dtype, Engine, Quantize, without_first};
 use crate::failure::{BeforeWork, Failure, Outcome, code};
 use crate::gate::Gate;
 use crate::generation::{Writing, ends_of};
@@ -44,6 +44,9 @@ pub struct Args {
     /// An adapter directory; `none` scores the base alone
     #[arg(long, value_name = "DIR")]
     adapter: Option<String>,
+    /// Leaves the adapter out of the model's first N layers
+    #[arg(long, value_name = "N")]
+    drop_layers: Option<usize>,
     /// A data file
     #[arg(long, value_name = "FILE", requires = "model")]
     data: Option<PathBuf>,
@@ -98,7 +101,14 @@ struct Texts {
 /// Evaluates, prints, and judges the gates.
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     let (recipe, with_adapter) = recipe(args, cx)?;
-    let session = open(&recipe, &Packed::default(), cx)?;
+    let mut session = open(&recipe, &Packed::default(), cx)?;
+    if let Some(count) = args.drop_layers {
+        if !with_adapter {
+            return Err(Failure::before_work("--drop-layers needs an adapter; give --adapter DIR"));
+        }
+        let adapter = std::mem::take(&mut session.adapter);
+        session.adapter = without_first(Some(adapter), session.model.as_ref(), count)?.unwrap_or_default();
+    }
     if session.eval.is_none() {
         let message =
             "there are no evaluation data; give --set data.eval_path=FILE or data.eval_fraction=0.1";

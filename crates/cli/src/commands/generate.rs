@@ -217,10 +217,13 @@ fn room(args: &Args, engine: &Engine, prompt: usize, cx: &Context) -> Outcome<us
         return Ok(args.max_tokens);
     }
     let limit = engine.model.info().max_positions;
-    let left = limit.saturating_sub(prompt);
+    let rows = engine.adapter.as_ref().map_or(0, |adapter| adapter.prompt_rows());
+    let left = limit.saturating_sub(prompt + rows);
     if left == 0 {
+        let also =
+            if rows > 0 { format!(", the adapter puts {rows} rows before them,") } else { String::new() };
         let message =
-            format!("the prompt has {prompt} tokens and the model was made for {limit}; shorten it");
+            format!("the prompt has {prompt} tokens{also} and the model was made for {limit}; shorten it");
         return Err(Failure::before_work(message));
     }
     if left < args.max_tokens {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use engraft_model::LoadOptions;
 use engraft_nn::Task;
 use engraft_report::human;
+use engraft_store::run::require_writable;
 use engraft_store::{Weights, python_json, write_atomic, write_model};
 use serde_json::json;
 
@@ -75,6 +76,7 @@ impl WrittenType {
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
     let model = ModelArgs {
+        drop_layers: None,
         model: args.model.clone(),
         adapter: Some(args.adapter.clone()),
         dtype: Dtype::F32,
@@ -114,13 +116,14 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     Ok(())
 }
 
+/// Refuses a place that holds something, or that cannot be made and written.
 pub(super) fn refuse_full(out: &Path) -> Outcome {
     let is_empty = |dir: &Path| std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
     if out.symlink_metadata().is_ok() && !is_empty(out) {
         let message = format!("{} exists and is not an empty directory; choose another --out", out.display());
         return Err(Failure::before_work(message));
     }
-    Ok(())
+    require_writable(out).before_work()
 }
 
 /// Writes the merged model beside `out` and renames it: (changed tensors, untied head, added tensors, bytes).

@@ -7,7 +7,7 @@ use engraft_report::human;
 use engraft_train::{Estimate, Smaller, Trial, estimate, smaller, trial};
 use serde_json::json;
 
-use super::train::open;
+use super::train::open_to_train;
 use crate::context::Context;
 use crate::failure::Outcome;
 use crate::machine;
@@ -43,7 +43,7 @@ pub struct Args {
 /// Prints the estimate.
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     let recipe = read(&file_of(&args.recipe), &args.set)?;
-    let session = open(&recipe, &Packed::default(), cx)?;
+    let session = open_to_train(&recipe, &Packed::default(), cx)?;
     if args.resolved {
         cx.ui.stream(&session.plan.to_toml());
         return Ok(());

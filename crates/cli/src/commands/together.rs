@@ -11,7 +11,10 @@ use engraft_train::{Member, RunOptions, Session, Status, estimate, train_togethe
 use indicatif::MultiProgress;
 use serde_json::json;
 
-use super::train::{Args, before, check, check_pictures, command, failed, introduce, object, open, summary};
+use super::train::{
+    Args, CHECKED, before, check, check_pictures, command, failed, introduce, object, open_to_train, passed,
+    summary,
+};
 use crate::context::Context;
 use crate::failure::{BeforeWork, Failure, Outcome};
 use crate::machine;
@@ -33,6 +36,9 @@ pub fn run(args: &Args, recipes: &[PathBuf], cx: &Context) -> Outcome {
     let stop = Stop::listen()?;
     let above = args.out.clone().unwrap_or_else(|| PathBuf::from("runs"));
     let jobs = jobs(args, recipes, &above)?;
+    if args.resume {
+        tell_unbegun(&jobs, &above, cx)?;
+    }
     let read = recipes.iter().map(|path| read(&file_of(path), &args.set)).collect::<Outcome<Vec<_>>>()?;
     if !args.check {
         jobs.iter().try_for_each(|job| RunDir::look(&job.out, job.resume).before_work())?;
@@ -41,7 +47,7 @@ pub fn run(args: &Args, recipes: &[PathBuf], cx: &Context) -> Outcome {
     let mut sessions = Vec::new();
     for (recipe, job) in read.iter().zip(&jobs) {
         cx.ui.say(&job.name);
-        let session = open(recipe, &packed, cx)?;
+        let session = open_to_train(recipe, &packed, cx)?;
         introduce(&session, cx);
         check_pictures(&session, cx)?;
         sessions.push(session);
@@ -50,7 +56,7 @@ pub fn run(args: &Args, recipes: &[PathBuf], cx: &Context) -> Outcome {
         refuse_too_large(&sessions, room)?;
     }
     if args.check {
-        return sessions.into_iter().zip(&jobs).try_for_each(|(session, job)| check(session, &job.out, cx));
+        return check_all(args, sessions, &jobs, cx);
     }
     let options: Vec<RunOptions> = jobs
         .iter()
@@ -74,6 +80,45 @@ pub fn run(args: &Args, recipes: &[PathBuf], cx: &Context) -> Outcome {
     let outcomes = train_together(members);
     progress.iter().for_each(Progress::clear);
     tell(args, &sessions, &jobs, outcomes, (&above, &stop), cx)
+}
+
+/// Checks one run after another; what is said of each begins with its name.
+fn check_all(args: &Args, sessions: Vec<Session>, jobs: &[Job], cx: &Context) -> Outcome {
+    let width = width(jobs);
+    let mut objects = Vec::new();
+    for (session, job) in sessions.into_iter().zip(jobs) {
+        let seconds =
+            check(session, &job.out, Some(&job.name), cx).map_err(|failure| failure.of(&job.name))?;
+        match args.json {
+            true => objects.push(json!({ "name": job.name, "status": CHECKED, "seconds": seconds })),
+            false => cx.ui.print(&format!("{:width$}  {}", job.name, passed(seconds))),
+        }
+    }
+    if args.json {
+        cx.ui.json(json!({ "runs": objects }));
+    }
+    Ok(())
+}
+
+/// Columns of the longest name.
+fn width(jobs: &[Job]) -> usize {
+    jobs.iter().map(|job| job.name.chars().count()).max().unwrap_or(0)
+}
+
+/// Says which of the runs that should go on were never begun.
+fn tell_unbegun(jobs: &[Job], above: &Path, cx: &Context) -> Outcome {
+    let unbegun: Vec<&str> = jobs.iter().filter(|job| !job.resume).map(|job| job.name.as_str()).collect();
+    if unbegun.len() == jobs.len() {
+        return Err(Failure::before_work(format!(
+            "{}: holds none of these runs ({}), so there is nothing to resume; leave --resume out to begin them",
+            above.display(),
+            unbegun.join(", ")
+        )));
+    }
+    for name in unbegun {
+        cx.ui.note(&format!("{name} was not begun in {}: it starts from its first step", above.display()));
+    }
+    Ok(())
 }
 
 /// The run directories, below `above`; names must differ.
@@ -134,7 +179,7 @@ fn tell(
     cx: &Context,
 ) -> Outcome {
     let (mut failures, mut interrupted, mut objects) = (Vec::new(), false, Vec::new());
-    let width = jobs.iter().map(|job| job.name.chars().count()).max().unwrap_or(0);
+    let width = width(jobs);
     for ((session, job), outcome) in sessions.iter().zip(jobs).zip(outcomes) {
         match outcome {
             Ok(outcome) if args.json => {
@@ -151,6 +196,15 @@ fn tell(
                 cx.ui.print(&format!("{:width$}  {}\n", job.name, summary(session, &outcome)));
                 if let Some(adapter) = &outcome.adapter {
                     cx.ui.print(&format!("{:width$}  adapter  {}\n", "", adapter.display()));
+                }
+            }
+            Err(engraft_train::Error::Interrupted) => {
+                interrupted = true;
+                match args.json {
+                    true => objects.push(json!({ "name": job.name, "status": Status::Interrupted.name() })),
+                    false => {
+                        cx.ui.print(&format!("{:width$}  {}\n", job.name, engraft_train::Error::Interrupted))
+                    }
                 }
             }
             Err(error) => {

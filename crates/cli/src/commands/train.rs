@@ -50,7 +50,7 @@ pub struct Args {
     #[arg(long, requires = "resume")]
     pub(super) exact: bool,
     /// Takes two steps of everything (data, training, saving, resuming, evaluation) and leaves nothing
-    #[arg(long, conflicts_with_all = ["resume", "json"])]
+    #[arg(long, conflicts_with = "resume")]
     pub(super) check: bool,
     /// Runs even where the run is estimated to need more memory than there is
     #[arg(long)]
@@ -81,14 +81,19 @@ fn one(args: &Args, path: &Path, cx: &Context) -> Outcome {
         // Before the model is read: that may take minutes.
         RunDir::look(&out, args.resume).before_work()?;
     }
-    let session = open(&recipe, &Packed::default(), cx)?;
+    let session = open_to_train(&recipe, &Packed::default(), cx)?;
     introduce(&session, cx);
     if let Some(room) = machine::room().filter(|_| !args.overcommit) {
         refuse_too_large(&session, room)?;
     }
     check_pictures(&session, cx)?;
     if args.check {
-        return check(session, &out, cx);
+        let seconds = check(session, &out, None, cx)?;
+        match args.json {
+            true => cx.ui.json(json!({ "status": CHECKED, "seconds": seconds })),
+            false => cx.ui.print(&passed(seconds)),
+        }
+        return Ok(());
     }
     let mut progress = Progress::new(&cx.ui, session.plan.steps, cx.environment.utf8);
     let options = RunOptions {
@@ -101,6 +106,10 @@ fn one(args: &Args, path: &Path, cx: &Context) -> Outcome {
     };
     let outcome = engraft_train::train(&session, &options, &mut progress);
     progress.clear();
+    if matches!(outcome, Err(engraft_train::Error::Interrupted)) {
+        cx.ui.raw(&format!("{}\nresume  {}\n", engraft_train::Error::Interrupted, command(args, &out, true)));
+        return Err(Failure::said(stop.code()));
+    }
     let outcome = outcome.map_err(|error| failed(error, args, &out, &session))?;
     if outcome.status == Status::Interrupted {
         let saved =
@@ -137,6 +146,15 @@ pub fn open(recipe: &Recipe, packed: &Packed, cx: &Context) -> Outcome<Session> 
         templates: cx.templates()?,
     };
     Session::open(recipe, &mut options).before_work()
+}
+
+/// [`open`], and an error where the adapter that it starts from cannot be trained on.
+pub fn open_to_train(recipe: &Recipe, packed: &Packed, cx: &Context) -> Outcome<Session> {
+    let session = open(recipe, packed, cx)?;
+    let problem =
+        |e: engraft_train::Error| recipe.problems(vec![recipe.problem_at("method.from", e.to_string())]);
+    session.expect_training().map_err(|e| Failure::problems(problem(e)))?;
+    Ok(session)
 }
 
 /// What is about to be trained, in a few lines.
@@ -211,17 +229,28 @@ pub(super) fn check_pictures(session: &Session, cx: &Context) -> Outcome {
     checked.before_work()
 }
 
-/// Two steps of everything, in a directory that goes away again, where the run itself would be written.
-pub(super) fn check(session: Session, out: &Path, cx: &Context) -> Outcome {
+/// How a run that was only checked ended.
+pub(super) const CHECKED: &str = "check passed";
+
+/// Two steps of everything, in a directory that goes away again, where the run itself would be written. `among` is the name
+/// of one of several runs, in as many columns as the longest has. Gives the seconds it took.
+pub(super) fn check(session: Session, out: &Path, among: Option<&str>, cx: &Context) -> Outcome<f64> {
     let parent = out.ancestors().skip(1).find(|dir| dir.is_dir()).unwrap_or(Path::new("."));
     let mut progress = Progress::new(&cx.ui, 2, cx.environment.utf8);
+    if let Some(name) = among {
+        progress = progress.among(name, &indicatif::MultiProgress::new());
+    }
     let checked = engraft_train::check(session, parent, &mut progress);
     progress.clear();
-    let seconds = human::duration(checked?.seconds);
-    cx.ui.print(&format!(
-        "check passed in {seconds}: data, two steps, checkpoint, resume, evaluation, adapter; nothing is left behind\n"
-    ));
-    Ok(())
+    Ok(checked?.seconds)
+}
+
+/// What a check that passed has done.
+pub(super) fn passed(seconds: f64) -> String {
+    let seconds = human::duration(seconds);
+    format!(
+        "{CHECKED} in {seconds}: data, two steps, checkpoint, resume, evaluation, adapter; nothing is left behind\n"
+    )
 }
 
 /// The command that repeats or resumes what was asked for.

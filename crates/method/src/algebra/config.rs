@@ -9,17 +9,24 @@ use super::Term;
 use crate::read::texts;
 
 /// Keys that say nothing about what an adapter computes.
-const ASIDE: [&str; 9] = [
+const ASIDE: [&str; 11] = [
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
-    "init_lora_weights",
-    "lora_dropout",
+    "loftq_config",
+    "model_class",
+    "model_name",
+    "name",
     "peft_version",
     "revision",
     "task_type",
-    "loftq_config",
+    "version",
 ];
+
+/// Whether a key says nothing about what an adapter computes: how it was trained, and how it started.
+fn is_aside(key: &str) -> bool {
+    ASIDE.contains(&key) || key.ends_with("dropout") || key.starts_with("init_")
+}
 
 /// Of the first, with the ranks of the result, scale 1, and the targets and modules of all.
 pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String, usize>) -> Value {
@@ -67,6 +74,23 @@ fn unordered(value: Option<&Value>) -> Value {
     }
 }
 
+/// A value without what says nothing: the order of a list, and in AdapterHub's table how it was trained.
+fn telling(value: Option<&Value>) -> Value {
+    match value {
+        Some(Value::Object(table)) => {
+            let kept = table.iter().filter(|(key, _)| !is_aside(key));
+            Value::Object(kept.map(|(key, value)| (key.clone(), unordered(Some(value)))).collect())
+        }
+        other => unordered(other),
+    }
+}
+
+/// The name of an adapter of AdapterHub, which is part of the names of its tensors.
+pub(super) fn hub_name(config: &Value) -> Option<&str> {
+    config.get("config")?.as_object()?;
+    config.get("name")?.as_str()
+}
+
 /// Adapters whose tensors mean the same.
 ///
 /// # Errors
@@ -75,9 +99,9 @@ pub(super) fn same_configuration(terms: &[Term]) -> Result<()> {
     let Some(first) = terms.first() else { return Ok(()) };
     let keys: BTreeSet<&String> =
         terms.iter().filter_map(|t| t.config.as_object()).flat_map(|m| m.keys()).collect();
-    for key in keys.into_iter().filter(|key| !ASIDE.contains(&key.as_str())) {
+    for key in keys.into_iter().filter(|key| !is_aside(key)) {
         for term in &terms[1..] {
-            let (a, b) = (unordered(first.config.get(key)), unordered(term.config.get(key)));
+            let (a, b) = (telling(first.config.get(key)), telling(term.config.get(key)));
             if a != b {
                 return Err(Error::Unsupported(format!(
                     "the tensors of adapters configured otherwise do not mean the same: `{key}` is {a} in {} and {b} in {}; LoRAs can be added with the rule cat",

@@ -10,8 +10,10 @@ use super::Term;
 use crate::Named;
 use crate::read::{Pattern, Reader};
 
+/// Largest rank that a file may name.
+const RANK_MAX: usize = 65536;
 /// What ends the keys of a matrix's factors, and of a table's.
-const ENDS: [(&str, &str); 2] =
+pub(super) const ENDS: [(&str, &str); 2] =
     [(".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")];
 
 /// s·B·A of one adapter at one module, windows of a convolution laid flat.
@@ -76,26 +78,40 @@ pub(super) struct Found {
     pub others: BTreeMap<String, Vec<(f64, Tensor)>>,
 }
 
-/// Alpha over rank, as each configuration counts it.
-struct Scales {
+/// Ranks, and alpha over rank, as each configuration counts them.
+pub(super) struct Scales {
+    rank: usize,
+    ranks: Vec<Pattern>,
     alpha: f64,
-    patterns: Vec<Pattern>,
+    alphas: Vec<Pattern>,
     root: bool,
 }
 
 impl Scales {
-    fn of(config: &Value) -> Scales {
-        let empty = serde_json::Map::new();
-        let mut r = Reader::file(config.as_object().unwrap_or(&empty));
-        Scales {
+    /// # Errors
+    /// Settings that are no numbers, patterns that are none.
+    pub fn of(config: &Value) -> Result<Scales> {
+        let own = ["r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora"];
+        let own = own.iter().filter_map(|key| Some(((*key).to_owned(), config.get(*key)?.clone()))).collect();
+        let mut r = Reader::file(&own);
+        let scales = Scales {
+            rank: r.count("r", 8, RANK_MAX),
+            ranks: r.patterns("rank_pattern"),
             alpha: r.float("lora_alpha", 8.0),
-            patterns: r.scales("alpha_pattern"),
+            alphas: r.scales("alpha_pattern"),
             root: r.flag("use_rslora", false),
-        }
+        };
+        r.finish()?;
+        Ok(scales)
+    }
+
+    /// The rank that a module is said to have.
+    pub fn rank_at(&self, path: &str) -> usize {
+        Pattern::find(&self.ranks, path).map_or(self.rank, |rank| rank as usize)
     }
 
     fn at(&self, path: &str, rank: usize) -> f64 {
-        let alpha = Pattern::find(&self.patterns, path).unwrap_or(self.alpha);
+        let alpha = Pattern::find(&self.alphas, path).unwrap_or(self.alpha);
         alpha / if self.root { (rank as f64).sqrt() } else { rank as f64 }
     }
 }
@@ -109,7 +125,7 @@ pub(super) fn modules(terms: &[Term]) -> Result<Found> {
     let mut biases: BTreeMap<String, Tensor> = BTreeMap::new();
     let mut others: BTreeMap<String, Vec<(f64, Tensor)>> = BTreeMap::new();
     for (number, term) in terms.iter().enumerate() {
-        let scales = Scales::of(&term.config);
+        let scales = Scales::of(&term.config)?;
         let of = |name: &str| term.tensors.iter().find(|(n, _)| n == name).map(|(_, t)| t);
         for (name, tensor) in &term.tensors {
             if name.contains(".lora_magnitude_vector") {
@@ -169,6 +185,6 @@ pub(super) fn modules(terms: &[Term]) -> Result<Found> {
 }
 
 /// The path of a module as patterns see it.
-fn path_of(key: &str) -> &str {
+pub(super) fn path_of(key: &str) -> &str {
     key.strip_prefix("base_model.model.").unwrap_or(key)
 }

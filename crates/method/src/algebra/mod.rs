@@ -6,11 +6,18 @@
 //! The rules are those of `peft`'s `add_weighted_adapter`: on the factors (`linear`, `ties`, …) each of A and B is combined by
 //! itself, with the root of its weight, so that products of different adapters come in; on the products (`svd`, `ties_svd`, …)
 //! the changes are combined and cut to a rank by singular values. `average` is the mean of every tensor of adapters that are
-//! configured alike (AdapterSoup, Chronopoulou et al. 2023, arXiv:2302.07027). TIES: Yadav et al. 2023, arXiv:2306.01708; DARE:
+//! configured alike (AdapterSoup, Chronopoulou et al. 2023, arXiv:2302.07027), `mera` that of bottlenecks whose units are
+//! brought to meet first (MerA, He et al. 2023, arXiv:2308.15982), `lorahub` (Σ w·B)·(Σ w·A), with weights that a search finds
+//! on a few examples (Huang et al. 2023, arXiv:2307.13269). TIES: Yadav et al. 2023, arXiv:2306.01708; DARE:
 //! Yu et al. 2024, arXiv:2311.03099; task arithmetic: Ilharco et al. 2023, arXiv:2212.04089.
 
+mod alike;
+mod assignment;
+mod cma;
 mod config;
 mod factors;
+mod hub;
+mod mean;
 mod rules;
 
 use std::collections::BTreeMap;
@@ -21,12 +28,16 @@ use engraft_tensor::{DType, Tensor, no_grad};
 use serde_json::Value;
 
 use crate::{Chosen, Named};
-use config::{lora_config, same_configuration};
+pub use alike::same_base;
+use config::lora_config;
 use factors::{Factors, Module, modules};
+pub use hub::{Found, Search, search};
+use mean::{average, means, mera};
 pub use rules::Sign;
 use rules::{Recipe, Stack};
 
 /// An adapter that takes part, as its file has it.
+#[derive(Clone)]
 pub struct Term {
     /// What it is called in messages.
     pub name: String,
@@ -45,6 +56,10 @@ pub enum Rule {
     Cat,
     /// The mean of every tensor, of adapters configured alike.
     Average,
+    /// The mean of bottlenecks whose units are brought to meet first.
+    Mera,
+    /// Sums of A's and of B's, each with the whole weight.
+    LoraHub,
     /// Sum of A's and sum of B's.
     Linear,
     /// The sum, cut to a rank.
@@ -72,6 +87,8 @@ impl Rule {
     pub const ALL: &'static [(&'static str, Rule)] = &[
         ("cat", Rule::Cat),
         ("average", Rule::Average),
+        ("mera", Rule::Mera),
+        ("lorahub", Rule::LoraHub),
         ("linear", Rule::Linear),
         ("svd", Rule::Svd),
         ("ties", Rule::Ties),
@@ -86,13 +103,23 @@ impl Rule {
 
     /// Whether it keeps only a share of the numbers.
     pub fn prunes(self) -> bool {
-        !matches!(self, Rule::Cat | Rule::Average | Rule::Linear | Rule::Svd)
+        !matches!(self, Rule::Cat | Rule::Average | Rule::Mera | Rule::LoraHub | Rule::Linear | Rule::Svd)
     }
 
     /// Whether the result is cut to a rank.
     pub fn cuts(self) -> bool {
         use Rule::{DareLinearSvd, DareTiesSvd, MagnitudePruneSvd, Svd, TiesSvd};
         matches!(self, Svd | TiesSvd | DareLinearSvd | DareTiesSvd | MagnitudePruneSvd)
+    }
+
+    /// Whether signs are elected.
+    pub fn elects(self) -> bool {
+        self.recipe().elect
+    }
+
+    /// Whether something is drawn.
+    pub fn draws(self) -> bool {
+        self.recipe().keep_random
     }
 
     fn recipe(self) -> Recipe {
@@ -107,7 +134,9 @@ impl Rule {
             MagnitudePrune | MagnitudePruneSvd => {
                 Recipe { keep_largest: true, keep_random: false, elect: false }
             }
-            Rule::Cat | Rule::Average | Rule::Linear | Rule::Svd => Recipe::default(),
+            Rule::Cat | Rule::Average | Rule::Mera | Rule::LoraHub | Rule::Linear | Rule::Svd => {
+                Recipe::default()
+            }
         }
     }
 }
@@ -125,6 +154,13 @@ pub struct Options {
     pub sign: Sign,
     /// Seed of what DARE drops.
     pub seed: u64,
+}
+
+impl Options {
+    /// A rule with nothing said of it: all numbers are kept, signs are those of the sum.
+    pub fn of(rule: Rule) -> Options {
+        Options { rule, rank: None, density: 1.0, sign: Sign::Total, seed: 0 }
+    }
 }
 
 /// A combined adapter.
@@ -168,6 +204,7 @@ pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
     }
     let combined = no_grad(|| match options.rule {
         Rule::Average => average(terms),
+        Rule::Mera => mera(terms),
         _ => {
             if let Some(other) = terms.iter().find(|t| !crate::peft::is_type(&t.config, "LORA")) {
                 let found = other.config.get("peft_type").and_then(Value::as_str).unwrap_or("none");
@@ -176,6 +213,7 @@ pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
                     other.name
                 )));
             }
+            terms.iter().try_for_each(alike::fits_itself)?;
             low_rank(first, terms, options)
         }
     })?;
@@ -191,6 +229,9 @@ pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
 
 fn low_rank(first: &Term, terms: &[Term], options: &Options) -> Result<Combined> {
     let found = modules(terms)?;
+    if options.rule == Rule::LoraHub {
+        hub::only_products(&found)?;
+    }
     let mut tensors = Named::new();
     let (mut off, mut whole, mut worst) = (0.0f64, 0.0f64, None::<(String, f64)>);
     let mut ranks = BTreeMap::new();
@@ -269,6 +310,9 @@ fn combined(module: &Module, terms: &[Term], options: &Options, exact: &Tensor) 
             ),
         });
     }
+    if options.rule == Rule::LoraHub {
+        return hub::factors(&parts);
+    }
     // A weight is shared between both factors; its sign goes to A.
     let roots: Vec<f64> = parts.iter().map(|(f, w, _)| (w * f.scale).abs().sqrt()).collect();
     let signed =
@@ -300,93 +344,6 @@ fn methods_of(config: &Value) -> Result<Vec<Chosen>> {
 /// Frobenius norm, in f64.
 fn norm(t: &Tensor) -> Result<f64> {
     Ok(t.to_vec()?.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt())
-}
-
-/// The weighted mean of tensors of one name each.
-fn means(tensors: &BTreeMap<String, Vec<(f64, Tensor)>>) -> Result<Named> {
-    let mean = |(name, terms): (&String, &Vec<(f64, Tensor)>)| {
-        let total: f64 = terms.iter().map(|(w, _)| w).sum();
-        let share = |w: f64| if total == 0.0 { 1.0 / terms.len() as f64 } else { w / total };
-        let mut sum: Option<Tensor> = None;
-        if terms.iter().any(|(_, t)| t.dtype() != DType::F32) {
-            return same(name, terms).map(Some);
-        }
-        for (weight, tensor) in terms {
-            let part = tensor.scale(share(*weight) as f32)?;
-            sum = Some(match sum {
-                None => part,
-                Some(sum) if sum.shape() == part.shape() => sum.add(&part)?,
-                Some(sum) => {
-                    return Err(Error::Mismatch(vec![format!(
-                        "{name}: {:?} and {:?} cannot be averaged",
-                        sum.shape(),
-                        part.shape()
-                    )]));
-                }
-            });
-        }
-        Ok(sum.map(|sum| (name.clone(), sum)))
-    };
-    tensors.iter().filter_map(|entry| mean(entry).transpose()).collect()
-}
-
-/// Whole numbers (places of a mask) have no mean: they must be the same in all.
-fn same(name: &str, terms: &[(f64, Tensor)]) -> Result<(String, Tensor)> {
-    let (_, first) = &terms[0];
-    for (_, other) in &terms[1..] {
-        if (other.shape(), other.dtype()) != (first.shape(), first.dtype())
-            || other.to_bytes()? != first.to_bytes()?
-        {
-            return Err(Error::Mismatch(vec![format!(
-                "{name}: the adapters hold other places, and places have no mean"
-            )]));
-        }
-    }
-    Ok((name.to_owned(), first.clone()))
-}
-
-/// The mean of every tensor of adapters that are configured alike.
-fn average(terms: &[Term]) -> Result<Combined> {
-    same_configuration(terms)?;
-    if terms.iter().map(|term| term.weight).sum::<f64>() == 0.0 {
-        return Err(Error::Unsupported("the weights of a mean add up to zero; choose others".into()));
-    }
-    let mut by_name: BTreeMap<String, Vec<(f64, Tensor)>> = BTreeMap::new();
-    for term in terms {
-        for (name, tensor) in &term.tensors {
-            by_name.entry(name.clone()).or_default().push((term.weight, tensor.clone()));
-        }
-    }
-    if let Some((name, found)) = by_name.iter().find(|(_, found)| found.len() != terms.len()) {
-        let message =
-            format!("{name}: in {} of {} adapters; all must hold the same tensors", found.len(), terms.len());
-        return Err(Error::Mismatch(vec![message]));
-    }
-    let tensors = means(&by_name)?;
-    let config = terms[0].config.clone();
-    let methods = methods_of(&config)?;
-    let mut combined = Combined { config, tensors, methods, error: None, worst: None, notes: Vec::new() };
-    if crate::peft::is_type(&combined.config, "LORA") {
-        let total: f64 = terms.iter().map(|t| t.weight).sum();
-        if let Ok(found) = modules(terms) {
-            let mean = Term {
-                name: "mean".into(),
-                config: combined.config.clone(),
-                tensors: combined.tensors.clone(),
-                weight: 1.0,
-            };
-            let mean = modules(std::slice::from_ref(&mean))?;
-            let (mut off, mut whole) = (0.0, 0.0);
-            for (module, result) in found.modules.iter().zip(&mean.modules) {
-                let exact = module.sum(terms)?.scale((1.0 / total) as f32)?;
-                let Some(Some(result)) = result.factors.first() else { continue };
-                off += norm(&result.change()?.sub(&exact)?)?.powi(2);
-                whole += norm(&exact)?.powi(2);
-            }
-            combined.error = (whole > 0.0).then(|| (off / whole).sqrt());
-        }
-    }
-    Ok(combined)
 }
 
 #[cfg(test)]

@@ -117,3 +117,84 @@ fn equal_adapters_average_to_themselves_and_others_are_refused() {
     let wrong = combine(&[a()], &Options { density: 0.0, ..options(Rule::Ties) });
     assert!(wrong.err().unwrap().to_string().contains("density"));
 }
+
+/// A bottleneck of the toy model with random contents, its units moved by `order` where one is given.
+fn bottleneck(stirred: f32, order: Option<&[i64]>) -> Term {
+    let methods = [chosen("bottleneck", json!({ "reduction": 2 }))];
+    let a = attached(&methods, &[]);
+    stir(&a, stirred);
+    let (sites, info) = crate::testing::toy();
+    let (config, mut tensors) =
+        crate::save_adapter(&a.adapter, &methods, &[], "base", &sites, &info).unwrap();
+    if let Some(order) = order {
+        let places = Tensor::from_i64(order.to_vec(), [order.len()]).unwrap();
+        for (name, tensor) in &mut tensors {
+            *tensor = match &name[name.find("adapter_").unwrap()..] {
+                "adapter_down.0.weight" => tensor.gather(&places).unwrap(),
+                "adapter_down.0.bias" => {
+                    let rows = tensor.reshape([order.len(), 1]).unwrap().gather(&places).unwrap();
+                    rows.reshape([order.len()]).unwrap()
+                }
+                "adapter_up.weight" => tensor.t().unwrap().gather(&places).unwrap().t().unwrap(),
+                _ => continue,
+            };
+        }
+    }
+    Term { name: format!("stirred {stirred}"), config, tensors, weight: 1.0 }
+}
+
+#[test]
+fn mera_does_not_care_for_the_order_of_units() {
+    let options = Options::of(Rule::Mera);
+    let merged = |order: Option<&[i64]>| {
+        combine(&[bottleneck(0.5, None), bottleneck(0.3, order)], &options).unwrap().tensors
+    };
+    let expected = merged(None);
+    for order in [[2, 0, 1], [1, 0, 2]] {
+        for ((name, found), (_, expected)) in merged(Some(&order)).iter().zip(&expected) {
+            assert!(found.to_bytes().unwrap() == expected.to_bytes().unwrap(), "{name}");
+        }
+    }
+    // One that differs by the order alone is the first itself.
+    let same = combine(&[bottleneck(0.5, None), bottleneck(0.5, Some(&[2, 0, 1]))], &options).unwrap();
+    for ((name, found), (_, expected)) in same.tensors.iter().zip(&bottleneck(0.5, None).tensors) {
+        assert!(found.to_vec().unwrap() == expected.to_vec().unwrap(), "{name}");
+    }
+    assert!(same.notes[0].contains("the distance of W_d is 0%"), "{}", same.notes[0]);
+}
+
+#[test]
+fn lorahub_with_one_weight_is_that_adapter_and_with_none_the_base() {
+    let terms = |a: f64, b: f64| {
+        let (x, y) =
+            (term(json!({ "rank": 2, "alpha": 3.0 }), a), term(json!({ "rank": 2, "rslora": true }), b));
+        [x, y]
+    };
+    let of = |a: f64, b: f64| {
+        let composed = combine(&terms(a, b), &Options::of(Rule::LoraHub)).unwrap();
+        change(&composed.config, &composed.tensors)
+    };
+    let [x, y] = terms(1.0, 1.0);
+    close(&of(1.0, 0.0), &change(&x.config, &x.tensors), 1e-6);
+    close(&of(0.0, 1.0), &change(&y.config, &y.tensors), 1e-6);
+    close(&of(0.0, 0.0), &Tensor::zeros([6, 6]), 0.0);
+    // A weight of −1 is the adapter itself: it turns both factors.
+    close(&of(-1.0, 0.0), &of(1.0, 0.0), 1e-6);
+    let ranks = [term(json!({ "rank": 2 }), 1.0), term(json!({ "rank": 3 }), 1.0)];
+    let error = combine(&ranks, &Options::of(Rule::LoraHub)).err().unwrap().to_string();
+    assert!(error.contains("ranks 2 and 3"), "{error}");
+}
+
+#[test]
+fn lorahub_finds_weights_that_lower_the_loss() {
+    let mut terms = [term(json!({ "rank": 2 }), 1.0), term(json!({ "rank": 2, "alpha": 5.0 }), 1.0)];
+    let aim = change(&terms[0].config, &terms[0].tensors).scale(0.25).unwrap();
+    let how = Search { penalty: 1e-4, evaluations: 400, ..Search::default() };
+    let found =
+        search(&mut terms, &how, &mut |config, tensors| norm(&change(config, tensors).sub(&aim)?)).unwrap();
+    assert!(found.value < 0.01 * found.start, "{found:?}");
+    // Both hold the same factors, with scales of 8 and 2.5: together they must be half of the first, whose square is a quarter.
+    let together = found.weights[0] * 8f64.sqrt() + found.weights[1] * 2.5f64.sqrt();
+    assert!((together.abs() - 0.5 * 8f64.sqrt()).abs() < 0.01, "{found:?}");
+    assert_eq!(terms[0].weight, found.weights[0]);
+}

@@ -1,5 +1,16 @@
 //! Trained rows before tokens, or before keys and values.
 
+pub(crate) mod apt;
+pub(crate) mod dept;
+pub(crate) mod idpg;
+pub(crate) mod llama_adapter;
+pub(crate) mod llama_adapter_v2;
+pub(crate) mod lpt;
+pub(crate) mod mpt;
+pub(crate) mod p_tuning;
 pub(crate) mod prefix;
 pub(crate) mod prompt;
+pub(crate) mod smop;
+mod transfer;
 pub(crate) mod vpt;
+pub(crate) mod xprompt;

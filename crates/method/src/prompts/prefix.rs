@@ -3,27 +3,39 @@
 //! K′ = [P_k; K], V′ = [P_v; V]; tokens are counted from the first row of the prefix, whose keys are used as they are.
 //! Not an identity at the start: even zero keys take part of the softmax.
 //!
-//! Li & Liang 2021, arXiv:2101.00190, trained directly as in P-tuning v2 (Liu et al. 2022, arXiv:2110.07602).
+//! Li & Liang 2021, arXiv:2101.00190, section 4. Without `projection` P is trained directly, which is P-tuning v2 (Liu et al.
+//! 2022, arXiv:2110.07602); with it P = tanh(R·W₁ᵀ + b₁)·W₂ᵀ + b₂ is, R [tokens, kv_heads·dim], and only P is saved.
 //!
 //! One P [tokens, layers·2·kv_heads·dim], in the order key of layer 0, value of layer 0, key of layer 1 … In the decoder of
 //! an encoder–decoder model `peft` has layer i read parts 4i and 4i + 1 of the 2·layers parts, counted round, and so does
-//! this, with a file in `peft`'s form. Prefixes elsewhere (`at`) have a form of their own, in model order.
+//! this, with a file in `peft`'s form. Prefixes elsewhere (`at`) have a form of their own, in model order. P or R N(0, 1),
+//! the two layers uniform in ±1/√in, as PyTorch's; W₂ and b₂ are kept by parts, so that each attention makes its own alone.
+
+use std::sync::Arc;
 
 use engraft_nn::{
-    Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Pass, Patch, Result, Role, Site, Sites, Stack,
+    Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Mode, Pass, Patch, Result, Role, Site, SiteId,
+    Sites, Stack,
 };
+use engraft_tensor::ops::{Unary, cat};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use super::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
-use crate::read::Reader;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::read::{Reader, as_written};
+use crate::shared::network::{Lookup, Network, Part, layer, named};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
+
+const INNER_MAX: usize = 1 << 20;
 
 struct Prefix {
     tokens: usize,
     zero: bool,
-    /// The file holds what `peft`'s projection, of this inner width, made of its rows.
-    projected: Option<usize>,
+    /// Width inside the projection.
+    projection: Option<usize>,
+    dropout: f32,
+    /// Whether only P is left of a projection.
+    saved: bool,
     /// Which attentions of an encoder–decoder model; the decoder's own where nothing is said.
     at: Option<Vec<Place>>,
 }
@@ -79,6 +91,18 @@ static INFO: Info = Info {
             doc: "Start as noise or as zeros.",
         },
         Field {
+            name: "projection",
+            kind: FieldKind::Int { min: 1, max: INNER_MAX as i64 },
+            default: None,
+            doc: "Width inside two layers that make the rows (the paper takes 512); trained directly, as in P-tuning v2, if absent.",
+        },
+        Field {
+            name: "dropout",
+            kind: FieldKind::Float { min: 0.0, max: 0.999 },
+            default: Some("0"),
+            doc: "Dropout on keys and values while training.",
+        },
+        Field {
             name: "at",
             kind: FieldKind::TextList,
             default: None,
@@ -95,8 +119,11 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let tokens = r.count("tokens", 20, TOKENS_MAX);
     let zero = r.one_of("init", &[("random", false), ("zero", true)]);
     let at = read_places(&mut r);
+    let given = r.value("projection").is_some();
+    let projection = Some(r.count("projection", 1, INNER_MAX)).filter(|_| given);
+    let dropout = r.dropout("dropout");
     r.finish()?;
-    Ok(Box::new(Prefix { tokens, zero, projected: None, at }))
+    Ok(Box::new(Prefix { tokens, zero, projection, dropout, saved: false, at }))
 }
 
 /// `at`, in the order of [`PLACES`].
@@ -145,14 +172,16 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let at = if own { read_places(&mut r) } else { None };
     // Saved are the projected rows: all that a forward needs.
     let inner = r.count("encoder_hidden_size", 1, usize::MAX);
-    let projected = r.flag("prefix_projection", false).then_some(inner);
+    let projection = r.flag("prefix_projection", false).then_some(inner);
     let zero = r.text("init_weights").is_some_and(|s| s == "zero");
+    let dropout = if own { r.dropout("dropout") } else { 0.0 };
     r.finish()?;
-    Ok(Some(Loaded { method: Box::new(Prefix { tokens, zero, projected, at }), targets: None, train_also }))
+    let method = Prefix { tokens, zero, projection, dropout, saved: projection.is_some(), at };
+    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Prefix { tokens: 3, zero: false, projected: None, at: None })
+    Box::new(Prefix { tokens: 3, zero: false, projection: Some(4), dropout: 0.0, saved: false, at: None })
 }
 
 impl Method for Prefix {
@@ -176,17 +205,13 @@ impl Method for Prefix {
             return Err(Error::Unsupported(message.into()));
         };
         let round = first.stack != Stack::Only && !self.is_own_form();
-        let columns: usize = places.iter().map(|(_, heads, dim)| 2 * heads * dim).sum();
-        let init = if self.zero { Init::Zeros } else { Init::Normal(1.0) };
-        let param = b.param("prompt_embeddings", &[self.tokens, columns], init)?;
-        let mut before = 0;
+        let widths: Vec<usize> = places.iter().flat_map(|(_, heads, dim)| [heads * dim; 2]).collect();
+        let source = Arc::new(self.source(b, &widths)?);
         for (i, &(site, heads, dim)) in places.iter().enumerate() {
-            let width = heads * dim;
-            let keys = if round { 4 * i * width % columns } else { before };
-            let values = if round { (4 * i + 1) * width % columns } else { before + width };
-            let rows = Rows { param: param.clone(), count: self.tokens, heads, dim, keys, values };
+            let first = if round { 4 * i % widths.len() } else { 2 * i };
+            let (dropout, count) = (self.dropout, self.tokens);
+            let rows = Rows { source: source.clone(), first, count, heads, dim, dropout, site: site.id };
             b.patch(site.id, Patch::KeyValue(Box::new(rows)))?;
-            before += 2 * width;
         }
         Ok(())
     }
@@ -199,22 +224,23 @@ impl Method for Prefix {
         let width = model.info.kv_heads * model.info.head_dim;
         let submodules = submodules(model.sites);
         let own = json!({
-            "encoder_hidden_size": self.projected.unwrap_or(width), "init_weights": if self.zero { json!("zero") } else { Value::Null },
+            "encoder_hidden_size": self.projection.unwrap_or(width), "init_weights": if self.zero { json!("zero") } else { Value::Null },
             "num_attention_heads": model.info.kv_heads, "num_layers": model.info.layers,
             "num_transformer_submodules": submodules, "num_virtual_tokens": self.tokens,
-            "prefix_projection": self.projected.is_some(), "token_dim": width,
+            "prefix_projection": self.projection.is_some(), "token_dim": width,
         });
         let mut map = own.as_object().cloned().unwrap_or_default();
         if self.is_own_form() {
             let names =
                 PLACES.iter().filter(|(_, place)| self.places().contains(place)).map(|(name, _)| *name);
             map.insert("at".into(), names.collect());
+            map.insert("dropout".into(), json!(as_written(self.dropout)));
         }
         map
     }
 
     fn trains_on(&self) -> Result<()> {
-        if self.projected.is_some() {
+        if self.saved {
             let message = "`prefix_projection` is true: the file holds what the projection made, not the projection, so this adapter can be used but not trained on; start a new one with method `prefix`";
             return Err(Error::Unsupported(message.into()));
         }
@@ -223,6 +249,17 @@ impl Method for Prefix {
 
     fn file_name(&self, name: &str) -> String {
         prompt_file_name(name)
+    }
+
+    fn file_tensors(&self, mut tensors: Named, state: &Named) -> Result<Named> {
+        if self.projection.is_some() && !self.saved {
+            let get = named(state);
+            let count =
+                state.iter().filter(|(name, _)| name.starts_with(LAST) && name.ends_with(".bias")).count();
+            let parts = (0..count).map(|part| projected(&get, part)).collect::<Result<Vec<_>>>()?;
+            tensors.push(("prompt_embeddings".into(), cat(&parts.iter().collect::<Vec<_>>(), 1)?));
+        }
+        Ok(tensors)
     }
 }
 
@@ -237,21 +274,71 @@ impl Prefix {
     }
 }
 
-/// The part of one layer.
+impl Prefix {
+    /// Where the parts of P, of these widths, come from.
+    fn source(&self, b: &mut Builder<'_>, widths: &[usize]) -> Result<Source> {
+        let (Some(inner), false) = (self.projection, self.saved) else {
+            let init = if self.zero { Init::Zeros } else { Init::Normal(1.0) };
+            let whole = b.param("prompt_embeddings", &[self.tokens, widths.iter().sum()], init)?;
+            let starts = widths.iter().scan(0, |at, width| Some(std::mem::replace(at, *at + width)));
+            return Ok(Source::Whole(whole, starts.collect()));
+        };
+        let width = widths.first().copied().unwrap_or(0);
+        let mut parts = Part::embedding(ROWS, self.tokens, width);
+        parts.extend(Part::layer(FIRST, (width, inner)));
+        for (part, &width) in widths.iter().enumerate() {
+            let last = Part::layer(&format!("{LAST}.{part}"), (inner, width));
+            parts.extend(if self.zero { Part::zeros(last) } else { last });
+        }
+        Ok(Source::Projection(Network::new(b, parts)?))
+    }
+}
+
+const ROWS: &str = "prompt_encoder.embedding";
+const FIRST: &str = "prompt_encoder.transform.0";
+const LAST: &str = "prompt_encoder.transform.2";
+
+/// Part `part` of tanh(R·W₁ᵀ + b₁)·W₂ᵀ + b₂.
+fn projected(get: &Lookup<'_>, part: usize) -> Result<Tensor> {
+    let inside = layer(get, FIRST, &get(&format!("{ROWS}.weight"))?)?.unary(Unary::Tanh)?;
+    layer(get, &format!("{LAST}.{part}"), &inside)
+}
+
+/// Where the rows come from.
+enum Source {
+    /// P, and the columns at which its parts begin.
+    Whole(Param, Vec<usize>),
+    Projection(Network),
+}
+
+/// The keys and values of one attention.
 struct Rows {
-    param: Param,
+    source: Arc<Source>,
+    /// The part that is its keys; the next one is its values.
+    first: usize,
     count: usize,
     heads: usize,
     dim: usize,
-    /// First column of the keys, and of the values.
-    keys: usize,
-    values: usize,
+    dropout: f32,
+    site: SiteId,
 }
 
 impl Rows {
-    fn part(&self, first: usize) -> Result<Tensor> {
-        let columns = self.param.get().narrow(1, first, self.heads * self.dim)?;
-        Ok(columns.reshape([self.count, self.heads, self.dim])?)
+    /// [count, heads, dim], or as much for each sequence where some is dropped.
+    fn part(&self, part: usize, cx: &Pass) -> Result<Tensor> {
+        let rows = match &*self.source {
+            Source::Whole(whole, starts) => whole.get().narrow(1, starts[part], self.heads * self.dim)?,
+            Source::Projection(network) => projected(&|name| network.get(name), part)?,
+        };
+        let mut all = self.count;
+        let mut rows = rows;
+        if self.dropout > 0.0 && cx.mode() != Mode::Eval {
+            all *= cx.layout().sequences().len();
+            let index = (0..all).map(|row| (row % self.count) as i64).collect();
+            rows = rows.gather(&Tensor::from_i64(index, [all])?)?;
+            rows = cx.dropout(&rows, self.dropout, self.site, (part % 2) as u8)?;
+        }
+        Ok(rows.reshape([all, self.heads, self.dim])?)
     }
 }
 
@@ -260,8 +347,8 @@ impl KeyValuePatch for Rows {
         self.count
     }
 
-    fn rows(&self, _input: &Tensor, _cx: &Pass) -> Result<KeyValues> {
-        Ok(KeyValues { keys: self.part(self.keys)?, values: self.part(self.values)? })
+    fn rows(&self, _input: &Tensor, cx: &Pass) -> Result<KeyValues> {
+        Ok(KeyValues { keys: self.part(self.first, cx)?, values: self.part(self.first + 1, cx)? })
     }
 }
 
@@ -294,6 +381,9 @@ mod tests {
         survives_saving(&[chosen("prefix", json!({ "init": "zero" }))], &["head"]);
         let written = config(&[chosen("prefix", json!({}))], &[]);
         assert_eq!((&written["token_dim"], &written["num_layers"]), (&json!(4), &json!(2)));
+        let inner = json!({ "projection": 5, "init": "zero" });
+        let zero = attached(&[chosen("prefix", inner)], &[]);
+        assert_eq!(zero.adapter.params().iter().filter(|p| p.saved).count(), 0);
         let one = |projected: bool| {
             let changed = with(written.clone(), json!({ "prefix_projection": projected }));
             from_file(&changed).unwrap().unwrap().method
@@ -304,6 +394,47 @@ mod tests {
         assert!(from_settings(wrong.as_object().unwrap()).is_err());
         let places = json!({ "at": ["cross", "encoder"] });
         assert!(from_settings(places.as_object().unwrap()).is_ok());
+    }
+
+    #[test]
+    fn the_file_of_a_projection_holds_what_it_makes() {
+        let (l, m) = (3, 5);
+        let methods = [chosen("prefix", json!({ "tokens": l, "projection": m }))];
+        let a = attached(&methods, &[]);
+        // l·d + d·m + m + m·2Ld + 2Ld.
+        assert_eq!(a.adapter.trained_count(), l * 4 + 4 * m + m + m * 16 + 16);
+        let (sites, info) = toy();
+        let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        let loaded = crate::load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
+        assert!(loaded.methods[0].0.trains_on().is_err());
+        let cx = Pass::new(engraft_nn::Layout::counted(&[2]).unwrap(), None);
+        let rows = |adapter: &engraft_nn::Adapter, layer: usize| {
+            let [Patch::KeyValue(p)] = adapter.at(site_id(&sites, &format!("layers.{layer}.attn"))) else {
+                panic!("no prefix")
+            };
+            p.rows(&Tensor::zeros([2, 6]), &cx).unwrap()
+        };
+        for layer in [0, 1] {
+            let (made, read) = (rows(&a.adapter, layer), rows(&loaded.adapter, layer));
+            close(&read.keys, &made.keys, 1e-6);
+            close(&read.values, &made.values, 1e-6);
+        }
+    }
+
+    #[test]
+    fn dropout_is_drawn_for_each_sequence() {
+        let a = attached(&[chosen("prefix", json!({ "tokens": 3, "dropout": 0.5 }))], &[]);
+        let (sites, _) = toy();
+        let [Patch::KeyValue(p)] = a.adapter.at(site_id(&sites, "layers.0.attn")) else {
+            panic!("no prefix")
+        };
+        let cx = Pass::new(engraft_nn::Layout::counted(&[2, 1]).unwrap(), None);
+        let input = Tensor::zeros([3, 6]);
+        assert_eq!(p.rows(&input, &cx).unwrap().keys.dim(0), 3);
+        let drawn = p.rows(&input, &cx.training(Mode::Train { seed: 1, step: 1, micro: 0 })).unwrap().keys;
+        let (one, other) = (drawn.rows_between(0, 3).unwrap(), drawn.rows_between(3, 6).unwrap());
+        assert_ne!(one.to_vec().unwrap(), other.to_vec().unwrap());
+        assert!(drawn.to_vec().unwrap().contains(&0.0));
     }
 
     #[test]

@@ -1,41 +1,52 @@
 //! Prompt tuning: trained rows put before the embedded tokens.
 //!
-//! H₀ = [P; E], tokens counted from the first row of P. P starts as embeddings of the vocabulary (given ids, or drawn)
-//! or as noise N(0, 1).
+//! H₀ = [P; E], tokens counted from the first row of P. P starts as embeddings of the vocabulary (of a text, of given ids,
+//! or drawn), repeated or cut to fit, or as noise: N(0, 1), as in `peft`, or uniform in ±0.5, as in the paper.
 //!
-//! Lester et al. 2021, arXiv:2104.08691.
+//! Lester et al. 2021, arXiv:2104.08691. Rows that start from saved prompts (`from_prompts`): SPoT, see `transfer.rs`.
 //!
 //! P [tokens, width], saved as `prompt_embeddings`. In an encoder–decoder model the rows come before the encoder's input;
 //! `peft` makes as many again for the decoder and never reads them, so its files hold [2 · tokens, width].
 
 use engraft_nn::{
-    Base, Builder, Error, Init, Kind, Pass, Patch, PromptPatch, Result, Role, Sites, Stack, Value as Frozen,
+    Base, Builder, Error, Init, Kind, Pass, Patch, PromptPatch, Result, Role, Site, Sites, Stack,
+    Value as Frozen,
 };
 use engraft_tensor::cpu::random::Key;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::read::Reader;
+use super::transfer::{self, Transfer};
+use crate::read::{Reader, Tokens};
+use crate::shared::fields::{choice, int};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 pub(crate) const TOKENS_MAX: usize = 1 << 16;
 
-struct Prompt {
-    tokens: usize,
+pub(super) struct Prompt {
+    pub tokens: usize,
     /// Times that the file holds `tokens` rows, of which the first are used; `None` is what `peft` makes for the model.
-    submodules: Option<usize>,
-    start: Start,
+    pub submodules: Option<usize>,
+    pub start: Start,
 }
 
 /// How P starts.
 #[derive(Clone)]
-enum Start {
-    /// As tokens drawn from the vocabulary.
-    Drawn,
+pub(crate) enum Start {
+    /// As tokens drawn from the vocabulary, or from the first ids of it.
+    Drawn(Option<usize>),
     /// As these tokens, repeated or cut to fit.
     Given(Vec<i64>),
-    /// As noise.
+    /// As the tokens of a text.
+    Text(Tokens),
+    /// As noise N(0, 1).
     Noise,
+    /// As noise in ±0.5.
+    Uniform,
+    /// From saved prompts.
+    Saved(Transfer),
+    /// From the file, which says this of where its rows came from.
+    Kept(Map<String, Value>),
 }
 
 static INFO: Info = Info {
@@ -50,41 +61,83 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "PROMPT_TUNING",
     fields: &[
-        Field {
-            name: "tokens",
-            kind: FieldKind::Int { min: 1, max: TOKENS_MAX as i64 },
-            default: Some("20"),
-            doc: "Number of rows.",
-        },
-        Field {
-            name: "init",
-            kind: FieldKind::OneOf(&["vocabulary", "random"]),
-            default: Some("\"vocabulary\""),
-            doc: "Start as embeddings of drawn tokens, or as noise.",
-        },
-        Field {
-            name: "init_ids",
-            kind: FieldKind::IntList,
-            default: None,
-            doc: "Start as the embeddings of these tokens, repeated or cut to fit.",
-        },
+        int("tokens", (1, TOKENS_MAX as i64), Some("20"), "Number of rows."),
+        INIT,
+        INIT_TEXT,
+        INIT_IDS,
+        INIT_BELOW,
+        transfer::FROM,
+        transfer::TARGET,
+        transfer::SELECT,
+        transfer::SIMILARITY,
+        transfer::TOP,
     ],
 };
+
+/// How rows start, for all methods whose rows stand before the input.
+pub(crate) const INIT: Field = choice(
+    "init",
+    &["vocabulary", "random", "uniform"],
+    "\"vocabulary\"",
+    "Start as embeddings of drawn tokens, or as noise: normal, or uniform in ±0.5.",
+);
+pub(crate) const INIT_TEXT: Field = Field {
+    name: "init_text",
+    kind: FieldKind::Tokens,
+    default: None,
+    doc: "Start as the embeddings of this text, repeated or cut to fit.",
+};
+pub(crate) const INIT_IDS: Field = Field {
+    name: "init_ids",
+    kind: FieldKind::IntList,
+    default: None,
+    doc: "Start as the embeddings of these tokens, repeated or cut to fit.",
+};
+pub(crate) const INIT_BELOW: Field = int(
+    "init_below",
+    (1, i64::MAX),
+    None,
+    "Draw only ids below this: many vocabularies begin with their commonest words (the paper takes 5000).",
+);
 
 /// In the registry.
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let tokens = r.count("tokens", 20, TOKENS_MAX);
-    let random = r.one_of("init", &[("vocabulary", false), ("random", true)]);
-    let start = match r.counts("init_ids") {
-        Some(ids) if !ids.is_empty() => Start::Given(ids.into_iter().map(|id| id as i64).collect()),
-        _ if random => Start::Noise,
-        _ => Start::Drawn,
+    peft::own_settings(&INFO, settings, |r| {
+        let tokens = r.count("tokens", 20, TOKENS_MAX);
+        let start = match (read_start(r), Transfer::read(r)) {
+            (Start::Given(_) | Start::Text(_), Some(_)) => {
+                r.problem("`from_prompts` and a text or ids both say how rows start; keep one of them");
+                Start::Noise
+            }
+            (_, Some(transfer)) => Start::Saved(transfer),
+            (start, None) => start,
+        };
+        Prompt { tokens, submodules: None, start }
+    })
+}
+
+/// How rows start, as a recipe says it.
+pub(crate) fn read_start(r: &mut Reader<'_>) -> Start {
+    let is_below = r.value("init_below").is_some();
+    let below = Some(r.count("init_below", 1, usize::MAX)).filter(|_| is_below);
+    let noise = r.one_of("init", &[("vocabulary", None), ("random", Some(false)), ("uniform", Some(true))]);
+    let start = match (r.tokens("init_text"), r.counts("init_ids"), noise) {
+        (Some(_), Some(_), _) => {
+            r.problem("`init_ids` and `init_text` both say which tokens to start as; keep one of them");
+            Start::Noise
+        }
+        (Some(text), ..) => Start::Text(text),
+        (_, Some(ids), _) if !ids.is_empty() => Start::Given(ids.into_iter().map(|id| id as i64).collect()),
+        (.., Some(false)) => Start::Noise,
+        (.., Some(true)) => Start::Uniform,
+        (.., None) => Start::Drawn(below),
     };
-    r.finish()?;
-    Ok(Box::new(Prompt { tokens, submodules: None, start }))
+    if below.is_some() && !matches!(start, Start::Drawn(_)) {
+        r.problem("`init_below` says which tokens are drawn, and none are: leave it out");
+    }
+    start
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
@@ -94,12 +147,64 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let (tokens, submodules) = read_prompt_keys(&mut r);
-    r.ignore(&["prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"]);
-    let drawn = r.text("prompt_tuning_init").is_some_and(|s| s == "SAMPLE_VOCAB");
-    r.finish()?;
     // The rows come from the file; how they started is only written back.
-    let start = if drawn { Start::Drawn } else { Start::Noise };
+    let start = Start::Kept(read_origin(&mut r, &["RANDOM", "SAMPLE_VOCAB", "TEXT"]));
+    r.finish()?;
     Ok(Some(Loaded { method: Box::new(Prompt { tokens, submodules, start }), targets: None, train_also }))
+}
+
+/// The keys about where rows came from, as they are; `origins` are the words known for it.
+pub(crate) fn read_origin(r: &mut Reader<'_>, origins: &[&str]) -> Map<String, Value> {
+    let known = |v: &Value| v.as_str().is_some_and(|word| origins.contains(&word));
+    if let Some(other) = r.value("prompt_tuning_init").filter(|v| !known(v)).cloned() {
+        r.problem(format!("`prompt_tuning_init`: expected one of {}, found {other}", origins.join(", ")));
+    }
+    let keys =
+        ["prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"];
+    let kept = keys.map(|key| (key.to_owned(), r.value(key).cloned().unwrap_or(Value::Null)));
+    let mut kept = Map::from_iter(kept);
+    if kept["prompt_tuning_init"].is_null() {
+        kept.insert("prompt_tuning_init".into(), "RANDOM".into());
+    }
+    kept
+}
+
+impl Start {
+    /// The values of `count` rows, `tokens` of them before a sequence.
+    pub fn of(&self, b: &Builder<'_>, tokens: usize, count: usize) -> Result<Init> {
+        Ok(match self {
+            Start::Noise => Init::Normal(1.0),
+            Start::Uniform => Init::Uniform(0.5),
+            Start::Kept(_) => Init::Zeros,
+            Start::Saved(transfer) => transfer.of(count, b.info().width)?,
+            Start::Given(ids) => rows_of(ids, count, b.sites(), "init_ids")?,
+            Start::Text(text) => rows_of(&text.ids, count, b.sites(), "init_text")?,
+            Start::Drawn(below) => {
+                let vocabulary = b.info().vocabulary.max(1);
+                let among = below.map_or(vocabulary, |below| below.min(vocabulary)) as u64;
+                let key = Key { seed: b.seed(), stream: tokens as u64 };
+                let ids: Vec<i64> =
+                    (0..count as u64).map(|i| (u64::from(key.bits(i)) % among) as i64).collect();
+                rows_of(&ids, count, b.sites(), "init")?
+            }
+        })
+    }
+
+    /// What a configuration says of where the rows came from; a text is by the tokenizer of `base_model`.
+    pub fn origin(&self, base_model: &str) -> Map<String, Value> {
+        let (origin, text) = match self {
+            Start::Kept(kept) => return kept.clone(),
+            Start::Drawn(_) => ("SAMPLE_VOCAB", None),
+            Start::Text(text) => ("TEXT", Some(text.text.as_str())),
+            Start::Given(_) | Start::Saved(_) | Start::Noise | Start::Uniform => ("RANDOM", None),
+        };
+        let own = json!({
+            "prompt_tuning_init": origin, "prompt_tuning_init_text": text, "tokenizer_kwargs": null,
+            // `peft` refuses a text without one.
+            "tokenizer_name_or_path": text.map(|_| base_model),
+        });
+        own.as_object().cloned().unwrap_or_default()
+    }
 }
 
 /// The keys that all methods with virtual tokens have in `peft`; gives their number and for how many halves of a model
@@ -122,6 +227,15 @@ pub(crate) fn submodules(sites: &Sites) -> usize {
     if sites.iter().any(|s| s.stack == Stack::Decoder) { 2 } else { 1 }
 }
 
+/// Where a prompt enters, of an encoder–decoder model the encoder, and the width there.
+pub(crate) fn prompt_site<'s>(sites: &'s Sites, title: &str) -> Result<(&'s Site, usize)> {
+    let found = sites.iter().find_map(|s| match s.kind {
+        Kind::Prompt { width } => Some((s, width)),
+        _ => None,
+    });
+    found.ok_or_else(|| Error::Unsupported(format!("{title} needs a model with an embedded input")))
+}
+
 /// In `peft`, adapters with virtual tokens keep the modules trained beside them one level higher than others do.
 pub(crate) fn prompt_file_name(name: &str) -> String {
     if name == "prompt_embeddings" { name.into() } else { format!("base_model.{name}") }
@@ -137,35 +251,22 @@ impl Method for Prompt {
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
-        let found = b.sites().of_kind(|k| matches!(k, Kind::Prompt { .. })).next();
-        let Some((site, Kind::Prompt { width })) = found.map(|s| (s, s.kind.clone())) else {
-            return Err(Error::Unsupported("prompt tuning needs a model with an embedded input".into()));
-        };
+        let (site, width) = prompt_site(b.sites(), INFO.title)?;
         let count = self.tokens * self.submodules.unwrap_or_else(|| submodules(b.sites()));
-        let init = match &self.start {
-            Start::Noise => Init::Normal(1.0),
-            Start::Given(ids) => rows_of(ids, count, b.sites())?,
-            Start::Drawn => {
-                let key = Key { seed: b.seed(), stream: self.tokens as u64 };
-                let vocabulary = b.info().vocabulary.max(1) as u64;
-                let ids: Vec<i64> =
-                    (0..count as u64).map(|i| (u64::from(key.bits(i)) % vocabulary) as i64).collect();
-                rows_of(&ids, count, b.sites())?
-            }
-        };
+        let init = self.start.of(b, self.tokens, count)?;
         let param = b.param("prompt_embeddings", &[count, width], init)?;
         b.patch(site.id, Patch::Prompt(Box::new(Rows { param, count: self.tokens })))
     }
 
     fn config(&self, model: &Described<'_>) -> Map<String, Value> {
-        let init = if matches!(self.start, Start::Drawn) { "SAMPLE_VOCAB" } else { "RANDOM" };
         let own = json!({
             "num_attention_heads": model.info.heads, "num_layers": model.info.layers,
             "num_transformer_submodules": self.submodules.unwrap_or_else(|| submodules(model.sites)),
-            "num_virtual_tokens": self.tokens, "prompt_tuning_init": init, "prompt_tuning_init_text": null,
-            "token_dim": model.info.width, "tokenizer_kwargs": null, "tokenizer_name_or_path": null,
+            "num_virtual_tokens": self.tokens, "token_dim": model.info.width,
         });
-        own.as_object().cloned().unwrap_or_default()
+        let mut map = own.as_object().cloned().unwrap_or_default();
+        map.extend(self.start.origin(model.base_model));
+        map
     }
 
     fn file_name(&self, name: &str) -> String {
@@ -173,8 +274,8 @@ impl Method for Prompt {
     }
 }
 
-/// The embeddings of `ids`, repeated or cut to `count` rows.
-fn rows_of(ids: &[i64], count: usize, sites: &Sites) -> Result<Init> {
+/// The embeddings of `ids`, which the setting `key` gave, repeated or cut to `count` rows.
+fn rows_of(ids: &[i64], count: usize, sites: &Sites, key: &str) -> Result<Init> {
     let table = sites.iter().find_map(|s| match (&s.role, &s.value) {
         (Role::Embed, Frozen::Weight(w)) => Some(w),
         _ => None,
@@ -187,7 +288,7 @@ fn rows_of(ids: &[i64], count: usize, sites: &Sites) -> Result<Init> {
     let (rows, _) = table.shape();
     if let Some(id) = ids.iter().find(|id| **id >= rows as i64) {
         return Err(Error::Unsupported(format!(
-            "`init_ids`: expected ids below {rows}, the vocabulary; found {id}"
+            "`{key}`: expected ids below {rows}, the vocabulary; found {id}"
         )));
     }
     let ids: Vec<i64> = ids.iter().copied().cycle().take(count).collect();
@@ -230,6 +331,38 @@ mod tests {
         let (sites, info) = toy();
         let outside = chosen("prompt", json!({ "init_ids": [11] }));
         assert!(crate::attach(&[outside], &[], &sites, &info, 0).is_err());
+        let common = attached(&[chosen("prompt", json!({ "tokens": 30, "init_below": 2 }))], &[]);
+        let first = &table[..2 * 6];
+        let common = common.adapter.params()[0].param.value().to_vec().unwrap();
+        assert!(common.chunks(6).all(|row| first.chunks(6).any(|r| r == row)));
+        let uniform = attached(&[chosen("prompt", json!({ "init": "uniform" }))], &[]);
+        assert!(uniform.adapter.params()[0].param.value().to_vec().unwrap().iter().all(|v| v.abs() <= 0.5));
+    }
+
+    #[test]
+    fn rows_start_as_a_text_whose_ids_the_caller_gives() {
+        let text = json!({ "tokens": 3, "init_text": { "text": "good or bad", "ids": [4, 9] } });
+        let a = attached(&[chosen("prompt", text.clone())], &[]);
+        let ids = Tensor::from_i64(vec![4, 9, 4], [3]).unwrap();
+        close(&a.adapter.params()[0].param.value(), &frozen("tok").gather(&ids).unwrap(), 0.0);
+        let written = config(&[chosen("prompt", text.clone())], &[]);
+        assert_eq!(
+            [
+                &written["prompt_tuning_init"],
+                &written["prompt_tuning_init_text"],
+                &written["tokenizer_name_or_path"]
+            ],
+            [&json!("TEXT"), &json!("good or bad"), &json!("some/base")]
+        );
+        survives_saving(&[chosen("prompt", text)], &[]);
+        for bad in [
+            json!({ "init_text": "no ids" }),
+            json!({ "init_text": { "text": "", "ids": [] } }),
+            json!({ "init_text": { "text": "a", "ids": [1] }, "init_ids": [1] }),
+            json!({ "init_ids": [1], "init_below": 3 }),
+        ] {
+            assert!(from_settings(bad.as_object().unwrap()).is_err(), "{bad}");
+        }
     }
 
     #[test]
@@ -241,6 +374,7 @@ mod tests {
         for bad in [
             json!({ "num_transformer_submodules": 3 }),
             json!({ "num_virtual_tokens": null }),
+            json!({ "prompt_tuning_init": "AVERAGE_SOURCE_TASKS" }),
             json!({ "odd": 1 }),
         ] {
             assert!(from_file(&with(written.clone(), bad.clone())).is_err(), "{bad}");

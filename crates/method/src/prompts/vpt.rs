@@ -12,12 +12,12 @@
 use engraft_nn::{
     BlockPatch, Builder, Error, Init, Kind, Pass, Patch, PromptPatch, Result, Site, SiteId, Sites,
 };
-use engraft_tensor::ops::cat;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use super::prompt::TOKENS_MAX;
 use crate::read::Reader;
+use crate::shared::sequences::with_first_rows;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 struct Vpt {
@@ -202,16 +202,7 @@ impl BlockPatch for Rows {
         _site: &Site,
         cx: &Pass,
     ) -> Result<Tensor> {
-        let layout = cx.layout();
-        let mut index = Vec::with_capacity(layout.tokens());
-        for (i, s) in layout.sequences().iter().enumerate() {
-            let prompted = layout.virtual_counts()[i] >= self.count && !layout.is_padded(i);
-            let own = if prompted { self.count } else { 0 };
-            index.extend((0..own).map(|row| row as i64));
-            index.extend((s.start + own..s.end).map(|row| (self.count + row) as i64));
-        }
-        let index = Tensor::from_i64(index, [layout.tokens()])?;
-        run(&cat(&[&self.own()?, h], 0)?.gather(&index)?, cx)
+        run(&with_first_rows(h, &self.own()?, self.count, cx)?, cx)
     }
 }
 

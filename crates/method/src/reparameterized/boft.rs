@@ -17,8 +17,8 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written};
 use crate::shared::biases::Biases;
-use crate::shared::matrices;
 use crate::shared::orthogonal::{self, Side};
+use crate::shared::{divisors, matrices};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
 
 const SIZE_MAX: usize = 1 << 16;
@@ -207,7 +207,8 @@ impl Boft {
         if given == 0 || !inn.is_multiple_of(given) {
             let what = if self.size > 0 { "block_size" } else { "blocks" };
             return Err(format!(
-                "`{what}` is {given}, which does not divide its {inn} inputs; choose a number that does"
+                "`{what}` is {given}, which does not divide its {inn} inputs; choose a number that does, such as {}",
+                divisors::near(given, &[inn])
             ));
         }
         let (blocks, size) = if self.size > 0 { (inn / given, given) } else { (given, inn / given) };

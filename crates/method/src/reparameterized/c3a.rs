@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Pattern, Reader};
 use crate::shared::biases::Biases;
-use crate::shared::places;
+use crate::shared::{divisors, places};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const SIZE_MAX: usize = 1 << 20;
@@ -141,7 +141,8 @@ impl Method for C3a {
             let size = found.map_or(self.block_size, |n| n as usize);
             if !out.is_multiple_of(size) || !inn.is_multiple_of(size) {
                 let message = format!(
-                    "[{out}, {inn}] cannot be cut into blocks of {size}; choose a `block_size` that divides both"
+                    "[{out}, {inn}] cannot be cut into blocks of {size}; choose a `block_size` that divides both, such as {}",
+                    divisors::near(size, &[out, inn])
                 );
                 return places::unfit(site, message);
             }

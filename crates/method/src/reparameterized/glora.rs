@@ -5,8 +5,9 @@
 //! or nothing. Layers without a bias have no C, D, E. All start as zero (of a product the left factor), so W′ = W.
 //! Except under a low-rank A, W′ is not formed.
 //!
-//! Chavan et al. 2023, arXiv:2306.07967. Its search over 432 choices a layer is not here: as in `peft`, A and B have one
-//! kind, and D and E have one.
+//! Chavan et al. 2023, arXiv:2306.07967. In `peft` A and B have one kind, and D and E have one; here each of the five has one of
+//! its own, 432 choices in all, which are the same in all targets. The paper's search for a choice a layer is not here. What `peft`
+//! cannot say has a `peft_type` of our own.
 //!
 //! Low-rank: `Xd` [out, r] and `Xu` [r, in] (of C [in, r] and [r, 1]); vector: `X` [out, 1] (of C [in, 1], of D and E `[out]`);
 //! constant: `X` `[1]`; nothing: `zeros` in the shape of what is left out. Each in `glora_A` to `glora_E`.
@@ -31,12 +32,17 @@ const OWN: &str = "glora_only";
 #[derive(Clone, Copy)]
 struct Glora {
     rank: usize,
-    a_b: Kind,
+    a: Kind,
+    b: Kind,
     c: Kind,
-    d_e: Kind,
+    d: Kind,
+    e: Kind,
     bias: Biases,
     init_weights: bool,
 }
+
+/// `peft_type` where A and B, or D and E, differ.
+const APART: &str = "ENGRAFT_GLORA";
 
 /// How a matrix is made.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -76,6 +82,16 @@ static INFO: Info = Info {
             default: Some("\"lora\""),
             doc: "What scales and shifts the weight.",
         },
+        choice_or(
+            "config_A",
+            &["lora", "vector", "constant", "none"],
+            "What scales the weight, if not `config_A_B`.",
+        ),
+        choice_or(
+            "config_B",
+            &["lora", "vector", "constant", "none"],
+            "What shifts the weight, if not `config_A_B`.",
+        ),
         Field {
             name: "config_C",
             kind: FieldKind::OneOf(&["lora", "vector", "none"]),
@@ -88,6 +104,8 @@ static INFO: Info = Info {
             default: Some("\"constant\""),
             doc: "What scales and shifts the bias.",
         },
+        choice_or("config_D", &["constant", "vector", "none"], "What scales the bias, if not `config_D_E`."),
+        choice_or("config_E", &["constant", "vector", "none"], "What shifts the bias, if not `config_D_E`."),
         Field {
             name: "bias",
             kind: FieldKind::OneOf(&["none", "all", OWN]),
@@ -103,6 +121,11 @@ static INFO: Info = Info {
     ],
 };
 
+/// A setting in the place of one for two.
+const fn choice_or(name: &'static str, words: &'static [&'static str], doc: &'static str) -> Field {
+    Field { name, kind: FieldKind::OneOf(words), default: None, doc }
+}
+
 /// In the registry.
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
@@ -111,27 +134,53 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    peft::own_file(&INFO, config, |r| read(r, "r"))
+    match peft::own_file(&INFO, config, |r| read_pairs(r, "r"))? {
+        Some(loaded) => Ok(Some(loaded)),
+        None => peft::file_of(APART, config, |r| read(r, "r")),
+    }
 }
 
-/// Recipes and files differ in one name.
-fn read(r: &mut Reader<'_>, rank: &'static str) -> Glora {
+/// What `peft` can say. Recipes and files differ in one name.
+fn read_pairs(r: &mut Reader<'_>, rank: &'static str) -> Glora {
+    let a = r.one_of("config_A_B", &[LORA, VECTOR, CONSTANT, NONE]);
+    let d = r.one_of("config_D_E", &[CONSTANT, VECTOR, NONE]);
     Glora {
         rank: r.count(rank, 8, 1 << 16),
-        a_b: r.one_of("config_A_B", &[LORA, VECTOR, CONSTANT, NONE]),
+        a,
+        b: a,
         c: r.one_of("config_C", &[LORA, VECTOR, NONE]),
-        d_e: r.one_of("config_D_E", &[CONSTANT, VECTOR, NONE]),
+        d,
+        e: d,
         bias: Biases::read(r, OWN),
         init_weights: r.flag("init_weights", true),
+    }
+}
+
+/// The same, and what each of the five is where two differ.
+fn read(r: &mut Reader<'_>, rank: &'static str) -> Glora {
+    let pairs = read_pairs(r, rank);
+    let mut own = |key: &'static str, kinds: &[(&str, Kind)], pair: Kind| match r.value(key) {
+        None => pair,
+        Some(_) => r.one_of(key, kinds),
+    };
+    let (of_weight, of_bias) = ([LORA, VECTOR, CONSTANT, NONE], [CONSTANT, VECTOR, NONE]);
+    Glora {
+        a: own("config_A", &of_weight, pairs.a),
+        b: own("config_B", &of_weight, pairs.b),
+        d: own("config_D", &of_bias, pairs.d),
+        e: own("config_E", &of_bias, pairs.e),
+        ..pairs
     }
 }
 
 fn example() -> Box<dyn Method> {
     Box::new(Glora {
         rank: 3,
-        a_b: Kind::Lora,
+        a: Kind::Lora,
+        b: Kind::Lora,
         c: Kind::Lora,
-        d_e: Kind::Vector,
+        d: Kind::Vector,
+        e: Kind::Vector,
         bias: Biases::None,
         init_weights: true,
     })
@@ -153,16 +202,16 @@ impl Method for Glora {
                 });
             };
             let (a, shift) = (
-                self.path(b, site, ("A", self.a_b), &[out, inn])?,
-                self.path(b, site, ("B", self.a_b), &[out, inn])?,
+                self.path(b, site, ("A", self.a), &[out, inn])?,
+                self.path(b, site, ("B", self.b), &[out, inn])?,
             );
             b.patch(site.id, Patch::Weight(Box::new(OfWeight { a, b: shift })))?;
             let bias = b.sites().bias_of(&site.path);
             let kind = |kind| if bias.is_some() { kind } else { Kind::None };
             let patch = OfBias {
                 c: self.path(b, site, ("C", kind(self.c)), &[inn, 1])?,
-                d: self.path(b, site, ("D", kind(self.d_e)), &[out])?,
-                e: self.path(b, site, ("E", kind(self.d_e)), &[out])?,
+                d: self.path(b, site, ("D", kind(self.d)), &[out])?,
+                e: self.path(b, site, ("E", kind(self.e)), &[out])?,
                 weight: weight.clone(),
             };
             if let Some(bias) = bias {
@@ -180,15 +229,36 @@ impl Method for Glora {
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let name =
             |kind: Kind| [LORA, VECTOR, CONSTANT, NONE].into_iter().find(|k| k.1 == kind).map_or("", |k| k.0);
-        let own = json!({
-            "bias": self.bias.name(OWN), "config_A_B": name(self.a_b), "config_C": name(self.c), "config_D_E": name(self.d_e),
-            "init_weights": self.init_weights, "r": self.rank,
+        let mut own = json!({
+            "bias": self.bias.name(OWN), "config_C": name(self.c), "init_weights": self.init_weights, "r": self.rank,
         });
+        match self.apart() {
+            true => {
+                for (key, kind) in
+                    [("config_A", self.a), ("config_B", self.b), ("config_D", self.d), ("config_E", self.e)]
+                {
+                    own[key] = name(kind).into();
+                }
+            }
+            false => {
+                own["config_A_B"] = name(self.a).into();
+                own["config_D_E"] = name(self.d).into();
+            }
+        }
         own.as_object().cloned().unwrap_or_default()
+    }
+
+    fn peft_type(&self) -> &'static str {
+        if self.apart() { APART } else { INFO.peft_type }
     }
 }
 
 impl Glora {
+    /// Whether `peft` cannot say it.
+    fn apart(&self) -> bool {
+        self.a != self.b || self.d != self.e
+    }
+
     /// One of the five, for a value of `shape` ([rows, columns], or `[rows]`).
     fn path(
         &self,
@@ -319,13 +389,15 @@ mod tests {
 
     fn all_choices() -> Vec<Value> {
         let mut all = Vec::new();
-        for a in ["lora", "vector", "constant", "none"] {
-            for c in ["lora", "vector", "none"] {
-                for d in ["vector", "constant", "none"] {
-                    all.push(json!({ "rank": 2, "config_A_B": a, "config_C": c, "config_D_E": d }));
+        let (of_weight, of_bias) = (["lora", "vector", "constant", "none"], ["vector", "constant", "none"]);
+        for (a, b) in of_weight.iter().flat_map(|a| of_weight.map(|b| (a, b))) {
+            for (d, e) in of_bias.iter().flat_map(|d| of_bias.map(|e| (d, e))) {
+                for c in ["lora", "vector", "none"] {
+                    all.push(json!({ "rank": 2, "config_A": a, "config_B": b, "config_C": c, "config_D": d, "config_E": e }));
                 }
             }
         }
+        assert_eq!(all.len(), 432);
         all
     }
 
@@ -356,6 +428,7 @@ mod tests {
             close(&vector(&a, "layers.0.attn.q.bias"), &expected, 1e-5);
             let weight = w.add(&w.mul(&value("A")).unwrap()).unwrap().add(&value("B")).unwrap();
             close(&both_ways(&a, "layers.0.attn.q", &x).1, &x.matmul_t(&weight).unwrap(), 1e-5);
+            close(&merged(&a, "layers.0.attn.q"), &weight, 1e-5);
         }
     }
 
@@ -369,13 +442,25 @@ mod tests {
         assert_eq!(count(vectors), 2 * (2 * 6 + 6 + 2 * 6 + 2 * 4));
         let constants = json!({ "config_A_B": "constant", "config_C": "none", "config_D_E": "constant" });
         assert_eq!(count(constants), 2 * (2 + 2 + 2));
+        let mixed = json!({ "rank": 2, "config_A": "constant", "config_B": "lora", "config_C": "vector",
+            "config_D": "none", "config_E": "vector" });
+        assert_eq!(count(mixed), 2 * ((1 + 2 * (6 + 6) + 6 + 6) + (1 + 2 * (6 + 4))));
     }
 
     #[test]
     fn configurations() {
-        for settings in all_choices() {
+        for settings in all_choices().into_iter().step_by(7) {
             survives_saving(&[chosen("glora", settings)], &["head"]);
         }
+        // What `peft` can say is said in its words, and nothing else under its name.
+        let pairs = json!({ "config_A_B": "vector", "config_D_E": "constant" });
+        let apart = json!({ "config_A_B": "vector", "config_B": "lora" });
+        let (pairs, apart) = (config(&[chosen("glora", pairs)], &[]), config(&[chosen("glora", apart)], &[]));
+        assert_eq!((&pairs["peft_type"], &pairs["config_A_B"]), (&json!("GLORA"), &json!("vector")));
+        assert!(pairs.get("config_A").is_none());
+        assert_eq!((&apart["peft_type"], &apart["config_B"]), (&json!(APART), &json!("lora")));
+        assert_eq!((&apart["config_A"], apart.get("config_A_B")), (&json!("vector"), None));
+        assert!(from_file(&with(pairs, json!({ "config_A": "lora" }))).is_err());
         survives_saving(&[chosen("glora", json!({ "bias": "all", "init_weights": false }))], &[]);
         let bad = json!({ "config_D_E": "lora" });
         assert!(from_settings(bad.as_object().unwrap()).is_err());

@@ -13,7 +13,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
-use crate::shared::{kronecker, places};
+use crate::shared::{divisors, kronecker, places};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const COUNT_MAX: usize = 1 << 12;
@@ -156,8 +156,10 @@ impl Sum {
     ) -> Result<Sum> {
         let (out, inn) = places::linear(site, title)?;
         if !out.is_multiple_of(n) || !inn.is_multiple_of(n) {
-            let message =
-                format!("[{out}, {inn}] cannot be cut into {n}×{n} blocks; choose an `n` that divides both");
+            let message = format!(
+                "[{out}, {inn}] cannot be cut into {n}×{n} blocks; choose an `n` that divides both, such as {}",
+                divisors::near(n, &[out, inn])
+            );
             return places::unfit(site, message);
         }
         let [up, down] = names.map(|name| format!("{}.{name}", site.path));

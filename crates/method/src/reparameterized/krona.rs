@@ -86,7 +86,7 @@ fn example() -> Box<dyn Method> {
 }
 
 /// The largest divisor of `n` up to its root.
-fn middle(n: usize) -> usize {
+pub(crate) fn middle(n: usize) -> usize {
     (1..=n).take_while(|d| d * d <= n).filter(|d| n.is_multiple_of(*d)).last().unwrap_or(1)
 }
 

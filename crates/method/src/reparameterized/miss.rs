@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written};
 use crate::shared::biases::Biases;
-use crate::shared::places;
+use crate::shared::{divisors, places};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -146,7 +146,8 @@ impl Method for Miss {
             }
             if self.form == Form::Bat && !(out.is_multiple_of(r) && inn.is_multiple_of(r)) {
                 let message = format!(
-                    "[{out}, {inn}] cannot be cut into blocks of {r}; choose a rank that divides both"
+                    "[{out}, {inn}] cannot be cut into blocks of {r}; choose a rank that divides both, such as {}",
+                    divisors::near(r, &[out, inn])
                 );
                 return places::unfit(site, message);
             }

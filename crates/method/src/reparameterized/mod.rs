@@ -44,3 +44,4 @@ pub(crate) mod unilora;
 pub(crate) mod vblora;
 pub(crate) mod vera;
 pub(crate) mod waveft;
+pub(crate) mod xlora;

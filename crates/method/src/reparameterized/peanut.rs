@@ -11,12 +11,11 @@
 //! `peanut_B.weight` [out, rank].
 
 use engraft_nn::{Base, Builder, Init, Pass, Patch, Result, Role, Site, WeightPatch};
-use engraft_tensor::ops::Unary;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
-use crate::shared::activation::{ACTIVATIONS, Activation, NAMES};
+use crate::shared::activations::{ALL, ALL_NAMES, Activation};
 use crate::shared::matrices;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
@@ -26,7 +25,7 @@ struct Peanut {
     depth: usize,
     scaling: f64,
     /// As in the file: several names stand for one function.
-    activation: (String, Activation),
+    activation: Activation,
     init_weights: bool,
 }
 
@@ -56,7 +55,7 @@ static INFO: Info = Info {
         },
         Field {
             name: "act_fn",
-            kind: FieldKind::OneOf(NAMES),
+            kind: FieldKind::OneOf(ALL_NAMES),
             default: Some("\"relu\""),
             doc: "The activation.",
         },
@@ -88,20 +87,18 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 
 /// Recipes and files differ in one name.
 fn read(r: &mut Reader<'_>, rank: &'static str) -> Peanut {
-    let named = r.text("act_fn").unwrap_or_else(|| "relu".into());
     Peanut {
         rank: r.count(rank, 32, 1 << 16),
         depth: r.whole("depth", 0, 1 << 10),
         scaling: r.float("scaling", 1.0),
-        activation: (named, r.one_of("act_fn", ACTIVATIONS)),
+        activation: r.one_of("act_fn", ALL),
         init_weights: r.flag("init_weights", true),
     }
 }
 
 fn example() -> Box<dyn Method> {
     // Smooth, so that finite differences show the whole gradient.
-    let activation = ("tanh".to_string(), Activation::Of(Unary::Tanh));
-    Box::new(Peanut { rank: 3, depth: 1, scaling: 1.5, activation, init_weights: true })
+    Box::new(Peanut { rank: 3, depth: 1, scaling: 1.5, activation: Activation::GELU, init_weights: true })
 }
 
 impl Method for Peanut {
@@ -127,7 +124,7 @@ impl Method for Peanut {
                 encoders,
                 decoders,
                 b: b.param(&name("B"), &[out, r], start)?,
-                activation: self.activation.1,
+                activation: self.activation,
                 scaling: self.scaling as f32,
             };
             b.patch(site.id, Patch::Weight(Box::new(network)))?;
@@ -137,7 +134,7 @@ impl Method for Peanut {
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let own = json!({
-            "act_fn": self.activation.0, "depth": self.depth, "init_weights": self.init_weights, "layers_pattern": null,
+            "act_fn": self.activation.name(), "depth": self.depth, "init_weights": self.init_weights, "layers_pattern": null,
             "layers_to_transform": null, "r": self.rank, "scaling": number(self.scaling),
         });
         own.as_object().cloned().unwrap_or_default()
@@ -156,7 +153,7 @@ struct Network {
 impl Network {
     /// h [rank, in]: the network on the columns of W.
     fn hidden(&self, base: &dyn Base) -> Result<Tensor> {
-        let layer = |m: &Param, h: &Tensor| -> Result<Tensor> { self.activation.apply(&m.get().matmul(h)?) };
+        let layer = |m: &Param, h: &Tensor| -> Result<Tensor> { self.activation.apply(m.get().matmul(h)?) };
         let mut h = layer(&self.a, &base.dense()?)?;
         let mut before = Vec::with_capacity(self.encoders.len());
         for encoder in &self.encoders {
@@ -207,7 +204,7 @@ mod tests {
                     a.adapter.params().iter().find(|p| p.name == name).unwrap().param.value()
                 };
                 let w = frozen("layers.0.attn.q");
-                let h = get("A").matmul(&w).unwrap().unary(Unary::Relu).unwrap();
+                let h = get("A").matmul(&w).unwrap().unary(engraft_tensor::ops::Unary::Relu).unwrap();
                 let change = get("B").matmul(&h).unwrap().scale(0.5).unwrap();
                 close(&fast, &x.matmul_t(&w.add(&change).unwrap()).unwrap(), 1e-5);
             }

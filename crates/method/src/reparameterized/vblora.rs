@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
-use crate::shared::places;
+use crate::shared::{divisors, places};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, Stored, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -177,7 +177,8 @@ impl Method for VbLora {
             let v = self.length;
             if !out.is_multiple_of(v) || !inn.is_multiple_of(v) {
                 let message = format!(
-                    "[{out}, {inn}] cannot be cut into pieces of {v}; choose a `vector_length` that divides both"
+                    "[{out}, {inn}] cannot be cut into pieces of {v}; choose a `vector_length` that divides both, such as {}",
+                    divisors::near(v, &[out, inn])
                 );
                 return places::unfit(site, message);
             }

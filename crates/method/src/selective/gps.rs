@@ -165,6 +165,9 @@ impl Calibration for Contrastive<'_> {
     fn micro_batches(&self) -> u64 {
         self.base.micro_batches()
     }
+    fn expect(&self, batches: u64) {
+        self.base.expect(batches);
+    }
     fn forward(&self, number: u64, probe: &Arc<Adapter>) -> Result<()> {
         self.base.forward(number, probe)
     }

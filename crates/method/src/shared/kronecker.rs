@@ -51,6 +51,16 @@ pub(crate) fn multiply_sum(x: &Tensor, a: &Tensor, u: &Tensor, v: &Tensor) -> Re
     Ok(y.reshape([rows, a1 * b1])?)
 }
 
+/// x·(Σᵢ Aᵢ⊗Qᵢ)ᵀ; A [k, a₁, a₂], Q [k, b₁, b₂].
+pub(crate) fn multiply_full(x: &Tensor, a: &Tensor, q: &Tensor) -> Result<Tensor> {
+    let (k, a1, a2, b1, b2) = (a.dim(0), a.dim(1), a.dim(2), q.dim(1), q.dim(2));
+    let rows = x.rows();
+    let h = x.reshape([rows * a2, b2])?.matmul_t(&q.reshape([k * b1, b2])?)?;
+    let h = h.reshape([rows, a2, k, b1])?.permute(&[0, 3, 2, 1])?.reshape([rows * b1, k * a2])?;
+    let y = h.matmul_t(&a.permute(&[1, 0, 2])?.reshape([a1, k * a2])?)?.reshape([rows, b1, a1])?;
+    Ok(y.permute(&[0, 2, 1])?.reshape([rows, a1 * b1])?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -102,5 +112,18 @@ mod tests {
         check_gradients(&[x.clone(), p, q], |v| lift(multiply(&v[0], &v[1], &v[2]))).unwrap();
         let (a, u, w) = (sample(&[2, 2, 3], 4), sample(&[2, 4, 1], 5), sample(&[2, 1, 2], 6));
         check_gradients(&[x, a, u, w], |v| lift(multiply_sum(&v[0], &v[1], &v[2], &v[3]))).unwrap();
+    }
+
+    #[test]
+    fn a_sum_of_full_products() {
+        let (x, a, q) = (sample(&[3, 6], 1), sample(&[2, 4, 2], 2), sample(&[2, 5, 3], 3));
+        let one = |t: &Tensor, i: usize| t.rows_between(i, i + 1).unwrap().reshape(&t.shape()[1..]).unwrap();
+        let formed = |i: usize| kron(&one(&a, i), &one(&q, i)).unwrap();
+        let whole = formed(0).add(&formed(1)).unwrap();
+        close(&multiply_full(&x, &a, &q).unwrap(), &x.matmul_t(&whole).unwrap(), 1e-5);
+        check_gradients(&[x, a, q], |v| {
+            multiply_full(&v[0], &v[1], &v[2]).map_err(|e| engraft_tensor::Error::Backward(e.to_string()))
+        })
+        .unwrap();
     }
 }

@@ -119,7 +119,7 @@ pub(crate) fn each_score(
         return Ok(());
     }
     sites.iter().try_for_each(|site| expect_whole_gradient(site))?;
-    let mut rest = sites;
+    let (mut rest, mut groups) = (sites, Vec::new());
     while !rest.is_empty() {
         let mut bytes = 0;
         let fit = rest.iter().take_while(|site| {
@@ -127,6 +127,16 @@ pub(crate) fn each_score(
             bytes <= SUMS_BYTES
         });
         let (now, later) = rest.split_at(fit.count().max(1));
+        groups.push(now);
+        rest = later;
+    }
+    match data {
+        Data::Batches(n) => base.expect(groups.len() as u64 * n),
+        Data::Epoch => base.expect(groups.len() as u64 * base.micro_batches()),
+        // How many batches hold so many sequences shows only as they are read.
+        Data::Sequences(_) => {}
+    }
+    for now in groups {
         let mut sums = sums(base, now, score, data)?;
         for site in now {
             let (out, inn) = shape(site)?;
@@ -139,7 +149,6 @@ pub(crate) fn each_score(
                 },
             )?;
         }
-        rest = later;
     }
     Ok(())
 }

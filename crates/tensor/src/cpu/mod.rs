@@ -16,5 +16,6 @@ pub mod primitives;
 pub mod random;
 pub mod rope;
 pub mod simd;
+pub mod soft_top_k;
 pub mod sparse;
 mod tile;

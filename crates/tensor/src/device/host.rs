@@ -3,10 +3,11 @@
 use super::{AdamWState, AttentionBackward, Buffer, Kernels, NormBackward};
 use crate::cpu::random::Key;
 use crate::cpu::{
-    attention, cross_entropy, dense, dropout, fourier, hadamard, math, norm, primitives, rope, sparse,
+    attention, cross_entropy, dense, dropout, fourier, hadamard, math, norm, primitives, rope, soft_top_k,
+    sparse,
 };
 use crate::frozen::{FrozenMatrix, RowSource};
-use crate::ops::{Attention, Binary, Frequencies, Norm, Pattern, Product, Unary};
+use crate::ops::{Anneal, Attention, Binary, Frequencies, Norm, Pattern, Product, Unary};
 use crate::optim::AdamW;
 use crate::tensor::Tensor;
 
@@ -69,6 +70,22 @@ impl Kernels for Cpu {
     }
     fn top_k(&self, x: &Tensor, width: usize, k: usize, y: &mut Buffer, columns: &mut Buffer) {
         primitives::top_k(x.f32(), width, k, y.as_f32_mut(), columns.as_i64_mut());
+    }
+    fn soft_top_k(&self, s: &Tensor, segments: &[(usize, usize)], anneal: &Anneal, y: &mut Buffer) {
+        soft_top_k::soft_top_k(s.f32(), segments, anneal, y.as_f32_mut());
+    }
+    fn soft_top_k_backward(
+        &self,
+        s: &Tensor,
+        segments: &[(usize, usize)],
+        anneal: &Anneal,
+        dy: &Tensor,
+        ds: &mut Buffer,
+    ) {
+        soft_top_k::soft_top_k_backward(s.f32(), segments, anneal, dy.f32(), ds.as_f32_mut());
+    }
+    fn largest_places(&self, s: &Tensor, segments: &[(usize, usize)]) -> Vec<i64> {
+        soft_top_k::largest(s.f32(), segments)
     }
     fn half_spectrum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer) {
         fourier::half_spectrum(x.f32(), n, inner, scale, y.as_f32_mut());

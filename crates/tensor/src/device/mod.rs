@@ -11,7 +11,7 @@ pub(crate) use buffer::Buffer;
 pub(crate) use host::cpu;
 
 use crate::frozen::{FrozenMatrix, RowSource};
-use crate::ops::{Attention, Binary, Frequencies, Norm, Pattern, Product, Unary};
+use crate::ops::{Anneal, Attention, Binary, Frequencies, Norm, Pattern, Product, Unary};
 use crate::optim::AdamW;
 use crate::tensor::Tensor;
 
@@ -45,6 +45,19 @@ pub(crate) trait Kernels {
     fn gather_frozen(&self, table: &dyn RowSource, ids: &Tensor, y: &mut Buffer);
     /// The `k` largest of each row of `width`, the largest and earliest first, and their columns (`I64`).
     fn top_k(&self, x: &Tensor, width: usize, k: usize, y: &mut Buffer, columns: &mut Buffer);
+    /// Shares of a soft choice of k of each segment (its length, k) of s.
+    fn soft_top_k(&self, s: &Tensor, segments: &[(usize, usize)], anneal: &Anneal, y: &mut Buffer);
+    /// Gradient of the scores in `soft_top_k`.
+    fn soft_top_k_backward(
+        &self,
+        s: &Tensor,
+        segments: &[(usize, usize)],
+        anneal: &Anneal,
+        dy: &Tensor,
+        ds: &mut Buffer,
+    );
+    /// The places of the k largest of each segment, ascending: read on the host.
+    fn largest_places(&self, s: &Tensor, segments: &[(usize, usize)]) -> Vec<i64>;
     /// Lower halves of the transforms of rows of n, times `scale`; inner frequencies times `inner` too.
     fn half_spectrum(&self, x: &Tensor, n: usize, inner: f32, scale: f32, y: &mut Buffer);
     /// Sums of the frequencies of half transforms, times `scale`; inner frequencies count `inner` times.

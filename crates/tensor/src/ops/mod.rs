@@ -1,9 +1,8 @@
 //! Operations on tensors, one idea a file: shape check, kernel, gradient, test.
 //!
 //! `elementwise`, `reduce`, `shape`, `gather`, `top_k`, `matmul`, `dense`, `fourier`, `hadamard` and `softmax` are the primitives
-//! from which any method can be composed; `linear`, `low_rank`, `sparse`, `norm`, `rope`, `attention`, `gated`, `loss` and
-//! `dropout` are fused and are tested against
-//! their composition.
+//! from which any method can be composed; `linear`, `low_rank`, `lstm`, `sparse`, `norm`, `rope`, `attention`, `gated`, `loss`,
+//! `soft_top_k` and `dropout` are fused and are tested against their composition.
 
 mod attention;
 mod carrying;
@@ -17,11 +16,13 @@ mod hadamard;
 mod linear;
 mod loss;
 mod low_rank;
+mod lstm;
 mod matmul;
 mod norm;
 mod reduce;
 mod rope;
 mod shape;
+mod soft_top_k;
 mod softmax;
 mod sparse;
 mod top_k;
@@ -33,8 +34,10 @@ pub use gated::silu_mul;
 pub use gather::{embed, embed_shape};
 pub use linear::frozen_linear;
 pub use loss::cross_entropy;
+pub use lstm::lstm;
 pub use matmul::Product;
 pub use norm::{Norm, layer_norm, rms_norm};
 pub use rope::rope;
 pub use shape::cat;
+pub use soft_top_k::Anneal;
 pub use sparse::Pattern;

@@ -87,17 +87,32 @@ impl Objective {
     pub fn loss(self, model: &Arc<dyn Model>, batch: &Batch, cx: &Pass) -> Result<Tensor> {
         let out = model.features(&batch.inputs, cx)?;
         let found = self.labelled(out.pass.layout(), &batch.labels);
-        let mut total: Option<Tensor> = None;
-        for part in parts(self, model.as_ref(), &out, found)? {
-            let single = part.is_whole;
-            let loss = if single { part.loss(model, &part.features)? } else { part.checkpointed(model)? };
-            total = Some(match total {
-                None => loss,
-                Some(sum) => sum.add(&loss)?,
-            });
-        }
-        Ok(total.unwrap_or_else(|| Tensor::scalar(0.0)))
+        let parts = parts(self, model.as_ref(), &out, found)?;
+        total(parts.into_iter().map(|part| part.loss(model)))
     }
+
+    /// The loss of the first of two passes and `weight` times ½·[KL(sg p₂ ‖ p₁) + KL(sg p₁ ‖ p₂)], summed over the labels.
+    pub fn loss_of_two(
+        self,
+        model: &Arc<dyn Model>,
+        batch: &Batch,
+        passes: [&Pass; 2],
+        weight: f32,
+    ) -> Result<Tensor> {
+        let parts = |cx: &Pass| {
+            let out = model.features(&batch.inputs, cx)?;
+            let found = self.labelled(out.pass.layout(), &batch.labels);
+            parts(self, model.as_ref(), &out, found)
+        };
+        let (first, second) = (parts(passes[0])?, parts(passes[1])?);
+        total(first.into_iter().zip(second).map(|(a, b)| a.loss_with(b, model, weight)))
+    }
+}
+
+/// The sum of some losses.
+fn total(mut losses: impl Iterator<Item = Result<Tensor>>) -> Result<Tensor> {
+    let first = losses.next().unwrap_or_else(|| Ok(Tensor::scalar(0.0)))?;
+    losses.try_fold(first, |sum, loss| Ok(sum.add(&loss?)?))
 }
 
 /// Labelled rows whose logits are computed together.
@@ -114,19 +129,38 @@ impl Part {
         Ok(model.logits(&self.features, &self.pass)?)
     }
 
-    fn loss(&self, model: &Arc<dyn Model>, features: &Tensor) -> Result<Tensor> {
-        Ok(summed(model, features, &self.pass, &self.labels)?)
-    }
-
-    /// The loss, with logits that backward computes again: all logits of a batch never exist at once.
-    fn checkpointed(self, model: &Arc<dyn Model>) -> Result<Tensor> {
+    /// The loss; where there are several parts, with logits that backward computes again: all logits of a batch never exist
+    /// at once.
+    fn loss(self, model: &Arc<dyn Model>) -> Result<Tensor> {
+        if self.is_whole {
+            return Ok(summed(model, &self.features, &self.pass, &self.labels)?);
+        }
         let (model, pass, labels) = (model.clone(), self.pass, self.labels);
         Ok(checkpoint(&[&self.features], move |v| {
-            summed(&model, &v[0], &pass, &labels).map_err(|e| match e {
-                engraft_nn::Error::Tensor(e) => e,
-                other => engraft_tensor::Error::Backward(other.to_string()),
-            })
+            summed(&model, &v[0], &pass, &labels).map_err(as_tensor_error)
         })?)
+    }
+
+    /// The loss with the divergence of the same rows in another pass.
+    fn loss_with(self, other: Part, model: &Arc<dyn Model>, weight: f32) -> Result<Tensor> {
+        let (model, passes, labels) = (model.clone(), [self.pass, other.pass], self.labels);
+        let both = move |features: &[Tensor]| -> engraft_nn::Result<Tensor> {
+            let logits = model.logits(&features[0], &passes[0])?;
+            let apart = divergence(&logits, &model.logits(&features[1], &passes[1])?)?;
+            Ok(cross_entropy(&logits, &labels)?.add(&apart.scale(weight)?)?)
+        };
+        if self.is_whole {
+            return Ok(both(&[self.features, other.features])?);
+        }
+        Ok(checkpoint(&[&self.features, &other.features], move |v| both(v).map_err(as_tensor_error))?)
+    }
+}
+
+/// The tape speaks tensor errors only.
+fn as_tensor_error(error: engraft_nn::Error) -> engraft_tensor::Error {
+    match error {
+        engraft_nn::Error::Tensor(e) => e,
+        other => engraft_tensor::Error::Backward(other.to_string()),
     }
 }
 
@@ -136,8 +170,22 @@ fn summed(
     pass: &Pass,
     labels: &[i64],
 ) -> engraft_nn::Result<Tensor> {
+    cross_entropy(&model.logits(features, pass)?, labels)
+}
+
+fn cross_entropy(logits: &Tensor, labels: &[i64]) -> engraft_nn::Result<Tensor> {
     let labels = Tensor::from_i64(labels.to_vec(), [labels.len()])?;
-    Ok(ops::cross_entropy(&model.logits(features, pass)?, &labels)?.sum()?)
+    Ok(ops::cross_entropy(logits, &labels)?.sum()?)
+}
+
+/// ½·[KL(sg p₂ ‖ p₁) + KL(sg p₁ ‖ p₂)] summed over rows, p the softmax of logits [rows, outputs].
+///
+/// As Σp₁ = Σp₂, the logarithms' denominators cancel: it is ½·Σ(p₁ − p₂)·(z₁ − z₂). With p₁ − p₂ held fixed, the gradients
+/// ½(p₁ − p₂) and ½(p₂ − p₁) are those of the two divergences with respect to their second distributions.
+fn divergence(first: &Tensor, second: &Tensor) -> engraft_nn::Result<Tensor> {
+    let shares = |logits: &Tensor| logits.detach().softmax();
+    let apart = shares(first)?.sub(&shares(second)?)?;
+    Ok(apart.mul(&first.sub(second)?)?.sum()?.scale(0.5)?)
 }
 
 /// The labelled rows in parts whose logits fit the bound.
@@ -181,4 +229,32 @@ pub(crate) fn real_rows(layout: &Layout, labels: &[i64]) -> Labelled {
         }
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engraft_tensor::Param;
+    use engraft_tensor::testing::sample;
+
+    #[test]
+    fn the_divergence_is_that_of_two_fixed_teachers() {
+        let logits = [sample(&[3, 5], 1), sample(&[3, 5], 2).scale(2.0).unwrap()].map(Param::new);
+        let [x, y] = [&logits[0], &logits[1]].map(|p| p.get());
+        let found = divergence(&x, &y).unwrap();
+        let p = |t: &Tensor| t.detach().softmax().unwrap().to_vec().unwrap();
+        let (a, b) = (p(&x), p(&y));
+        let kl = |p: &[f32], q: &[f32]| p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum::<f32>();
+        assert!((found.item().unwrap() - 0.5 * (kl(&b, &a) + kl(&a, &b))).abs() < 1e-5);
+        let gradients = found.backward().unwrap();
+        for (param, student, teacher) in [(&logits[0], &a, &b), (&logits[1], &b, &a)] {
+            // Of KL(t ‖ softmax z) with respect to z: softmax z − t.
+            for ((g, s), t) in
+                gradients.get(param).unwrap().to_vec().unwrap().iter().zip(student).zip(teacher)
+            {
+                assert!((g - 0.5 * (s - t)).abs() < 1e-6);
+            }
+        }
+        assert_eq!(divergence(&x, &x).unwrap().item().unwrap(), 0.0);
+    }
 }

@@ -23,11 +23,18 @@ pub fn extract(engine: &Engine, changes: &[(String, bool, Tensor)], rank: u32) -
         lost += squared(&b.matmul(&a)?.sub(&change)?)?;
         products.push((path.clone(), (a, b)));
     }
+    let asked = rank;
+    let largest = products.iter().map(|(_, (a, _))| a.dim(0)).max().unwrap_or(0);
+    let rank = u32::try_from(largest).unwrap_or(asked);
     let methods = vec![method(&products, rank)?];
     let (sites, info) = (engine.model.sites(), engine.model.info());
     let adapter = attach(&methods, &[], sites, info, 0).before_work()?.adapter;
     fill(&adapter, &products)?;
-    Ok(Extracted { adapter, methods, lost, form: format!("rank {rank}") })
+    let form = match rank < asked {
+        true => format!("rank {rank}, all that the weights have of {asked},"),
+        false => format!("rank {rank}"),
+    };
+    Ok(Extracted { adapter, methods, lost, form, rank: Some(largest) })
 }
 
 /// LoRA of scale 1 at the weights that differ, each with the rank that its product has.

@@ -76,6 +76,8 @@ struct Extracted {
     lost: f64,
     /// What it is, for people.
     form: String,
+    /// The largest rank that a product has.
+    rank: Option<usize>,
 }
 
 /// Extracts, writes, compares.
@@ -84,7 +86,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let options = LoadOptions { limits: cx.limits.clone(), ..LoadOptions::default() };
     let mut engine = Engine::open(&cx.resolve(&args.model)?, &options, cx)?;
     let tuned = Engine::open(&cx.resolve(&args.tuned)?, &options, cx)?;
-    let found = no_grad(|| differences(&engine, &tuned))?;
+    let found = no_grad(|| differences((&args.model, &engine), (&args.tuned, &tuned)))?;
     if found.changes.is_empty() {
         let message =
             format!("{} and {} have the same weights: there is nothing to extract", args.model, args.tuned);
@@ -95,7 +97,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         Some(density) => sparse::extract(&engine, &found.changes, density),
         None => low_rank::extract(&engine, &found.changes, args.rank),
     })?;
-    let Extracted { adapter, methods, lost, form } = extracted;
+    let Extracted { adapter, methods, lost, form, rank } = extracted;
     let (sites, info) = (engine.model.sites().clone(), engine.model.info().clone());
     let (config, tensors) = save_adapter(&adapter, &methods, &[], &args.model, &sites, &info)?;
     let probes = Probes::of(args.probe.as_deref(), &engine)?;
@@ -103,7 +105,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let before = probes.measure(&engine)?;
     (engine.adapter, engine.methods) = (Some(Arc::new(adapter)), methods);
     let measured = [before, probes.measure(&engine)?, probes.measure(&tuned)?];
-    tell(args, &found, &form, (lost / whole).sqrt(), &measured, cx);
+    tell(args, &found, (&form, rank), (lost / whole).sqrt(), &measured, cx);
     Ok(())
 }
 
@@ -111,7 +113,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
 fn tell(
     args: &Args,
     found: &Differences,
-    form: &str,
+    (form, rank): (&str, Option<usize>),
     error: f64,
     [before, after, aim]: &[Measured; 3],
     cx: &Context,
@@ -121,7 +123,7 @@ fn tell(
     let perplexities = [before, after, aim].map(|m| m.loss.map(f64::exp));
     if args.json {
         cx.ui.json(json!({
-            "out": args.out.display().to_string(), "weights": found.changes.len(), "form": form, "error": error,
+            "out": args.out.display().to_string(), "weights": found.changes.len(), "form": form, "rank": rank, "error": error,
             "left_out": found.vectors, "largest_logit_change": change, "largest_logit_change_of_base": apart,
             "perplexity_base": perplexities[0], "perplexity": perplexities[1], "perplexity_tuned": perplexities[2],
         }));
@@ -147,7 +149,8 @@ fn tell(
     cx.ui.print(&format!("{line}\nadapter  {}\n", args.out.display()));
 }
 
-fn differences(base: &Engine, tuned: &Engine) -> Outcome<Differences> {
+/// Both with their names.
+fn differences((name, base): (&str, &Engine), (tuned_name, tuned): (&str, &Engine)) -> Outcome<Differences> {
     let mut found = Differences::default();
     let mut seen = Vec::new();
     for site in base.model.sites().iter() {
@@ -165,7 +168,10 @@ fn differences(base: &Engine, tuned: &Engine) -> Outcome<Differences> {
                 if a.shape() != b.shape() {
                     return Err(unlike(site, &format!("{:?} before and {:?} after", a.shape(), b.shape())));
                 }
-                let change = b.dense()?.sub(&a.dense()?)?;
+                let (before, after) = (a.dense()?, b.dense()?);
+                finite(&before, name, &site.path)?;
+                finite(&after, tuned_name, &site.path)?;
+                let change = after.sub(&before)?;
                 if squared(&change)? > 0.0 {
                     found.changes.push((
                         site.path.clone(),
@@ -181,6 +187,15 @@ fn differences(base: &Engine, tuned: &Engine) -> Outcome<Differences> {
         }
     }
     Ok(found)
+}
+
+fn finite(weight: &Tensor, model: &str, path: &str) -> Outcome {
+    match weight.to_vec()?.iter().find(|value| !value.is_finite()) {
+        Some(value) => {
+            Err(Failure::before_work(format!("{model}: {path}: expected finite numbers, found {value}")))
+        }
+        None => Ok(()),
+    }
 }
 
 fn unlike(site: &Site, what: &str) -> Failure {

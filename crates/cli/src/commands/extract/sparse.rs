@@ -53,5 +53,11 @@ pub fn extract(engine: &Engine, changes: &[(String, bool, Tensor)], density: f64
     entries.sort_unstable_by_key(|entry| entry.0);
     values.set(Tensor::from_vec(entries.iter().map(|e| e.1).collect(), [count])?)?;
     places.set(Tensor::from_i64(entries.iter().map(|e| e.0 as i64).collect(), [count])?)?;
-    Ok(Extracted { adapter, methods, lost, form: format!("a share of {density}, {count} entries,") })
+    Ok(Extracted {
+        adapter,
+        methods,
+        lost,
+        form: format!("a share of {density}, {count} entries,"),
+        rank: None,
+    })
 }

@@ -1,4 +1,4 @@
-//! Words: `input_ids` [B, T] and optionally `attention_mask`, `token_type_ids`, `position_ids`, and `task_ids` [B],
+//! Words: `input_ids` [B, T] and optionally `attention_mask`, `token_type_ids`, `position_ids`, and `task_ids` `[B]`,
 //! all of whole numbers.
 //!
 //! Masked places are dropped and every token keeps its column as its position, so that a row gives the same logits

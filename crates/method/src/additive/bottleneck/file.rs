@@ -3,80 +3,114 @@
 use engraft_nn::{Error, Result};
 use serde_json::{Map, Value, json};
 
-use super::{ACTIVATIONS, Bottleneck, INFO, Residual, Scaling, Start};
-use crate::read::{Reader, number};
-use crate::{Described, Loaded, peft};
+use super::phm::Phm;
+use super::settings::{Bottleneck, Form, Residual, Scaling, Start};
+use crate::read::{Reader, as_written, number};
+use crate::shared::activations::ACTIVATIONS;
+use crate::{Described, Info, Loaded, peft};
 
-/// Keys of variants that are not here.
-const OFF: &[&str] = &[
-    "cross_adapter",
-    "inv_adapter",
-    "phm_layer",
-    "stochastic_depth",
-    "use_gating",
-    "shared_W_phm",
-    "factorized_phm_rule",
-];
-/// Keys that only matter to those variants, with `adapters`' defaults, and how tensors started.
-const SILENT: &[&str] = &[
-    "factorized_phm_W",
-    "hypercomplex_nonlinearity",
-    "init_weights_seed",
-    "inv_adapter_reduction_factor",
-    "learn_phm",
-    "phm_bias",
-    "phm_c_init",
-    "phm_dim",
-    "phm_init_range",
-    "phm_rank",
-    "shared_phm_rule",
+/// Keys that only matter to variants that are not here or to how tensors start, with `adapters`' values for them.
+const SILENT: [(&str, &str); 3] = [
+    ("hypercomplex_nonlinearity", "\"glorot-uniform\""),
+    ("init_weights_seed", "null"),
+    ("inv_adapter_reduction_factor", "null"),
 ];
 const STARTS: &[(&str, Start)] =
     &[("bert", Start::Bert), ("mam_adapter", Start::ZeroUp), ("houlsby", Start::Houlsby)];
 
-pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let ours = peft::is_type(config, INFO.peft_type);
+/// The inner configuration of a file of AdapterHub or of our `peft_type`, and the adapter's name.
+pub(crate) fn from_adapter_hub<'c>(
+    config: &'c Value,
+    info: &Info,
+) -> Option<(&'c Map<String, Value>, &'c str)> {
+    let ours = peft::is_type(config, info.peft_type);
     if config.get("peft_type").is_some_and(|t| !t.is_null()) && !ours {
-        return Ok(None);
+        return None;
     }
-    let Some(inner) = config.get("config").and_then(Value::as_object) else { return Ok(None) };
-    if !inner.contains_key("reduction_factor") {
-        let kind = inner.get("architecture").and_then(Value::as_str).unwrap_or("unknown");
-        let message =
-            format!("this AdapterHub adapter is of kind `{kind}`; readable are bottleneck adapters");
-        return Err(Error::Unsupported(message));
-    }
-    let method = read(inner, config.get("name").and_then(Value::as_str).unwrap_or("engraft"))?;
+    let inner = config.get("config").and_then(Value::as_object)?;
+    Some((inner, config.get("name").and_then(Value::as_str).unwrap_or("engraft")))
+}
+
+/// A file with or without Compacter's layers; `None` where it is another method's.
+pub(crate) fn read_file(config: &Value, info: &Info, has_phm: bool) -> Result<Option<Loaded>> {
+    let Some(method) = saved(config, info, has_phm)? else { return Ok(None) };
     let train_also = config.get("modules_to_save").and_then(crate::read::texts).unwrap_or_default();
     Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
 }
 
-fn read(map: &Map<String, Value>, name: &str) -> Result<Bottleneck> {
-    let mut r = Reader::file(map);
-    r.must_be_off(OFF);
-    r.ignore(SILENT);
-    let (reduction, reduction_by_layer) = read_reduction(&mut r);
-    let method = Bottleneck {
+/// The adapter of such a file.
+pub(crate) fn saved(config: &Value, info: &Info, has_phm: bool) -> Result<Option<Bottleneck>> {
+    let Some((inner, name)) = from_adapter_hub(config, info) else { return Ok(None) };
+    let ours = peft::is_type(config, info.peft_type);
+    if inner.get("architecture").is_some_and(|kind| kind == "union") && !ours {
+        return Ok(None);
+    }
+    if !inner.contains_key("reduction_factor") {
+        return match inner.get("architecture").and_then(Value::as_str) {
+            Some("reft") => Ok(None),
+            kind => Err(Error::Unsupported(format!(
+                "this AdapterHub adapter is of kind `{}`; readable are bottleneck adapters and ReFT",
+                kind.unwrap_or("unknown")
+            ))),
+        };
+    }
+    let says_phm = inner.get("phm_layer").and_then(Value::as_bool).unwrap_or(false);
+    if !ours && says_phm != has_phm {
+        return Ok(None);
+    }
+    let mut r = Reader::file(inner);
+    let mut method = read(&mut r, name, has_phm);
+    r.finish()?;
+    method.robust_drop = config.get("robust_drop").and_then(Value::as_bool).unwrap_or(false);
+    Ok(Some(method))
+}
+
+/// The keys of an adapter called `name`.
+pub(crate) fn read(r: &mut Reader<'_>, name: &str, has_phm: bool) -> Bottleneck {
+    if r.value("inv_adapter").is_some() {
+        r.problem(
+            "`inv_adapter`: invertible adapters at the embeddings are not there; use a language adapter without one, such as \
+             `seq_bn`",
+        );
+    }
+    if r.flag("phm_layer", has_phm) != has_phm {
+        r.problem("`phm_layer` does not agree with the file's `peft_type`");
+    }
+    let silent = |(key, usual): (&'static str, &str)| {
+        let usual = || serde_json::from_str(usual).unwrap_or(Value::Null);
+        (key.to_owned(), r.value(key).cloned().unwrap_or_else(usual))
+    };
+    let mut silent: Map<String, Value> = SILENT.into_iter().map(silent).collect();
+    let phm = if has_phm { Some(Phm::from_file(r)) } else { None };
+    if !has_phm {
+        silent.extend(Phm::silent(r));
+    }
+    let (reduction, reduction_by_layer) = read_reduction(r);
+    Bottleneck {
         name: name.into(),
         after_attention: r.flag("mh_adapter", false),
+        after_cross_attention: r.flag("cross_adapter", false),
         after_mlp: r.flag("output_adapter", true),
         parallel: r.flag("is_parallel", false),
         activation: r.one_of("non_linearity", ACTIVATIONS),
         reduction,
         reduction_by_layer,
         leave_out: r.counts("leave_out").unwrap_or_default(),
-        scaling: read_scaling(&mut r),
+        scaling: read_scaling(r),
         dropout: r.dropout("dropout"),
+        depth: r.dropout("stochastic_depth"),
         ln_before: r.flag("ln_before", false),
         ln_after: r.flag("ln_after", false),
         original_ln_before: r.flag("original_ln_before", false),
         original_ln_after: r.flag("original_ln_after", true),
-        residual: read_residual(&mut r),
+        residual: read_residual(r),
         residual_before_own_norm: r.flag("adapter_residual_before_ln", false),
+        gating: r.flag("use_gating", false),
         start: r.one_of("init_weights", STARTS),
-    };
-    r.finish()?;
-    Ok(method)
+        phm,
+        silent,
+        ..Bottleneck::of(Form::Pfeiffer)
+    }
 }
 
 /// A number, or numbers by layer with a `default`.
@@ -122,8 +156,17 @@ fn read_residual(r: &mut Reader<'_>) -> Residual {
 }
 
 impl Bottleneck {
-    /// All keys, so that `adapters` finds what it expects.
+    /// The outer keys around `to_config`.
     pub(super) fn to_file(&self, model: &Described<'_>) -> Map<String, Value> {
+        let mut file = around(model, &self.name, self.to_config());
+        if self.robust_drop {
+            file.insert("robust_drop".into(), json!(true));
+        }
+        file
+    }
+
+    /// All keys of the adapter, so that `adapters` finds what it expects.
+    pub(crate) fn to_config(&self) -> Value {
         let by_layer = self.reduction_by_layer.iter().map(|(layer, v)| (layer.to_string(), number(*v)));
         let reduction = match self.reduction_by_layer.is_empty() {
             true => number(self.reduction),
@@ -141,25 +184,32 @@ impl Bottleneck {
             Residual::Input => json!(false),
             Residual::Sum => json!("post_add"),
         };
-        let activation = ACTIVATIONS.iter().find(|a| a.1 == self.activation).map_or("relu", |a| a.0);
         let start = STARTS.iter().find(|s| s.1 == self.start).map_or("bert", |s| s.0);
         let config = json!({
-            "adapter_residual_before_ln": self.residual_before_own_norm, "cross_adapter": false,
-            "dropout": self.dropout.to_string().parse::<f64>().unwrap_or(0.0),
-            "factorized_phm_W": true, "factorized_phm_rule": false, "hypercomplex_nonlinearity": "glorot-uniform",
-            "init_weights": start, "init_weights_seed": null, "inv_adapter": null, "inv_adapter_reduction_factor": null,
-            "is_parallel": self.parallel, "learn_phm": true, "leave_out": self.leave_out, "ln_after": self.ln_after,
-            "ln_before": self.ln_before, "mh_adapter": self.after_attention, "non_linearity": activation,
+            "adapter_residual_before_ln": self.residual_before_own_norm, "cross_adapter": self.after_cross_attention,
+            "dropout": as_written(self.dropout), "init_weights": start, "inv_adapter": null, "is_parallel": self.parallel,
+            "leave_out": self.leave_out, "ln_after": self.ln_after, "ln_before": self.ln_before,
+            "mh_adapter": self.after_attention, "non_linearity": self.activation.name(),
             "original_ln_after": self.original_ln_after, "original_ln_before": self.original_ln_before,
-            "output_adapter": self.after_mlp, "phm_bias": true, "phm_c_init": "normal", "phm_dim": 4,
-            "phm_init_range": 0.0001, "phm_layer": false, "phm_rank": 1, "reduction_factor": reduction,
-            "residual_before_ln": residual, "scaling": scaling, "shared_W_phm": false, "shared_phm_rule": true,
-            "stochastic_depth": 0.0, "use_gating": false,
+            "output_adapter": self.after_mlp, "phm_layer": self.phm.is_some(), "reduction_factor": reduction,
+            "residual_before_ln": residual, "scaling": scaling, "stochastic_depth": as_written(self.depth),
+            "use_gating": self.gating,
         });
-        let file = json!({
-            "config": config, "hidden_size": model.info.width, "model_type": model.info.architecture, "name": self.name,
-            "version": "adapters.1.3.0",
-        });
-        file.as_object().cloned().unwrap_or_default()
+        let mut map = config.as_object().cloned().unwrap_or_default();
+        let usual =
+            SILENT.map(|(key, usual)| (key.to_owned(), serde_json::from_str(usual).unwrap_or(Value::Null)));
+        let phm = self.phm.clone().unwrap_or_default().to_file();
+        map.extend(usual.into_iter().chain(phm.as_object().cloned().unwrap_or_default()));
+        map.extend(self.silent.clone());
+        Value::Object(map)
     }
+}
+
+/// A file of AdapterHub around the configuration of an adapter called `name`.
+pub(crate) fn around(model: &Described<'_>, name: &str, config: Value) -> Map<String, Value> {
+    let file = json!({
+        "config": config, "hidden_size": model.info.width, "model_type": model.info.architecture, "name": name,
+        "version": "adapters.1.3.0",
+    });
+    file.as_object().cloned().unwrap_or_default()
 }

@@ -131,6 +131,7 @@ fn same_inputs(places: &[Place<'_>], base: &dyn Calibration) -> Result<Vec<usize
         locked(&slot).insert(seen.site.id, hash.finish());
         Ok(())
     };
+    base.expect(1);
     observe(base, &ids(places, 0..places.len()), 0, false, &(Arc::new(look) as _))?;
     let seen = locked(&seen);
     let hash = |place: &Place<'_>| seen.get(&place.site.id).copied();
@@ -153,7 +154,7 @@ fn summed(
 ) -> Result<()> {
     type Sums = HashMap<SiteId, (Tensor, usize)>;
     let of = Arc::new(of);
-    let mut rest = which;
+    let (mut rest, mut groups) = (which, Vec::new());
     while !rest.is_empty() {
         let mut held = 0;
         let fits = |at: &&usize| {
@@ -161,7 +162,11 @@ fn summed(
             held <= NUMBERS_MAX
         };
         let (now, later) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+        groups.push(now);
         rest = later;
+    }
+    base.expect((groups.len() * batches) as u64);
+    for now in groups {
         let sums: Arc<Mutex<Sums>> = Arc::default();
         for number in 0..batches {
             let (slot, of) = (sums.clone(), of.clone());

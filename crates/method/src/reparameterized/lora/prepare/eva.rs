@@ -34,6 +34,7 @@ impl Lora {
         let sources: Vec<usize> = (0..places.len()).filter(|&at| first[at] == at).collect();
         let found: Arc<Mutex<HashMap<usize, Components>>> = Arc::default();
         let mut ranks = count.clone();
+        base.expect(self.search.batches as u64);
         for number in 0..self.search.batches as u64 {
             let wanting: Vec<usize> = {
                 let found = locked(&found);

@@ -1,0 +1,440 @@
+//! AdapterFusion: an attention, trained for every token, over bottleneck adapters that were trained apart and stay as they are.
+//!
+//! With x the input of the adapters at a sublayer, z_m the output of adapter m without its residual, and d the width:
+//!   α = softmax_m((Q·x + b_q)·(K·z_m + b_k)), without 1/√d
+//!   o = Σ_m α_m·V·z_m + the adapters' residual (static: without V)
+//! and 0.01·Σ‖I − V‖² is added to the loss. Q and K start as N(0, 0.02), their biases as zero, V as I with 10⁻⁶ beside the
+//! diagonal. What is computed is (Kᵀ·q)·z_m + q·b_k and V·Σ_m α_m·z_m: one product of each matrix, however many adapters.
+//!
+//! Pfeiffer et al. 2021, arXiv:2005.00247, section 3; the variants are those of AdapterHub's `adapters` 1.3.
+//!
+//! Of every sublayer with adapters, under adapter_fusion_layer.A,B,… (the adapters' names): query.weight, key.weight,
+//! value.weight [d, d], query.bias, key.bias `[d]`. The adapters' own tensors have the names of bottleneck adapters and lie in
+//! the same file, so that a saved fusion needs nothing else.
+
+use engraft_nn::{Adapter, Builder, Error, Init, Kind, Pass, Patch, Result, Site, Sublayer, SublayerPatch};
+use engraft_tensor::ops::{Unary, cat};
+use engraft_tensor::{Param, Tensor};
+use serde_json::{Map, Value, json};
+
+use crate::additive::bottleneck::{self, AtSublayer, Bottleneck, Form};
+use crate::read::{Reader, as_written, number};
+use crate::shared::activations::Activation;
+use crate::shared::fields::{choice, float};
+use crate::shared::orthogonal::identity;
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, SavedAdapter, Step, peft};
+
+/// In the names of what is trained.
+const LAYER: &str = ".adapter_fusion_layer.";
+/// What V starts as beside the diagonal.
+const BESIDE: f32 = 1e-6;
+
+struct Fusion {
+    sources: Vec<Source>,
+    has_query: bool,
+    has_key: bool,
+    has_value: bool,
+    /// On the scores.
+    dropout: f32,
+    /// Weight of ‖I − V‖²; 0 for none.
+    regularization: f64,
+}
+
+/// A fused adapter.
+struct Source {
+    adapter: Bottleneck,
+    /// Of a new fusion: what its tensors hold, by their names here.
+    tensors: Option<Named>,
+    /// What the model was that it was trained on.
+    base: Option<Base>,
+}
+
+#[derive(PartialEq)]
+struct Base {
+    path: String,
+    architecture: Option<String>,
+    width: Option<usize>,
+}
+
+static INFO: Info = Info {
+    name: "adapter_fusion",
+    title: "AdapterFusion",
+    class: "additive",
+    sites: "sublayer",
+    paper: "arXiv:2005.00247",
+    summary: "attention for every token over saved bottleneck adapters, which stay as they are",
+    mergeable: false,
+    identity_at_init: false,
+    default_roles: None,
+    peft_type: "ENGRAFT_ADAPTER_FUSION",
+    fields: &[
+        Field {
+            name: "adapters",
+            kind: FieldKind::Adapters,
+            default: None,
+            doc: "Directories of the bottleneck adapters that are fused, all trained on this model.",
+        },
+        choice(
+            "form",
+            &["dynamic", "static"],
+            "\"dynamic\"",
+            "With values V of their own, or the adapters' outputs as they are.",
+        ),
+        float(
+            "regularization",
+            (0.0, 1e6),
+            "0.01",
+            "Weight of ‖I − V‖² in the loss of the dynamic form; 0 for none.",
+        ),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the scores while training."),
+    ],
+};
+
+/// In the registry.
+pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
+
+fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    let mut r = Reader::settings(settings, INFO.fields);
+    if r.texts("adapters").is_none_or(|paths| paths.is_empty()) {
+        r.problem("`adapters`: expected at least one saved adapter");
+    }
+    let has_value = r.one_of("form", &[("dynamic", true), ("static", false)]);
+    let regularization = r.float("regularization", 0.01);
+    let fusion = Fusion {
+        sources: vec![],
+        has_query: true,
+        has_key: true,
+        has_value,
+        dropout: r.dropout("dropout"),
+        regularization: if has_value { regularization } else { 0.0 },
+    };
+    r.finish()?;
+    Ok(Box::new(fusion))
+}
+
+fn from_file(config: &Value) -> Result<Option<Loaded>> {
+    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
+        return Ok(None);
+    };
+    let mut r = Reader::file(map);
+    let train_also = peft::read_header(&mut r);
+    let weight = r.float("regularization_weight", 0.01);
+    let inner = r.value("fusion_config").and_then(Value::as_object).cloned().unwrap_or_default();
+    let adapters = r.value("adapters").and_then(Value::as_array).cloned().unwrap_or_default();
+    if adapters.is_empty() {
+        r.problem("`adapters`: expected at least one adapter");
+    }
+    r.finish()?;
+    let mut r = Reader::file(&inner);
+    r.must_be_off(&["query_before_ln", "residual_before", "temperature"]);
+    // V is linear, so that it does not matter when it is applied; nor how it started.
+    r.ignore(&["value_before_softmax", "value_initialized"]);
+    let mut fusion = Fusion {
+        sources: vec![],
+        has_query: r.flag("query", true),
+        has_key: r.flag("key", true),
+        has_value: r.flag("value", true),
+        dropout: r.dropout("dropout_prob"),
+        regularization: if r.flag("regularization", true) { weight } else { 0.0 },
+    };
+    r.finish()?;
+    for adapter in &adapters {
+        let Some(adapter) = bottleneck::saved(adapter, &bottleneck::INFO, false)? else {
+            return Err(Error::Unsupported(format!(
+                "`adapters` holds what is no bottleneck adapter: {adapter}"
+            )));
+        };
+        fusion.sources.push(Source { adapter, tensors: None, base: None });
+    }
+    fusion.check()?;
+    Ok(Some(Loaded { method: Box::new(fusion), targets: None, train_also }))
+}
+
+fn example() -> Box<dyn Method> {
+    let source = |name: &str, reduction: f64| {
+        let form = Bottleneck::of(Form::Pfeiffer);
+        let adapter = Bottleneck { name: name.into(), reduction, activation: Activation::GELU, ..form };
+        Source { adapter, tensors: None, base: None }
+    };
+    Box::new(Fusion {
+        sources: vec![source("a", 4.0), source("b", 8.0)],
+        has_query: true,
+        has_key: true,
+        has_value: true,
+        dropout: 0.0,
+        regularization: 0.01,
+    })
+}
+
+impl Source {
+    /// The adapter that `saved` holds, under a name that none of `taken` has.
+    fn of(saved: SavedAdapter, taken: &[Source]) -> std::result::Result<Source, String> {
+        let SavedAdapter { path, config, tensors } = saved;
+        let mut adapter = match bottleneck::saved(&config, &bottleneck::INFO, false) {
+            Ok(Some(adapter)) => adapter,
+            Ok(None) => {
+                let kind = config.get("peft_type").and_then(Value::as_str).unwrap_or("none");
+                return Err(format!(
+                    "{path} is no bottleneck adapter of plain matrices (its peft_type is {kind}); train it with `bottleneck`"
+                ));
+            }
+            Err(e) => return Err(format!("{path}: {e}")),
+        };
+        let own = adapter.name.clone();
+        let is_free = |name: &String| taken.iter().all(|source| source.adapter.name != *name);
+        let further = (2..).map(|n| format!("{own}_{n}"));
+        adapter.name = std::iter::once(own.clone()).chain(further).find(is_free).unwrap_or_default();
+        // It is not trained here, so that none of its layers is left out by chance.
+        adapter.robust_drop = false;
+        let (before, now) = (format!(".adapters.{own}."), format!(".adapters.{}.", adapter.name));
+        // `adapters` keeps the norm before a bottleneck in two places.
+        let is_copy = |name: &str| adapter.ln_before && name.contains(".adapter_down.0.");
+        let tensors = tensors
+            .into_iter()
+            .filter(|(name, _)| name.contains(&before) && !is_copy(name))
+            .map(|(name, t)| (name.replace(&before, &now), t));
+        let word = |key: &str| config.get(key).and_then(Value::as_str).map(str::to_owned);
+        let width = config.get("hidden_size").and_then(Value::as_u64).map(|n| n as usize);
+        let tensors = Some(tensors.collect());
+        let base = Some(Base { path, architecture: word("model_type"), width });
+        Ok(Source { adapter, tensors, base })
+    }
+}
+
+impl Fusion {
+    /// Whether the adapters can be fused: alike in where they sit and what they read, of a form that has an output of its own.
+    fn check(&self) -> Result<()> {
+        let mut problems = Vec::new();
+        for Source { adapter: a, .. } in &self.sources {
+            for (is_so, what) in [
+                (a.parallel, "is beside its sublayer"),
+                (a.gating, "has a gate"),
+                (a.ln_after, "has a norm on its output"),
+                (a.phm.is_some(), "has Compacter's layers"),
+            ] {
+                if is_so {
+                    problems
+                        .push(format!("`adapters`: `{}` {what}; fuse serial adapters without it", a.name));
+                }
+            }
+        }
+        let form = |a: &Bottleneck| {
+            let places = [a.after_attention, a.after_cross_attention, a.after_mlp];
+            (places, a.original_ln_before, a.original_ln_after, a.residual)
+        };
+        if let Some((first, rest)) = self.sources.split_first() {
+            for Source { adapter, .. } in rest.iter().filter(|s| form(&s.adapter) != form(&first.adapter)) {
+                problems.push(format!(
+                    "`adapters`: `{}` sits elsewhere or reads something else than `{}`; fuse adapters of one form",
+                    adapter.name, first.adapter.name
+                ));
+            }
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::Mismatch(problems)) }
+    }
+
+    /// Whether each adapter was trained on a model like this one.
+    fn check_bases(&self, architecture: &str, width: usize) -> Result<()> {
+        let mut problems = Vec::new();
+        for base in self.sources.iter().filter_map(|source| source.base.as_ref()) {
+            if let Some(own) = base.architecture.as_ref().filter(|own| *own != architecture) {
+                problems.push(format!(
+                    "`adapters`: {} was trained on a {own}, and this model is a {architecture}; fuse adapters of one base",
+                    base.path
+                ));
+            } else if let Some(own) = base.width.filter(|own| *own != width) {
+                problems.push(format!(
+                    "`adapters`: {} was trained on a model of width {own}, and this one has {width}; fuse adapters of one base",
+                    base.path
+                ));
+            }
+        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::Mismatch(problems)) }
+    }
+
+    /// The fused adapters' names, as they stand in those of tensors.
+    fn names(&self) -> String {
+        self.sources.iter().map(|s| s.adapter.name.as_str()).collect::<Vec<_>>().join(",")
+    }
+
+    /// The adapters at their sublayers, none of them trained.
+    fn adapters<'s>(&self, b: &mut Builder<'s>) -> Result<Vec<(&'s Site, Vec<AtSublayer>)>> {
+        let sublayers: Vec<&Site> = b.sites().of_kind(|k| matches!(k, Kind::Sublayer { .. })).collect();
+        let mut found: Vec<(&Site, Vec<AtSublayer>)> = sublayers.into_iter().map(|s| (s, vec![])).collect();
+        for source in &self.sources {
+            let problem = |e| match (e, &source.base) {
+                (Error::Mismatch(lines), Some(base)) => Error::Mismatch(
+                    lines
+                        .iter()
+                        .map(|line| format!("{} does not fit this model: {line}", base.path))
+                        .collect(),
+                ),
+                (e, _) => e,
+            };
+            let add = |b: &mut Builder<'s>| {
+                for (site, here) in &mut found {
+                    if source.adapter.wants(site, b.sites().number(site)) {
+                        here.push(AtSublayer::of_matrices(&source.adapter, b, site)?);
+                    }
+                }
+                Ok(())
+            };
+            b.frozen(source.tensors.clone(), add).map_err(problem)?;
+        }
+        found.retain(|(_, here)| !here.is_empty());
+        Ok(found)
+    }
+}
+
+impl Method for Fusion {
+    fn info(&self) -> &'static Info {
+        &INFO
+    }
+
+    fn take_adapters(&mut self, _setting: &str, adapters: Vec<SavedAdapter>) -> Result<()> {
+        let mut problems = Vec::new();
+        for saved in adapters {
+            match Source::of(saved, &self.sources) {
+                Ok(source) => self.sources.push(source),
+                Err(problem) => problems.push(format!("`adapters`: {problem}")),
+            }
+        }
+        if problems.is_empty() { self.check() } else { Err(Error::Mismatch(problems)) }
+    }
+
+    fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+        self.check_bases(&b.info().architecture, b.info().width)?;
+        let adapters = self.adapters(b)?;
+        if adapters.is_empty() {
+            let text = "AdapterFusion needs saved adapters, and a model with the sublayers that they sit at";
+            return Err(Error::Unsupported(text.into()));
+        }
+        for (site, adapters) in adapters {
+            let Kind::Sublayer { width } = site.kind else { continue };
+            let stem = format!("{}{LAYER}{}", site.path, self.names());
+            let mut map = |wanted: bool, name: &str| -> Result<Option<[Param; 2]>> {
+                let make = || {
+                    let weight =
+                        b.param(&format!("{stem}.{name}.weight"), &[width, width], Init::Normal(0.02))?;
+                    Ok([weight, b.param(&format!("{stem}.{name}.bias"), &[width], Init::Zeros)?])
+                };
+                wanted.then(make).transpose()
+            };
+            let (query, key) = (map(self.has_query, "query")?, map(self.has_key, "key")?);
+            let value = match self.has_value {
+                true => {
+                    let start = Init::Values(almost_identity(width)?);
+                    Some(b.param(&format!("{stem}.value.weight"), &[width, width], start)?)
+                }
+                false => None,
+            };
+            let fused = Fused { adapters, query, key, value, dropout: self.dropout };
+            b.patch(site.id, Patch::Sublayer(Box::new(fused)))?;
+        }
+        Ok(())
+    }
+
+    /// Values that stay near the identity.
+    fn penalty(&self, adapter: &Adapter, _step: Step) -> Result<Option<Tensor>> {
+        if self.regularization == 0.0 {
+            return Ok(None);
+        }
+        let values =
+            adapter.trainable().filter(|p| p.name.contains(LAYER) && p.name.ends_with(".value.weight"));
+        let mut sum: Option<Tensor> = None;
+        for v in values.map(|p| p.param.get()) {
+            let one = identity(v.width())?.reshape(v.shape())?;
+            let off = v.sub(&one)?.unary(Unary::Square)?.sum()?;
+            sum = Some(match sum {
+                Some(sum) => sum.add(&off)?,
+                None => off,
+            });
+        }
+        Ok(sum.map(|sum| sum.scale(self.regularization as f32)).transpose()?)
+    }
+
+    fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
+        let adapter = |s: &Source| json!({ "config": s.adapter.to_config(), "name": s.adapter.name });
+        let own = json!({
+            "adapters": self.sources.iter().map(adapter).collect::<Vec<_>>(),
+            "fusion_config": {
+                "dropout_prob": as_written(self.dropout), "key": self.has_key, "query": self.has_query,
+                "query_before_ln": false, "regularization": self.regularization != 0.0, "residual_before": false,
+                "temperature": false, "value": self.has_value, "value_before_softmax": true,
+                "value_initialized": self.has_value,
+            },
+            "regularization_weight": number(self.regularization),
+        });
+        own.as_object().cloned().unwrap_or_default()
+    }
+
+    fn file_name(&self, name: &str) -> String {
+        let own = name.contains(".adapters.") || name.contains(LAYER);
+        if own { name.into() } else { format!("base_model.model.{name}") }
+    }
+}
+
+/// I, 10⁻⁶ beside its diagonal.
+fn almost_identity(width: usize) -> Result<Tensor> {
+    let one = (0..width * width).map(|i| if i % (width + 1) == 0 { 1.0 } else { BESIDE }).collect();
+    Ok(Tensor::from_vec(one, [width, width])?)
+}
+
+/// The adapters of one sublayer and the attention over them.
+struct Fused {
+    adapters: Vec<AtSublayer>,
+    query: Option<[Param; 2]>,
+    key: Option<[Param; 2]>,
+    value: Option<Param>,
+    dropout: f32,
+}
+
+impl Fused {
+    /// Σ_m α_m·V·z_m of outputs z_m, x what the adapters read; all [tokens, width].
+    fn mixed(&self, x: &Tensor, outputs: &[Tensor], site: &Site, cx: &Pass) -> Result<Tensor> {
+        let query = match &self.query {
+            Some([weight, bias]) => x.matmul_t(&weight.get())?.plus(&bias.get())?,
+            None => x.clone(),
+        };
+        let towards = match &self.key {
+            Some([weight, _]) => query.matmul(&weight.get())?,
+            None => query.clone(),
+        };
+        let scores = outputs.iter().map(|z| Ok(towards.mul(z)?.sum_dim(1)?)).collect::<Result<Vec<_>>>()?;
+        let mut scores = cat(&scores.iter().collect::<Vec<_>>(), 1)?;
+        if let Some([_, bias]) = &self.key {
+            scores = scores.add(&query.mul(&bias.get())?.sum_dim(1)?)?;
+        }
+        let shares = cx.dropout(&scores, self.dropout, site.id, 3)?.softmax()?;
+        let mut mixed: Option<Tensor> = None;
+        for (m, z) in outputs.iter().enumerate() {
+            let part = z.mul(&shares.narrow(1, m, 1)?)?;
+            mixed = Some(match mixed {
+                Some(sum) => sum.plus(&part)?,
+                None => part,
+            });
+        }
+        match (mixed, &self.value) {
+            (Some(mixed), Some(value)) => Ok(mixed.matmul_t(&value.get())?),
+            (Some(mixed), None) => Ok(mixed),
+            (None, _) => Err(Error::Site { path: site.path.clone(), message: "no adapters to fuse".into() }),
+        }
+    }
+}
+
+impl SublayerPatch for Fused {
+    fn output(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
+        // They are alike in what they read and where they go on.
+        let (input, residual) = self.adapters[0].read(s)?;
+        let outputs = self.adapters.iter().map(|a| a.branch(&input, site, cx)).collect::<Result<Vec<_>>>()?;
+        let fused = self.mixed(&input, &outputs, site, cx)?;
+        self.adapters[0].going_on(fused.plus(&residual)?, s)
+    }
+
+    fn replaces_norm(&self) -> bool {
+        self.adapters[0].replaces_norm()
+    }
+}
+
+#[cfg(test)]
+mod tests;

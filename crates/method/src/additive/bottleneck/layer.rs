@@ -1,0 +1,222 @@
+//! One adapter at one sublayer: its tensors and its forward.
+
+use engraft_nn::{Builder, Error, Init, Kind, Mode, Pass, Result, Site, Sublayer, SublayerPatch};
+use engraft_tensor::cpu::random::Key;
+use engraft_tensor::ops::Unary;
+use engraft_tensor::{Param, Tensor};
+
+use super::phm::{Shared, Sum};
+use super::settings::{Bottleneck, Residual, Scaling};
+use crate::shared::branch::Norm;
+
+/// The stream of random numbers that AdapterDrop draws from.
+const DROPS: u64 = 0x6164_6170_7465_7264;
+
+/// x·Wᵀ + b in one of its forms.
+enum Projection {
+    Matrix { weight: Param, bias: Param },
+    Phm(Sum),
+}
+
+impl Projection {
+    fn matrix(b: &mut Builder<'_>, stem: &str, (out, inn): (usize, usize), start: Init) -> Result<Self> {
+        let weight = b.param(&format!("{stem}.weight"), &[out, inn], start)?;
+        Ok(Projection::Matrix { weight, bias: b.param(&format!("{stem}.bias"), &[out], Init::Zeros)? })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Projection::Matrix { weight, bias } => Ok(x.matmul_t(&weight.get())?.plus(&bias.get())?),
+            Projection::Phm(sum) => sum.forward(x),
+        }
+    }
+}
+
+/// The adapter of one sublayer.
+pub(crate) struct AtSublayer {
+    config: Bottleneck,
+    before: Option<Norm>,
+    down: Projection,
+    up: Projection,
+    scale: Option<Param>,
+    after: Option<Norm>,
+    gate: Option<(Param, Param)>,
+    /// Number of the layer and of all layers, where the adapters of the first ones are left out by chance.
+    drop: Option<(usize, usize)>,
+}
+
+impl AtSublayer {
+    /// One of matrices.
+    pub fn of_matrices(c: &Bottleneck, b: &mut Builder<'_>, site: &Site) -> Result<Self> {
+        AtSublayer::build(c, b, site, &Shared::default())
+    }
+
+    pub(super) fn build(c: &Bottleneck, b: &mut Builder<'_>, site: &Site, shared: &Shared) -> Result<Self> {
+        let Kind::Sublayer { width } = site.kind else {
+            return Err(Error::Site { path: site.path.clone(), message: "expected a sublayer".into() });
+        };
+        let number = b.sites().number(site);
+        let size = c.size_at(number, width);
+        let stem = format!("{}.adapters.{}", site.path, c.name);
+        let norm = |b: &mut Builder<'_>, wanted: bool, name: &str| -> Result<Option<Norm>> {
+            wanted.then(|| Norm::build(b, &format!("{stem}.{name}"), width)).transpose()
+        };
+        let before = norm(b, c.ln_before, "adapter_norm_before")?;
+        let after = norm(b, c.ln_after, "adapter_norm_after")?;
+        // The layers up to the activation are counted together, a norm first.
+        let down = format!("{stem}.adapter_down.{}", usize::from(c.ln_before));
+        let up = format!("{stem}.adapter_up");
+        let scale = match c.scaling {
+            Scaling::Fixed(_) => None,
+            Scaling::Learned => Some(b.param(&format!("{stem}.scaling"), &[1], Init::Ones)?),
+            Scaling::Channel => Some(b.param(&format!("{stem}.scaling"), &[width], Init::Ones)?),
+        };
+        let (down, up) = match &c.phm {
+            None => {
+                let [start_down, start_up] = c.start.matrices(width);
+                (
+                    Projection::matrix(b, &down, (size, width), start_down)?,
+                    Projection::matrix(b, &up, (width, size), start_up)?,
+                )
+            }
+            Some(phm) => (
+                Projection::Phm(phm.build(b, site, &down, (width, size), &shared.down, shared)?),
+                Projection::Phm(phm.build(b, site, &up, (size, width), &shared.up, shared)?),
+            ),
+        };
+        let gate = match c.gating {
+            false => None,
+            true => Some((
+                b.param(&format!("{stem}.gate.weight"), &[1, width], Init::Normal(0.02))?,
+                b.param(&format!("{stem}.gate.bias"), &[1], Init::Zeros)?,
+            )),
+        };
+        let drop = number.filter(|_| c.robust_drop).map(|number| (number, b.sites().blocks()));
+        Ok(AtSublayer { config: c.clone(), before, down, up, scale, after, gate, drop })
+    }
+
+    /// Whether this batch goes without the adapter.
+    fn is_dropped(&self, cx: &Pass) -> bool {
+        match (self.drop, cx.mode()) {
+            (Some((number, layers)), Mode::Train { seed, step, micro }) => {
+                number < dropped(seed, step, micro, layers)
+            }
+            _ => false,
+        }
+    }
+
+    /// s·(σ(N(x)·W_dᵀ + b_d)·W_uᵀ + b_u), x [tokens, width], before dropout and gate.
+    pub fn branch(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let c = &self.config;
+        let normed = self.before.as_ref().map(|norm| norm.apply(x)).transpose()?;
+        let middle = c.activation.apply(self.down.forward(normed.as_ref().unwrap_or(x))?)?;
+        let mut up = self.up.forward(&middle)?;
+        if c.depth > 0.0 && !c.parallel {
+            let kept =
+                cx.dropout(&Tensor::full(1.0, [cx.layout().sequences().len(), 1]), c.depth, site.id, 2)?;
+            up = up.mul(&kept.gather(&of_sequences(cx)?)?)?;
+        }
+        Ok(match (&self.scale, c.scaling) {
+            (Some(scale), _) => up.mul(&scale.get())?,
+            (None, Scaling::Fixed(s)) if s != 1.0 => up.scale(s as f32)?,
+            _ => up,
+        })
+    }
+
+    /// What it adds, before a norm of its own.
+    fn bottleneck(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let up = cx.dropout(&self.branch(x, site, cx)?, self.config.dropout, site.id, 1)?;
+        match &self.gate {
+            None => Ok(up),
+            Some((weight, bias)) => {
+                let gate = x.matmul_t(&weight.get())?.plus(&bias.get())?.unary(Unary::Sigmoid)?;
+                Ok(up.mul(&mean_over_sequences(&gate, cx)?)?)
+            }
+        }
+    }
+
+    fn own_norm(&self, x: Tensor) -> Result<Tensor> {
+        match &self.after {
+            Some(norm) => norm.apply(&x),
+            None => Ok(x),
+        }
+    }
+
+    fn parallel(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let added = self.own_norm(self.bottleneck(s.residual, site, cx)?)?;
+        Ok(s.output.add(&added)?)
+    }
+
+    /// What a serial adapter reads, and its residual.
+    pub fn read(&self, s: &Sublayer<'_>) -> Result<(Tensor, Tensor)> {
+        let c = &self.config;
+        let sum = s.output.add(s.residual)?;
+        let input = match (c.original_ln_before, s.norm) {
+            (true, Some(norm)) => norm(&sum)?,
+            (true, None) => sum.clone(),
+            (false, _) => s.output.clone(),
+        };
+        let residual = match c.residual {
+            Residual::Output => s.output.clone(),
+            Residual::Sum => sum,
+            Residual::Input => input.clone(),
+        };
+        Ok((input, residual))
+    }
+
+    /// What a sublayer gives when `next`, output and residual of a serial adapter, is to go on.
+    pub fn going_on(&self, next: Tensor, s: &Sublayer<'_>) -> Result<Tensor> {
+        match (self.config.original_ln_after, s.norm) {
+            // Without the model's own residual: what the model adds to the stream is taken off first.
+            (false, None) => Ok(next.sub(s.residual)?),
+            _ => Ok(next),
+        }
+    }
+
+    fn serial(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let (input, residual) = self.read(s)?;
+        let added = self.bottleneck(&input, site, cx)?;
+        if self.config.residual_before_own_norm {
+            return self.own_norm(added.add(&residual)?);
+        }
+        Ok(self.own_norm(added)?.add(&residual)?)
+    }
+}
+
+impl SublayerPatch for AtSublayer {
+    fn output(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
+        if self.is_dropped(cx) {
+            return match s.norm.filter(|_| self.replaces_norm()) {
+                Some(norm) => norm(&s.output.add(s.residual)?),
+                None => Ok(s.output.clone()),
+            };
+        }
+        let next = if self.config.parallel { self.parallel(s, site, cx)? } else { self.serial(s, site, cx)? };
+        self.going_on(next, s)
+    }
+
+    fn replaces_norm(&self) -> bool {
+        !self.config.original_ln_after
+    }
+}
+
+/// How many of the first of `layers` go without adapters in a micro-batch: evenly from 0 to all but one.
+pub(super) fn dropped(seed: u64, step: u64, micro: u64, layers: usize) -> usize {
+    let drawn = Key { seed, stream: DROPS }.uniform(step << 20 ^ micro);
+    ((drawn * layers as f32) as usize).min(layers.saturating_sub(1))
+}
+
+/// The number of its sequence for every row of the pass.
+fn of_sequences(cx: &Pass) -> Result<Tensor> {
+    let numbers = cx.layout().sequences().iter().zip(0i64..).flat_map(|(s, n)| s.clone().map(move |_| n));
+    let numbers: Vec<i64> = numbers.collect();
+    Ok(Tensor::from_i64(numbers.clone(), [numbers.len()])?)
+}
+
+/// The mean over the rows of each sequence, for every row of it: [tokens, 1] → [tokens, 1].
+fn mean_over_sequences(x: &Tensor, cx: &Pass) -> Result<Tensor> {
+    let (sequences, numbers) = (cx.layout().sequences(), of_sequences(cx)?);
+    let shares = sequences.iter().map(|s| 1.0 / s.len().max(1) as f32).collect();
+    let shares = Tensor::from_vec(shares, [sequences.len(), 1])?;
+    Ok(x.scatter_add(&numbers, sequences.len())?.mul(&shares)?.gather(&numbers)?)
+}

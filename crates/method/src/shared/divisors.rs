@@ -1,0 +1,30 @@
+//! Sizes that cut a matrix evenly, for what is said where the chosen one does not.
+
+/// The numbers that divide all of `sizes` and lie nearest to `asked`, the larger of two first: "192 or 384".
+pub(crate) fn near(asked: usize, sizes: &[usize]) -> String {
+    let greatest = sizes.iter().copied().fold(0, common);
+    let divides = |n: &usize| greatest.is_multiple_of(*n);
+    let below = (1..=asked.min(greatest)).rev().find(divides);
+    let above = (asked + 1..=greatest).find(divides);
+    let found: Vec<String> = [below, above].into_iter().flatten().map(|n| n.to_string()).collect();
+    found.join(" or ")
+}
+
+/// The greatest common divisor.
+fn common(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { common(b, a % b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_that_divide() {
+        assert_eq!(near(256, &[384, 384]), "192 or 384");
+        assert_eq!(near(256, &[384, 1536]), "192 or 384");
+        assert_eq!(near(256, &[64, 172]), "4");
+        assert_eq!(near(5, &[7, 13]), "1");
+        assert_eq!(near(2, &[9]), "1 or 3");
+    }
+}
