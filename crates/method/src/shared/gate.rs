@@ -6,7 +6,7 @@ use engraft_nn::{Builder, Init, Pass, Result};
 use engraft_tensor::ops::Unary;
 use engraft_tensor::{Param, Tensor};
 
-use super::sequences::means;
+use super::sequences::{means, owners};
 
 /// w [count, width] and c `[count]`.
 #[derive(Clone)]
@@ -35,12 +35,7 @@ impl Gate {
 
     /// The gates of each row's sequence: x [tokens, width] → [tokens, count].
     pub fn of_rows(&self, x: &Tensor, cx: &Pass) -> Result<Tensor> {
-        let gates = self.of(x, cx)?;
-        let sequences = cx.layout().sequences().iter().enumerate();
-        let owners: Vec<i64> =
-            sequences.flat_map(|(i, rows)| std::iter::repeat_n(i as i64, rows.len())).collect();
-        let count = owners.len();
-        Ok(gates.gather(&Tensor::from_i64(owners, [count])?)?)
+        Ok(self.of(x, cx)?.gather(&owners(cx)?)?)
     }
 }
 

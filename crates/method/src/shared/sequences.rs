@@ -73,6 +73,15 @@ pub(crate) fn means(x: &Tensor, cx: &Pass) -> Result<Tensor> {
     Ok(sums.mul(&Tensor::from_vec(shares, shape)?)?)
 }
 
+/// The number of its sequence for every row of the pass, `I64` `[tokens]`.
+pub(crate) fn owners(cx: &Pass) -> Result<Tensor> {
+    let sequences = cx.layout().sequences().iter().enumerate();
+    let owners: Vec<i64> =
+        sequences.flat_map(|(i, rows)| std::iter::repeat_n(i as i64, rows.len())).collect();
+    let count = owners.len();
+    Ok(Tensor::from_i64(owners, [count])?)
+}
+
 /// h with other first rows in the sequences that have so many virtual ones: `rows` [count, width] in each, or
 /// [sequences · count, width]. Under a cache, later steps have none.
 pub(crate) fn with_first_rows(h: &Tensor, rows: &Tensor, count: usize, cx: &Pass) -> Result<Tensor> {

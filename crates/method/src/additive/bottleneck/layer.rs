@@ -2,12 +2,13 @@
 
 use engraft_nn::{Builder, Error, Init, Kind, Mode, Pass, Result, Site, Sublayer, SublayerPatch};
 use engraft_tensor::cpu::random::Key;
-use engraft_tensor::ops::Unary;
 use engraft_tensor::{Param, Tensor};
 
 use super::phm::{Shared, Sum};
 use super::settings::{Bottleneck, Residual, Scaling};
 use crate::shared::branch::Norm;
+use crate::shared::gate::Gate;
+use crate::shared::sequences::owners;
 
 /// The stream of random numbers that AdapterDrop draws from.
 const DROPS: u64 = 0x6164_6170_7465_7264;
@@ -40,7 +41,7 @@ pub(crate) struct AtSublayer {
     up: Projection,
     scale: Option<Param>,
     after: Option<Norm>,
-    gate: Option<(Param, Param)>,
+    gate: Option<Gate>,
     /// Number of the layer and of all layers, where the adapters of the first ones are left out by chance.
     drop: Option<(usize, usize)>,
 }
@@ -84,13 +85,7 @@ impl AtSublayer {
                 Projection::Phm(phm.build(b, site, &up, (size, width), &shared.up, shared)?),
             ),
         };
-        let gate = match c.gating {
-            false => None,
-            true => Some((
-                b.param(&format!("{stem}.gate.weight"), &[1, width], Init::Normal(0.02))?,
-                b.param(&format!("{stem}.gate.bias"), &[1], Init::Zeros)?,
-            )),
-        };
+        let gate = c.gating.then(|| Gate::new(b, &format!("{stem}.gate"), (1, width))).transpose()?;
         let drop = number.filter(|_| c.robust_drop).map(|number| (number, b.sites().blocks()));
         Ok(AtSublayer { config: c.clone(), before, down, up, scale, after, gate, drop })
     }
@@ -114,7 +109,7 @@ impl AtSublayer {
         if c.depth > 0.0 && !c.parallel {
             let kept =
                 cx.dropout(&Tensor::full(1.0, [cx.layout().sequences().len(), 1]), c.depth, site.id, 2)?;
-            up = up.mul(&kept.gather(&of_sequences(cx)?)?)?;
+            up = up.mul(&kept.gather(&owners(cx)?)?)?;
         }
         Ok(match (&self.scale, c.scaling) {
             (Some(scale), _) => up.mul(&scale.get())?,
@@ -128,10 +123,7 @@ impl AtSublayer {
         let up = cx.dropout(&self.branch(x, site, cx)?, self.config.dropout, site.id, 1)?;
         match &self.gate {
             None => Ok(up),
-            Some((weight, bias)) => {
-                let gate = x.matmul_t(&weight.get())?.plus(&bias.get())?.unary(Unary::Sigmoid)?;
-                Ok(up.mul(&mean_over_sequences(&gate, cx)?)?)
-            }
+            Some(gate) => Ok(up.mul(&gate.of_rows(x, cx)?)?),
         }
     }
 
@@ -204,19 +196,4 @@ impl SublayerPatch for AtSublayer {
 pub(super) fn dropped(seed: u64, step: u64, micro: u64, layers: usize) -> usize {
     let drawn = Key { seed, stream: DROPS }.uniform(step << 20 ^ micro);
     ((drawn * layers as f32) as usize).min(layers.saturating_sub(1))
-}
-
-/// The number of its sequence for every row of the pass.
-fn of_sequences(cx: &Pass) -> Result<Tensor> {
-    let numbers = cx.layout().sequences().iter().zip(0i64..).flat_map(|(s, n)| s.clone().map(move |_| n));
-    let numbers: Vec<i64> = numbers.collect();
-    Ok(Tensor::from_i64(numbers.clone(), [numbers.len()])?)
-}
-
-/// The mean over the rows of each sequence, for every row of it: [tokens, 1] → [tokens, 1].
-fn mean_over_sequences(x: &Tensor, cx: &Pass) -> Result<Tensor> {
-    let (sequences, numbers) = (cx.layout().sequences(), of_sequences(cx)?);
-    let shares = sequences.iter().map(|s| 1.0 / s.len().max(1) as f32).collect();
-    let shares = Tensor::from_vec(shares, [sequences.len(), 1])?;
-    Ok(x.scatter_add(&numbers, sequences.len())?.mul(&shares)?.gather(&numbers)?)
 }
