@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use engraft_method::Chosen;
+use engraft_method::{Chosen, look_first};
 use engraft_model::LoadOptions;
 use engraft_nn::weight::Storage;
 use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Site, Task};
@@ -204,14 +204,7 @@ impl Engine {
             None => pass,
         };
         if let Some(adapter) = &self.adapter {
-            for (method, _) in &self.methods {
-                let alone = || match method.follows() {
-                    true => pass.beside(),
-                    false => Pass::new(inputs.layout.clone(), None),
-                };
-                let base = || self.model.features(inputs, &alone());
-                method.before_forward(adapter, &base, &pass)?;
-            }
+            look_first(&self.methods, adapter, self.model.as_ref(), inputs, &pass)?;
         }
         Ok(pass)
     }

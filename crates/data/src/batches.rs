@@ -185,11 +185,11 @@ impl Batches {
     /// The share of places that padding would fill in epoch `epoch` if rows were padded to the longest of their
     /// batch, 0 to 1. Packed training fills none; this is what that saves.
     pub fn padding_share(&self, epoch: u64) -> f64 {
-        let mut places = 0;
-        for batch in self.epoch(epoch).batches() {
+        let (taken, mut places) = (self.epoch(epoch), 0);
+        for batch in taken.batches() {
             places += batch.len() * batch.iter().map(|index| self.lengths[*index]).max().unwrap_or(0);
         }
-        let tokens: usize = self.epoch(epoch).order.iter().map(|index| self.lengths[*index]).sum();
+        let tokens: usize = taken.order.iter().map(|index| self.lengths[*index]).sum();
         if places == 0 { 0.0 } else { 1.0 - tokens as f64 / places as f64 }
     }
 }

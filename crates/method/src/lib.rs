@@ -28,7 +28,8 @@ mod written;
 use std::sync::Arc;
 
 use engraft_nn::{
-    Adapter, Builder, Error, ModelInfo, Output, Pass, Resolution, Result, Role, SiteId, Sites, Targets,
+    Adapter, Builder, Error, Inputs, Model, ModelInfo, Output, Pass, Resolution, Result, Role, SiteId, Sites,
+    Targets,
 };
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
@@ -322,6 +323,21 @@ pub trait Method: Send + Sync {
     fn file_copies(&self, _name: &str, _adapter: &Adapter) -> Vec<String> {
         Vec::new()
     }
+}
+
+/// Lets the methods of an adapter look before its pass `cx` over `inputs`: what they ask of the model without it is computed
+/// once for each, beside the cache where the method follows a text.
+pub fn look_first(
+    methods: &[Chosen],
+    adapter: &Arc<Adapter>,
+    model: &dyn Model,
+    inputs: &Inputs,
+    cx: &Pass,
+) -> Result<()> {
+    methods.iter().try_for_each(|(method, _)| {
+        let alone = || if method.follows() { cx.beside() } else { Pass::new(inputs.layout.clone(), None) };
+        method.before_forward(adapter, &|| model.features(inputs, &alone()), cx)
+    })
 }
 
 /// How a file holds numbers.

@@ -74,14 +74,7 @@ impl Attend {
         cx: &Pass,
     ) -> Result<Tensor> {
         let prefixes = if cx.continues() { Vec::new() } else { cx.prefixes(self.site, x)? };
-        let (keys, values, spans) = match cx.cache() {
-            Some(mut cache) => cache.extend(self.layer, k, v, &prefixes, cx)?,
-            None => {
-                let found = gathered(k, v, cx.layout(), &prefixes, cx)?;
-                let spans = spans_of(&found, cx.layout());
-                (found.keys, found.values, spans)
-            }
-        };
+        let (keys, values, spans) = cx.seen(self.layer, k, v, &prefixes)?;
         let y = attention(&Attention { spans, spec: self.spec, bias }, q, &keys, &values)?;
         self.gated(x, q, y, cx)
     }
@@ -261,15 +254,25 @@ impl Pass {
     /// An attention of a patch's own: q [tokens, heads, dim], k and v [tokens, kv_heads, dim] of this pass's rows →
     /// [tokens, heads, dim]. Under a cache keys and values are kept as those of `layer`, which counts on from the model's.
     pub fn attend(&self, layer: usize, spec: AttentionSpec, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
-        let (keys, values, spans) = match self.cache() {
-            Some(mut cache) => cache.extend(layer, k, v, &[], self)?,
-            None => {
-                let found = gathered(k, v, self.layout(), &[], self)?;
-                let spans = spans_of(&found, self.layout());
-                (found.keys, found.values, spans)
-            }
-        };
+        let (keys, values, spans) = self.seen(layer, k, v, &[])?;
         Ok(attention(&Attention { spans, spec, bias: None }, q, &keys, &values)?)
+    }
+
+    /// The keys and values that queries see, and which of them each sequence: this pass's own behind its prefixes and, under a
+    /// cache, behind those that `layer` kept.
+    fn seen(
+        &self,
+        layer: usize,
+        k: &Tensor,
+        v: &Tensor,
+        prefixes: &[Option<Prefix>],
+    ) -> Result<(Tensor, Tensor, Spans)> {
+        if let Some(mut cache) = self.cache() {
+            return cache.extend(layer, k, v, prefixes, self);
+        }
+        let found = gathered(k, v, self.layout(), prefixes, self)?;
+        let spans = spans_of(&found, self.layout());
+        Ok((found.keys, found.values, spans))
     }
 
     /// Ungated extra rows of each route, whose keys and values are made of x [tokens, width].

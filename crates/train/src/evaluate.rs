@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use engraft_data::{Dataset, Example};
-use engraft_method::Chosen;
+use engraft_method::{Chosen, look_first};
 use engraft_nn::{Adapter, Model, Output, Pass, Task};
 use engraft_tensor::{Tensor, no_grad, on_pool, ops};
 use serde::Serialize;
@@ -138,11 +138,8 @@ impl Evaluated<'_> {
 
     fn features(&self, batch: &Batch) -> Result<Output> {
         let cx = Pass::new(batch.inputs.layout.clone(), self.adapter.cloned());
-        let base = || self.model.features(&batch.inputs, &Pass::new(batch.inputs.layout.clone(), None));
         if let Some(adapter) = self.adapter {
-            for (method, _) in self.methods {
-                method.before_forward(adapter, &base, &cx)?;
-            }
+            look_first(self.methods, adapter, self.model.as_ref(), &batch.inputs, &cx)?;
         }
         Ok(self.model.features(&batch.inputs, &cx)?)
     }

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use engraft_method::{Chosen, Part, Step};
+use engraft_method::{Part, Step, look_first};
 use engraft_nn::{Mode, Pass};
 use engraft_tensor::{Gradients, Tensor, forbid_host_reads, on_pool};
 
@@ -175,8 +175,7 @@ impl<'s> Trainer<'s> {
         let cx = Pass::new(layout.clone(), Some(session.adapter.clone()))
             .training(mode)
             .checkpointing(session.plan.train.gradient_checkpointing);
-        let base = || session.model.features(&batch.inputs, &Pass::new(layout.clone(), None));
-        before_forward(&session.methods, session, &base, &cx)?;
+        look_first(&session.methods, &session.adapter, session.model.as_ref(), &batch.inputs, &cx)?;
         Ok(cx)
     }
 
@@ -213,16 +212,4 @@ impl<'s> Trainer<'s> {
         })
         .into())
     }
-}
-
-fn before_forward(
-    methods: &[Chosen],
-    session: &Session,
-    base: &dyn Fn() -> engraft_nn::Result<engraft_nn::Output>,
-    cx: &Pass,
-) -> Result<()> {
-    for (method, _) in methods {
-        method.before_forward(&session.adapter, base, cx)?;
-    }
-    Ok(())
 }

@@ -8,7 +8,7 @@ mod fixtures;
 
 use std::sync::{Arc, Mutex};
 
-use engraft_method::{Chosen, METHODS, attach, find, load_adapter, save_adapter};
+use engraft_method::{Chosen, METHODS, attach, find, load_adapter, look_first, save_adapter};
 use engraft_model::Loaded;
 use engraft_nn::weight::Storage;
 use engraft_nn::{
@@ -300,8 +300,7 @@ impl Setting<'_> {
 
     /// What the methods look at before a pass.
     fn before_forward(&self, adapter: &Arc<Adapter>, inputs: &Inputs, cx: &Pass) -> Result<()> {
-        let first = || self.loaded.model.features(inputs, &Pass::new(inputs.layout.clone(), None));
-        self.methods.iter().try_for_each(|(method, _)| method.before_forward(adapter, &first, cx))
+        look_first(self.methods, adapter, self.loaded.model.as_ref(), inputs, cx)
     }
 
     /// A projection of the logits on fixed numbers, as the loss.
@@ -499,9 +498,8 @@ impl Setting<'_> {
             return Ok(());
         }
         let run = |inputs: &Inputs, cx: &Pass| {
-            let first = || self.loaded.model.features(inputs, &cx.beside());
-            let looked = self.methods.iter().try_for_each(|(m, _)| m.before_forward(adapter, &first, cx));
-            looked.and_then(|()| no_grad(|| self.loaded.model.forward(inputs, cx))).map_err(|e| e.to_string())
+            self.before_forward(adapter, inputs, cx).map_err(|e| e.to_string())?;
+            no_grad(|| self.loaded.model.forward(inputs, cx)).map_err(|e| e.to_string())
         };
         let inputs = self.inputs(2..3);
         // Rows that depend on what is said are those of the first tokens.

@@ -11,11 +11,12 @@
 //! BLOCK.router.weight `[width]`, BLOCK.adapter.down.weight [r, width], .bias, BLOCK.adapter.up.weight [width, r], .bias.
 
 use engraft_nn::{BlockPatch, Builder, Error, Init, Kind, Pass, Patch, Result, Site, Stack, Task};
-use engraft_tensor::ops::{Anneal, Unary, cat, layer_norm};
+use engraft_tensor::ops::{Anneal, cat, layer_norm};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::activations::Activation;
 use crate::shared::fields::{choice, float, int};
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
@@ -26,7 +27,8 @@ const FIRST: f32 = 4.0;
 const DECAY: f32 = 0.7;
 
 /// The first is the default.
-const ACTIVATIONS: &[(&str, Unary)] = &[("relu", Unary::Relu), ("gelu", Unary::Gelu), ("swish", Unary::Silu)];
+const ACTIVATIONS: &[(&str, Activation)] =
+    &[("relu", Activation::RELU), ("gelu", Activation::GELU), ("swish", Activation::SWISH)];
 
 #[derive(Clone, Debug)]
 struct Coda {
@@ -34,7 +36,7 @@ struct Coda {
     reduction: usize,
     iterations: usize,
     epsilon: f64,
-    activation: Unary,
+    activation: Activation,
 }
 
 static INFO: Info = Info {
@@ -93,7 +95,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Coda { share: 1.0, reduction: 2, iterations: 3, epsilon: 1.0, activation: Unary::Gelu })
+    Box::new(Coda { share: 1.0, reduction: 2, iterations: 3, epsilon: 1.0, activation: Activation::GELU })
 }
 
 impl Method for Coda {
@@ -132,7 +134,7 @@ impl Method for Coda {
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let own = json!({
-            "activation": ACTIVATIONS.iter().find(|(_, f)| *f == self.activation).map(|(name, _)| *name),
+            "activation": self.activation.name(),
             "epsilon": self.epsilon, "iterations": self.iterations, "reduction": self.reduction, "share": self.share,
         });
         own.as_object().cloned().unwrap_or_default()
@@ -160,8 +162,8 @@ impl Routed {
 
     /// A(x) [tokens, width].
     fn adapter(&self, x: &Tensor) -> Result<Tensor> {
-        let inner =
-            x.matmul_t(&self.down.get())?.add(&self.down_bias.get())?.unary(self.method.activation)?;
+        let inner = x.matmul_t(&self.down.get())?.add(&self.down_bias.get())?;
+        let inner = self.method.activation.apply(inner)?;
         Ok(inner.matmul_t(&self.up.get())?.add(&self.up_bias.get())?)
     }
 }
@@ -217,7 +219,7 @@ mod tests {
             up: Param::new(Tensor::zeros([width, 2])),
             up_bias: Param::new(Tensor::zeros([width])),
             norm: [Tensor::full(1.0, [width]), Tensor::zeros([width])],
-            method: Coda { share, reduction: 2, iterations: 20, epsilon: 1.0, activation: Unary::Relu },
+            method: Coda { share, reduction: 2, iterations: 20, epsilon: 1.0, activation: Activation::RELU },
         }
     }
 

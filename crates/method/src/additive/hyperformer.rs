@@ -26,6 +26,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::activations::Activation;
 use crate::shared::fields::{choice, flag, int};
 use crate::shared::tasks::{Tasks, task_field, tasks_field};
 use crate::{Described, Entry, Info, Loaded, Method, peft};
@@ -43,12 +44,17 @@ struct Hyperformer {
     reduction: usize,
     /// One set of generators for both positions (++).
     shared: bool,
-    activation: Unary,
+    activation: Activation,
     norms: bool,
 }
 
-const ACTIVATIONS: &[(&str, Unary)] =
-    &[("gelu", Unary::Gelu), ("gelu_new", Unary::GeluTanh), ("relu", Unary::Relu), ("swish", Unary::Silu)];
+/// The first is the default.
+const ACTIVATIONS: &[(&str, Activation)] = &[
+    ("gelu", Activation::GELU),
+    ("gelu_new", Activation::GELU_NEW),
+    ("relu", Activation::RELU),
+    ("swish", Activation::SWISH),
+];
 
 static INFO: Info = Info {
     name: "hyperformer",
@@ -117,7 +123,7 @@ fn example() -> Box<dyn Method> {
         projection: 4,
         reduction: 2,
         shared: true,
-        activation: Unary::Gelu,
+        activation: Activation::GELU,
         norms: true,
     })
 }
@@ -163,7 +169,7 @@ struct Net {
     generators: [Arc<Generators>; 2],
     width: usize,
     inner: usize,
-    activation: Unary,
+    activation: Activation,
 }
 
 impl Net {
@@ -184,7 +190,7 @@ impl Net {
         let (i, g) = (self.input(task, layer, position)?, &self.generators[position]);
         let (d, r) = (self.width, self.inner);
         let inner = x.matmul_t(&g.down.of(&i)?.reshape([r, d])?)?.add(&g.down_bias.of(&i)?)?;
-        let outer = inner.unary(self.activation)?.matmul_t(&g.up.of(&i)?.reshape([d, r])?)?;
+        let outer = self.activation.apply(inner)?.matmul_t(&g.up.of(&i)?.reshape([d, r])?)?;
         let outer = outer.add(&g.up_bias.of(&i)?)?;
         let vector = |map: &Map1| map.of(&i)?.reshape([d]).map_err(Error::from);
         Ok(layer_norm(&outer, &vector(&g.gain)?, &vector(&g.shift)?, EPS[1])?)
@@ -313,9 +319,8 @@ impl Method for Hyperformer {
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
-        let activation = ACTIVATIONS.iter().find(|(_, f)| *f == self.activation).map(|(name, _)| *name);
         let own = json!({
-            "activation": activation, "embedding": self.embedding, "hidden": self.hidden, "norms": self.norms,
+            "activation": self.activation.name(), "embedding": self.embedding, "hidden": self.hidden, "norms": self.norms,
             "projection": self.projection, "reduction": self.reduction, "shared": self.shared,
             "task": self.tasks.usual, "tasks": self.tasks.count,
         });

@@ -8,16 +8,14 @@
 //!
 //! Tensors as in `unipelt`, without gates and LoRAs.
 
-use engraft_nn::{Adapter, Builder, Result};
+use engraft_nn::Result;
 use serde_json::{Map, Value, json};
 
 use super::prefix::{INNER_MAX, Prefix};
 use super::union::{Adapters, Union};
 use crate::prompts::prompt::TOKENS_MAX;
 use crate::shared::fields::{float, int};
-use crate::{Described, Entry, Info, Loaded, Method, read::Reader};
-
-struct Mam(Union);
+use crate::{Entry, Info, Loaded, Method, read::Reader};
 
 static INFO: Info = Info {
     name: "mam",
@@ -48,7 +46,8 @@ pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example
 
 fn mam(prefix: Prefix, reduction: f64, scaling: f64) -> Result<Box<dyn Method>> {
     let settings = json!({ "form": "parallel", "reduction": reduction, "scaling": scaling });
-    Ok(Box::new(Mam(Union::new(Some(prefix), Some(Adapters::from_settings(settings, false)?), None))))
+    let adapters = Adapters::from_settings(settings, false)?;
+    Ok(Box::new(Union::new(&INFO, Some(prefix), Some(adapters), None)))
 }
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
@@ -60,36 +59,13 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let found = Union::from_file(config, INFO.peft_type)?.filter(|(union, _)| !union.gated());
-    Ok(found.map(|(union, train_also)| Loaded { method: Box::new(Mam(union)), targets: None, train_also }))
+    Union::from_file(config, &INFO, false)
 }
 
 fn example() -> Box<dyn Method> {
     let parallel = json!({ "form": "parallel", "reduction": 4, "activation": "gelu" });
     let adapters = Adapters::from_settings(parallel, false);
-    Box::new(Mam(Union::new(Some(Prefix::new(3, 5, false)), adapters.ok(), None)))
-}
-
-impl Method for Mam {
-    fn info(&self) -> &'static Info {
-        &INFO
-    }
-
-    fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
-        self.0.attach(b)
-    }
-
-    fn config(&self, model: &Described<'_>) -> Map<String, Value> {
-        self.0.config(model)
-    }
-
-    fn file_name(&self, name: &str) -> String {
-        self.0.file_name(name)
-    }
-
-    fn file_copies(&self, name: &str, adapter: &Adapter) -> Vec<String> {
-        self.0.file_copies(name, adapter)
-    }
+    Box::new(Union::new(&INFO, Some(Prefix::new(3, 5, false)), adapters.ok(), None))
 }
 
 #[cfg(test)]

@@ -13,9 +13,11 @@ use super::lora::Lora;
 use super::prefix::Prefix;
 use crate::read::Reader;
 use crate::shared::gate::Gate;
-use crate::{Described, Loaded, Method, peft};
+use crate::{Described, Info, Loaded, Method, peft};
 
 pub(super) struct Union {
+    /// The method that it is.
+    info: &'static Info,
     /// Part of the tensors' names.
     pub name: String,
     pub prefix: Option<Prefix>,
@@ -155,8 +157,13 @@ impl SublayerPatch for Gated {
 }
 
 impl Union {
-    pub fn new(prefix: Option<Prefix>, adapter: Option<Adapters>, lora: Option<Lora>) -> Union {
-        Union { name: "engraft".into(), prefix, adapter, lora, attentions: Mutex::default() }
+    pub fn new(
+        info: &'static Info,
+        prefix: Option<Prefix>,
+        adapter: Option<Adapters>,
+        lora: Option<Lora>,
+    ) -> Union {
+        Union { info, name: "engraft".into(), prefix, adapter, lora, attentions: Mutex::default() }
     }
 
     /// Whether any of its parts is gated.
@@ -166,9 +173,9 @@ impl Union {
             || self.lora.as_ref().is_some_and(|l| l.gated)
     }
 
-    /// The union of a saved adapter, where it is one and not of another type than `peft_type`.
-    pub fn from_file(config: &Value, peft_type: &str) -> Result<Option<(Union, Vec<String>)>> {
-        let own = peft::is_type(config, peft_type);
+    /// The union of a saved adapter, where it is one and not of another type than the method's, its parts `gated` or not.
+    pub fn from_file(config: &Value, info: &'static Info, gated: bool) -> Result<Option<Loaded>> {
+        let own = peft::is_type(config, info.peft_type);
         let inner = config.get("config").and_then(Value::as_object);
         let is_union = inner.is_some_and(|c| c.get("architecture") == Some(&json!("union")));
         let theirs = is_union && config.get("peft_type").is_none_or(Value::is_null);
@@ -181,7 +188,7 @@ impl Union {
         }
         r.finish()?;
         let name = config.get("name").and_then(Value::as_str).unwrap_or("engraft");
-        let mut union = Union { name: name.into(), ..Union::new(None, None, None) };
+        let mut union = Union { name: name.into(), ..Union::new(info, None, None, None) };
         for part in parts.iter().filter_map(Value::as_object) {
             let twice = match part.get("architecture").and_then(Value::as_str) {
                 Some("prefix_tuning") => union.prefix.replace(Prefix::read(part)?).is_some(),
@@ -198,10 +205,17 @@ impl Union {
             }
         }
         let train_also = config.get("modules_to_save").and_then(crate::read::texts).unwrap_or_default();
-        Ok(Some((union, train_also)))
+        let is_this = union.gated() == gated;
+        Ok(is_this.then(|| Loaded { method: Box::new(union), targets: None, train_also }))
+    }
+}
+
+impl Method for Union {
+    fn info(&self) -> &'static Info {
+        self.info
     }
 
-    pub fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+    fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         if let Some(prefix) = &self.prefix {
             let paths = prefix.attach(b, &self.name)?;
             *self.attentions.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = paths;
@@ -212,7 +226,7 @@ impl Union {
         self.lora.as_ref().map_or(Ok(()), |lora| lora.attach(b, &self.name))
     }
 
-    pub fn config(&self, model: &Described<'_>) -> Map<String, Value> {
+    fn config(&self, model: &Described<'_>) -> Map<String, Value> {
         let adapter = self.adapter.as_ref().map(|a| {
             let mut own = a.method.config(model).get("config").cloned().unwrap_or_default();
             own["use_gating"] = a.gated.into();
@@ -227,7 +241,7 @@ impl Union {
         file.as_object().cloned().unwrap_or_default()
     }
 
-    pub fn file_name(&self, name: &str) -> String {
+    fn file_name(&self, name: &str) -> String {
         let own = [".adapters.", ".loras.", ".prefix_gates.", "prefix_tunings."];
         match own.iter().any(|part| name.contains(part)) {
             true => name.into(),
@@ -236,7 +250,7 @@ impl Union {
     }
 
     /// AdapterHub's file holds the prefix once for each attention and once by itself.
-    pub fn file_copies(&self, name: &str, adapter: &engraft_nn::Adapter) -> Vec<String> {
+    fn file_copies(&self, name: &str, adapter: &engraft_nn::Adapter) -> Vec<String> {
         let own = self.adapter.as_ref().map_or(vec![], |a| a.method.file_copies(name, adapter));
         let Some((_, rest)) = name.split_once("prefix_tuning.prefix_tunings.") else { return own };
         let attentions = self.attentions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

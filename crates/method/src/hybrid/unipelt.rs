@@ -12,7 +12,7 @@
 //! PATH.loras.NAME.lora_A [rank, in], .lora_B [out, rank], .gate.weight [1, in], .gate.bias; PATH.adapters.NAME as in
 //! `bottleneck`, and .gate; PATH.prefix_tuning.prefix_gates.NAME, and TRUNK.prefix_tuning.prefix_tunings.NAME.self_prefix.
 
-use engraft_nn::{Adapter, Builder, Result};
+use engraft_nn::Result;
 use serde_json::{Map, Value, json};
 
 use super::lora::Lora;
@@ -20,9 +20,7 @@ use super::prefix::{INNER_MAX, Prefix};
 use super::union::{Adapters, Union};
 use crate::prompts::prompt::TOKENS_MAX;
 use crate::shared::fields::{float, int, rank};
-use crate::{Described, Entry, Info, Loaded, Method, read::Reader};
-
-struct Unipelt(Union);
+use crate::{Entry, Info, Loaded, Method, read::Reader};
 
 static INFO: Info = Info {
     name: "unipelt",
@@ -57,44 +55,17 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let adapters = Adapters::from_settings(json!({ "reduction": r.float("reduction", 16.0) }), true)?;
     let lora = Lora::new(r.count("rank", 8, 1024), true);
     r.finish()?;
-    Ok(Box::new(Unipelt(Union::new(Some(prefix), Some(adapters), Some(lora)))))
+    Ok(Box::new(Union::new(&INFO, Some(prefix), Some(adapters), Some(lora))))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let found = Union::from_file(config, INFO.peft_type)?.filter(|(union, _)| union.gated());
-    Ok(found.map(|(union, train_also)| Loaded {
-        method: Box::new(Unipelt(union)),
-        targets: None,
-        train_also,
-    }))
+    Union::from_file(config, &INFO, true)
 }
 
 fn example() -> Box<dyn Method> {
     let adapters = Adapters::from_settings(json!({ "reduction": 4, "activation": "gelu" }), true);
     let parts = (Prefix::new(3, 5, true), Lora::new(2, true));
-    Box::new(Unipelt(Union::new(Some(parts.0), adapters.ok(), Some(parts.1))))
-}
-
-impl Method for Unipelt {
-    fn info(&self) -> &'static Info {
-        &INFO
-    }
-
-    fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
-        self.0.attach(b)
-    }
-
-    fn config(&self, model: &Described<'_>) -> Map<String, Value> {
-        self.0.config(model)
-    }
-
-    fn file_name(&self, name: &str) -> String {
-        self.0.file_name(name)
-    }
-
-    fn file_copies(&self, name: &str, adapter: &Adapter) -> Vec<String> {
-        self.0.file_copies(name, adapter)
-    }
+    Box::new(Union::new(&INFO, Some(parts.0), adapters.ok(), Some(parts.1)))
 }
 
 #[cfg(test)]

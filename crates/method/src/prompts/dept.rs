@@ -17,7 +17,10 @@ use engraft_tensor::ops::cat;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::prompt::{INIT, INIT_BELOW, INIT_IDS, INIT_TEXT, Start, TOKENS_MAX, read_origin, read_start};
+use super::prompt::{
+    INIT, INIT_BELOW, INIT_IDS, INIT_TEXT, Start, TOKENS_MAX, expect_tokens, kept_start, own_prompt_file,
+    read_start,
+};
 use crate::read::{Reader, number};
 use crate::shared::fields::{float, int};
 use crate::{Described, Entry, Info, Loaded, Method, peft};
@@ -89,18 +92,10 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    if r.value("num_virtual_tokens").is_none() {
-        r.problem("`num_virtual_tokens` is absent");
-    }
-    let origins = |r: &mut Reader<'_>| Start::Kept(read_origin(r, &["RANDOM", "SAMPLE_VOCAB", "TEXT"]));
-    let method = read(&mut r, "num_virtual_tokens", origins);
-    r.finish()?;
-    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+    own_prompt_file(&INFO, config, |r| {
+        expect_tokens(r);
+        read(r, "num_virtual_tokens", kept_start)
+    })
 }
 
 fn example() -> Box<dyn Method> {

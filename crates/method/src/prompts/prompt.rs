@@ -148,9 +148,37 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let train_also = peft::read_header(&mut r);
     let (tokens, submodules) = read_prompt_keys(&mut r);
     // The rows come from the file; how they started is only written back.
-    let start = Start::Kept(read_origin(&mut r, &["RANDOM", "SAMPLE_VOCAB", "TEXT"]));
+    let start = kept_start(&mut r);
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(Prompt { tokens, submodules, start }), targets: None, train_also }))
+}
+
+/// A prompt of a form of our own from its file, which names no targets.
+pub(crate) fn own_prompt_file<M: Method + 'static>(
+    info: &'static Info,
+    config: &Value,
+    read: impl FnOnce(&mut Reader<'_>) -> M,
+) -> Result<Option<Loaded>> {
+    let Some(map) = config.as_object().filter(|_| peft::is_type(config, info.peft_type)) else {
+        return Ok(None);
+    };
+    let mut r = Reader::file(map);
+    let train_also = peft::read_header(&mut r);
+    let method = read(&mut r);
+    r.finish()?;
+    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+}
+
+/// How rows of a file started: only written back.
+pub(crate) fn kept_start(r: &mut Reader<'_>) -> Start {
+    Start::Kept(read_origin(r, &["RANDOM", "SAMPLE_VOCAB", "TEXT"]))
+}
+
+/// Says that a file must name its number of rows.
+pub(crate) fn expect_tokens(r: &mut Reader<'_>) {
+    if r.value("num_virtual_tokens").is_none() {
+        r.problem("`num_virtual_tokens` is absent");
+    }
 }
 
 /// The keys about where rows came from, as they are; `origins` are the words known for it.
@@ -216,9 +244,7 @@ pub(crate) fn read_prompt_keys(r: &mut Reader<'_>) -> (usize, Option<usize>) {
     if submodules > 2 {
         r.problem(format!("`num_transformer_submodules`: expected 1 or 2, found {submodules}"));
     }
-    if r.value("num_virtual_tokens").is_none() {
-        r.problem("`num_virtual_tokens` is absent");
-    }
+    expect_tokens(r);
     (r.count("num_virtual_tokens", 1, TOKENS_MAX), given.then_some(submodules))
 }
 

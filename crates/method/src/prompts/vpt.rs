@@ -15,10 +15,10 @@ use engraft_nn::{
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::prompt::TOKENS_MAX;
+use super::prompt::{TOKENS_MAX, expect_tokens, own_prompt_file};
 use crate::read::Reader;
 use crate::shared::sequences::with_first_rows;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method};
 
 struct Vpt {
     tokens: usize,
@@ -83,22 +83,14 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    if r.value("num_virtual_tokens").is_none() {
-        r.problem("`num_virtual_tokens` is absent");
-    }
-    let tokens = r.count("num_virtual_tokens", 1, TOKENS_MAX);
-    let deep = r.flag("deep", false);
-    r.finish()?;
-    Ok(Some(Loaded {
-        method: Box::new(Vpt { tokens, deep, start: Start::Uniform }),
-        targets: None,
-        train_also,
-    }))
+    own_prompt_file(&INFO, config, |r| {
+        expect_tokens(r);
+        Vpt {
+            tokens: r.count("num_virtual_tokens", 1, TOKENS_MAX),
+            deep: r.flag("deep", false),
+            start: Start::Uniform,
+        }
+    })
 }
 
 fn example() -> Box<dyn Method> {

@@ -17,8 +17,8 @@ use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
 use super::prompt::{
-    INIT, INIT_BELOW, INIT_IDS, INIT_TEXT, Prompt, Start, TOKENS_MAX, prompt_file_name, read_origin,
-    read_start,
+    INIT, INIT_BELOW, INIT_IDS, INIT_TEXT, Prompt, Start, TOKENS_MAX, kept_start, own_prompt_file,
+    prompt_file_name, read_start,
 };
 use crate::read::Reader;
 use crate::shared::fields::{float, int};
@@ -98,15 +98,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let origins = |r: &mut Reader<'_>| Start::Kept(read_origin(r, &["RANDOM", "SAMPLE_VOCAB", "TEXT"]));
-    let method = read(&mut r, "num_virtual_tokens", origins);
-    r.finish()?;
-    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+    own_prompt_file(&INFO, config, |r| read(r, "num_virtual_tokens", kept_start))
 }
 
 fn example() -> Box<dyn Method> {

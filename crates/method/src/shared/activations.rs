@@ -98,6 +98,9 @@ impl Activation {
     /// x·Φ(x).
     pub const GELU: Activation = Activation { name: "gelu", function: Function::Of(Unary::Gelu) };
 
+    /// x·Φ(x), by the tanh.
+    pub const GELU_NEW: Activation = Activation { name: "gelu_new", function: Function::Of(Unary::GeluTanh) };
+
     /// Its name.
     pub fn name(self) -> &'static str {
         self.name

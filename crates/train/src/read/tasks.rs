@@ -35,9 +35,7 @@ pub(super) fn joined(sets: Vec<Examples>, task: Task) -> Result<Examples> {
         }
     }
     for part in [&mut train, &mut eval] {
-        let examples = std::mem::take(&mut part.examples);
-        part.report.measure(&examples, shifted);
-        part.examples = examples;
+        part.report.measure(&part.examples, shifted);
     }
     let labels = (known && !names.is_empty()).then_some(names);
     let classes = labels.as_ref().map(Vec::len).or(classes);
