@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 use crate::bases::{OtherBase, other_bases};
 use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_bias_a_head, stale};
 use crate::names::{file_names, prefix, stored_as};
+use crate::transposed::type_of_file;
 use crate::written::{as_held, as_stored, written};
 use crate::{Described, Method, from_file, peft, tied};
 
@@ -111,8 +112,10 @@ fn build(
             let found = method.resolve(&targets, sites)?;
             dead_targets.extend(found.dead);
             b.set_targets(found.sites);
+            b.set_choice(Some(targets));
         } else {
             b.set_targets(Vec::new());
+            b.set_choice(None);
         }
         method.attach(&mut b)?;
     }
@@ -215,7 +218,9 @@ pub fn save_adapter(
     let mut train_also = train_also.to_vec();
     let config = match methods {
         [(method, targets)] => {
-            let kept = peft::kept_classifier(method.file_type(adapter), info, sites, adapter);
+            let (_, chosen) = chosen_by((method.as_ref(), targets.as_ref()), &train_also, sites)?;
+            let file_type = type_of_file(method.file_type(adapter), sites, &chosen);
+            let kept = peft::kept_classifier(&file_type, info, sites, adapter);
             if let Some((name, kept)) = kept {
                 train_also.push(name.to_owned());
                 for site in kept {
@@ -279,6 +284,21 @@ struct Saved<'a> {
     info: &'a ModelInfo,
 }
 
+/// A method's targets beside the modules trained as a whole, and the sites that they choose.
+pub(crate) fn chosen_by(
+    (method, targets): (&dyn Method, Option<&Targets>),
+    train_also: &[String],
+    sites: &Sites,
+) -> Result<(Option<Targets>, Vec<SiteId>)> {
+    let targets = targets.cloned().or_else(|| method.default_targets(sites));
+    let targets = targets.map(|targets| Targets { train_also: train_also.to_vec(), ..targets });
+    let chosen = match &targets {
+        Some(targets) => method.resolve(targets, sites)?.sites,
+        None => Vec::new(),
+    };
+    Ok((targets, chosen))
+}
+
 /// The method's configuration, and the sites that its targets choose.
 fn config(
     (method, targets): (&dyn Method, Option<&Targets>),
@@ -288,13 +308,9 @@ fn config(
 ) -> Result<(Map<String, Value>, Vec<SiteId>)> {
     let Saved { adapter, base_model, sites, info } = *saved;
     let task = peft::task_type(adapter, info);
-    let mut map = peft::write_header(method.file_type(adapter), base_model, task, train_also);
-    let targets = targets.cloned().or_else(|| method.default_targets(sites));
-    let targets = targets.map(|targets| Targets { train_also: train_also.to_vec(), ..targets });
-    let chosen = match &targets {
-        Some(targets) => method.resolve(targets, sites)?.sites,
-        None => Vec::new(),
-    };
+    let (targets, chosen) = chosen_by((method, targets), train_also, sites)?;
+    let file_type = type_of_file(method.file_type(adapter), sites, &chosen);
+    let mut map = peft::write_header(&file_type, base_model, task, train_also);
     map.extend(method.config(&Described { info, sites, chosen: &chosen, adapter, prefix, base_model }));
     peft::agree_on_storage(&mut map, sites, &chosen);
     if let Some(targets) = targets {

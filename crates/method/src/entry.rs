@@ -3,6 +3,7 @@
 use engraft_nn::{Error, Result, Role, Targets};
 use serde_json::{Map, Value};
 
+use crate::transposed::as_in_peft;
 use crate::{METHODS, Method};
 
 /// What a method is. Help, tables and the recipe's schema follow from it.
@@ -107,8 +108,9 @@ pub fn find(name: &str) -> Option<&'static Entry> {
 
 /// The method of a saved adapter.
 pub fn from_file(config: &Value) -> Result<Loaded> {
+    let plain = as_in_peft(config);
     for entry in METHODS {
-        if let Some(loaded) = (entry.from_file)(config)? {
+        if let Some(loaded) = (entry.from_file)(plain.as_ref().unwrap_or(config))? {
             return Ok(loaded);
         }
     }

@@ -23,13 +23,14 @@ mod shared;
 #[cfg(test)]
 mod testing;
 mod tied;
+mod transposed;
 mod written;
 
 use std::sync::Arc;
 
 use engraft_nn::{
-    Adapter, Builder, Error, Inputs, Model, ModelInfo, Output, Pass, Resolution, Result, Role, SiteId, Sites,
-    Targets,
+    Adapter, Builder, Error, Inputs, Model, ModelInfo, Output, Pass, Resolution, Result, Role, Site, SiteId,
+    Sites, Targets, Task,
 };
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
@@ -59,6 +60,7 @@ pub use entry::{Entry, Field, FieldKind, Info, Loaded, Settings, find, from_file
 pub use names::{prefix, stored_as};
 pub use read::pattern;
 pub use reparameterized::dylora::sliced_dylora;
+pub use transposed::not_in_peft;
 
 /// Every method, in the order of the documentation.
 pub static METHODS: &[&Entry] = &[
@@ -190,6 +192,17 @@ pub trait Method: Send + Sync {
     /// Whether tensors may be without a gradient in some steps (stages of a run, blocks in turn), so that nobody is warned.
     fn rests(&self) -> bool {
         false
+    }
+
+    /// An error where the run that lies ahead cannot be made with these settings: told with the recipe's other mistakes, before
+    /// anything is written.
+    fn suits(&self, _run: &Ahead) -> Result<()> {
+        Ok(())
+    }
+
+    /// What to tell of settings that can be had at the sites `targets` and are hardly what was meant.
+    fn doubts(&self, _targets: &[&Site]) -> Vec<String> {
+        Vec::new()
     }
 
     /// Before the first step of a new run: may run the base on training batches and set what it attached by what it saw
@@ -410,6 +423,17 @@ pub enum Part {
     Lower,
     /// Those that are.
     Upper,
+}
+
+/// What a run will be.
+#[derive(Clone, Copy, Debug)]
+pub struct Ahead {
+    /// Its steps.
+    pub steps: u64,
+    /// What the model is for.
+    pub task: Task,
+    /// Tasks of the data's rows, where they name them.
+    pub tasks: Option<usize>,
 }
 
 /// Where training is.

@@ -54,6 +54,14 @@ pub(crate) fn own_name(sites: &Sites, table: &Site) -> Option<String> {
     (table.role == Role::Embed && !known).then(|| stem.to_owned())
 }
 
+/// The [`own_name`] of a table where the targets choose it.
+pub(crate) fn chosen_by_own_name(b: &Builder<'_>, table: &Site) -> Option<String> {
+    let name = own_name(b.sites(), table)?;
+    let mut modules = Sites::default();
+    modules.add(name.clone(), table.role, table.layer, table.kind.clone());
+    b.choice()?.resolve(&modules).is_ok().then_some(name)
+}
+
 /// Takes out of the tensors of a file those at a module that is none of the sites because the model does not read it (LoRA on
 /// T5's `shared`, whose tensor the tables of both sides have): `peft` loads and saves them, and they change nothing.
 pub(crate) fn of_unread_modules(tensors: Named, sites: &Sites) -> (Named, Named) {
@@ -71,18 +79,18 @@ pub(crate) fn of_unread_modules(tensors: Named, sites: &Sites) -> (Named, Named)
     (read, unread)
 }
 
-/// Copies of trained rows: `peft` writes them at the table and at everything that shares its tensor.
+/// Copies of trained rows: `peft` writes them at the module of the table and at everything that shares its tensor. A table
+/// whose module is another (one of T5's) has rows of its own where it is named alone.
 fn copies_of_rows(tensors: &Named, sites: &Sites) -> Named {
     let key = |path: &str| format!("base_model.model.{path}.trainable_tokens_delta");
     let (mut copies, mut done) = (Vec::new(), Vec::new());
     for table in sites.iter().filter(|s| s.role == Role::Embed && s.is_weight()) {
-        let found = tensors.iter().find(|(other, _)| *other == key(&table.path));
-        let Some((own, rows)) = found.filter(|_| !done.contains(&table.id)) else { continue };
+        let own = key(&own_name(sites, table).unwrap_or_else(|| table.path.clone()));
+        let found = tensors.iter().find(|(other, _)| *other == own);
+        let Some((_, rows)) = found.filter(|_| !done.contains(&table.id)) else { continue };
         done.extend(sharing(sites, table).map(|s| s.id));
-        let others = sharing(sites, table).map(|s| s.path.clone()).chain(own_name(sites, table));
-        copies.extend(
-            others.map(|path| key(&path)).filter(|other| other != own).map(|other| (other, rows.clone())),
-        );
+        let others = sharing(sites, table).map(|s| key(&s.path)).filter(|other| *other != own);
+        copies.extend(others.map(|other| (other, rows.clone())));
     }
     copies
 }

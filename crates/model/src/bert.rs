@@ -191,10 +191,13 @@ fn build(
     let words = r.embedding(&words_path, Role::Embed, (s.vocabulary, s.width), tied)?;
     let prompt =
         r.sites.add(format!("{words_path}.prompt"), Role::Prompt, None, Kind::Prompt { width: s.width });
-    let types_path = at("embeddings.token_type_embeddings");
-    let types = r.embedding(&types_path, Role::TypeEmbed, (s.types, s.width), false)?;
-    let positions_path = at("embeddings.position_embeddings");
-    let positions = r.embedding(&positions_path, Role::PositionEmbed, (s.positions, s.width), false)?;
+    let position = ("embeddings.position_embeddings", Role::PositionEmbed, s.positions);
+    let kind = ("embeddings.token_type_embeddings", Role::TypeEmbed, s.types);
+    // In the order of the modules.
+    let order = if roberta { [kind, position] } else { [position, kind] };
+    let [first, second] =
+        order.map(|(name, role, rows)| r.embedding(&at(name), role, (rows, s.width), false));
+    let (positions, types) = if roberta { (second?, first?) } else { (first?, second?) };
     let norm = r.norm(&at("embeddings.LayerNorm"), None, s.width, s.eps, true)?;
     let blocks = |i: usize| Ok(Arc::new(Layer::build(i, &at(&format!("encoder.layer.{i}")), &s, r)?));
     let layers = (0..s.layers).map(blocks).collect::<Result<_>>()?;

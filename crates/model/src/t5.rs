@@ -153,6 +153,8 @@ struct Attention {
     v: Linear,
     attend: Attend,
     o: Linear,
+    /// The table of relative positions of a half, which its first self-attention has.
+    bias: Option<Embedding>,
     site: SiteId,
     dim: usize,
 }
@@ -219,11 +221,12 @@ impl Half {
         let words = r.shared_embedding(&path, "shared", Role::Embed, (s.vocabulary, s.width), head)?;
         let prompt =
             r.sites.add(format!("{path}.prompt"), Role::Prompt, None, Kind::Prompt { width: s.width });
-        let first = format!("{name}.block.0.layer.0.SelfAttention.relative_attention_bias");
-        let bias = r.embedding(&first, Role::PositionEmbed, (s.buckets, s.heads), false)?;
         let count = if decodes { s.layers.1 } else { s.layers.0 };
         let block = |i: usize| Ok(Arc::new(Layer::build(i, &format!("{name}.block.{i}"), s, decodes, r)?));
-        let layers = (0..count).map(block).collect::<Result<_>>()?;
+        let layers: Vec<_> = (0..count).map(block).collect::<Result<_>>()?;
+        let bias = layers.first().and_then(|first| first.own.bias.clone()).ok_or_else(|| {
+            engraft_nn::Error::Unsupported(format!("the {name} has no blocks, and so no relative positions"))
+        })?;
         let norm = r.norm(&format!("{name}.final_layer_norm"), None, s.width, s.eps, false)?;
         let buckets = Buckets { count: s.buckets, farthest: s.farthest, both_ways: !decodes };
         Ok(Half { words, prompt, bias, buckets, layers, norm })
@@ -332,13 +335,20 @@ impl Attention {
             (Attend::declare(&mut r.sites, &module, i, spec), Role::Attention)
         };
         let o = r.linear(&at("o"), roles[3], layer, (s.width, inner), false)?;
+        let bias = match i == 0 && !cross {
+            true => {
+                let path = at("relative_attention_bias");
+                Some(r.embedding(&path, Role::PositionEmbed, (s.buckets, s.heads), false)?)
+            }
+            false => None,
+        };
         let site = r.sites.add(path, role, layer, Kind::Sublayer { width: s.width });
         if cross {
             // Left over in old files; cross-attention has no bias.
             let unused = r.name(&at("relative_attention_bias.weight"));
             r.used.insert(unused);
         }
-        Ok(Attention { norm, q, k, v, attend, o, site, dim })
+        Ok(Attention { norm, q, k, v, attend, o, bias, site, dim })
     }
 
     /// [tokens, heads · dim] → [tokens, heads, dim].

@@ -114,3 +114,21 @@ fn too_long_and_unknown_inputs_are_errors() {
         Err(Error::Store(_))
     ));
 }
+
+/// Files of `peft` number their targets by the order of modules (TinyLoRA, Lily, UniLoRA).
+#[test]
+fn weights_are_declared_in_the_order_of_modules() {
+    let text = fs::read_to_string(golden().join("modules.json")).unwrap();
+    let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let models = file["models"].as_object().unwrap();
+    assert!(models.len() > 15);
+    for (name, modules) in models {
+        let loaded = model(&golden().join("models").join(name));
+        let sites = loaded.model.sites();
+        let declared: Vec<&str> = sites.iter().filter(|s| s.is_weight()).map(|s| s.path.as_str()).collect();
+        let modules = modules.as_array().unwrap().iter().map(|m| m.as_str().unwrap());
+        // A module that nothing reads is none of the sites.
+        let known: Vec<&str> = modules.filter(|m| declared.contains(m)).collect();
+        assert_eq!(declared, known, "{name}");
+    }
+}

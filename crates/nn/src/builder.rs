@@ -5,13 +5,16 @@ use std::sync::Arc;
 use engraft_tensor::{Param, Tensor};
 
 use crate::adapter::{NamedParam, assign};
-use crate::{Adapter, Error, Init, Kind, ModelInfo, Patch, Replacement, Result, Site, SiteId, Sites, Value};
+use crate::{
+    Adapter, Error, Init, Kind, ModelInfo, Patch, Replacement, Result, Site, SiteId, Sites, Targets, Value,
+};
 
 /// Builds an [`Adapter`].
 pub struct Builder<'a> {
     sites: &'a Arc<Sites>,
     info: &'a ModelInfo,
     targets: Vec<SiteId>,
+    choice: Option<Targets>,
     seed: u64,
     prefix: String,
     replaced: Vec<SiteId>,
@@ -28,6 +31,7 @@ impl<'a> Builder<'a> {
             sites,
             info,
             targets,
+            choice: None,
             seed,
             prefix,
             replaced,
@@ -39,6 +43,16 @@ impl<'a> Builder<'a> {
     /// The sites the next method was told to use.
     pub fn set_targets(&mut self, targets: Vec<SiteId>) {
         self.targets = targets;
+    }
+
+    /// Says how these were chosen.
+    pub fn set_choice(&mut self, choice: Option<Targets>) {
+        self.choice = choice;
+    }
+
+    /// How the targets were chosen: a file's rules may count modules that are none of the sites.
+    pub fn choice(&self) -> Option<&Targets> {
+        self.choice.as_ref()
     }
 
     /// Puts `prefix` before the names of parameters made from here on (several methods in one adapter).

@@ -374,7 +374,8 @@ impl Sites {
         }
     }
 
-    /// All sites in order of declaration (that is, of the forward pass).
+    /// All sites in order of declaration. That of weights is the order of the modules of `transformers`: files of `peft` number
+    /// their targets by it.
     pub fn iter(&self) -> impl Iterator<Item = &Site> {
         self.all.iter().filter(|s| s.only.is_none_or(|only| only == self.names))
     }

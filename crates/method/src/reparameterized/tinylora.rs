@@ -19,7 +19,7 @@ use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::shared::matrices;
 use crate::shared::torch_random::Generator;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft, tied};
 
 const SIZE_MAX: usize = 1 << 16;
 /// What stands for the biases of the targets.
@@ -183,22 +183,28 @@ impl Method for TinyLora {
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         self.bias.attach(b)?;
         let targets = b.targets();
+        // A table that nothing reads (T5's `shared`) comes first and is counted.
+        let unread = b.sites().iter().any(|site| tied::chosen_by_own_name(b, site).is_some());
+        let count = targets.len() + usize::from(unread);
+        let init = match self.start {
+            Start::Zeros => Init::Zeros,
+            Start::Uniform | Start::Nothing => Init::Uniform(self.bound as f32),
+        };
         let mut vectors: Vec<Param> = Vec::new();
-        for (number, site) in targets.iter().enumerate() {
+        for number in 0..count {
+            let group = self.group(number, count);
+            if group == vectors.len() {
+                vectors.push(b.param(&format!("tinylora_v.{group}"), &[self.len], init.clone())?);
+            }
+        }
+        for (number, site) in (usize::from(unread)..).zip(targets) {
             if matches!(site.kind, Kind::Convolution { .. }) {
                 let message =
                     "TinyLoRA adapts linear layers and tables; leave the convolution out of the targets";
                 return Err(Error::Site { path: site.path.clone(), message: message.into() });
             }
-            let group = self.group(number, targets.len());
-            if group == vectors.len() {
-                let init = match self.start {
-                    Start::Zeros => Init::Zeros,
-                    Start::Uniform | Start::Nothing => Init::Uniform(self.bound as f32),
-                };
-                vectors.push(b.param(&format!("tinylora_v.{group}"), &[self.len], init)?);
-            }
-            let patch = self.directions(b, site, number as u64, vectors[group].clone())?;
+            let v = vectors[self.group(number, count)].clone();
+            let patch = self.directions(b, site, number as u64, v)?;
             b.patch(site.id, Patch::Weight(Box::new(patch)))?;
         }
         Ok(())

@@ -18,7 +18,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
-use crate::shared::matrices;
+use crate::shared::{matrices, topk};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -199,18 +199,12 @@ impl SuperTuning {
         })
     }
 
-    /// The flat places of the `count` largest or smallest magnitudes, in this order.
+    /// The flat places of the `count` largest or smallest magnitudes, in the order in which PyTorch finds them: a file may leave
+    /// them out.
     fn places(&self, site: &Site, count: usize) -> Result<Vec<i32>> {
-        let sizes: Vec<f32> = matrices::frozen(site)?.to_vec()?.iter().map(|w| w.abs()).collect();
-        let mut order: Vec<usize> = (0..sizes.len()).collect();
-        let by = |&a: &usize, &b: &usize| {
-            let size = if self.top { sizes[b].total_cmp(&sizes[a]) } else { sizes[a].total_cmp(&sizes[b]) };
-            size.then(a.cmp(&b))
-        };
-        order.select_nth_unstable_by(count - 1, by);
-        order.truncate(count);
-        order.sort_unstable_by(by);
-        Ok(order.into_iter().map(|place| place as i32).collect())
+        let weight = matrices::frozen(site)?.to_vec()?;
+        let places = topk::top(weight.iter().map(|w| w.abs()), count, self.top);
+        Ok(places.into_iter().map(|place| place as i32).collect())
     }
 }
 

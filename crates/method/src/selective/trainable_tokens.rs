@@ -1,7 +1,8 @@
 //! Trainable tokens: chosen rows of the embedding table are trained, the others stay.
 //!
-//! W′ = W with rows `token_indices` replaced by P, P starting as these rows. What shares the tensor of the table (a tied head,
-//! the tables of encoder and decoder) has the same rows replaced. The forward looks up, or puts x·Pᵀ in place of the logits of
+//! W′ = W with rows `token_indices` replaced by P, P starting as these rows. What shares the tensor of the model's table (a tied
+//! head, the tables of T5's encoder and decoder) has the same rows replaced; a head or one of T5's tables that is named alone
+//! has rows of its own. The forward looks up, or puts x·Pᵀ in place of the logits of
 //! these rows; W′ is never formed.
 //!
 //! `peft`'s TRAINABLE_TOKENS; no paper. As in `peft` the values are the rows themselves and not differences, so that a table
@@ -14,7 +15,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
 use crate::shared::token_rows;
-use crate::tied::{own_name, sharing};
+use crate::tied::{chosen_by_own_name, own_name, sharing};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 struct TrainableTokens {
@@ -91,11 +92,14 @@ impl Method for TrainableTokens {
             if done.contains(&site.id) {
                 continue;
             }
-            let followers: Vec<&Site> =
-                sharing(sites, site).filter(|s| s.id == site.id || site.role == Role::Embed).collect();
-            // A head has no followers.
+            let module = match own_name(sites, site) {
+                Some(_) => chosen_by_own_name(b, site),
+                None => (site.role == Role::Embed).then(|| site.path.clone()),
+            };
+            let leads = module.is_some();
+            let followers: Vec<&Site> = sharing(sites, site).filter(|s| s.id == site.id || leads).collect();
             done.extend(followers.iter().map(|tied| tied.id));
-            let name = format!("{}.trainable_tokens_delta", site.path);
+            let name = format!("{}.trainable_tokens_delta", module.as_ref().unwrap_or(&site.path));
             token_rows::train(b, &self.rows, &name, &followers)?;
         }
         Ok(())

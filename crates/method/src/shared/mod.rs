@@ -26,5 +26,6 @@ pub(crate) mod sparse;
 pub(crate) mod staged;
 pub(crate) mod tasks;
 pub(crate) mod token_rows;
+pub(crate) mod topk;
 pub(crate) mod torch_random;
 pub(crate) mod wavelets;

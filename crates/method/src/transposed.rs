@@ -1,0 +1,130 @@
+//! What `peft` cannot hold at a matrix that files store transposed (GPT-2's `Conv1D`): the file has a type of our own there, so
+//! that no program loads it as something that it is not.
+
+use engraft_nn::{Adapter, Kind, Result, SiteId, Sites};
+use serde_json::Value;
+
+use crate::Chosen;
+use crate::assemble::chosen_by;
+
+/// Types that `peft` has for `nn.Linear`: a matrix that files store transposed (GPT-2's `Conv1D`) it refuses, or leaves as it
+/// is (OSF).
+const NOT_TRANSPOSED: &[&str] = &[
+    "BEFT",
+    "BOFT",
+    "C3A",
+    "DELORA",
+    "GLORA",
+    "HRA",
+    "LILY",
+    "LOHA",
+    "LOKR",
+    "MISS",
+    "OFT",
+    "OSF",
+    "PEANUT",
+    "POLY",
+    "PSOFT",
+    "ROAD",
+    "SHIRA",
+    "SUPERTUNING",
+    "TRAINABLE_TOKENS",
+];
+
+/// What precedes such a type where an adapter changes such a matrix all the same.
+const TRANSPOSED: &str = "ENGRAFT_CONV1D_";
+
+/// The type of a file: that of `peft`, unless it cannot hold what is adapted at `chosen`.
+pub(crate) fn type_of_file(peft_type: &str, sites: &Sites, chosen: &[SiteId]) -> String {
+    let turned = |id: &SiteId| matches!(sites.get(*id).kind, Kind::Linear { transposed: true, .. });
+    match NOT_TRANSPOSED.contains(&peft_type) && chosen.iter().any(turned) {
+        true => format!("{TRANSPOSED}{peft_type}"),
+        false => peft_type.to_owned(),
+    }
+}
+
+/// Whether `file_type` stands for a type of `peft` where that cannot hold the adapter.
+pub(crate) fn stands_for<'t>(file_type: &'t str) -> Option<&'t str> {
+    file_type.strip_prefix(TRANSPOSED).filter(|peft_type| NOT_TRANSPOSED.contains(peft_type))
+}
+
+/// The configuration with the type of `peft` that its own stands for, if it does.
+pub(crate) fn as_in_peft(config: &Value) -> Option<Value> {
+    let peft_type = stands_for(config.get("peft_type")?.as_str()?)?.to_owned();
+    let mut config = config.clone();
+    config["peft_type"] = peft_type.into();
+    Some(config)
+}
+
+/// The type that the file of the adapter will have where it is a method of `peft` and yet `peft` cannot hold what it changes.
+///
+/// # Errors
+/// Targets that match nothing.
+pub fn not_in_peft(
+    adapter: &Adapter,
+    methods: &[Chosen],
+    train_also: &[String],
+    sites: &Sites,
+) -> Result<Option<String>> {
+    let [(method, targets)] = methods else { return Ok(None) };
+    let sites = sites.named(adapter.names());
+    let (_, chosen) = chosen_by((method.as_ref(), targets.as_ref()), train_also, sites)?;
+    let file_type = type_of_file(method.file_type(adapter), sites, &chosen);
+    Ok(stands_for(&file_type).is_some().then_some(file_type))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use engraft_nn::{Role, Targets, Value as Frozen};
+    use engraft_tensor::testing::{close, sample};
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::{chosen, rows_of, stir, toy};
+    use crate::{attach, load_adapter, save_adapter};
+
+    #[test]
+    fn what_peft_cannot_hold_at_a_transposed_matrix_has_a_type_of_its_own() {
+        let (sites, info) = toy();
+        let mut sites = Arc::try_unwrap(sites).ok().unwrap();
+        let weight = sample(&[5, 6], 8);
+        let source = Arc::new(engraft_nn::Weight::table(rows_of(&weight), None));
+        let kind = engraft_nn::Kind::Linear { out: 5, inn: 6, transposed: true };
+        sites.add_value("h.0.c_fc", Role::Up, Some(0), kind, Frozen::Weight(source), "h.0.c_fc.weight");
+        let sites = Arc::new(sites);
+        for (name, expected) in [
+            ("osf", "ENGRAFT_CONV1D_OSF"),
+            ("loha", "ENGRAFT_CONV1D_LOHA"),
+            ("trainable_tokens", "ENGRAFT_CONV1D_TRAINABLE_TOKENS"),
+            ("lora", "LORA"),
+            ("bitfit", "ENGRAFT_BITFIT"),
+        ] {
+            let names = if name == "bitfit" { vec!["attn.q"] } else { vec!["c_fc"] };
+            let settings = match name {
+                "trainable_tokens" => json!({ "token_indices": [1, 4] }),
+                _ => json!({}),
+            };
+            let methods = [(chosen(name, settings).0, Some(Targets::names(names)))];
+            let a = attach(&methods, &[], &sites, &info, 1).unwrap();
+            stir(&a, 0.3);
+            let (config, tensors) = save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+            assert_eq!(config["peft_type"], expected, "{name}");
+            let own = not_in_peft(&a.adapter, &methods, &[], &sites).unwrap();
+            assert_eq!(own.is_some(), expected.contains("CONV1D"), "{name}");
+            let loaded = load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
+            let again = save_adapter(&loaded.adapter, &loaded.methods, &[], "b", &sites, &info).unwrap();
+            assert_eq!(again.0, config, "{name}");
+            for ((key, was), (other, is)) in tensors.iter().zip(&again.1) {
+                assert_eq!(key, other);
+                close(is, was, 0.0);
+            }
+        }
+        // Elsewhere it is that of `peft`.
+        let methods = [(chosen("osf", json!({})).0, Some(Targets::names(["attn.q"])))];
+        let a = attach(&methods, &[], &sites, &info, 1).unwrap();
+        let (config, _) = save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        assert_eq!(config["peft_type"], "OSF");
+    }
+}
