@@ -5,16 +5,17 @@ use std::path::{Path, PathBuf};
 use crate::root;
 
 /// Crates each crate may depend on.
-const MAY_USE: [(&str, &[&str]); 9] = [
+const MAY_USE: [(&str, &[&str]); 10] = [
+    ("words", &[]),
     ("tensor", &[]),
-    ("store", &[]),
-    ("recipe", &[]),
+    ("store", &["words"]),
+    ("recipe", &["words"]),
     ("report", &[]),
-    ("data", &[]),
+    ("data", &["words"]),
     ("nn", &["tensor", "store"]),
     ("model", &["tensor", "store", "nn"]),
     ("method", &["tensor", "nn"]),
-    ("train", &["tensor", "store", "nn", "model", "method", "data", "recipe", "report"]),
+    ("train", &["tensor", "store", "nn", "model", "method", "data", "recipe", "report", "words"]),
 ];
 
 /// Files longer than the budget, with the reason.

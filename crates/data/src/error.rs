@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use engraft_words::nearest;
+
 /// The result of everything in this crate that reads or encodes.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -96,16 +98,6 @@ fn listed(problems: &[String]) -> String {
     text
 }
 
-/// The nearest of `known` to `asked`, if within edit distance two.
-pub(crate) fn nearest<'a>(asked: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    known
-        .into_iter()
-        .map(|name| (strsim::damerau_levenshtein(&asked.to_lowercase(), &name.to_lowercase()), name))
-        .filter(|(distance, _)| *distance <= 2)
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, name)| name)
-}
-
 /// Says that `asked` is not among `known`: the nearest, then those that exist (ten at most, then a count).
 pub(crate) fn not_among(kind: &str, asked: &str, known: &[&str]) -> String {
     let mut message = format!("there is no {kind} `{asked}`");
@@ -128,9 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_nearest_name_is_within_two_edits() {
-        assert_eq!(nearest("catgory", ["text", "category"]), Some("category"));
-        assert_eq!(nearest("colour", ["text", "category"]), None);
+    fn what_is_not_there_is_told_with_what_is() {
         let many: Vec<String> = (0..12).map(|i| format!("column{i}")).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
         let message = not_among("column", "colum3", &many);

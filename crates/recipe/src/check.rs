@@ -220,7 +220,7 @@ impl Checker<'_> {
     fn unknown_method(&mut self, text: &str, place: Place) {
         let names = self.methods.iter().map(|method| method.name);
         let problem = Problem::new(format!("unknown method `{}`", quoted(text)));
-        self.push(match suggest::nearest(text, names.clone()) {
+        self.push(match engraft_words::nearest(text, names.clone()) {
             Some(near) => problem.label(place, format!("did you mean `{near}`?")),
             None => problem.label(place, "").help(format!(
                 "methods: {}; `engraft methods` describes them",
@@ -322,7 +322,7 @@ impl Checker<'_> {
         let problem = Problem::new(title);
         let place = pair.place.clone();
         let names = names_in(path, fields);
-        self.push(match suggest::nearest(name, names.iter().copied()) {
+        self.push(match engraft_words::nearest(name, names.iter().copied()) {
             Some(near) => problem.label(place, format!("did you mean `{near}`?")),
             None => match suggest::ours(name, names.iter().copied()) {
                 Some(ours) => problem.label(place, format!("called `{ours}` here")),
@@ -386,7 +386,8 @@ pub(crate) fn join(path: &str, key: &str) -> String {
 fn there(node: Option<&Node>, path: &str, fields: &[FieldSpec], key: &str) -> bool {
     let names = names_in(path, fields);
     let means = |name: &str| {
-        suggest::nearest(name, names.iter().copied()).or_else(|| suggest::ours(name, names.iter().copied()))
+        engraft_words::nearest(name, names.iter().copied())
+            .or_else(|| suggest::ours(name, names.iter().copied()))
             == Some(key)
     };
     let pairs = node.map_or(&[][..], Node::pairs);

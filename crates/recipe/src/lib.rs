@@ -19,6 +19,7 @@ mod suggest;
 mod tree;
 mod value;
 
+pub use engraft_words::nearest;
 pub use keys::{TableSpec, reference, tables};
 pub use plan::{Facts, PLAN_FORMAT, Plan};
 pub use problem::{Grid, Label, Place, Problem, Problems};
@@ -28,4 +29,3 @@ pub use recipe::{
 };
 pub use schema::schema;
 pub use spec::{ABOVE_ZERO, BELOW_ONE, FieldKind, FieldSpec, MethodSpec, Origin};
-pub use suggest::nearest;

@@ -5,7 +5,6 @@ use serde_json::{Map, Number, Value};
 use crate::check::{Checker, found};
 use crate::problem::{Problem, quoted};
 use crate::spec::{ABOVE_ZERO, BELOW_ONE, FieldKind, FieldSpec, Origin};
-use crate::suggest;
 use crate::tree::{Node, Tree};
 
 /// The highest number of a layer.
@@ -86,7 +85,7 @@ impl Checker<'_> {
     fn not_one_of(&mut self, path: &str, names: &[&str], text: &str, node: &Node) -> Option<Value> {
         let list: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
         let title = format!("`{path}` must be one of {}, found \"{}\"", list.join(", "), quoted(text));
-        let label = suggest::nearest(text, names.iter().copied());
+        let label = engraft_words::nearest(text, names.iter().copied());
         let label = label.map_or(String::new(), |near| format!("did you mean `{near}`?"));
         self.report(Problem::new(title).label(node.place.clone(), label))
     }

@@ -1,4 +1,4 @@
-//! "Did you mean": the nearest name within two edits, names that other programs use for the same thing, and keys
+//! "Did you mean": names that other programs use for the same thing, and keys
 //! that stand in the wrong table. And the format of data by their name.
 
 use crate::keys::table;
@@ -51,22 +51,6 @@ const FOREIGN: &[(&str, &str)] = &[
     ("load_in_4bit", "quantize"),
 ];
 
-/// The nearest of `names` within two edits, case aside; never one that would change every letter.
-pub fn nearest<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    if word.len() > 256 {
-        return None;
-    }
-    let lower = word.to_lowercase();
-    names
-        .into_iter()
-        .map(|name| (strsim::damerau_levenshtein(&lower, &name.to_lowercase()), name))
-        .filter(|(distance, name)| {
-            *distance <= 2 && *distance < name.chars().count().min(lower.chars().count())
-        })
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, name)| name)
-}
-
 /// Our name for what another program calls `word`, where it is one of `names`.
 pub(crate) fn ours<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let lower = word.to_lowercase().replace('-', "_");
@@ -109,15 +93,6 @@ pub(crate) fn format_for(path: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn two_edits_and_no_more() {
-        assert_eq!(nearest("rnak", ["rank", "alpha"]), Some("rank"));
-        assert_eq!(nearest("RANK", ["rank", "alpha"]), Some("rank"));
-        assert_eq!(nearest("ranking", ["rank", "alpha"]), None);
-        assert_eq!(nearest("ab", ["cd"]), None, "no letter is kept");
-        assert_eq!(nearest("lr", ["learning_rate"]), None);
-    }
 
     #[test]
     fn foreign_names_only_where_ours_is_a_key() {

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use engraft_words::nearest;
+
 /// True for a text that means a directory rather than a Hub id: `.`, `/` or `~` in front, several or trailing slashes,
 /// or a first part that is a directory here. `path` is where `text` leads if it is a path.
 pub(crate) fn reads_as_path(text: &str, path: &Path) -> bool {
@@ -45,17 +47,16 @@ fn here(dir: &Path) -> &Path {
     if dir.as_os_str().is_empty() { Path::new(".") } else { dir }
 }
 
-/// The directory in `dir` whose name is within two edits of `wanted`, case aside; one that keeps no letter is not meant.
+/// The directory in `dir` whose name is nearest to `wanted`.
 fn sibling(dir: &Path, wanted: &str) -> Option<String> {
     /// Entries looked at: a cache may hold very many.
     const MOST: usize = 10_000;
-    let wanted = wanted.to_lowercase();
     let entries = std::fs::read_dir(dir).ok()?.take(MOST).flatten();
     let names = entries.filter(|e| e.path().is_dir()).filter_map(|e| e.file_name().into_string().ok());
-    let near = names.map(|name| (strsim::damerau_levenshtein(&wanted, &name.to_lowercase()), name));
-    let near = near.filter(|(edits, name)| *edits <= 2 && *edits < name.len().min(wanted.len()));
+    let mut names: Vec<String> = names.collect();
     // The order of a directory is nobody's: of equals the first by name.
-    near.min().map(|(_, name)| name)
+    names.sort();
+    nearest(wanted, names)
 }
 
 #[cfg(test)]

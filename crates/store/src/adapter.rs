@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::json::{python_json, read_config};
 use crate::limits::{Limits, check};
 use crate::paths;
+use crate::pickle::convert_once;
 use crate::weights::Weights;
 use crate::write::{Body, Entry};
 use serde_json::Value;
@@ -95,12 +96,9 @@ fn weights_path(dir: &Path) -> Result<PathBuf> {
         }
     }
     match PICKLES.iter().find(|name| dir.join(name).exists()) {
-        Some(name) => Err(Error::missing(
-            dir,
-            format!(
-                "the weights are only in `{name}`, a pickle, which can run code and is not read; convert it once, in that directory: python -c \"import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v in torch.load('{name}', weights_only=True).items()}}, '{WEIGHTS}', {{'format': 'pt'}})\""
-            ),
-        )),
+        Some(name) => {
+            Err(Error::missing(dir, format!("the weights are only in {}", convert_once(name, WEIGHTS))))
+        }
         None => Err(Error::missing(&dir.join(WEIGHTS), "the adapter's weights are not there")),
     }
 }

@@ -17,6 +17,7 @@ pub mod hub;
 pub mod json;
 mod limits;
 mod paths;
+mod pickle;
 pub mod process;
 pub mod run;
 pub mod sim;

@@ -9,6 +9,7 @@ use crate::header::{self, Dtype, TensorEntry};
 use crate::json::{open_regular, read_json};
 use crate::limits::{Limits, check};
 use crate::paths;
+use crate::pickle::{convert_once, is_pickle};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use memmap2::Mmap;
@@ -272,7 +273,14 @@ fn map_file(path: &Path, limits: &Limits) -> Result<(Mmap, header::Header)> {
     // rewritten in place, by every writer of this format, ours included; a file that another process
     // truncates meanwhile ends this process with a bus error, not with wrong memory.
     let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
-    let header = header::parse(path, &map, limits)?;
+    let header = header::parse(path, &map, limits).map_err(|error| match is_pickle(&map) {
+        true => {
+            let name = path.file_name().map_or("".into(), |name| name.to_string_lossy());
+            let to = Path::new(name.as_ref()).with_extension("safetensors");
+            Error::malformed(path, format!("it is {}", convert_once(&name, &to.to_string_lossy())))
+        }
+        false => error,
+    })?;
     Ok((map, header))
 }
 
@@ -302,12 +310,7 @@ fn no_weights(dir: &Path) -> Error {
         n.starts_with("pytorch_model") || n.ends_with(".bin") || n.ends_with(".pt") || n.ends_with(".pth")
     });
     match pickled {
-        Some(name) => Error::missing(
-            dir,
-            format!(
-                "the weights are only in `{name}`, a pickle, which can run code and is not read; convert it once, in that directory: python -c \"import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v in torch.load('{name}', weights_only=True).items()}}, '{SINGLE}', {{'format': 'pt'}})\""
-            ),
-        ),
+        Some(name) => Error::missing(dir, format!("the weights are only in {}", convert_once(name, SINGLE))),
         None => Error::missing(
             dir,
             format!(
@@ -386,6 +389,20 @@ mod tests {
         }
         set("3");
         assert!(message(dir.path()).contains("weight_map"));
+    }
+
+    #[test]
+    fn a_pickle_is_called_one() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, begin) in
+            [("lora.pt", &b"PK\x03\x04\0\0\x08\x08"[..]), ("old.bin", &b"\x80\x02\x8a\nl\xfc"[..])]
+        {
+            let path = dir.path().join(name);
+            std::fs::write(&path, [begin, &[0; 64]].concat()).unwrap();
+            let said = Weights::open_file(&path, &Limits::default()).unwrap_err().to_string();
+            let stem = name.split('.').next().unwrap();
+            assert!(said.contains("a pickle") && said.contains(&format!("'{stem}.safetensors'")), "{said}");
+        }
     }
 
     #[test]

@@ -3,12 +3,13 @@
 
 use std::path::Path;
 
+use engraft_words::nearest;
 use serde_json::{Map, Value, json};
 
 use super::decode::{Alpha, SIDE_MAX};
 use super::processor::{Processor, Size};
 use super::resize::Filter;
-use crate::error::{Error, Result, nearest};
+use crate::error::{Error, Result};
 use crate::read::{kind, read_limited};
 
 const FILE: &str = "preprocessor_config.json";
