@@ -6,12 +6,12 @@
 //! weight of 1 among zeros is that adapter.
 
 use engraft_nn::{Error, Result};
-use engraft_tensor::{Tensor, no_grad};
+use engraft_tensor::Tensor;
 use serde_json::Value;
 
 use super::cma::{Space, minimise};
 use super::factors::{Factors, Found as Modules};
-use super::{Options, Rule, Term, combine};
+use super::{Options, Rule, Term, check, combine_checked};
 use crate::Named;
 
 /// How weights are looked for.
@@ -58,9 +58,10 @@ pub fn search(
     let (dimensions, bound) = (terms.len(), how.bound);
     let options = Options::of(Rule::LoraHub);
     let space = Space { dimensions, bound, evaluations: how.evaluations.max(1), seed: how.seed };
+    check(terms, &options)?;
     let found = minimise(space, &mut |weights| {
         terms.iter_mut().zip(weights).for_each(|(term, weight)| term.weight = *weight);
-        let composed = no_grad(|| combine(terms, &options))?;
+        let composed = combine_checked(terms, &options, false)?;
         let size: f64 = weights.iter().map(|w| w.abs()).sum();
         Ok(loss(&composed.config, &composed.tensors)? + how.penalty * size)
     })?;

@@ -184,9 +184,12 @@ pub struct Combined {
 /// # Errors
 /// Adapters that the rule cannot combine: of other methods or shapes, of different ranks where factors are added.
 pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
-    let Some(first) = terms.first() else {
-        return Err(Error::Unsupported("there is no adapter to combine".into()));
-    };
+    check(terms, options)?;
+    combine_checked(terms, options, true)
+}
+
+/// An error where the adapters cannot be read, or hold what is no number.
+fn check(terms: &[Term], options: &Options) -> Result<()> {
     for term in terms {
         methods_of(&term.config).map_err(|e| Error::Unsupported(format!("{}: {e}", term.name)))?;
     }
@@ -202,6 +205,14 @@ pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
         let message = format!("density: expected a share above 0 and at most 1, found {}", options.density);
         return Err(Error::Unsupported(message));
     }
+    Ok(())
+}
+
+/// What [`check`] has passed; how far it is from the exact sum is found where it is `measured`.
+fn combine_checked(terms: &[Term], options: &Options, measured: bool) -> Result<Combined> {
+    let Some(first) = terms.first() else {
+        return Err(Error::Unsupported("there is no adapter to combine".into()));
+    };
     let combined = no_grad(|| match options.rule {
         Rule::Average => average(terms),
         Rule::Mera => mera(terms),
@@ -214,7 +225,7 @@ pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
                 )));
             }
             terms.iter().try_for_each(alike::fits_itself)?;
-            low_rank(first, terms, options)
+            low_rank(first, terms, options, measured)
         }
     })?;
     // A weight that is finite may still be too large for the numbers of a file.
@@ -227,7 +238,7 @@ pub fn combine(terms: &[Term], options: &Options) -> Result<Combined> {
     Ok(combined)
 }
 
-fn low_rank(first: &Term, terms: &[Term], options: &Options) -> Result<Combined> {
+fn low_rank(first: &Term, terms: &[Term], options: &Options, measured: bool) -> Result<Combined> {
     let found = modules(terms)?;
     if options.rule == Rule::LoraHub {
         hub::only_products(&found)?;
@@ -236,14 +247,16 @@ fn low_rank(first: &Term, terms: &[Term], options: &Options) -> Result<Combined>
     let (mut off, mut whole, mut worst) = (0.0f64, 0.0f64, None::<(String, f64)>);
     let mut ranks = BTreeMap::new();
     for module in &found.modules {
-        let exact = module.sum(terms)?;
-        let (a, b) = combined(module, terms, options, &exact)?;
-        let (difference, size) = (norm(&b.matmul(&a)?.sub(&exact)?)?, norm(&exact)?);
-        off += difference * difference;
-        whole += size * size;
-        let relative = if size > 0.0 { difference / size } else { difference };
-        if worst.as_ref().is_none_or(|(_, most)| relative > *most) {
-            worst = Some((module.path.clone(), relative));
+        let exact = if measured { Some(module.sum(terms)?) } else { None };
+        let (a, b) = combined(module, terms, options, exact.as_ref())?;
+        if let Some(exact) = exact {
+            let (difference, size) = (norm(&b.matmul(&a)?.sub(&exact)?)?, norm(&exact)?);
+            off += difference * difference;
+            whole += size * size;
+            let relative = if size > 0.0 { difference / size } else { difference };
+            if worst.as_ref().is_none_or(|(_, most)| relative > *most) {
+                worst = Some((module.path.clone(), relative));
+            }
         }
         ranks.insert(module.path.clone(), a.dim(0));
         tensors.extend(module.written(a, b)?);
@@ -261,13 +274,18 @@ fn low_rank(first: &Term, terms: &[Term], options: &Options) -> Result<Combined>
         tensors.extend(others);
     }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
-    let error = if whole > 0.0 { (off / whole).sqrt() } else { off.sqrt() };
+    let error = measured.then(|| if whole > 0.0 { (off / whole).sqrt() } else { off.sqrt() });
     let config = lora_config(first, terms, &ranks);
-    Ok(Combined { methods: methods_of(&config)?, config, tensors, error: Some(error), worst, notes })
+    Ok(Combined { methods: methods_of(&config)?, config, tensors, error, worst, notes })
 }
 
 /// A [rank, in] and B [out, rank] of the result, whose scale is 1.
-fn combined(module: &Module, terms: &[Term], options: &Options, exact: &Tensor) -> Result<(Tensor, Tensor)> {
+fn combined(
+    module: &Module,
+    terms: &[Term],
+    options: &Options,
+    exact: Option<&Tensor>,
+) -> Result<(Tensor, Tensor)> {
     let parts: Vec<(&Factors, f64, usize)> = module
         .factors
         .iter()
@@ -291,7 +309,7 @@ fn combined(module: &Module, terms: &[Term], options: &Options, exact: &Tensor) 
     if options.rule.cuts() {
         let largest = parts.iter().map(|(f, ..)| f.a.dim(0)).max().unwrap_or(1);
         let delta = match options.rule {
-            Rule::Svd => exact.clone(),
+            Rule::Svd => exact.map_or_else(|| module.sum(terms), |exact| Ok(exact.clone()))?,
             _ => {
                 let changes = parts.iter().map(|(f, ..)| f.change()).collect::<Result<Vec<_>>>()?;
                 stack(changes, parts.iter().map(|p| p.1).collect(), "change")?
