@@ -1,7 +1,7 @@
 //! Scores of a weight's entries, and the choice of the highest.
 //!
 //! Scores by gradients are gathered site by site while backward passes (`observe`): dyᵀ·x of one matrix exists at a time. What
-//! must be summed over batches is kept for as many matrices at once as fit into a fixed number of bytes; the data are read
+//! must be summed over batches is kept for as many matrices at once as fit into a part of the bytes of all; the data are read
 //! again for the others.
 
 use std::collections::HashMap;
@@ -14,8 +14,9 @@ use engraft_tensor::ops::Unary;
 use super::sparse::{Budget, Group, Mask, expect_whole_gradient, shape};
 use crate::{Calibration, Observe, Seen, observe};
 
-/// Bytes of sums over batches that are kept at once.
-const SUMS_BYTES: usize = 1 << 30;
+/// Bytes of sums over batches that are kept at once: a sixteenth of all, so that data are read sixteen times, within these bounds.
+const SUMS_BYTES: std::ops::RangeInclusive<usize> = 64 << 20..=1 << 30;
+const PASSES: usize = 16;
 
 /// What makes an entry worth training. g is the gradient of the loss averaged over a batch, w the entry.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -119,17 +120,8 @@ pub(crate) fn each_score(
         return Ok(());
     }
     sites.iter().try_for_each(|site| expect_whole_gradient(site))?;
-    let (mut rest, mut groups) = (sites, Vec::new());
-    while !rest.is_empty() {
-        let mut bytes = 0;
-        let fit = rest.iter().take_while(|site| {
-            bytes += shape(site).map_or(0, |(out, inn)| 4 * out * inn);
-            bytes <= SUMS_BYTES
-        });
-        let (now, later) = rest.split_at(fit.count().max(1));
-        groups.push(now);
-        rest = later;
-    }
+    let all: usize = sites.iter().map(bytes).sum();
+    let groups = parts(sites, (all / PASSES).clamp(*SUMS_BYTES.start(), *SUMS_BYTES.end()));
     match data {
         Data::Batches(n) => base.expect(groups.len() as u64 * n),
         Data::Epoch => base.expect(groups.len() as u64 * base.micro_batches()),
@@ -151,6 +143,27 @@ pub(crate) fn each_score(
         }
     }
     Ok(())
+}
+
+/// Bytes of a sum at a site.
+fn bytes(site: &&Site) -> usize {
+    shape(site).map_or(0, |(out, inn)| 4 * out * inn)
+}
+
+/// The sites in parts whose sums have so many bytes at most, or that are one site.
+fn parts<'l, 's>(sites: &'l [&'s Site], most: usize) -> Vec<&'l [&'s Site]> {
+    let (mut rest, mut parts) = (sites, Vec::new());
+    while !rest.is_empty() {
+        let mut sum = 0;
+        let fit = rest.iter().take_while(|site| {
+            sum += bytes(site);
+            sum <= most
+        });
+        let (now, later) = rest.split_at(fit.count().max(1));
+        parts.push(now);
+        rest = later;
+    }
+    parts
 }
 
 /// The frozen weight of a site, row by row.
@@ -354,6 +367,19 @@ mod tests {
                 parts.iter().map(|p| (labels * p[i]).powi(2)).sum()
             });
         }
+    }
+
+    #[test]
+    fn sums_are_kept_for_so_many_sites_as_fit() {
+        let base = Linears::new(&["layers.0.attn.q", "layers.0.attn.v", "layers.1.mlp.down"]);
+        let (sites, _) = toy();
+        let chosen: Vec<&Site> = base.targets().iter().map(|&id| sites.get(id)).collect();
+        let sizes: Vec<usize> = chosen.iter().map(bytes).collect();
+        let counts = |most| parts(&chosen, most).iter().map(|part| part.len()).collect::<Vec<_>>();
+        assert_eq!(counts(usize::MAX), [3]);
+        assert_eq!(counts(sizes[0] + sizes[1]), [2, 1]);
+        assert_eq!(counts(1), [1, 1, 1], "one is kept whatever its size");
+        assert_eq!(parts(&chosen, 1).concat().len(), 3);
     }
 
     #[test]
