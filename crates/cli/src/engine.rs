@@ -67,6 +67,12 @@ pub fn without_first(
         return Err(Failure::before_work(format!("--drop-layers {count}: this model has {layers} layers")));
     }
     let Some(adapter) = adapter else { return Ok(None) };
+    let within = |id| sites.number(sites.get(id)).is_some_and(|number| number < count);
+    if count > 0 && !adapter.sites().into_iter().any(within) {
+        let message =
+            format!("--drop-layers {count}: the adapter has no part in these layers that could be left out");
+        return Err(Failure::before_work(message));
+    }
     let own = Arc::into_inner(adapter);
     let own = own.ok_or_else(|| Failure::before_work("--drop-layers: the adapter is in use elsewhere"))?;
     Ok(Some(Arc::new(own.without_first_blocks(sites, count).before_work()?)))

@@ -41,3 +41,13 @@ fn all_layers_dropped_are_the_base() {
         assert!(String::from_utf8_lossy(&refused.stderr).contains(&format!("{layers} layers")));
     }
 }
+
+#[test]
+fn an_adapter_without_layers_has_none_to_drop() {
+    let out = tempfile::tempdir().unwrap().path().join("o");
+    let adapter = golden().join("cases/llama__prompt/adapter");
+    let refused = logits("llama", &out, &["--adapter", adapter.to_str().unwrap(), "--drop-layers", "1"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("the adapter has no part in these layers"), "{said}");
+}

@@ -16,6 +16,20 @@ pub enum Matcher {
     Roles(Vec<Role>),
 }
 
+impl Matcher {
+    /// Whether names or a pattern mean the path; what else there is means none.
+    ///
+    /// # Errors
+    /// A pattern that is not one.
+    pub fn means(&self, path: &str) -> Result<bool, TargetError> {
+        Ok(match self {
+            Matcher::Names(names) => names.iter().any(|name| names_path(name, path)),
+            Matcher::Regex(pattern) => whole(pattern)?.is_match(path),
+            Matcher::AllLinear | Matcher::Roles(_) => false,
+        })
+    }
+}
+
 /// Which layers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerChoice {
@@ -59,9 +73,9 @@ pub enum TargetError {
     Dead {
         /// Names that match nothing.
         names: Vec<String>,
-        /// Whether everything is dead, or only these among live ones.
+        /// Whether everything is dead, or only these among live ones, which were searched for alone.
         all: bool,
-        /// What was searched: "linear weight".
+        /// What was searched: "linear weight", "norm".
         kind: &'static str,
         /// How many there are.
         total: usize,
@@ -69,6 +83,8 @@ pub enum TargetError {
         note: String,
         /// Module names of queries and values here, those of the cross-attention where that was asked for.
         suggestion: Vec<String>,
+        /// Paths of all that names could mean.
+        known: Box<[String]>,
     },
 }
 
@@ -124,15 +140,9 @@ impl Targets {
         }
         if chosen.is_empty() {
             let names = if dead.is_empty() { self.wanted() } else { dead };
-            return Err(dead_error(sites, names, true));
+            return Err(dead_error(sites, names));
         }
         Ok(Resolution { sites: chosen, dead })
-    }
-
-    /// Like [`Targets::resolve`], but a dead name among live ones is an error too.
-    pub fn resolve_all(&self, sites: &Sites) -> Result<Vec<SiteId>, TargetError> {
-        let found = self.resolve(sites)?;
-        if found.dead.is_empty() { Ok(found.sites) } else { Err(dead_error(sites, found.dead, false)) }
     }
 
     /// What was asked for, to report what matched nothing.
@@ -218,8 +228,15 @@ fn whole(pattern: &str) -> Result<Pattern, TargetError> {
 }
 
 /// "role q is `query` (12)" for the roles that the model has, and the module names of q and v.
-fn dead_error(sites: &Sites, names: Vec<String>, all: bool) -> TargetError {
+fn dead_error(sites: &Sites, names: Vec<String>) -> TargetError {
     let linear: Vec<&Site> = sites.of_kind(|k| matches!(k, Kind::Linear { .. })).collect();
+    let known: Vec<&Site> = sites.iter().filter(|s| s.is_weight()).collect();
+    let (kind, listed) = match &linear[..] {
+        // A method whose targets name other modules searches these alone.
+        [] if known.iter().any(|s| s.role == Role::Norm) => ("norm", &known),
+        [] => ("module", &known),
+        _ => ("linear weight", &linear),
+    };
     let (mut notes, mut suggestion) = (Vec::new(), Vec::new());
     let usual = match names.iter().any(|name| name.starts_with("cross")) {
         true => [Role::CrossQ, Role::CrossV, Role::CrossV],
@@ -227,7 +244,7 @@ fn dead_error(sites: &Sites, names: Vec<String>, all: bool) -> TargetError {
     };
     for (role, name) in Role::ALL {
         let mut modules: Vec<(&str, usize)> = Vec::new();
-        for site in linear.iter().filter(|s| s.role == *role) {
+        for site in listed.iter().filter(|s| s.role == *role) {
             match modules.iter_mut().find(|(m, _)| *m == site.module()) {
                 Some((_, count)) => *count += 1,
                 None => modules.push((site.module(), 1)),
@@ -242,11 +259,12 @@ fn dead_error(sites: &Sites, names: Vec<String>, all: bool) -> TargetError {
     }
     TargetError::Dead {
         names,
-        all,
-        kind: "linear weight",
-        total: linear.len(),
+        all: true,
+        kind,
+        total: listed.len(),
         note: notes.join(", "),
         suggestion,
+        known: known.into_iter().map(|s| s.path.clone()).collect(),
     }
 }
 
@@ -318,7 +336,6 @@ mod tests {
         assert!(note.contains("role q is `q_proj` (3)"), "{note}");
         assert_eq!(suggestion, ["q_proj", "v_proj"]);
         assert_eq!(Targets::names(["q_proj", "value"]).resolve(&sites()).unwrap().dead, ["value"]);
-        assert!(Targets::names(["q_proj", "value"]).resolve_all(&sites()).is_err());
         assert!(Targets::names(["roj"]).resolve(&sites()).is_err(), "part of a name is not a name");
         let names = |count: usize| (0..count).map(|i| format!("x{i}"));
         let message = |count| Targets::names(names(count)).resolve(&sites()).unwrap_err().to_string();
@@ -326,5 +343,22 @@ mod tests {
         assert!(message(11).contains("x6, x7 … and 3 more; in"), "{}", message(11));
         let bad = Targets::from(Matcher::Regex("(".into())).resolve(&sites()).unwrap_err();
         assert!(matches!(bad, TargetError::Pattern { .. }));
+        let mut norms = Sites::default();
+        for layer in 0..2 {
+            let kind = Kind::Embedding { rows: 1, width: 1 };
+            norms.add(format!("h.{layer}.ln_1"), Role::Norm, Some(layer), kind);
+        }
+        let message = Targets::names(["ln_9"]).resolve(&norms).unwrap_err().to_string();
+        assert_eq!(message, "nothing among 2 norms matches ln_9; in this model role norm is `ln_1` (2)");
+    }
+
+    #[test]
+    fn what_narrows_a_choice_means_paths() {
+        let path = "model.layers.0.self_attn.q_proj";
+        let names = |name: &str| Matcher::Names(vec![name.into()]).means(path).unwrap();
+        assert!(names("q_proj") && names(path) && !names("proj"));
+        assert!(Matcher::Regex(r".*q_\w+".into()).means(path).unwrap());
+        assert!(!Matcher::Regex("q_proj".into()).means(path).unwrap());
+        assert!(Matcher::Regex("(".into()).means(path).is_err());
     }
 }

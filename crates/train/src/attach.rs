@@ -1,18 +1,19 @@
 //! The methods of a recipe to an adapter; whatever matches nothing is shown at its place in the recipe.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use engraft_data::Tokenizer;
 use engraft_method::{
-    Chosen, Field, FieldKind, Method, Named, SavedAdapter, Settings, attach, find, load_adapter, pattern,
+    Ahead, Chosen, Field, FieldKind, Method, Named, SavedAdapter, Settings, attach, find, load_adapter,
+    not_in_peft, pattern,
 };
-use engraft_nn::{Adapter, LayerChoice, Matcher, Model, Role, Sites, TargetError, Targets};
-use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
+use engraft_nn::{Adapter, Model, Sites, TargetError, Targets};
+use engraft_recipe::{MethodTable, Problem, Recipe};
 use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
 use serde_json::{Value, json};
 
 use crate::Result;
+use crate::wanted::{dead_module, dead_targets, idle, partly_dead, targets};
 
 /// An adapter with what made it.
 pub struct AttachedAdapter {
@@ -109,27 +110,28 @@ pub(crate) fn from_recipe(
     if attached.adapter.trained_count() == 0 {
         return Err(vec![recipe.problem_at("method", "nothing would be trained")]);
     }
+    let own_type = not_in_peft(&attached.adapter, &chosen, &train_also, model.sites());
+    if let Some(own_type) = own_type.map_err(|e| vec![recipe.problem_at("method", e.to_string())])? {
+        notes.push(format!(
+            "`peft` cannot hold this method at matrices that are stored transposed (`Conv1D`): the adapter is saved as \
+             {own_type}, which Engraft alone reads"
+        ));
+    }
+    notes.extend(doubts(&attached.adapter, &chosen, &train_also, model.sites()));
     Ok(AttachedAdapter { adapter: attached.adapter, methods: chosen, train_also, notes, saved: false })
 }
 
-/// A name of `train_also` that the model does not have, with the nearest that it has.
-fn dead_module(recipe: &Recipe, methods: &[MethodTable], dead: &str, sites: &Sites) -> Problem {
-    let title = format!("`train_also` names `{dead}`, which {} does not have", recipe.model.value);
-    let place = methods.iter().find_map(|m| Some((m, m.train_also.iter().position(|name| name == dead)?)));
-    let at = place.map_or("method".into(), |(table, index)| format!("{}.train_also[{index}]", table.at));
-    let problem = recipe.problem_at(&at, title);
-    // Every stretch of a module's path that has as many parts as the name.
-    let parts = dead.split('.').count();
-    let mut names = BTreeSet::new();
-    for path in sites.iter().chain(sites.older().into_iter().flat_map(|older| older.iter())).map(|s| &s.path)
-    {
-        let path: Vec<&str> = path.split('.').collect();
-        names.extend(path.windows(parts).map(|stretch| stretch.join(".")));
-    }
-    match nearest(dead, names.iter().map(String::as_str)) {
-        Some(near) => problem.saying(format!("did you mean `{near}`?")),
-        None => problem.help(format!("`engraft inspect {}` lists its tensors", recipe.model.value)),
-    }
+/// What the methods tell of their settings at the sites that they have.
+fn doubts(adapter: &Adapter, methods: &[Chosen], train_also: &[String], sites: &Sites) -> Vec<String> {
+    let sites = sites.named(adapter.names());
+    let of = |(method, targets): &Chosen| {
+        let targets = targets.clone().or_else(|| method.default_targets(sites));
+        let targets = targets.map(|targets| Targets { train_also: train_also.to_vec(), ..targets });
+        let found = targets.and_then(|targets| method.resolve(&targets, sites).ok());
+        let found: Vec<_> = found.into_iter().flat_map(|found| found.sites).map(|id| sites.get(id)).collect();
+        method.doubts(&found)
+    };
+    methods.iter().flat_map(of).collect()
 }
 
 /// Modules that start at random: left frozen, nothing could be learned through them. As `peft`, whole classifiers.
@@ -187,11 +189,14 @@ fn method(
         let effective = Targets { train_also: table.train_also.clone(), ..effective };
         let sites = model.sites();
         let all = |sites: &Sites| method.resolve(&effective, sites).is_ok_and(|found| found.dead.is_empty());
+        let idle = idle(recipe, table, method.as_ref(), &effective, sites);
+        if !idle.is_empty() {
+            return Err(idle);
+        }
         let dead = match method.resolve(&effective, sites) {
             Ok(found) if found.dead.is_empty() => None,
             _ if sites.older().is_some_and(|older| all(older)) => None,
-            // The same search once more, for the words of the error.
-            Ok(_) => effective.resolve_all(sites).err().map(engraft_nn::Error::Targets),
+            Ok(found) => partly_dead(method.as_ref(), &effective, found.dead, sites),
             Err(e) => Some(e),
         };
         if let Some(e) = dead {
@@ -300,6 +305,23 @@ fn wrong_settings(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error
     lines.iter().map(|line| recipe.problem_at(&place(line), line.clone())).collect()
 }
 
+/// What the methods say of the run that lies ahead, each at the setting that it begins with.
+pub(crate) fn unsuited(
+    recipe: &Recipe,
+    tables: &[MethodTable],
+    methods: &[Chosen],
+    ahead: &Ahead,
+) -> Vec<Problem> {
+    let said = tables.iter().zip(methods).filter_map(|(table, (method, _))| {
+        let lines = match method.suits(ahead).err()? {
+            engraft_nn::Error::Mismatch(lines) => lines,
+            other => vec![other.to_string()],
+        };
+        Some(wrong_settings(recipe, table, engraft_nn::Error::Mismatch(lines)))
+    });
+    said.flatten().collect()
+}
+
 /// Patterns of ranks and alphas that match none of the adapted modules `paths`, each at its key.
 fn dead_patterns(recipe: &Recipe, table: &MethodTable, fields: &[Field], paths: &[&str]) -> Vec<Problem> {
     let maps = fields.iter().filter(|field| matches!(field.kind, FieldKind::IntMap | FieldKind::FloatMap));
@@ -319,136 +341,4 @@ fn dead_patterns(recipe: &Recipe, table: &MethodTable, fields: &[Field], paths: 
         );
     }
     problems
-}
-
-/// The recipe's words as targets; `None` where it says nothing.
-fn targets(
-    recipe: &Recipe,
-    table: &MethodTable,
-    default: Option<Targets>,
-) -> std::result::Result<Option<Targets>, Vec<Problem>> {
-    let matcher = match (&table.targets, &table.roles[..]) {
-        (Some(targets), _) => Some(matcher(targets)),
-        (None, []) => default.as_ref().map(|d| d.matcher.clone()),
-        (None, roles) => Some(Matcher::Roles(parse_roles(recipe, table, roles)?)),
-    };
-    let says = table.targets.is_some()
-        || !table.roles.is_empty()
-        || table.exclude.is_some()
-        || table.layers.is_some();
-    let Some(matcher) = matcher.filter(|_| says) else { return Ok(None) };
-    let patterns = table.layers_pattern.clone();
-    let one_pattern = patterns.len() == 1;
-    Ok(Some(Targets {
-        matcher,
-        exclude: table.exclude.as_ref().map(self::matcher),
-        layers: table.layers.clone().map(|layers| LayerChoice {
-            layers,
-            patterns,
-            one_layer: false,
-            one_pattern,
-        }),
-        train_also: table.train_also.clone(),
-    }))
-}
-
-fn matcher(targets: &recipe::Targets) -> Matcher {
-    match targets {
-        recipe::Targets::AllLinear => Matcher::AllLinear,
-        recipe::Targets::Pattern(pattern) => Matcher::Regex(pattern.clone()),
-        recipe::Targets::Names(names) => Matcher::Names(names.clone()),
-    }
-}
-
-fn parse_roles(
-    recipe: &Recipe,
-    table: &MethodTable,
-    roles: &[String],
-) -> std::result::Result<Vec<Role>, Vec<Problem>> {
-    let (mut found, mut problems) = (vec![], vec![]);
-    for (index, name) in roles.iter().enumerate() {
-        match Role::parse(name) {
-            Some(role) => found.push(role),
-            None => {
-                let known: Vec<&str> = Role::ALL.iter().map(|(_, name)| *name).collect();
-                let at = format!("{}.roles[{index}]", table.at);
-                let problem = recipe.problem_at(&at, format!("there is no role `{name}`"));
-                problems.push(problem.note(format!("roles are {}", known.join(", "))));
-            }
-        }
-    }
-    if problems.is_empty() { Ok(found) } else { Err(problems) }
-}
-
-/// The head's module, where the role of the head is all that was asked for and the model has one.
-fn whole_head<'a>(names: &[String], note: &'a str) -> Option<&'a str> {
-    let head = note.split(", ").find_map(|part| part.strip_prefix("role head is `"));
-    head.filter(|_| names == ["head"])?.split('`').next()
-}
-
-/// The error of targets that match nothing: every dead name underlined, what the model has instead, what to write.
-fn dead_targets(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error) -> Problem {
-    let key = if table.targets.is_none() && !table.roles.is_empty() { "roles" } else { "targets" };
-    let at = format!("{}.{key}", table.at);
-    let engraft_nn::Error::Targets(TargetError::Dead { names, all, kind, total, note, suggestion }) = error
-    else {
-        return recipe.problem_at(&at, error.to_string());
-    };
-    if let Some(module) = whole_head(&names, &note) {
-        let title =
-            format!("the head is no target of `{at}` here: `{module}` is trained as a whole or not at all");
-        let help = format!("leave `head` out, and set `train_also = [{module:?}]` to train it");
-        return recipe.problem_at(&at, title).help(help);
-    }
-    let shown = |names: &[String]| names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
-    let model = &recipe.model.value;
-    let title = match all {
-        true => format!("`{at}` matches nothing in {model}"),
-        false => format!("{} of `{at}` matches nothing in {model}", shown(&names)),
-    };
-    let mut problem = Problem::new(title);
-    let listed = match (&table.targets, key) {
-        (_, "roles") => table.roles.clone(),
-        (Some(recipe::Targets::Names(names)), _) => names.clone(),
-        _ => vec![],
-    };
-    let indices: Vec<usize> = (0..listed.len()).filter(|&i| names.contains(&listed[i])).collect();
-    let count = format!("0 of {total} {kind}s");
-    for (n, index) in indices.iter().enumerate() {
-        if let Some(place) = recipe.place(&format!("{at}[{index}]")) {
-            problem = problem.label(place, if n + 1 == indices.len() { count.as_str() } else { "" });
-        }
-    }
-    if problem.labels.is_empty() {
-        problem = recipe.problem_at(&at, problem.title).saying(count);
-    }
-    if let (Some(recipe::Targets::Pattern(pattern)), "targets") = (&table.targets, key) {
-        if strsim::damerau_levenshtein(pattern, "all-linear") <= 2 {
-            return problem.help("did you mean `targets = \"all-linear\"`?");
-        }
-        problem =
-            problem.note("a string is a pattern that a whole path must match; a list holds names of modules");
-    }
-    // The roles that nearly every recipe wants; all of them where the model has none of these.
-    let parts: Vec<&str> = note.split(", ").collect();
-    let crossed = names.iter().any(|name| name.starts_with("cross"));
-    let usual = |part: &&str| match crossed {
-        true => ["role cross.q ", "role cross.v "].iter().any(|r| part.starts_with(r)),
-        false => ["role q ", "role v ", "role qkv "].iter().any(|r| part.starts_with(r)),
-    };
-    let few: Vec<&str> = parts.iter().copied().filter(usual).collect();
-    let words = if few.is_empty() { note.clone() } else { few.join(", ") };
-    problem = problem.note(format!("in this model {words}"));
-    match suggestion.is_empty() {
-        true => problem,
-        false => {
-            let list = suggestion.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>().join(", ");
-            let roles = match few.iter().any(|r| r.starts_with("role qkv ")) {
-                _ if crossed => "\"cross.q\", \"cross.v\"",
-                true => "\"qkv\"",
-                false => "\"q\", \"v\"",
-            };
-            problem.help(format!("write `targets = [{list}]`, or `roles = [{roles}]` for any model"))
-        }
-    }
 }

@@ -33,6 +33,7 @@ mod target;
 mod tensors;
 mod together;
 mod trainer;
+mod wanted;
 mod watch;
 
 pub use attach::{AttachedAdapter, adapter_tensors, open_adapter};

@@ -4,17 +4,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use engraft_data::{Labels, TemplateOptions, Tokenizer};
+use engraft_method::Ahead;
 use engraft_model::{LoadOptions, Loaded, Packed, load, token_limit};
 use engraft_nn::weight::Storage;
 use engraft_nn::{Adapter, Task};
-use engraft_recipe::{self as recipe, Dtype, Facts, Problem, Quantize, Recipe};
+use engraft_recipe::{self as recipe, Dtype, Facts, Plan, Problem, Quantize, Recipe};
 use engraft_store::hub::{Hub, Progress};
 use engraft_store::{Limits, Weights, read_config};
 use engraft_tensor::frozen::Precision;
 use serde_json::Value;
 
 use crate::Result;
-use crate::attach::{AttachedAdapter, from_recipe};
+use crate::attach::{AttachedAdapter, from_recipe, unsuited};
 use crate::batch::Feed;
 use crate::fingerprint::{Fingerprint, of_data, of_weights};
 use crate::labels::label_names;
@@ -84,7 +85,7 @@ impl Session {
             from_recipe(recipe, methods, loaded.model.as_ref(), tokenizer.as_ref(), &loaded.new_tensors);
         let attached = keep(made, &mut problems);
         if let Some(examples) = &examples {
-            problems.extend(misfits(recipe, examples, &loaded, attached.as_ref()));
+            problems.extend(misfits(recipe, examples, &loaded, (plan.as_ref(), attached.as_ref())));
         }
         let sound = problems.is_empty();
         let (Some(examples), Some(plan), Some(attached), true) = (examples, plan, attached, sound) else {
@@ -395,11 +396,16 @@ fn misfits(
     recipe: &Recipe,
     examples: &Examples,
     loaded: &Loaded,
-    attached: Option<&AttachedAdapter>,
+    (plan, attached): (Option<&Plan>, Option<&AttachedAdapter>),
 ) -> Vec<Problem> {
     let info = loaded.model.info();
     let mut problems: Vec<Problem> =
         no_room(recipe, examples, attached, &loaded.config).into_iter().collect();
+    if let (Some(plan), Some(attached)) = (plan, attached) {
+        let tasks = examples.train.examples.iter().filter_map(|e| e.task).max().map(|last| last + 1);
+        let ahead = Ahead { steps: plan.steps, task: info.task, tasks };
+        problems.extend(unsuited(recipe, &plan.methods, &attached.methods, &ahead));
+    }
     let parts = [("data.path", Some(&examples.train)), ("data.eval_path", examples.eval.as_ref())];
     for (key, data) in parts.into_iter().filter_map(|(key, data)| Some((key, data?))) {
         problems.extend(data.images.iter().filter_map(|images| sizes::misfit(recipe, key, images, info)));

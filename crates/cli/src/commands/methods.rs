@@ -1,6 +1,7 @@
 //! `engraft methods`: the catalogue, and a page for each method, from the registry.
 
 use engraft_method::{Entry, Field, FieldKind, Info, METHODS, find};
+use engraft_recipe::nearest;
 use engraft_report::{Align, Table};
 use serde_json::{Value, json};
 
@@ -43,7 +44,9 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
 
 fn unknown(name: &str) -> Failure {
     let known: Vec<&str> = METHODS.iter().map(|entry| entry.info.name).collect();
-    Failure::before_work(format!("there is no method `{name}`; there are {}", known.join(", ")))
+    let near = nearest(name, known.iter().copied());
+    let near = near.map_or(String::new(), |near| format!("; did you mean `{near}`?"));
+    Failure::before_work(format!("there is no method `{name}`{near}; there are {}", known.join(", ")))
 }
 
 /// Whether `peft` has the method, so that its adapters load there.

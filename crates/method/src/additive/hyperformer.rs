@@ -29,7 +29,7 @@ use crate::read::Reader;
 use crate::shared::activations::Activation;
 use crate::shared::fields::{choice, flag, int};
 use crate::shared::tasks::{Tasks, task_field, tasks_field};
-use crate::{Described, Entry, Info, Loaded, Method, peft};
+use crate::{Ahead, Described, Entry, Info, Loaded, Method, peft};
 
 const MAX: usize = 1 << 16;
 /// Of the norm on I, and of that behind an adapter.
@@ -286,6 +286,10 @@ impl Hyperformer {
 impl Method for Hyperformer {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn suits(&self, run: &Ahead) -> Result<()> {
+        self.tasks.suit(run)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

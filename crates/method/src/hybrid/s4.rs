@@ -113,6 +113,14 @@ impl Method for S4 {
             return Err(Error::Unsupported("S4 needs a model with layers".into()));
         }
         let each = self.budget * parameters(b.sites()) as f64 / layers.len() as f64;
+        if each < 1.0 {
+            let message = format!(
+                "`budget` is {}, less than one trained number for each of the {} layers; choose a larger one",
+                self.budget,
+                layers.len()
+            );
+            return Err(Error::Unsupported(message));
+        }
         let mut plans = Vec::new();
         for layer in &layers {
             let strategy = &self.strategies[self.group(layer.place, layer.of)];

@@ -18,7 +18,8 @@ use super::prompt::{
 };
 use crate::read::Reader;
 use crate::shared::fields::int;
-use crate::{Described, Entry, Info, Loaded, Method, peft};
+use crate::shared::tasks::enough;
+use crate::{Ahead, Described, Entry, Info, Loaded, Method, peft};
 
 const TASKS_MAX: usize = 1 << 20;
 const RANK_MAX: usize = 1 << 16;
@@ -109,6 +110,14 @@ impl Method for Mpt {
         &INFO
     }
 
+    fn suits(&self, run: &Ahead) -> Result<()> {
+        enough(self.tasks, run)?;
+        match run.tasks {
+            None if self.tasks > 1 => Err(Error::Unsupported(nameless(self.tasks))),
+            _ => Ok(()),
+        }
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let places: Vec<&Site> = b.sites().of_kind(|k| matches!(k, Kind::Prompt { .. })).collect();
         let Some(Kind::Prompt { width }) = places.first().map(|s| s.kind.clone()) else {
@@ -181,6 +190,13 @@ impl Rows {
     }
 }
 
+/// What rows of no task are told where there are several.
+fn nameless(tasks: usize) -> String {
+    format!(
+        "`tasks` is {tasks}, and the data name none; give `[[data.tasks]]`, or `task_ids`, a number from 0 for each row"
+    )
+}
+
 impl PromptPatch for Rows {
     fn count(&self) -> usize {
         self.count
@@ -190,13 +206,7 @@ impl PromptPatch for Rows {
         let tasks = match cx.tasks() {
             None if self.tasks == 1 => return self.of(0),
             Some(tasks) => tasks.to_vec(),
-            None => {
-                let message = format!(
-                    "this adapter has prompts for {} tasks, and the data names none; give `task_ids`, a number from 0 for each row",
-                    self.tasks
-                );
-                return Err(Error::Unsupported(message));
-            }
+            None => return Err(Error::Unsupported(nameless(self.tasks))),
         };
         if let Some(task) = tasks.iter().find(|task| **task >= self.tasks) {
             let message = format!("`task_ids`: expected tasks below {}, found {task}", self.tasks);

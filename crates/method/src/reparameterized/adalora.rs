@@ -27,7 +27,7 @@ use crate::shared::fields::{choice, dropout, float, int};
 use crate::shared::low_rank::{
     RANK_MAX, UNUSED, added, changed, kept_columns, kept_rows, off_identity, plain_lora,
 };
-use crate::{Described, Entry, Forget, Info, Loaded, Method, Step, peft};
+use crate::{Ahead, Described, Entry, Forget, Info, Loaded, Method, Step, peft};
 use allocation::{Cut, Schedule, TOTAL, choose, named_total, pattern_of, triplets};
 use settings::{IN_FILE, IN_RECIPE, UNREAD, read, read_pattern};
 
@@ -159,6 +159,10 @@ impl Method for AdaLora {
             self.attach_triplets(b, site, out, inn)?;
         }
         Ok(())
+    }
+
+    fn suits(&self, run: &Ahead) -> Result<()> {
+        self.schedule.check(self.schedule.total.unwrap_or(run.steps))
     }
 
     fn penalty(&self, adapter: &Adapter, step: Step) -> Result<Option<Tensor>> {

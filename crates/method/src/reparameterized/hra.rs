@@ -132,6 +132,17 @@ impl Method for Hra {
         Ok(())
     }
 
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let Some((path, inn, more)) = matrices::beyond(targets, self.rank, |_, inn| inn) else {
+            return vec![];
+        };
+        vec![format!(
+            "`rank` is {}, and {inn} reflections make every rotation of the inputs of {path}{more}: those beyond cost time \
+             and add nothing",
+            self.rank
+        )]
+    }
+
     fn penalty(&self, adapter: &Adapter, _step: Step) -> Result<Option<Tensor>> {
         if self.orthogonality == 0.0 {
             return Ok(None);

@@ -174,6 +174,11 @@ impl Method for Loha {
         Ok(())
     }
 
+    /// What is left out in a step has no gradient then, as in `peft`, and stays.
+    fn rests(&self) -> bool {
+        self.module_dropout > 0.0
+    }
+
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let own = json!({
             "alpha": number(self.alpha), "alpha_pattern": Pattern::table(&self.alpha_pattern), "init_weights": !self.random,
@@ -375,6 +380,7 @@ mod tests {
             });
             let quiet = quiet.count();
             assert!(quiet > 5 && quiet < 34, "{quiet}");
+            assert!(chosen("loha", json!({ "module_dropout": 0.5 })).0.rests());
         }
     }
 

@@ -254,6 +254,11 @@ impl Method for Lokr {
         Ok(())
     }
 
+    /// What is left out in a step has no gradient then, as in `peft`, and stays.
+    fn rests(&self) -> bool {
+        self.module_dropout > 0.0
+    }
+
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let start = match self.start {
             Start::Left => json!(true),

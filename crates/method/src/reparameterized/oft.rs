@@ -252,6 +252,32 @@ impl Method for Oft {
         Ok(())
     }
 
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let moved = |site: &&&Site| match (site.kind.clone(), self.size) {
+            (Kind::Linear { inn, .. }, Size::Of(size)) => !inn.is_multiple_of(size.min(inn)),
+            (Kind::Linear { inn, .. }, Size::Count(count)) => !inn.is_multiple_of(count.min(inn)),
+            _ => false,
+        };
+        let mut all = targets.iter().filter(moved);
+        let Some((Kind::Linear { inn, .. }, path)) = all.next().map(|site| (site.kind.clone(), &site.path))
+        else {
+            return vec![];
+        };
+        let (key, asked) = match self.size {
+            Size::Of(size) => ("block_size", size),
+            Size::Count(count) => ("blocks", count),
+        };
+        let more = match all.count() {
+            0 => String::new(),
+            more => format!(", as at {more} more"),
+        };
+        vec![format!(
+            "`{key}` is {asked}, which does not divide the {inn} inputs of {path}{more}: the blocks there have the nearest \
+             size that does, {}",
+            self.size.of(inn)
+        )]
+    }
+
     /// COFT: what is updated is what was used.
     fn after_backward(&self, adapter: &Adapter, _gradients: &mut Gradients, _step: Step) -> Result<()> {
         let constrained = |p: &&engraft_nn::NamedParam| p.group == CONSTRAINED && self.constrained;

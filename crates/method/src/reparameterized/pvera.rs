@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::matrices::beyond_rank;
 use crate::shared::places;
 use crate::shared::projection::{corner, kaiming_pair};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -162,6 +163,10 @@ impl Method for Pvera {
             b.patch(site.id, Patch::Weight(Box::new(patch)))?;
         }
         Ok(())
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        beyond_rank(targets, self.rank)
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {

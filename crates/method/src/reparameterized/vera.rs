@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::matrices::beyond_rank;
 use crate::shared::places;
 use crate::shared::projection::{corner, kaiming_pair};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -141,6 +142,10 @@ impl Method for Vera {
             b.patch(site.id, Patch::Weight(Box::new(direction)))?;
         }
         Ok(())
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        beyond_rank(targets, self.shape.rank)
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {

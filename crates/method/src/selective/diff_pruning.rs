@@ -353,7 +353,8 @@ mod tests {
     fn the_penalty_counts_open_gates() {
         let sigma = |v: f32| 1.0 / (1.0 + (-v).exp());
         for structured in ["none", "product", "sum"] {
-            let (method, _, adapter) = moved(json!({ "penalty": 0.01, "structured": structured }));
+            let (method, _, adapter) =
+                moved(json!({ "density": 0.1, "penalty": 0.01, "structured": structured }));
             let step = Step { number: 1, total: 8, seed: 1 };
             let found = method.penalty(&adapter, step).unwrap().unwrap().item().unwrap();
             let mut expected = 0.0;
@@ -375,7 +376,7 @@ mod tests {
 
     #[test]
     fn starts_as_the_base_with_open_gates_and_draws_by_step() {
-        let method = chosen("diff_pruning", json!({ "gate_rate": 100 })).0;
+        let method = chosen("diff_pruning", json!({ "density": 0.1, "gate_rate": 100 })).0;
         let (base, adapter) = prepared(method.as_ref(), &["layers.0.attn.q"]);
         let merged = engraft_nn::merged_tensors(base.sites(), &adapter).unwrap();
         close(&merged[0].value, &frozen("layers.0.attn.q"), 0.0);

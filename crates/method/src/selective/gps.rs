@@ -12,7 +12,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use engraft_nn::{Adapter, Builder, Error, Matcher, ModelInfo, Result, SiteId, Sites, Targets};
+use engraft_nn::{Adapter, Builder, Error, Matcher, ModelInfo, Result, SiteId, Sites, Targets, Task};
 use engraft_tensor::ops::Unary;
 use engraft_tensor::{Gradients, Tensor};
 use serde_json::{Map, Value, json};
@@ -20,7 +20,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, number};
 use crate::shared::scores::{Data, Score, choose};
 use crate::shared::sparse::{Budget, Mask};
-use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Method, peft};
+use crate::{Ahead, Calibration, Described, Entry, Field, FieldKind, Info, Method, peft};
 
 const INPUTS_MAX: usize = 1 << 20;
 const BATCHES_MAX: usize = 1 << 20;
@@ -115,6 +115,17 @@ impl Method for Gps {
 
     fn default_targets(&self, _sites: &Sites) -> Option<Targets> {
         Some(Matcher::AllLinear.into())
+    }
+
+    fn suits(&self, run: &Ahead) -> Result<()> {
+        let classes = matches!(run.task, Task::SequenceClassification | Task::ImageClassification);
+        match self.contrastive && !classes {
+            true => Err(Error::Unsupported(format!(
+                "`loss` = \"contrastive\" needs a class for every sequence, which the task {} has not; set `loss = \"task\"`",
+                run.task.name()
+            ))),
+            false => Ok(()),
+        }
     }
 
     fn prepare(&self, adapter: &Arc<Adapter>, base: &dyn Calibration) -> Result<()> {

@@ -7,7 +7,7 @@
 //!
 //! P `[width]`, named `ln_tuning_layers.weight` and `ln_tuning_layers.bias` in the norm's module.
 
-use engraft_nn::{Builder, Error, Kind, Resolution, Result, Role, Site, SiteId, Sites, Targets};
+use engraft_nn::{Builder, Kind, Resolution, Result, Role, Site, SiteId, Sites, Targets};
 use serde_json::{Map, Value};
 
 use crate::read::Reader;
@@ -80,10 +80,7 @@ impl Method for LnTuning {
             }
             vectors.last_mut().into_iter().for_each(|v| v.push(site.id));
         }
-        let found = targets.resolve(&modules).map_err(|error| {
-            let message = format!("LN tuning trains norms, and its targets name their modules: {error}");
-            Error::Unsupported(message)
-        })?;
+        let found = targets.resolve(&modules)?;
         let ids = found.sites.into_iter().flat_map(|id| vectors[id.0].clone()).collect();
         Ok(Resolution { sites: ids, dead: found.dead })
     }
@@ -132,7 +129,7 @@ mod tests {
         for targets in [Targets::names(["attn.q"]), Matcher::AllLinear.into()] {
             let methods = [(Box::new(LnTuning) as Box<dyn Method>, Some(targets))];
             let error = crate::attach(&methods, &[], &sites, &info, 0).map(|_| ()).unwrap_err().to_string();
-            assert!(error.contains("LN tuning trains norms"), "{error}");
+            assert!(error.contains("nothing among 2 norms"), "{error}");
         }
     }
 

@@ -48,7 +48,7 @@ static INFO: Info = Info {
             name: "burn_in",
             kind: FieldKind::Int { min: 1, max: BURN_IN_MAX as i64 },
             default: Some("500"),
-            doc: "Micro-batches whose gradients are summed before training.",
+            doc: "Micro-batches whose gradients are summed before training; at most those of an epoch.",
         },
     ],
 };
@@ -85,7 +85,9 @@ impl Method for SamMask {
     }
 
     fn prepare(&self, adapter: &Arc<Adapter>, base: &dyn Calibration) -> Result<()> {
-        choose(&self.mask(), adapter, base, Score::Gradient, Data::Batches(self.burn_in as u64))
+        // The base stays as it is: what an epoch has shown it shows again.
+        let batches = (self.burn_in as u64).min(base.micro_batches());
+        choose(&self.mask(), adapter, base, Score::Gradient, Data::Batches(batches))
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {

@@ -17,6 +17,35 @@ pub(crate) fn linear(site: &Site, title: &str) -> Result<(usize, usize)> {
     Err(Error::Site { path: site.path.clone(), message })
 }
 
+/// The first of `targets` for which `asked` is more than the `limit` of its (out, in), this limit, and how many others there are.
+pub(crate) fn beyond<'s>(
+    targets: &[&'s Site],
+    asked: usize,
+    limit: impl Fn(usize, usize) -> usize,
+) -> Option<(&'s str, usize, String)> {
+    let of = |site: &&'s Site| {
+        let (Kind::Linear { out, inn, .. } | Kind::Convolution { out, inn, .. }) = site.kind else {
+            return None;
+        };
+        Some((site.path.as_str(), limit(out, inn))).filter(|(_, limit)| asked > *limit)
+    };
+    let mut all = targets.iter().filter_map(of);
+    let (path, limit) = all.next()?;
+    let more = match all.count() {
+        0 => String::new(),
+        more => format!(", and at {more} more"),
+    };
+    Some((path, limit, more))
+}
+
+/// What is told of products whose rank is more than their weight's.
+pub(crate) fn beyond_rank(targets: &[&Site], rank: usize) -> Vec<String> {
+    let Some((path, least, more)) = beyond(targets, rank, usize::min) else { return vec![] };
+    vec![format!(
+        "`rank` is {rank}, more than the {least} that {path} can have{more}: what is beyond costs time and memory for little"
+    )]
+}
+
 /// W as it is before any patch.
 pub(crate) fn frozen(site: &Site) -> Result<Tensor> {
     match &site.value {

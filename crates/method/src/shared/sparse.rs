@@ -35,10 +35,17 @@ pub(crate) enum Budget {
 impl Budget {
     /// Entries of `site`, or of the targets together where `size` is the sum of theirs.
     fn count(self, site: &Site, size: u64) -> Result<usize> {
-        let share = |p: f64| ((p * size as f64).floor() as usize).max(1);
+        let share = |p: f64| (p * size as f64).floor() as usize;
         let (out, inn) = shape(site)?;
         Ok(match self {
-            Budget::Global(p) | Budget::Each(p) => share(p),
+            Budget::Global(p) if share(p) == 0 => {
+                let message = format!(
+                    "a share of {p} of the {size} entries of all targets is none of them; choose a larger one"
+                );
+                return Err(Error::Unsupported(message));
+            }
+            Budget::Global(p) => share(p),
+            Budget::Each(p) => share(p).max(1),
             Budget::EachAndOne(p) => ((p * size as f64).floor() as usize + 1).min(size as usize),
             Budget::Rows(k) => k.min(inn) * out,
             Budget::WholeRows(p) => ((p * out as f64).floor() as usize).max(1) * inn,
@@ -308,6 +315,8 @@ mod tests {
         };
         let sizes = [36.0, 24.0, 48.0];
         assert_eq!(counts(Budget::Global(0.1)), [10]);
+        let none = Mask::own(Budget::Global(1e-12)).groups(&sites).err().unwrap().to_string();
+        assert!(none.contains("is none of them"), "{none}");
         assert_eq!(counts(Budget::Each(0.1)), sizes.map(|n: f64| (0.1 * n).floor() as usize));
         assert_eq!(counts(Budget::Each(1e-9)), [1, 1, 1]);
         assert_eq!(counts(Budget::EachAndOne(0.1)), sizes.map(|n: f64| (0.1 * n).floor() as usize + 1));

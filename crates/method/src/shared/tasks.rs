@@ -4,9 +4,9 @@ use engraft_nn::{Error, Pass, Result};
 use engraft_tensor::Tensor;
 use engraft_tensor::ops::cat;
 
-use crate::Field;
 use crate::read::Reader;
 use crate::shared::fields::int;
+use crate::{Ahead, Field};
 
 /// Most tasks.
 const MAX: usize = 1 << 16;
@@ -28,6 +28,16 @@ pub(crate) const fn task_field() -> Field {
     int("task", (0, MAX as i64), Some("0"), "The task of rows that name none, from 0.")
 }
 
+/// An error where the data have more than `tasks` tasks.
+pub(crate) fn enough(tasks: usize, run: &Ahead) -> Result<()> {
+    match run.tasks.filter(|there| *there > tasks) {
+        None => Ok(()),
+        Some(there) => Err(Error::Unsupported(format!(
+            "`tasks` is {tasks}, and the data have rows of {there} tasks; set `tasks = {there}`"
+        ))),
+    }
+}
+
 impl Tasks {
     /// Reads the settings under these names.
     pub fn read(r: &mut Reader<'_>, [tasks, task]: [&'static str; 2], usual: usize) -> Tasks {
@@ -37,6 +47,11 @@ impl Tasks {
             r.problem(format!("`{task}`: expected one of {count} tasks, from 0, found {task_found}"));
         }
         found
+    }
+
+    /// An error where the data have more tasks.
+    pub fn suit(&self, run: &Ahead) -> Result<()> {
+        enough(self.count, run)
     }
 
     /// The task of each sequence of a pass.

@@ -34,7 +34,7 @@ pub fn extract(engine: &Engine, changes: &[(String, bool, Tensor)], rank: u32) -
         true => format!("rank {rank}, all that the weights have of {asked},"),
         false => format!("rank {rank}"),
     };
-    Ok(Extracted { adapter, methods, lost, form, rank: Some(largest) })
+    Ok(Extracted { adapter, methods, lost, form, rank: Some(largest), left_out: vec![] })
 }
 
 /// LoRA of scale 1 at the weights that differ, each with the rank that its product has.

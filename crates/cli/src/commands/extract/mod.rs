@@ -78,6 +78,8 @@ struct Extracted {
     form: String,
     /// The largest rank that a product has.
     rank: Option<usize>,
+    /// Weights that differ and that this form does not hold.
+    left_out: Vec<String>,
 }
 
 /// Extracts, writes, compares.
@@ -97,7 +99,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         Some(density) => sparse::extract(&engine, &found.changes, density),
         None => low_rank::extract(&engine, &found.changes, args.rank),
     })?;
-    let Extracted { adapter, methods, lost, form, rank } = extracted;
+    let Extracted { adapter, methods, lost, form, rank, left_out } = extracted;
     let (sites, info) = (engine.model.sites().clone(), engine.model.info().clone());
     let (config, tensors) = save_adapter(&adapter, &methods, &[], &args.model, &sites, &info)?;
     let probes = Probes::of(args.probe.as_deref(), &engine)?;
@@ -105,14 +107,14 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let before = probes.measure(&engine)?;
     (engine.adapter, engine.methods) = (Some(Arc::new(adapter)), methods);
     let measured = [before, probes.measure(&engine)?, probes.measure(&tuned)?];
-    tell(args, &found, (&form, rank), (lost / whole).sqrt(), &measured, cx);
+    tell(args, (&found, &left_out), (&form, rank), (lost / whole).sqrt(), &measured, cx);
     Ok(())
 }
 
 /// `measured` are the base, the base with the adapter, and the tuned model.
 fn tell(
     args: &Args,
-    found: &Differences,
+    (found, left_out): (&Differences, &[String]),
     (form, rank): (&str, Option<usize>),
     error: f64,
     [before, after, aim]: &[Measured; 3],
@@ -122,9 +124,10 @@ fn tell(
         (largest_difference(&after.logits, &aim.logits), largest_difference(&before.logits, &aim.logits));
     let perplexities = [before, after, aim].map(|m| m.loss.map(f64::exp));
     if args.json {
+        let left_out = [left_out, &found.vectors[..]].concat();
         cx.ui.json(json!({
             "out": args.out.display().to_string(), "weights": found.changes.len(), "form": form, "rank": rank, "error": error,
-            "left_out": found.vectors, "largest_logit_change": change, "largest_logit_change_of_base": apart,
+            "left_out": left_out, "largest_logit_change": change, "largest_logit_change_of_base": apart,
             "perplexity_base": perplexities[0], "perplexity": perplexities[1], "perplexity_tuned": perplexities[2],
         }));
         return;
@@ -134,9 +137,13 @@ fn tell(
         found.changes.len(),
         human::number(100.0 * error, 2)
     ));
-    if let [first, rest @ ..] = &found.vectors[..] {
+    for (paths, what) in [
+        (left_out, "no linear weights: they are not in the adapter; --rank makes products of them"),
+        (&found.vectors[..], "no weights: they are not in the adapter"),
+    ] {
+        let [first, rest @ ..] = paths else { continue };
         let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
-        cx.ui.note(&format!("{first}{more} differ too and are no weights: they are not in the adapter"));
+        cx.ui.note(&format!("{first}{more} differ too and are {what}"));
     }
     let mut line = format!(
         "largest logit change against the tuned model {}, of the base {}",

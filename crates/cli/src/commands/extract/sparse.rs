@@ -42,6 +42,11 @@ pub fn extract(engine: &Engine, changes: &[(String, bool, Tensor)], density: f64
         entries.extend(change.iter().enumerate().map(|(at, &v)| (first + at as u64, v)));
         first += change.len() as u64;
     }
+    let left_out = changes
+        .iter()
+        .map(|change| change.0.clone())
+        .filter(|path| !chosen.contains(&path.as_str()))
+        .collect();
     let count = values.value().len().min(entries.len());
     if count < entries.len() {
         // Of equals the first stay.
@@ -59,5 +64,6 @@ pub fn extract(engine: &Engine, changes: &[(String, bool, Tensor)], density: f64
         lost,
         form: format!("a share of {density}, {count} entries,"),
         rank: None,
+        left_out,
     })
 }

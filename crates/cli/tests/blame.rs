@@ -1,0 +1,141 @@
+//! Recipes and arguments that cannot be meant so: told before any work, with what is nearest.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn golden(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(path).canonicalize().unwrap()
+}
+
+fn engraft(dir: &Path, args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_engraft"));
+    command.current_dir(dir).args(args).env("NO_COLOR", "1").env_remove("FORCE_COLOR");
+    command.env("HF_HOME", dir.join("hf")).env("HF_HUB_OFFLINE", "1").output().unwrap()
+}
+
+/// What is said of a command that ends before any work.
+fn refused(dir: &Path, args: &[&str]) -> String {
+    let output = engraft(dir, args);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {text}");
+    text
+}
+
+/// What is said of a recipe whose method is `method`, on the batches of a trajectory; nothing may be written.
+fn said(method: &str, trajectory: &str) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let model = trajectory.split("__").next().unwrap();
+    let recipe = format!(
+        "model = {:?}\n[method]\n{method}\n[data]\nformat = \"tensors\"\npath = {:?}\n[train]\nsteps = 4\nbatch_size = 2\n",
+        golden(&format!("models/{model}")),
+        golden(&format!("trajectories/{trajectory}/batches.safetensors")),
+    );
+    fs::write(dir.path().join("r.toml"), recipe).unwrap();
+    let said = refused(dir.path(), &["train", "r.toml", "--out", "run"]);
+    assert!(!dir.path().join("run").exists(), "{said}");
+    said
+}
+
+#[test]
+fn targets_that_match_nothing_name_the_nearest() {
+    let of = |method: &str| said(&format!("name = \"lora\"\n{method}"), "llama__lora");
+    for (method, expected) in [
+        ("targets = [\"q_porj\"]", "did you mean `q_proj`?"),
+        ("targets = [\"q_porj\", \"v_proj\"]", "did you mean `q_proj`?"),
+        (
+            "targets = [\"self_atn.q_proj\", \"v_prj\"]",
+            "did you mean `self_attn.q_proj` for `self_atn.q_proj`, `v_proj` for `v_prj`?",
+        ),
+        ("targets = [\"query\"]", "or `roles = [\"q\", \"v\"]` for any model"),
+        ("roles = [\"cross_q\"]", "did you mean `cross.q`?"),
+        ("roles = [\"qq\"]", "roles are q, k"),
+    ] {
+        let text = of(method);
+        assert!(text.contains(expected) && text.contains("r.toml:4"), "{method}: {text}");
+    }
+    let norms = said("name = \"ln_tuning\"\ntargets = [\"post_attention_layernom\"]", "llama__lora");
+    assert!(norms.contains("norms") && norms.contains("did you mean `post_attention_layernorm`?"), "{norms}");
+    let partly = said("name = \"ln_tuning\"\ntargets = [\"norm\", \"input_layernrom\"]", "llama__lora");
+    assert!(
+        partly.contains("0 of 7 norms") && partly.contains("did you mean `input_layernorm`?"),
+        "{partly}"
+    );
+    let wrong = said("name = \"ln_tuning\"\ntargets = [\"q_proj\"]", "llama__lora");
+    assert!(wrong.contains("role norm is `input_layernorm` (3)") && !wrong.contains("linear"), "{wrong}");
+}
+
+#[test]
+fn what_narrows_targets_and_means_nothing_is_told_at_its_place() {
+    let of =
+        |method: &str| said(&format!("name = \"lora\"\ntargets = [\"q_proj\"]\n{method}"), "llama__lora");
+    for (method, expected) in [
+        ("layers = [99]", &["names 99, where no target lies", "layers 0 to 2"][..]),
+        ("layers = [0, 3]", &["names 3, where", "r.toml:5:14"]),
+        ("layers = [0]\nlayers_pattern = \"blocks\"", &["`blocks`, which is no list of layers", "`layers`"]),
+        ("exclude = [\"dropped\"]", &["`dropped`, which", "leaves nothing out", "r.toml:5:12"]),
+        ("exclude = [\"k_porj\"]", &["did you mean `k_proj`?"]),
+        ("exclude = [\"q_proj\"]", &["`exclude` leave none of the 3 targets"]),
+    ] {
+        let text = of(method);
+        for words in expected {
+            assert!(text.contains(words), "{method}: {text}");
+        }
+    }
+    // What the model has may be left out, be it no target.
+    let text = of("exclude = [\"lm_head\", \"norm\"]\ntrain_also = [\"nope\"]");
+    assert!(text.contains("`train_also` names `nope`") && !text.contains("exclude`"), "{text}");
+}
+
+#[test]
+fn a_run_that_the_settings_do_not_fit_does_not_begin() {
+    for (method, trajectory, expected) in [
+        ("name = \"adalora\"\ntfinal = 90", "llama__lora", "leave no step of 4 to cut ranks in"),
+        ("name = \"gps\"", "llama__lora", "set `loss = \"task\"`"),
+        ("name = \"hyperformer\"\ntasks = 1", "bert__hyperformer", "set `tasks = "),
+        ("name = \"mpt\"\ntasks = 1", "bert__mpt", "set `tasks = "),
+        ("name = \"mpt\"\ntasks = 3", "llama__lora", "the data name none"),
+        ("name = \"fish\"\ndensity = 1e-12", "llama__lora", "is none of them"),
+        ("name = \"s4\"\nbudget = 1e-9", "llama__lora", "less than one trained number"),
+    ] {
+        let text = said(method, trajectory);
+        assert!(text.contains(expected) && text.contains("r.toml:"), "{method}: {text}");
+    }
+}
+
+#[test]
+fn arguments_name_the_nearest_and_the_way_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = refused(dir.path(), &["methods", "lorra"]);
+    assert!(text.contains("did you mean `lora`?"), "{text}");
+    let pickle = dir.path().join("lora.pt");
+    fs::write(&pickle, [&b"PK\x03\x04\0\0\x08\x08"[..], &[0; 64]].concat()).unwrap();
+    let model = golden("models/llama");
+    let args = ["convert", "lora.pt", "--model", model.to_str().unwrap(), "--out", "a"];
+    let text = refused(dir.path(), &args);
+    assert!(text.contains("a pickle") && text.contains("'lora.safetensors'"), "{text}");
+}
+
+#[test]
+fn sizes_that_are_moved_or_idle_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let notes = |method: &str| {
+        let recipe = format!(
+            "model = {:?}\n[method]\n{method}\n[data]\nformat = \"tensors\"\npath = {:?}\n[train]\nsteps = 1\nbatch_size = 2\n",
+            golden("models/llama"),
+            golden("trajectories/llama__lora/batches.safetensors"),
+        );
+        fs::write(dir.path().join("r.toml"), recipe).unwrap();
+        let output = engraft(dir.path(), &["train", "r.toml", "--out", "run"]);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{text}");
+        fs::remove_dir_all(dir.path().join("run")).unwrap();
+        text
+    };
+    let text = notes("name = \"oft\"\nblock_size = 7");
+    assert!(text.contains("`block_size` is 7, which does not divide"), "{text}");
+    let text = notes("name = \"hra\"\nrank = 50");
+    assert!(text.contains("reflections make every rotation"), "{text}");
+    let text = notes("name = \"vera\"\nrank = 100");
+    assert!(text.contains("`rank` is 100, more than the"), "{text}");
+}

@@ -1,0 +1,330 @@
+//! What a recipe says of a method's sites, and the words where something of it matches nothing.
+
+use std::collections::BTreeSet;
+
+use engraft_method::Method;
+use engraft_nn::{LayerChoice, Matcher, Role, Site, Sites, TargetError, Targets};
+use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
+
+/// The recipe's words as targets; `None` where it says nothing.
+pub(crate) fn targets(
+    recipe: &Recipe,
+    table: &MethodTable,
+    default: Option<Targets>,
+) -> std::result::Result<Option<Targets>, Vec<Problem>> {
+    let matcher = match (&table.targets, &table.roles[..]) {
+        (Some(targets), _) => Some(matcher(targets)),
+        (None, []) => default.as_ref().map(|d| d.matcher.clone()),
+        (None, roles) => Some(Matcher::Roles(parse_roles(recipe, table, roles)?)),
+    };
+    let says = table.targets.is_some()
+        || !table.roles.is_empty()
+        || table.exclude.is_some()
+        || table.layers.is_some();
+    let Some(matcher) = matcher.filter(|_| says) else { return Ok(None) };
+    let patterns = table.layers_pattern.clone();
+    let one_pattern = patterns.len() == 1;
+    Ok(Some(Targets {
+        matcher,
+        exclude: table.exclude.as_ref().map(self::matcher),
+        layers: table.layers.clone().map(|layers| LayerChoice {
+            layers,
+            patterns,
+            one_layer: false,
+            one_pattern,
+        }),
+        train_also: table.train_also.clone(),
+    }))
+}
+
+fn matcher(targets: &recipe::Targets) -> Matcher {
+    match targets {
+        recipe::Targets::AllLinear => Matcher::AllLinear,
+        recipe::Targets::Pattern(pattern) => Matcher::Regex(pattern.clone()),
+        recipe::Targets::Names(names) => Matcher::Names(names.clone()),
+    }
+}
+
+fn parse_roles(
+    recipe: &Recipe,
+    table: &MethodTable,
+    roles: &[String],
+) -> std::result::Result<Vec<Role>, Vec<Problem>> {
+    let (mut found, mut problems) = (vec![], vec![]);
+    for (index, name) in roles.iter().enumerate() {
+        match Role::parse(name) {
+            Some(role) => found.push(role),
+            None => {
+                let known: Vec<&str> = Role::ALL.iter().map(|(_, name)| *name).collect();
+                let at = format!("{}.roles[{index}]", table.at);
+                let problem = recipe.problem_at(&at, format!("there is no role `{name}`"));
+                let near = nearest(name, known.iter().copied());
+                let problem = match near {
+                    Some(near) => problem.saying(format!("did you mean `{near}`?")),
+                    None => problem,
+                };
+                problems.push(problem.note(format!("roles are {}", known.join(", "))));
+            }
+        }
+    }
+    if problems.is_empty() { Ok(found) } else { Err(problems) }
+}
+
+/// The nearest name to `dead` that `paths` have: any stretch of one that has as many parts.
+fn near<'p>(dead: &str, paths: impl IntoIterator<Item = &'p str>) -> Option<String> {
+    let parts = dead.split('.').count();
+    let mut names = BTreeSet::new();
+    for path in paths {
+        let path: Vec<&str> = path.split('.').collect();
+        names.extend(path.windows(parts).map(|stretch| stretch.join(".")));
+    }
+    nearest(dead, names.iter().map(String::as_str)).map(str::to_owned)
+}
+
+/// The sites under both sets of names.
+fn both(sites: &Sites) -> impl Iterator<Item = &Site> {
+    sites.iter().chain(sites.older().into_iter().flat_map(|older| older.iter()))
+}
+
+/// A name of `train_also` that the model does not have, with the nearest that it has.
+pub(crate) fn dead_module(recipe: &Recipe, methods: &[MethodTable], dead: &str, sites: &Sites) -> Problem {
+    let title = format!("`train_also` names `{dead}`, which {} does not have", recipe.model.value);
+    let place = methods.iter().find_map(|m| Some((m, m.train_also.iter().position(|name| name == dead)?)));
+    let at = place.map_or("method".into(), |(table, index)| format!("{}.train_also[{index}]", table.at));
+    let problem = recipe.problem_at(&at, title);
+    match near(dead, both(sites).map(|site| site.path.as_str())) {
+        Some(near) => problem.saying(format!("did you mean `{near}`?")),
+        None => problem.help(format!("`engraft inspect {}` lists its tensors", recipe.model.value)),
+    }
+}
+
+/// What narrows the targets and means nothing here: layers without a target, names of lists of layers, exclusions.
+pub(crate) fn idle(
+    recipe: &Recipe,
+    table: &MethodTable,
+    method: &dyn Method,
+    targets: &Targets,
+    sites: &Sites,
+) -> Vec<Problem> {
+    let whole = Targets { exclude: None, layers: None, train_also: vec![], ..targets.clone() };
+    let views = || std::iter::once(sites).chain(sites.older().map(AsRef::as_ref));
+    // Where the names themselves match nothing, that is what is told.
+    let found = views().find_map(|sites| Some((sites, method.resolve(&whole, sites).ok()?.sites)));
+    let Some((sites, found)) = found else { return vec![] };
+    let mut problems = dead_exclusions(recipe, table, targets, sites);
+    if let Some(choice) = &targets.layers {
+        let within = |layers: Vec<usize>, patterns: &[String]| {
+            let layers = LayerChoice { layers, patterns: patterns.to_vec(), ..choice.clone() };
+            method.resolve(&Targets { layers: Some(layers), ..whole.clone() }, sites).is_ok()
+        };
+        problems.extend(dead_layers(recipe, table, choice, sites, &within));
+    }
+    if problems.is_empty() && views().all(|sites| method.resolve(targets, sites).is_err()) {
+        let keys = [
+            ("exclude", targets.exclude.is_some()),
+            ("layers", targets.layers.is_some()),
+            ("train_also", !targets.train_also.is_empty()),
+        ];
+        let keys: Vec<String> =
+            keys.iter().filter(|(_, there)| *there).map(|(key, _)| format!("`{key}`")).collect();
+        let title = format!("{} leave none of the {} targets", keys.join(" and "), found.len());
+        problems.push(recipe.problem_at(&table.at, title));
+    }
+    problems
+}
+
+/// A problem at a place in a list, or at the key where it holds one value.
+fn problem_in(recipe: &Recipe, key: &str, index: usize, title: String) -> Problem {
+    let at = format!("{key}[{index}]");
+    let at = if recipe.place(&at).is_some() { &at } else { key };
+    recipe.problem_at(at, title)
+}
+
+fn dead_exclusions(recipe: &Recipe, table: &MethodTable, targets: &Targets, sites: &Sites) -> Vec<Problem> {
+    let single = match &targets.exclude {
+        Some(Matcher::Names(names)) => names.iter().map(|name| Matcher::Names(vec![name.clone()])).collect(),
+        Some(pattern @ Matcher::Regex(_)) => vec![pattern.clone()],
+        _ => vec![],
+    };
+    let key = format!("{}.exclude", table.at);
+    let mut problems = Vec::new();
+    for (index, matcher) in single.iter().enumerate() {
+        let paths =
+            || both(sites).flat_map(|s| [s.path.as_str(), s.path.rsplit_once('.').map_or("", |p| p.0)]);
+        // What is no pattern is told when it is used.
+        if paths().any(|path| matcher.means(path).unwrap_or(true)) {
+            continue;
+        }
+        let name = match matcher {
+            Matcher::Names(names) => names.concat(),
+            Matcher::Regex(pattern) => pattern.clone(),
+            _ => continue,
+        };
+        let title = format!("`{key}` names `{name}`, which {} does not have", recipe.model.value);
+        let problem = problem_in(recipe, &key, index, title);
+        problems.push(match near(&name, paths()) {
+            Some(near) => problem.saying(format!("did you mean `{near}`?")),
+            None => problem.saying("leaves nothing out"),
+        });
+    }
+    problems
+}
+
+fn dead_layers(
+    recipe: &Recipe,
+    table: &MethodTable,
+    choice: &LayerChoice,
+    sites: &Sites,
+    within: &dyn Fn(Vec<usize>, &[String]) -> bool,
+) -> Vec<Problem> {
+    let (layers, patterns) = (format!("{}.layers", table.at), format!("{}.layers_pattern", table.at));
+    let blocks = sites.iter().filter_map(|s| s.layer).max().map_or(0, |last| last + 1);
+    let mut problems = Vec::new();
+    for (index, pattern) in choice.patterns.iter().enumerate() {
+        if within((0..blocks).collect(), std::slice::from_ref(pattern)) {
+            continue;
+        }
+        let title = format!("`{patterns}` names `{pattern}`, which is no list of layers here");
+        let problem = problem_in(recipe, &patterns, index, title);
+        let lists: BTreeSet<&str> = sites.iter().filter_map(|site| list_of(&site.path)).collect();
+        let lists: Vec<String> = lists.iter().map(|list| format!("`{list}`")).collect();
+        problems.push(problem.note(format!("layers are in {}", lists.join(", "))));
+    }
+    if !problems.is_empty() {
+        return problems;
+    }
+    let there: Vec<usize> = (0..blocks).filter(|&n| within(vec![n], &choice.patterns)).collect();
+    for (index, layer) in choice.layers.iter().enumerate().filter(|(_, n)| !there.contains(n)) {
+        let title = format!("`{layers}` names {layer}, where no target lies");
+        let problem = problem_in(recipe, &layers, index, title);
+        problems.push(match (there.first(), there.last()) {
+            (Some(first), Some(last)) if last - first + 1 == there.len() => {
+                problem.saying(format!("targets lie in layers {first} to {last}"))
+            }
+            _ => problem.saying(format!("targets lie in layers {there:?}")),
+        });
+    }
+    problems
+}
+
+/// What precedes the first number of a path.
+fn list_of(path: &str) -> Option<&str> {
+    let parts: Vec<&str> = path.split('.').collect();
+    let number = parts.iter().position(|part| part.parse::<usize>().is_ok())?;
+    parts.get(number.checked_sub(1)?).copied()
+}
+
+/// The error of names that match nothing among others that do: the same search for these alone, for its words.
+pub(crate) fn partly_dead(
+    method: &dyn Method,
+    targets: &Targets,
+    dead: Vec<String>,
+    sites: &Sites,
+) -> Option<engraft_nn::Error> {
+    let matcher = match &targets.matcher {
+        Matcher::Roles(_) => Matcher::Roles(dead.iter().filter_map(|name| Role::parse(name)).collect()),
+        _ => Matcher::Names(dead),
+    };
+    let mut error = method.resolve(&Targets { matcher, ..targets.clone() }, sites).err()?;
+    if let engraft_nn::Error::Targets(TargetError::Dead { all, .. }) = &mut error {
+        *all = false;
+    }
+    Some(error)
+}
+
+/// The head's module, where the role of the head is all that was asked for and the model has one.
+fn whole_head<'a>(names: &[String], note: &'a str) -> Option<&'a str> {
+    let head = note.split(", ").find_map(|part| part.strip_prefix("role head is `"));
+    head.filter(|_| names == ["head"])?.split('`').next()
+}
+
+/// The error of targets that match nothing: every dead name underlined, what the model has instead, what to write.
+pub(crate) fn dead_targets(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error) -> Problem {
+    let key = if table.targets.is_none() && !table.roles.is_empty() { "roles" } else { "targets" };
+    let at = format!("{}.{key}", table.at);
+    let engraft_nn::Error::Targets(TargetError::Dead { names, all, kind, total, note, suggestion, known }) =
+        error
+    else {
+        return recipe.problem_at(&at, error.to_string());
+    };
+    if let Some(module) = whole_head(&names, &note) {
+        let title =
+            format!("the head is no target of `{at}` here: `{module}` is trained as a whole or not at all");
+        let help = format!("leave `head` out, and set `train_also = [{module:?}]` to train it");
+        return recipe.problem_at(&at, title).help(help);
+    }
+    let shown = |names: &[String]| names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
+    let model = &recipe.model.value;
+    let title = match all {
+        true => format!("`{at}` matches nothing in {model}"),
+        false => format!("{} of `{at}` matches nothing in {model}", shown(&names)),
+    };
+    let mut problem = Problem::new(title);
+    let listed = match (&table.targets, key) {
+        (_, "roles") => table.roles.clone(),
+        (Some(recipe::Targets::Names(names)), _) => names.clone(),
+        _ => vec![],
+    };
+    let indices: Vec<usize> = (0..listed.len()).filter(|&i| names.contains(&listed[i])).collect();
+    let count = format!("0 of {total} {kind}s");
+    for (n, index) in indices.iter().enumerate() {
+        if let Some(place) = recipe.place(&format!("{at}[{index}]")) {
+            problem = problem.label(place, if n + 1 == indices.len() { count.as_str() } else { "" });
+        }
+    }
+    if problem.labels.is_empty() {
+        problem = recipe.problem_at(&at, problem.title).saying(count);
+    }
+    if let (Some(recipe::Targets::Pattern(pattern)), "targets") = (&table.targets, key) {
+        if strsim::damerau_levenshtein(pattern, "all-linear") <= 2 {
+            return problem.help("did you mean `targets = \"all-linear\"`?");
+        }
+        problem =
+            problem.note("a string is a pattern that a whole path must match; a list holds names of modules");
+    }
+    let meant = |i: &usize| Some((near(&listed[*i], known.iter().map(String::as_str))?, listed[*i].clone()));
+    // A role has a name of its own, which was read.
+    let meant: Vec<(String, String)> =
+        if key == "targets" { indices.iter().filter_map(meant).collect() } else { vec![] };
+    with_names(problem, &names, &note, &suggestion, &meant)
+}
+
+/// What the model has: names near to those that match nothing, else the modules that nearly every recipe wants.
+fn with_names(
+    mut problem: Problem,
+    names: &[String],
+    note: &str,
+    suggestion: &[String],
+    meant: &[(String, String)],
+) -> Problem {
+    // All roles where the model has none of the usual ones.
+    let parts: Vec<&str> = note.split(", ").collect();
+    let crossed = names.iter().any(|name| name.starts_with("cross"));
+    let usual = |part: &&str| match crossed {
+        true => ["role cross.q ", "role cross.v "].iter().any(|r| part.starts_with(r)),
+        false => ["role q ", "role v ", "role qkv "].iter().any(|r| part.starts_with(r)),
+    };
+    let few: Vec<&str> = parts.iter().copied().filter(usual).collect();
+    let words = if few.is_empty() { note.to_owned() } else { few.join(", ") };
+    if !words.is_empty() {
+        problem = problem.note(format!("in this model {words}"));
+    }
+    match meant {
+        [] => {}
+        [(near, _)] if names.len() == 1 => return problem.help(format!("did you mean `{near}`?")),
+        several => {
+            let each = several.iter().map(|(near, name)| format!("`{near}` for `{name}`"));
+            return problem.help(format!("did you mean {}?", each.collect::<Vec<_>>().join(", ")));
+        }
+    }
+    if suggestion.is_empty() {
+        return problem;
+    }
+    let list = suggestion.iter().map(|s| format!("{s:?}")).collect::<Vec<_>>().join(", ");
+    let roles = match few.iter().any(|r| r.starts_with("role qkv ")) {
+        _ if crossed => "\"cross.q\", \"cross.v\"",
+        true => "\"qkv\"",
+        false => "\"q\", \"v\"",
+    };
+    problem.help(format!("write `targets = [{list}]`, or `roles = [{roles}]` for any model"))
+}
