@@ -1,7 +1,11 @@
 //! The project's own bench: times the engine beside its peers, in one run on one machine.
 
+mod base;
+mod compare;
+mod inference;
 mod matmul;
 mod methods;
+mod open;
 mod peer;
 mod step;
 
@@ -24,6 +28,10 @@ enum Command {
     Step(step::Args),
     /// Training steps of every method, beside LoRA's
     Methods(methods::Args),
+    /// Accuracy of methods of all classes at equal budgets
+    Compare(compare::Args),
+    /// Reading and writing with every kind of adapter, beside the base alone
+    Inference(inference::Args),
     /// The engine's side of `step` and `methods`
     #[command(hide = true)]
     Engine { recipe: PathBuf, examples: PathBuf, threads: usize },
@@ -34,6 +42,8 @@ fn main() -> anyhow::Result<()> {
         Command::Matmul(args) => matmul::run(&args),
         Command::Step(args) => step::run(&args),
         Command::Methods(args) => methods::run(&args),
+        Command::Compare(args) => compare::run(&args),
+        Command::Inference(args) => inference::run(&args),
         Command::Engine { recipe, examples, threads } => step::answer(&recipe, &examples, threads),
     }
 }
