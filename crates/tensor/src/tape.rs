@@ -6,7 +6,7 @@
 
 use std::cell::Cell;
 use std::collections::{BinaryHeap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Arc, Mutex, RwLock};
 
 use crate::device::Buffer;
@@ -288,6 +288,7 @@ pub struct Param(Arc<ParamInner>);
 struct ParamInner {
     node: Arc<Node>,
     value: RwLock<Tensor>,
+    version: AtomicU64,
     trainable: bool,
 }
 
@@ -304,7 +305,8 @@ impl Param {
 
     fn with(value: Tensor, trainable: bool) -> Self {
         let node = Node::new("parameter", None);
-        Param(Arc::new(ParamInner { node, value: RwLock::new(value.detach()), trainable }))
+        let value = RwLock::new(value.detach());
+        Param(Arc::new(ParamInner { node, value, version: AtomicU64::new(0), trainable }))
     }
 
     /// The value; on the tape if it is trainable and recording is on.
@@ -335,11 +337,19 @@ impl Param {
             return shape_error("parameter", format!("{:?}", slot.shape()), format!("{:?}", value.shape()));
         }
         *slot = value.detach();
+        self.0.version.fetch_add(1, Release);
         Ok(())
     }
 
     pub(crate) fn with_value(&self, f: impl FnOnce(&mut Tensor)) {
-        f(&mut self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        let mut slot = self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        f(&mut slot);
+        self.0.version.fetch_add(1, Release);
+    }
+
+    /// How often the value has changed: what was computed from it holds while this stays the same.
+    pub fn version(&self) -> u64 {
+        self.0.version.load(Acquire)
     }
 
     /// Whether training changes it.
