@@ -5,20 +5,16 @@
 //! the median over rounds of the ratio to the base's time in the same round.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use engraft_method::look_first;
 use engraft_model::Packed;
-use engraft_nn::{Adapter, Inputs, KvCache, Layout, Pass};
-use engraft_tensor::{Tensor, no_grad, on_pool};
-use engraft_train::Session;
 use serde_json::{Value, json};
 
 use crate::base::{Llama, write_llama, write_tokens};
 use crate::median;
 use crate::open::open;
+use crate::reader::Reader;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -75,11 +71,10 @@ const ADAPTERS: &[(&str, &str)] = &[
     ("sparse mask, 0.5 %", "name = \"random_mask\"\ndensity = 0.005\ntargets = \"all-linear\""),
 ];
 
-/// A session with its adapter, or with none, and the times of its rounds.
+/// A model with an adapter, or with none, and the times of its rounds.
 struct Racer {
     name: &'static str,
-    session: Session,
-    adapter: Option<Arc<Adapter>>,
+    reader: Reader,
     /// Seconds to read, a round.
     read: Vec<f64>,
     /// Seconds a written token, a round.
@@ -168,8 +163,8 @@ fn start(args: &Args, setting: &Setting, folder: &Path) -> Result<Vec<Racer>> {
         )?;
         match open(&recipe, &packed) {
             Ok(session) => {
-                let adapter = (!alone).then(|| session.adapter.clone());
-                racers.push(Racer { name, session, adapter, read: Vec::new(), written: Vec::new() });
+                let reader = if alone { Reader::base(session) } else { Reader::adapted(session) };
+                racers.push(Racer { name, reader, read: Vec::new(), written: Vec::new() });
             }
             // CoDA reads and cannot write; what a model cannot have is told, not passed over.
             Err(error) if !alone => eprintln!("{name}: {}", format!("{error:#}").replace('\n', " ")),
@@ -181,66 +176,27 @@ fn start(args: &Args, setting: &Setting, folder: &Path) -> Result<Vec<Racer>> {
 
 impl Racer {
     fn race(&mut self, args: &Args, setting: &Setting, counts: bool) -> Result<()> {
-        let info = self.session.model.info();
-        let count = setting.sequences * args.length;
-        let ids: Vec<i64> = (0..count).map(|i| (5 + 37 * i % (info.vocabulary - 5)) as i64).collect();
-        let inputs = Inputs::tokens(
-            Tensor::from_i64(ids, [count])?,
-            None,
-            Layout::counted(&vec![args.length; setting.sequences])?,
-        );
+        let texts = self.reader.texts(setting.sequences, 0, args.length)?;
+        let started = Instant::now();
         if !setting.writes {
-            let started = Instant::now();
-            on_pool(|| no_grad(|| self.session.model.forward(&inputs, &self.pass(&inputs, None)?)))?
-                .to_vec()?;
+            self.reader.read(&texts)?;
             if counts {
                 self.read.push(started.elapsed().as_secs_f64());
             }
             return Ok(());
         }
-        let rows = self.adapter.as_ref().map_or(0, |adapter| adapter.cache_rows());
-        let room = args.length + args.written + rows;
-        let cache = Arc::new(Mutex::new(KvCache::new(info.layers, 1, room)));
-        let started = Instant::now();
-        self.feed(&inputs, &cache)?;
+        let cache = self.reader.cache(setting.sequences, args.length + args.written);
+        self.reader.feed(&texts, &cache)?;
         let read = started.elapsed().as_secs_f64();
         let started = Instant::now();
         for i in 0..args.written {
-            let layout = Layout::new(&[1], vec![(args.length + i) as i32])?;
-            let inputs = Inputs::tokens(Tensor::from_i64(vec![(7 + i) as i64], [1])?, None, layout);
-            self.feed(&inputs, &cache)?;
+            self.reader.feed(&self.reader.texts(setting.sequences, args.length + i, 1)?, &cache)?;
         }
         if counts {
             self.read.push(read);
             self.written.push(started.elapsed().as_secs_f64() / args.written as f64);
         }
         Ok(())
-    }
-
-    /// The logits after the last token of each sequence.
-    fn feed(&self, inputs: &Inputs, cache: &Arc<Mutex<KvCache>>) -> Result<Vec<f32>> {
-        let logits = on_pool(|| {
-            no_grad(|| {
-                let out = self.session.model.features(inputs, &self.pass(inputs, Some(cache))?)?;
-                let lasts: Vec<i64> =
-                    out.pass.layout().sequences().iter().map(|s| s.end as i64 - 1).collect();
-                let rows = out.features.gather(&Tensor::from_i64(lasts.clone(), [lasts.len()])?)?;
-                self.session.model.logits(&rows, &out.pass.select(&lasts)?)
-            })
-        })?;
-        Ok(logits.to_vec()?)
-    }
-
-    fn pass(&self, inputs: &Inputs, cache: Option<&Arc<Mutex<KvCache>>>) -> engraft_nn::Result<Pass> {
-        let pass = Pass::new(inputs.layout.clone(), self.adapter.clone());
-        let pass = match cache {
-            Some(cache) => pass.cached(cache.clone()),
-            None => pass,
-        };
-        if let Some(adapter) = &self.adapter {
-            look_first(&self.session.methods, adapter, self.session.model.as_ref(), inputs, &pass)?;
-        }
-        Ok(pass)
     }
 }
 
@@ -258,7 +214,7 @@ fn table(title: &str, args: &Args, setting: &Setting, racers: &mut [Racer]) -> V
     racers
         .iter_mut()
         .map(|racer| {
-            let trained = racer.adapter.as_ref().map_or(0, |adapter| adapter.trained_count());
+            let trained = racer.reader.adapter.as_ref().map_or(0, |adapter| adapter.trained_count());
             let (read, to_base) = beside(&mut racer.read, &base_read);
             let (written, written_to_base) = beside(&mut racer.written, &base_written);
             let cells = if setting.writes {

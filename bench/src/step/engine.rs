@@ -1,6 +1,6 @@
 //! The engine's side of the race: a process that opens a recipe, writes its examples down for the peers, and takes steps.
 
-use std::io::{BufRead, Write, stdin, stdout};
+use std::io::{BufRead, stdin};
 use std::path::Path;
 use std::time::Instant;
 
@@ -11,6 +11,7 @@ use engraft_train::{Session, Trainer};
 use serde_json::{Value, json};
 
 use crate::open::open;
+use crate::peer::say;
 
 /// Answers lines like `{"steps": 2}` until the input ends.
 pub fn answer(recipe: &Path, examples: &Path, threads: usize) -> Result<()> {
@@ -38,11 +39,6 @@ pub fn answer(recipe: &Path, examples: &Path, threads: usize) -> Result<()> {
         say(&json!({ "seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": loss }))?;
     }
     Ok(())
-}
-
-fn say(value: &Value) -> Result<()> {
-    println!("{value}");
-    Ok(stdout().flush()?)
 }
 
 /// Tokens and labels of every example.
