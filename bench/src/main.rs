@@ -1,8 +1,14 @@
 //! The project's own bench: times the engine beside its peers, in one run on one machine.
 
+mod base;
+mod compare;
+mod generation;
+mod inference;
 mod matmul;
 mod methods;
+mod open;
 mod peer;
+mod reader;
 mod step;
 
 use std::path::PathBuf;
@@ -24,6 +30,15 @@ enum Command {
     Step(step::Args),
     /// Training steps of every method, beside LoRA's
     Methods(methods::Args),
+    /// Accuracy of methods of all classes at equal budgets
+    Compare(compare::Args),
+    /// Reading and writing with every kind of adapter, beside the base alone
+    Inference(inference::Args),
+    /// Tokens written a second, beside transformers and the memory's bandwidth
+    Generation(generation::Args),
+    /// The engine's side of `generation`
+    #[command(hide = true)]
+    Writer { recipe: PathBuf, sequences: usize, threads: usize },
     /// The engine's side of `step` and `methods`
     #[command(hide = true)]
     Engine { recipe: PathBuf, examples: PathBuf, threads: usize },
@@ -34,6 +49,10 @@ fn main() -> anyhow::Result<()> {
         Command::Matmul(args) => matmul::run(&args),
         Command::Step(args) => step::run(&args),
         Command::Methods(args) => methods::run(&args),
+        Command::Compare(args) => compare::run(&args),
+        Command::Inference(args) => inference::run(&args),
+        Command::Generation(args) => generation::run(&args),
+        Command::Writer { recipe, sequences, threads } => generation::answer(&recipe, sequences, threads),
         Command::Engine { recipe, examples, threads } => step::answer(&recipe, &examples, threads),
     }
 }

@@ -1,12 +1,18 @@
 //! A peer: a Python program that answers a line of JSON with a line of JSON.
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Write, stdout};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+
+/// One answer, from the other side.
+pub fn say(value: &Value) -> Result<()> {
+    println!("{value}");
+    Ok(stdout().flush()?)
+}
 
 /// A running peer; it ends when dropped.
 pub struct Peer {

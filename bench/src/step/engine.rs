@@ -1,22 +1,23 @@
 //! The engine's side of the race: a process that opens a recipe, writes its examples down for the peers, and takes steps.
 
-use std::io::{BufRead, Write, stdin, stdout};
+use std::io::{BufRead, stdin};
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use engraft_data::{Example, IGNORED, Labels, TemplateOptions};
+use engraft_data::{Example, IGNORED, Labels};
 use engraft_nn::{Kind, Role};
-use engraft_recipe::Recipe;
-use engraft_store::hub::Hub;
-use engraft_train::{Session, SessionOptions, Trainer};
+use engraft_train::{Session, Trainer};
 use serde_json::{Value, json};
+
+use crate::open::open;
+use crate::peer::say;
 
 /// Answers lines like `{"steps": 2}` until the input ends.
 pub fn answer(recipe: &Path, examples: &Path, threads: usize) -> Result<()> {
     let started = Instant::now();
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-    let session = open(recipe)?;
+    let session = open(recipe, &Default::default())?;
     if !examples.exists() {
         std::fs::write(examples, dump(&session).to_string())?;
     }
@@ -38,28 +39,6 @@ pub fn answer(recipe: &Path, examples: &Path, threads: usize) -> Result<()> {
         say(&json!({ "seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": loss }))?;
     }
     Ok(())
-}
-
-fn say(value: &Value) -> Result<()> {
-    println!("{value}");
-    Ok(stdout().flush()?)
-}
-
-fn open(recipe: &Path) -> Result<Session> {
-    let text = std::fs::read_to_string(recipe)?;
-    let parsed = Recipe::parse(&text, &recipe.to_string_lossy(), &[], &engraft_train::method_specs())?;
-    // Everything is a path here: nothing is looked up.
-    let mut hub = Hub::new("hub".into());
-    hub.offline = true;
-    let mut options = SessionOptions {
-        hub: &hub,
-        progress: &mut |_| {},
-        working_dir: std::env::current_dir()?,
-        packed: Default::default(),
-        limits: Default::default(),
-        templates: TemplateOptions::default(),
-    };
-    Ok(Session::open(&parsed, &mut options)?)
 }
 
 /// Tokens and labels of every example.

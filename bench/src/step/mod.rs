@@ -3,7 +3,6 @@
 //! Engine and peers are processes that answer "take n steps" with seconds. They take turns round by round, so that a machine
 //! that slows down does so for all; compared are medians, and the ratio of each pair of neighbours.
 
-mod base;
 mod engine;
 mod table;
 mod work;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::base::{Llama, write_llama, write_tokens};
+use crate::base::{Llama, write_llama, write_tokens};
 
 /// What is measured.
 pub struct Work {

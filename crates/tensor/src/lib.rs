@@ -14,12 +14,14 @@ pub mod linalg;
 pub mod memory;
 pub mod ops;
 pub mod optim;
+mod param;
 mod pool;
 pub mod tape;
 mod tensor;
 pub mod testing;
 
 pub use error::{Error, Result};
+pub use param::Param;
 pub use pool::on_pool;
-pub use tape::{Gradients, Param, checkpoint, no_grad};
+pub use tape::{Gradients, checkpoint, no_grad};
 pub use tensor::{DType, Shape, Tensor, forbid_host_reads};

@@ -3,7 +3,8 @@
 pub use crate::cpu::adamw::AdamW;
 use crate::device::{AdamWState, Buffer, Kernels, cpu};
 use crate::error::Result;
-use crate::tape::{Gradients, Param};
+use crate::param::Param;
+use crate::tape::Gradients;
 use crate::tensor::Tensor;
 
 /// First and second moments of one parameter, f32.

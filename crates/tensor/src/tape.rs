@@ -7,10 +7,11 @@
 use std::cell::Cell;
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex};
 
 use crate::device::Buffer;
 use crate::error::{Error, Result, shape_error};
+use crate::param::Param;
 use crate::tensor::Tensor;
 
 type Backward = Box<dyn FnOnce(Tensor, &mut Sink) -> Result<()> + Send>;
@@ -24,7 +25,7 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    fn new(name: &'static str, backward: Option<Backward>) -> Arc<Node> {
+    pub(crate) fn new(name: &'static str, backward: Option<Backward>) -> Arc<Node> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let leaf = backward.is_none();
         Arc::new(Node { id: NEXT.fetch_add(1, Relaxed), name, backward: Mutex::new(backward), leaf })
@@ -85,6 +86,18 @@ impl Recording {
 /// Runs `f` with nothing recorded.
 pub fn no_grad<T>(f: impl FnOnce() -> T) -> T {
     with_mode(Mode::Off, f)
+}
+
+/// A trainable leaf: `value` at `node`, on the tape if recording is on.
+pub(crate) fn leaf(value: Tensor, node: &Arc<Node>) -> Tensor {
+    match MODE.get() {
+        Mode::Record => value.with_node(Some(node.clone())),
+        Mode::Off => value,
+        Mode::Watch => {
+            WATCHED.set(true);
+            value
+        }
+    }
 }
 
 impl Tensor {
@@ -255,17 +268,17 @@ pub struct Gradients {
 impl Gradients {
     /// The gradient of `param`, shape of the parameter; `None` if the loss does not depend on it.
     pub fn get(&self, param: &Param) -> Option<&Tensor> {
-        self.by_leaf.get(&param.0.node.id)
+        self.by_leaf.get(&param.node().id)
     }
 
     /// Replaces the gradient of `param`.
     pub fn set(&mut self, param: &Param, gradient: Tensor) {
-        self.by_leaf.insert(param.0.node.id, gradient);
+        self.by_leaf.insert(param.node().id, gradient);
     }
 
     /// Drops the gradient of `param`: an optimizer then leaves it as it is.
     pub fn remove(&mut self, param: &Param) {
-        self.by_leaf.remove(&param.0.node.id);
+        self.by_leaf.remove(&param.node().id);
     }
 
     /// Adds `other` to these (micro-batches of one step).
@@ -278,78 +291,6 @@ impl Gradients {
             self.by_leaf.insert(id, sum);
         }
         Ok(())
-    }
-}
-
-/// A trainable tensor: patches read it, the optimizer writes it. Clones are the same parameter.
-#[derive(Clone)]
-pub struct Param(Arc<ParamInner>);
-
-struct ParamInner {
-    node: Arc<Node>,
-    value: RwLock<Tensor>,
-    trainable: bool,
-}
-
-impl Param {
-    /// A parameter that training changes.
-    pub fn new(value: Tensor) -> Self {
-        Self::with(value, true)
-    }
-
-    /// A parameter that is stored with an adapter but not trained (a frozen projection).
-    pub fn frozen(value: Tensor) -> Self {
-        Self::with(value, false)
-    }
-
-    fn with(value: Tensor, trainable: bool) -> Self {
-        let node = Node::new("parameter", None);
-        Param(Arc::new(ParamInner { node, value: RwLock::new(value.detach()), trainable }))
-    }
-
-    /// The value; on the tape if it is trainable and recording is on.
-    pub fn get(&self) -> Tensor {
-        let value = self.value();
-        if !self.0.trainable {
-            return value;
-        }
-        match MODE.get() {
-            Mode::Record => value.with_node(Some(self.0.node.clone())),
-            Mode::Off => value,
-            Mode::Watch => {
-                WATCHED.set(true);
-                value
-            }
-        }
-    }
-
-    /// The value, off the tape.
-    pub fn value(&self) -> Tensor {
-        self.0.value.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
-    }
-
-    /// Replaces the value; the shape must stay.
-    pub fn set(&self, value: Tensor) -> Result<()> {
-        let mut slot = self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if slot.shape() != value.shape() {
-            return shape_error("parameter", format!("{:?}", slot.shape()), format!("{:?}", value.shape()));
-        }
-        *slot = value.detach();
-        Ok(())
-    }
-
-    pub(crate) fn with_value(&self, f: impl FnOnce(&mut Tensor)) {
-        f(&mut self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner()));
-    }
-
-    /// Whether training changes it.
-    pub fn trainable(&self) -> bool {
-        self.0.trainable
-    }
-
-    /// Whether `other` is the same parameter.
-    pub fn same(&self, other: &Param) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
     }
 }
 

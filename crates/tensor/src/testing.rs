@@ -1,7 +1,8 @@
 //! Checks that tests of this crate and of the crates above share.
 
 use crate::error::{Error, Result};
-use crate::tape::{Param, no_grad};
+use crate::param::Param;
+use crate::tape::no_grad;
 use crate::tensor::Tensor;
 
 /// Reproducible numbers in −1..1 without structure.

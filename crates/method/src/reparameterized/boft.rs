@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written};
 use crate::shared::biases::Biases;
+use crate::shared::kept::Kept;
 use crate::shared::orthogonal::{self, Side};
 use crate::shared::{divisors, matrices};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
@@ -177,6 +178,7 @@ impl Method for Boft {
                 r: b.param(&name("R"), &[self.made, blocks, size, size], r)?,
                 s: b.param(&name("s"), &scales, s)?,
                 dropout: self.dropout,
+                kept: Kept::new(),
             };
             b.patch(site.id, Patch::Weight(Box::new(patch)))?;
         }
@@ -228,11 +230,16 @@ struct Butterfly {
     r: Param,
     s: Param,
     dropout: f32,
+    kept: Kept<Vec<Tensor>>,
 }
 
 impl Butterfly {
     /// The blocks of every factor, turned matrices [blocks, b, b], the first factor first.
     fn factors(&self) -> Result<Vec<Tensor>> {
+        self.kept.of(&[&self.r], || self.rotations())
+    }
+
+    fn rotations(&self) -> Result<Vec<Tensor>> {
         let r = self.r.get();
         let [factors, blocks, size] = [r.dim(0), r.dim(1), r.dim(2)];
         let r = r.reshape([factors * blocks, size, size])?;

@@ -16,6 +16,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
+use crate::shared::kept::Kept;
 use crate::shared::places;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
@@ -125,6 +126,7 @@ impl Method for Nola {
                 beta: b.param(&format!("{}.nola_beta", site.path), &[k], Init::Zeros)?,
                 scale: (self.alpha / r as f64) as f32,
                 dropout: self.dropout,
+                kept: Kept::new(),
             };
             b.patch(site.id, Patch::Weight(Box::new(patch)))?;
         }
@@ -149,11 +151,16 @@ struct Combined {
     beta: Param,
     scale: f32,
     dropout: f32,
+    kept: Kept<[Tensor; 2]>,
 }
 
 impl Combined {
     /// A [r, in] and B [out, r].
     fn factors(&self) -> Result<[Tensor; 2]> {
+        self.kept.of(&[&self.alpha, &self.beta], || self.made())
+    }
+
+    fn made(&self) -> Result<[Tensor; 2]> {
         let (rank, inn) = (self.start.dim(0), self.start.dim(1));
         let sum = |coefficients: &Param, bases: &Tensor| -> Result<Tensor> {
             Ok(coefficients.get().reshape([1, bases.dim(0)])?.matmul(bases)?)

@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::kept::Kept;
 use crate::shared::matrices;
 use crate::shared::orthogonal::{self, Side};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Step, peft};
@@ -246,7 +247,8 @@ impl Method for Oft {
             let shape = [blocks, size * (size - 1) / 2];
             let q = b.param_in_group(&format!("{}.{name}.weight", site.path), &shape, start, group)?;
             let eps = self.constrained.then_some(self.eps as f32);
-            let patch = Turned { q, size, series: self.series, eps, dropout: self.dropout, table };
+            let patch =
+                Turned { q, size, series: self.series, eps, dropout: self.dropout, table, kept: Kept::new() };
             b.patch(site.id, Patch::Weight(Box::new(patch)))?;
         }
         Ok(())
@@ -345,11 +347,16 @@ struct Turned {
     dropout: f32,
     /// Of a table, whose rows are turned.
     table: bool,
+    kept: Kept<Tensor>,
 }
 
 impl Turned {
     /// R [blocks, b, b].
     fn blocks(&self) -> Result<Tensor> {
+        self.kept.of(&[&self.q], || self.rotations())
+    }
+
+    fn rotations(&self) -> Result<Tensor> {
         let mut q = self.q.get();
         if let Some(eps) = self.eps {
             // The gradient is the one at the projected Q.

@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::kept::Kept;
 use crate::shared::numpy_random::Generator;
 use crate::shared::places;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Stored, peft};
@@ -174,7 +175,7 @@ impl Method for UniLora {
             };
             let down = factor(b, "A", [self.rank, inn])?;
             let up = factor(b, "B", [out, self.rank])?;
-            let patch = Read { theta: theta.clone(), down, up, dropout: self.dropout };
+            let patch = Read { theta: theta.clone(), down, up, dropout: self.dropout, kept: Kept::new() };
             b.patch(site.id, Patch::Weight(Box::new(patch)))?;
         }
         Ok(())
@@ -235,10 +236,16 @@ struct Read {
     down: Factor,
     up: Factor,
     dropout: f32,
+    kept: Kept<[Tensor; 2]>,
 }
 
 impl Read {
     fn factors(&self) -> Result<[Tensor; 2]> {
+        let Factor { indices, scales } = &self.down;
+        self.kept.of(&[&self.theta, indices, scales, &self.up.indices, &self.up.scales], || self.made())
+    }
+
+    fn made(&self) -> Result<[Tensor; 2]> {
         let theta = self.theta.get();
         Ok([self.down.read(&theta)?, self.up.read(&theta)?])
     }

@@ -11,6 +11,7 @@ pub(crate) mod divisors;
 pub(crate) mod fields;
 pub(crate) mod gate;
 pub(crate) mod gated_prompts;
+pub(crate) mod kept;
 pub(crate) mod kronecker;
 pub(crate) mod low_rank;
 pub(crate) mod matrices;

@@ -87,8 +87,7 @@ pub(crate) fn turn_blocks(x: &Tensor, r: &Tensor, side: Side) -> Result<Tensor> 
         let pieces = x.reshape([rows * x.width() / n, n])?;
         return Ok(product(&pieces, &r.reshape([n, n])?)?.reshape(x.shape())?);
     }
-    let pieces = x.reshape([rows, r.dim(0), n])?.permute(&[1, 0, 2])?;
-    Ok(product(&pieces, r)?.permute(&[1, 0, 2])?.reshape(x.shape())?)
+    Ok(x.matmul_blocks(r, side == Side::Transposed)?)
 }
 
 /// R with each block left as it is or, while training, with probability `p`, replaced by the identity.

@@ -4,6 +4,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod blocks;
 pub mod cross_entropy;
 pub mod dense;
 pub mod dropout;

@@ -3,8 +3,8 @@
 use super::{AdamWState, AttentionBackward, Buffer, Kernels, NormBackward};
 use crate::cpu::random::Key;
 use crate::cpu::{
-    attention, cross_entropy, dense, dropout, fourier, hadamard, math, norm, primitives, rope, soft_top_k,
-    sparse,
+    attention, blocks, cross_entropy, dense, dropout, fourier, hadamard, math, norm, primitives, rope,
+    soft_top_k, sparse,
 };
 use crate::frozen::{FrozenMatrix, RowSource};
 use crate::ops::{Anneal, Attention, Binary, Frequencies, Norm, Pattern, Product, Unary};
@@ -104,6 +104,12 @@ impl Kernels for Cpu {
     }
     fn matmul(&self, p: Product, a: &Tensor, b: &Tensor, y: &mut Buffer) {
         primitives::matmul(p, a.f32(), b.f32(), y.as_f32_mut());
+    }
+    fn block_product(&self, x: &Tensor, r: &Tensor, n: usize, transposed: bool, y: &mut Buffer) {
+        blocks::block_product(x.f32(), r.f32(), n, transposed, y.as_f32_mut());
+    }
+    fn block_gradient(&self, x: &Tensor, dy: &Tensor, n: usize, dr: &mut Buffer) {
+        blocks::block_gradient(x.f32(), dy.f32(), n, dr.as_f32_mut());
     }
     fn inverse(&self, a: &Tensor, y: &mut Buffer) {
         dense::inverse(a.f32(), a.width(), y.as_f32_mut());

@@ -70,6 +70,10 @@ pub(crate) trait Kernels {
     fn hadamard(&self, n: usize, y: &mut Buffer);
     /// Batched product, see [`Product`].
     fn matmul(&self, p: Product, a: &Tensor, b: &Tensor, y: &mut Buffer);
+    /// y = x times the blocks r [count, n, n] on a diagonal, or times their transposes.
+    fn block_product(&self, x: &Tensor, r: &Tensor, n: usize, transposed: bool, y: &mut Buffer);
+    /// Gradient of the blocks: of each, xᵀ·dy of its columns.
+    fn block_gradient(&self, x: &Tensor, dy: &Tensor, n: usize, dr: &mut Buffer);
     /// y = a⁻¹ for matrices a [.., n, n]; not finite where one is singular.
     fn inverse(&self, a: &Tensor, y: &mut Buffer);
     /// q·r = a [m, n] with orthonormal columns q [m, n] and upper triangular r [n, n].

@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn the_input_is_kept_for_a_trained_a_alone() {
-        use crate::tape::Param;
+        use crate::param::Param;
         let (a, b) = (sample(&[4, 5], 3), Param::new(sample(&[7, 4], 4)));
         for trained in [false, true] {
             let a = if trained { Param::new(a.clone()) } else { Param::frozen(a.clone()) };

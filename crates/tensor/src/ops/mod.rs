@@ -1,10 +1,11 @@
 //! Operations on tensors, one idea a file: shape check, kernel, gradient, test.
 //!
 //! `elementwise`, `reduce`, `shape`, `gather`, `top_k`, `matmul`, `dense`, `fourier`, `hadamard` and `softmax` are the primitives
-//! from which any method can be composed; `linear`, `low_rank`, `lstm`, `sparse`, `norm`, `rope`, `attention`, `gated`, `loss`,
+//! from which any method can be composed; `linear`, `blocks`, `low_rank`, `lstm`, `sparse`, `norm`, `rope`, `attention`, `gated`, `loss`,
 //! `soft_top_k` and `dropout` are fused and are tested against their composition.
 
 mod attention;
+mod blocks;
 mod carrying;
 mod dense;
 mod dropout;

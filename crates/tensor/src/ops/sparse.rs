@@ -177,7 +177,7 @@ impl Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tape::Param;
+    use crate::param::Param;
     use crate::testing::{check_gradients, close, sample};
 
     const PLACES: [u64; 6] = [1, 3, 4, 11, 30, 34];

@@ -10,6 +10,7 @@ use engraft_tensor::{Param, Tensor, no_grad};
 
 use super::factors::{Factors, Table};
 use super::{Lora, Shapes};
+use crate::shared::kept::Kept;
 
 impl Lora {
     pub(super) fn attach_magnitude(
@@ -26,7 +27,7 @@ impl Lora {
         };
         let name = format!("{}.lora_magnitude_vector", site.path);
         let magnitude = b.param_in_group(&name, &shape, Init::Values(norms), self.group(false))?;
-        b.patch(site.id, Patch::Weight(Box::new(Dora { factors, magnitude })))
+        b.patch(site.id, Patch::Weight(Box::new(Dora { factors, magnitude, norms: Kept::new() })))
     }
 
     pub(super) fn attach_table_magnitude(
@@ -47,6 +48,8 @@ impl Lora {
 struct Dora {
     factors: Factors,
     magnitude: Param,
+    /// Those over a frozen weight.
+    norms: Kept<Tensor>,
 }
 
 impl Dora {
@@ -61,6 +64,11 @@ impl Dora {
         let Some(squares) = base.row_squares()? else {
             return row_norms(&base.dense()?.add(&self.factors.product()?)?);
         };
+        self.norms.of(&self.factors.params(), || self.norms_over(base, &squares))
+    }
+
+    /// The same over a frozen weight, ‖w‖² of whose rows are `squares` `[out]`.
+    fn norms_over(&self, base: &dyn Base, squares: &Tensor) -> Result<Tensor> {
         let (a, b) = self.factors.pair()?;
         let (scale, out) = (self.factors.scale, b.dim(0));
         let sums = |t: Tensor| -> Result<Tensor> { Ok(t.sum_to(&[out, 1])?.reshape([out])?) };

@@ -52,6 +52,15 @@ pub(super) struct Factors {
 }
 
 impl Factors {
+    /// The tensors that training may change.
+    pub fn params(&self) -> Vec<&Param> {
+        let inner = match &self.inner {
+            Inner::Nothing => None,
+            Inner::Mixer(m) | Inner::Diagonal(m) => Some(m),
+        };
+        [&self.a, &self.b].into_iter().chain(inner).collect()
+    }
+
     /// A, or M·A: what B is multiplied by.
     pub fn a(&self) -> Result<Tensor> {
         let a = spread(matrix(&self.a)?, self.blocks[0])?;
