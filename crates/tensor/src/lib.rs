@@ -22,4 +22,4 @@ pub mod testing;
 pub use error::{Error, Result};
 pub use pool::on_pool;
 pub use tape::{Gradients, Param, checkpoint, no_grad};
-pub use tensor::{DType, Shape, Tensor, forbid_host_reads};
+pub use tensor::{DType, Shape, Tensor, forbid_host_reads, read_once};
