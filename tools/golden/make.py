@@ -55,6 +55,8 @@ GROUPS = {
     "adapters": ("cases_adapters", "adapters"),
     "activations": ("cases_activations", "peft"),
     "weights": ("cases_weights", "peft"),
+    "parameters": ("cases_parameters", "peft"),
+    "decompositions": ("cases_decompositions", "peft"),
     "hybrid-own": ("cases_hybrid", "peft"),
     "s4": ("s4", "peft"),
     "hybrid": ("hybrid", "adapters"),

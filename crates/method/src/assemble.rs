@@ -316,6 +316,7 @@ fn config(
     if let Some(targets) = targets {
         let by_layer = map.contains_key("layers_to_transform");
         map.extend(peft::write_targets(&targets, method, sites, by_layer)?);
+        peft::agree_on_parameters(&mut map);
         peft::agree_on_feedforward(&mut map, sites, &chosen);
     }
     Ok((map, chosen))

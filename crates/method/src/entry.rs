@@ -79,6 +79,13 @@ pub enum FieldKind {
 /// A method's table of a recipe, without the keys that every method has.
 pub type Settings = Map<String, Value>;
 
+/// Types of `peft` that are not here, and why.
+const NOT_HERE: &[(&str, &str)] = &[(
+    "SHADOW",
+    "a second, small language model that runs beside the blocks of the base and cannot be merged into it, which is not here; \
+     use it in peft, or train a side network on frozen blocks with method `lst`",
+)];
+
 /// A method in the registry.
 pub struct Entry {
     /// What it is.
@@ -115,9 +122,29 @@ pub fn from_file(config: &Value) -> Result<Loaded> {
         }
     }
     let found = config.get("peft_type").and_then(Value::as_str).unwrap_or("none");
+    if let Some((_, reason)) = NOT_HERE.iter().find(|(name, _)| *name == found) {
+        return Err(Error::Unsupported(format!("adapter_config.json has peft_type {found}: {reason}")));
+    }
     let known: Vec<&str> = METHODS.iter().map(|e| e.info.peft_type).collect();
     Err(Error::Unsupported(format!(
         "adapter_config.json has peft_type {found}, which is not there yet; readable are {}",
         known.join(", ")
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_is_not_here_is_named() {
+        let error = |config: Value| from_file(&config).map(|_| ()).unwrap_err().to_string();
+        assert!(error(json!({ "peft_type": "SHADOW" })).contains("method `lst`"));
+        assert!(
+            error(json!({ "peft_type": "SOMETHING" }))
+                .contains("SOMETHING, which is not there yet; readable are LORA")
+        );
+        assert!(NOT_HERE.iter().all(|(name, _)| METHODS.iter().all(|e| e.info.peft_type != *name)));
+    }
 }

@@ -44,10 +44,10 @@ use prompts::{
     apt, dept, idpg, llama_adapter, llama_adapter_v2, lpt, mpt, p_tuning, prefix, prompt, smop, vpt, xprompt,
 };
 use reparameterized::{
-    adalora, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, glora, gralora,
-    hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola, oft, osf,
-    peanut, periodiclora, phm, poly, psoft, pvera, randlora, road, rosa, said, sora, tinylora, unilora,
-    vblora, vera, waveft, xlora,
+    adalora, adamss, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, frod,
+    glora, gralora, hira, hiwi, hra, kadaptation, krona, lily, loha, lokr, lora, loramoe, miss, molora, nola,
+    oft, osf, peanut, periodiclora, phm, poly, psoft, pvera, randlora, road, rosa, said, sora, tinylora,
+    unilora, vblora, vera, waveft, xlora,
 };
 use selective::{
     bitfit, child_tuning, diff_pruning, far, fish, full, gps, lisa, ln_tuning, lt_sft, pafi, random_mask,
@@ -111,6 +111,8 @@ pub static METHODS: &[&Entry] = &[
     &psoft::ENTRY,
     &tinylora::ENTRY,
     &osf::ENTRY,
+    &frod::ENTRY,
+    &adamss::ENTRY,
     &hiwi::ENTRY,
     &beft::ENTRY,
     &bottleneck::ENTRY,

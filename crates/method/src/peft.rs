@@ -202,6 +202,16 @@ fn module_path(site: &Site) -> &str {
     }
 }
 
+/// Modules whose matrices are in `target_parameters` are not in `target_modules` too. A list that becomes empty stays one:
+/// none at all would mean the default.
+pub(crate) fn agree_on_parameters(map: &mut Map<String, Value>) {
+    let list = |key: &str| map.get(key).and_then(texts);
+    if let (Some(mut targets), Some(parameters)) = (list("target_modules"), list("target_parameters")) {
+        targets.retain(|module| !parameters.contains(&format!("{module}.weight")));
+        map.insert("target_modules".into(), json!(targets));
+    }
+}
+
 /// Lists of `feedforward_modules` must be among `target_modules`, text by text: where they are not, both become paths.
 pub(crate) fn agree_on_feedforward(map: &mut Map<String, Value>, sites: &Sites, chosen: &[SiteId]) {
     let list = |key: &str| map.get(key).and_then(texts);

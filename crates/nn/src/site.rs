@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use engraft_tensor::Tensor;
 
+use crate::Result;
 use crate::weight::Weight;
 
 /// Index of a site in its model's [`Sites`].
@@ -206,6 +207,21 @@ pub enum Numbers {
     F32,
     F16,
     BF16,
+}
+
+impl Numbers {
+    /// A tensor with every number rounded to one of these.
+    pub fn rounded(self, t: &Tensor) -> Result<Tensor> {
+        let round = |v: f32| match self {
+            Numbers::F32 => v,
+            Numbers::F16 => half::f16::from_f32(v).to_f32(),
+            Numbers::BF16 => half::bf16::from_f32(v).to_f32(),
+        };
+        if self == Numbers::F32 {
+            return Ok(t.clone());
+        }
+        Ok(Tensor::from_vec(t.to_vec()?.into_iter().map(round).collect(), t.shape())?)
+    }
 }
 
 /// Which names the modules of a model go by, where `transformers` has changed them between two of its versions.
@@ -411,5 +427,19 @@ impl Sites {
     /// Sites of one kind.
     pub fn of_kind<'a>(&'a self, is: impl Fn(&Kind) -> bool + 'a) -> impl Iterator<Item = &'a Site> {
         self.iter().filter(move |s| is(&s.kind))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_rounded_to_those_of_the_model() {
+        let t = Tensor::from_vec(vec![1.0 + 1.0 / 512.0, -0.1, 3e-8], [3]).unwrap();
+        let rounded = |numbers: Numbers| numbers.rounded(&t).unwrap().to_vec().unwrap();
+        assert_eq!(rounded(Numbers::F32), t.to_vec().unwrap());
+        assert_eq!(rounded(Numbers::BF16)[..2], [1.0, -0.100_097_656]);
+        assert_eq!(rounded(Numbers::F16), [1.001_953_1, -0.099_975_586, 5.960_464_5e-8]);
     }
 }

@@ -39,8 +39,31 @@ pub fn svd_lowrank(a: &Tensor, count: usize, iterations: usize, key: Key) -> Res
     if count >= rows.min(columns) {
         return decompose(a.as_ref());
     }
-    let range = |m: Mat<f64>| m.qr().compute_thin_Q();
     let noise = Mat::from_fn(columns, count, |i, j| f64::from(key.normal((i * count + j) as u64)));
+    iterated(a, noise, iterations)
+}
+
+/// The same from random vectors that are given, [min(rows, columns), count], as `torch.svd_lowrank` uses them: of a matrix
+/// with more columns than rows, the transpose is taken apart, and the signs are then chosen by the columns of U.
+///
+/// # Errors
+/// As [`svd`]; vectors that do not fit.
+pub fn svd_lowrank_from(a: &Tensor, vectors: &Tensor, iterations: usize) -> Result<Svd> {
+    let (a, noise) = (host(a, "svd")?, host(vectors, "svd")?);
+    let (rows, columns, count) = (a.nrows(), a.ncols(), noise.ncols());
+    let least = rows.min(columns);
+    if noise.nrows() != least || count > least {
+        return shape_error("svd", format!("[{least}, up to {least}]"), format!("{:?}", vectors.shape()));
+    }
+    if rows >= columns {
+        return iterated(a, noise, iterations);
+    }
+    let Svd { u, s, vt } = iterated(a.transpose().to_owned(), noise, iterations)?;
+    Ok(Svd { u: vt.t()?, s, vt: u.t()? })
+}
+
+fn iterated(a: Mat<f64>, noise: Mat<f64>, iterations: usize) -> Result<Svd> {
+    let range = |m: Mat<f64>| m.qr().compute_thin_Q();
     let mut q = range(&a * noise);
     for _ in 0..iterations {
         q = range(&a * range(a.transpose() * q));
@@ -74,6 +97,64 @@ pub fn solve_positive(c: &Tensor, b: &Tensor) -> Result<Tensor> {
     tensor(factor.solve(b).as_ref())
 }
 
+/// X with A·X = B, A square.
+///
+/// # Errors
+/// Shapes that do not fit, an A without an inverse.
+pub fn solve(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (a, b) = (host(a, "solve")?, host(b, "solve")?);
+    if a.nrows() != a.ncols() || a.nrows() != b.nrows() {
+        let (n, found) = (b.nrows(), format!("[{}, {}]", a.nrows(), a.ncols()));
+        return shape_error("solve", format!("[{n}, {n}]"), found);
+    }
+    let x = a.partial_piv_lu().solve(b);
+    if !x.is_all_finite() {
+        let message = "expected a matrix with an inverse, found one without".into();
+        return Err(Error::Value { op: "solve", message });
+    }
+    tensor(x.as_ref())
+}
+
+/// Eigenvalues of a symmetric matrix, rising, and the eigenvectors [n, n], its columns. Their signs are chosen as in [`Svd`]:
+/// the largest number of each is positive.
+///
+/// # Errors
+/// As [`svd`]; a matrix that is not square.
+pub fn symmetric_eigen(a: &Tensor) -> Result<(Vec<f32>, Tensor)> {
+    let a = host(a, "eigen")?;
+    if a.nrows() != a.ncols() {
+        let found = format!("[{}, {}]", a.nrows(), a.ncols());
+        return shape_error("eigen", "a square matrix", found);
+    }
+    let eigen = a.self_adjoint_eigen(Side::Lower);
+    let eigen = eigen.map_err(|e| Error::Value { op: "eigen", message: format!("{e:?}") })?;
+    let mut vectors = eigen.U().to_owned();
+    for k in 0..vectors.ncols() {
+        if largest(vectors.as_ref(), k) < 0.0 {
+            (0..vectors.nrows()).for_each(|i| vectors[(i, k)] = -vectors[(i, k)]);
+        }
+    }
+    let values = eigen.S().column_vector().iter().map(|&s| s as f32).collect();
+    Ok((values, tensor(vectors.as_ref())?))
+}
+
+/// An orthonormal basis [n, n] whose first columns are the orthonormal ones of v [n, k].
+///
+/// # Errors
+/// As [`svd`].
+pub fn completed(v: &Tensor) -> Result<Tensor> {
+    let v = host(v, "basis")?;
+    let (n, k) = (v.nrows(), v.ncols());
+    let spanning = Mat::from_fn(n, k + n, |i, j| if j < k { v[(i, j)] } else { f64::from(i == j - k) });
+    let q = spanning.qr().compute_thin_Q();
+    tensor(Mat::from_fn(n, n, |i, j| if j < k { v[(i, j)] } else { q[(i, j)] }).as_ref())
+}
+
+/// The largest number of column `k`, with its sign.
+fn largest(m: MatRef<'_, f64>, k: usize) -> f64 {
+    (0..m.nrows()).fold(0.0, |most: f64, i| if m[(i, k)].abs() > most.abs() { m[(i, k)] } else { most })
+}
+
 fn decompose(a: MatRef<'_, f64>) -> Result<Svd> {
     decompose_wide(a, None)
 }
@@ -83,9 +164,7 @@ fn decompose_wide(a: MatRef<'_, f64>, left: Option<MatRef<'_, f64>>) -> Result<S
     let svd = a.thin_svd().map_err(|e| Error::Value { op: "svd", message: format!("{e:?}") })?;
     let (mut u, mut v) = (svd.U().to_owned(), svd.V().to_owned());
     for k in 0..v.ncols() {
-        let largest =
-            (0..v.nrows()).fold(0.0f64, |m, i| if v[(i, k)].abs() > m.abs() { v[(i, k)] } else { m });
-        if largest < 0.0 {
+        if largest(v.as_ref(), k) < 0.0 {
             (0..v.nrows()).for_each(|i| v[(i, k)] = -v[(i, k)]);
             (0..u.nrows()).for_each(|i| u[(i, k)] = -u[(i, k)]);
         }
@@ -169,6 +248,37 @@ mod tests {
         }
         close(&part.vt.rows_between(0, 3).unwrap(), &whole.vt.rows_between(0, 3).unwrap(), 1e-3);
         close(&product(&svd_lowrank(&a, 50, 0, KEY).unwrap()), &a, 1e-5);
+        let (wide, vectors) = (svd_lowrank_from(&a, &sample(&[30, 8], 4), 4).unwrap(), sample(&[30, 8], 4));
+        assert_eq!((wide.u.shape(), wide.vt.shape()), (&[30, 8][..], &[8, 40][..]));
+        let tall = svd_lowrank_from(&a.t().unwrap(), &vectors, 4).unwrap();
+        close(&tall.u.t().unwrap(), &wide.vt, 1e-6);
+        close(&wide.u.t_matmul(&wide.u).unwrap(), &identity(8), 1e-5);
+        assert!((whole.s[0] - wide.s[0]).abs() < 1e-4 * whole.s[0]);
+        assert!(svd_lowrank_from(&a, &sample(&[40, 8], 4), 4).is_err());
+    }
+
+    #[test]
+    fn symmetric_matrices_have_eigenvectors_and_bases_are_completed() {
+        let x = sample(&[9, 6], 1);
+        let c = x.t_matmul(&x).unwrap().sub(&identity(6)).unwrap();
+        let (values, vectors) = symmetric_eigen(&c).unwrap();
+        assert!(values.windows(2).all(|w| w[0] <= w[1]), "{values:?}");
+        let scaled = vectors.mul(&Tensor::from_vec(values, [6]).unwrap()).unwrap();
+        close(&c.matmul(&vectors).unwrap(), &scaled, 1e-5);
+        close(&vectors.t_matmul(&vectors).unwrap(), &identity(6), 1e-6);
+        let thin = vectors.narrow(1, 0, 2).unwrap();
+        let whole = completed(&thin).unwrap();
+        close(&whole.narrow(1, 0, 2).unwrap(), &thin, 1e-6);
+        close(&whole.t_matmul(&whole).unwrap(), &identity(6), 1e-6);
+        assert!(symmetric_eigen(&x).is_err());
+    }
+
+    #[test]
+    fn square_systems_are_solved_and_singular_ones_refused() {
+        let (a, b) = (sample(&[5, 5], 1), sample(&[5, 3], 2));
+        close(&a.matmul(&solve(&a, &b).unwrap()).unwrap(), &b, 1e-5);
+        assert!(solve(&Tensor::zeros([5, 5]), &b).is_err());
+        assert!(solve(&a, &sample(&[4, 3], 2)).is_err());
     }
 
     #[test]

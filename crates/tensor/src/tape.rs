@@ -431,6 +431,8 @@ mod tests {
         {
             let _step = crate::forbid_host_reads();
             assert!(matches!(x.to_vec(), Err(Error::HostRead)));
+            assert!(crate::read_once(|| x.to_vec()).is_ok());
+            assert!(matches!(x.to_vec(), Err(Error::HostRead)));
         }
         assert!(x.to_vec().is_ok());
     }

@@ -65,6 +65,12 @@ impl Drop for HostReadGuard {
     }
 }
 
+/// Runs `f` as if no guard of [`forbid_host_reads`] lived on this thread: for what is read once and kept over many steps, as the
+/// parts of a matrix that steps do not change.
+pub fn read_once<T>(f: impl FnOnce() -> T) -> T {
+    with_host_reads_forbidden(0, f)
+}
+
 /// How many guards of [`forbid_host_reads`] live on this thread.
 pub(crate) fn host_reads_forbidden() -> usize {
     HOST_READS_FORBIDDEN.with(Cell::get)

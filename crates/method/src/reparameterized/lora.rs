@@ -17,6 +17,7 @@ mod bias;
 mod dora;
 mod factors;
 mod file;
+mod parameters;
 mod prepare;
 mod settings;
 mod start;
@@ -67,6 +68,8 @@ struct Lora {
     tied: bool,
     /// Rows of tables that are trained beside the factors.
     tokens: Tokens,
+    /// `target_parameters` of a file.
+    parameters: Vec<String>,
     /// Whether it was read from a file: what such a file leaves out is made again as `peft` does.
     from_file: bool,
 }
@@ -102,6 +105,7 @@ impl Method for Lora {
         self.tokens.attach(b)?;
         let tied = if self.tied { tied::follow(b)? } else { vec![] };
         for site in b.targets().into_iter().filter(|site| !tied.contains(&site.id)) {
+            self.check_parameter(site)?;
             match site.kind {
                 Kind::Linear { out, inn, .. } => {
                     self.attach_matrix(b, site, Shapes { a: &[inn], ones: &[] }, out)?;

@@ -1,6 +1,7 @@
 //! Low-dimensional changes of weights that fold into them.
 
 pub(crate) mod adalora;
+pub(crate) mod adamss;
 pub(crate) mod autolora;
 pub(crate) mod bilora;
 pub(crate) mod boft;
@@ -11,6 +12,7 @@ pub(crate) mod delora;
 pub(crate) mod dvora;
 pub(crate) mod dylora;
 pub(crate) mod fourierft;
+pub(crate) mod frod;
 pub(crate) mod glora;
 pub(crate) mod gralora;
 pub(crate) mod hira;

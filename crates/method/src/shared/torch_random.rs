@@ -121,6 +121,18 @@ impl Generator {
         }
         first
     }
+
+    /// The same, and what the whole permutation would have drawn is drawn.
+    pub fn whole_permutation(&mut self, n: usize, count: usize) -> Vec<usize> {
+        let first = self.permutation(n, count);
+        for _ in count.min(n)..n.saturating_sub(1) {
+            match n < LARGE {
+                true => u64::from(self.bits()),
+                false => self.long_bits(),
+            };
+        }
+        first
+    }
 }
 
 #[cfg(test)]
@@ -179,6 +191,13 @@ mod tests {
     fn a_whole_permutation_has_every_number_once() {
         let mut order = Generator::new(5).permutation(100, 1000);
         assert_eq!(Generator::new(5).permutation(100, 7), order[..7]);
+        let mut whole = Generator::new(5);
+        whole.permutation(100, 100);
+        for count in [0, 7, 99, 100] {
+            let mut some = Generator::new(5);
+            assert_eq!(some.whole_permutation(100, count), order[..count]);
+            assert_eq!(some.bits(), Generator { state: whole.state, at: whole.at }.bits());
+        }
         order.sort_unstable();
         assert_eq!(order, (0..100).collect::<Vec<_>>());
     }

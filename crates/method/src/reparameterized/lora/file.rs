@@ -5,6 +5,7 @@ use engraft_tensor::Tensor;
 use engraft_tensor::ops::cat;
 use serde_json::{Map, Value, json};
 
+use super::parameters;
 use super::prepare::Search;
 use super::settings::{INFO, RANK_MAX, check};
 use super::start::Start;
@@ -25,7 +26,7 @@ const OFF: &[&str] = &[
     "velora_config",
 ];
 /// Keys about places that no model here has.
-const PLACES: &[&str] = &["layer_replication", "target_parameters"];
+const PLACES: &[&str] = &["layer_replication"];
 /// Keys that only say how the tensors started, or hold a default that matters only to a variant that is off.
 const SILENT: &[&str] = &[
     "corda_config",
@@ -43,6 +44,7 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let targets = peft::read_targets(&mut r);
+    let (targets, parameters) = parameters::read(&mut r, targets);
     r.must_be_off(OFF);
     refuse_other_places(&mut r);
     r.ignore(SILENT);
@@ -62,6 +64,7 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
         dora: r.flag("use_dora", false),
         tied: r.flag("ensure_weight_tying", false),
         tokens: Tokens::read(&mut r),
+        parameters,
         from_file: true,
         ..Lora::default()
     };
@@ -73,22 +76,12 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
 
 /// Variants that adapt what no model here has.
 fn refuse_other_places(r: &mut Reader<'_>) {
-    for (key, reason) in [
-        (
-            "target_parameters",
-            "it adapts parameters by their own names, as layers of experts have them, and the models that are \
-          here have every matrix in a module: name the modules in `target_modules`",
-        ),
-        (
-            "layer_replication",
-            "it adapts a model whose layers are there several times, and layers are not copied here: write \
-          out the model with its layers copied, and train on that",
-        ),
-    ] {
-        let given = r.value(key).is_some_and(|v| v.as_array().is_none_or(|list| !list.is_empty()));
-        if given {
-            r.problem(format!("`{key}`: {reason}"));
-        }
+    let given = |v: &Value| v.as_array().is_none_or(|list| !list.is_empty());
+    if r.value("layer_replication").is_some_and(given) {
+        r.problem(
+            "`layer_replication`: it adapts a model whose layers are there several times, and layers are not copied here: write \
+             out the model with its layers copied, and train on that",
+        );
     }
 }
 
@@ -144,6 +137,8 @@ impl Lora {
             "kasa_config": Kasa::config(self.kasa), "use_bdlora": Blocks::config(self.blocks.as_ref()), "r": rank, "rank_pattern": ranks, "use_dora": self.dora, "use_qalora": false, "use_rslora": self.root_scaling,
         });
         map.extend(own.as_object().cloned().unwrap_or_default());
+        let parameters = Some(&self.parameters).filter(|names| !names.is_empty());
+        map.insert("target_parameters".into(), json!(parameters));
         map
     }
 

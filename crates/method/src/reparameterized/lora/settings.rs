@@ -237,6 +237,7 @@ impl Default for Lora {
             lr_ratio: 1.0,
             tied: false,
             tokens: Tokens::default(),
+            parameters: vec![],
             from_file: false,
         }
     }
@@ -279,6 +280,7 @@ pub(super) fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Met
         lr_ratio: r.float("lr_ratio", 1.0),
         tied: false,
         tokens: Tokens::default(),
+        parameters: vec![],
         from_file: false,
     };
     check(&lora, &mut r);
@@ -310,6 +312,7 @@ pub(super) fn check(lora: &Lora, r: &mut Reader<'_>) {
     for p in lora.rank_pattern.iter().filter_map(|p| p.not_a_count(RANK_MAX)) {
         r.problem(format!("`rank_pattern`: expected a whole number from 1 to {RANK_MAX}, found {p}"));
     }
+    lora.check_parameters(r);
     if lora.dora && lora.product_bias {
         r.problem("`lora_bias` and DoRA cannot be combined");
     }
