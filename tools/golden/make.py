@@ -28,6 +28,7 @@ GROUPS = {
     "numpy-random": ("numpy_random", "peft"),
     "vpt": ("vpt", "peft"),
     "hyper": ("hyper", "peft"),
+    "pha": ("pha", "peft"),
     "coda": ("coda", "peft"),
     "side": ("side", "peft"),
     "adamix": ("adamix", "peft"),

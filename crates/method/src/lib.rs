@@ -36,7 +36,7 @@ use serde_json::{Map, Value};
 
 use additive::{
     adamix, adapter_fusion, adaptformer, beft, bottleneck, ciat, coda, compacter, hyperformer, ia3, krona_b,
-    lst, mov, reft, res_tuning, side_tuning, sparse_adapter, ssf,
+    lst, mov, pha, reft, res_tuning, side_tuning, sparse_adapter, ssf,
 };
 use hybrid::{mam, propetl, s4, unipelt};
 use prompts::{
@@ -115,6 +115,7 @@ pub static METHODS: &[&Entry] = &[
     &adapter_fusion::ENTRY,
     &adamix::ENTRY,
     &hyperformer::ENTRY,
+    &pha::ENTRY,
     &coda::ENTRY,
     &compacter::ENTRY,
     &krona_b::ENTRY,
