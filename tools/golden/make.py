@@ -57,6 +57,7 @@ GROUPS = {
     "hybrid-own": ("cases_hybrid", "peft"),
     "s4": ("s4", "peft"),
     "hybrid": ("hybrid", "adapters"),
+    "hub": ("cases_hub", "adapters"),
 }
 
 

@@ -4,6 +4,7 @@
 //! Files lie by the classes of the surveys. To add one: write its file, add `mod` and one line to [`METHODS`], commit
 //! one fixture made elsewhere.
 
+mod adapter_hub;
 mod additive;
 pub mod algebra;
 mod assemble;
@@ -53,6 +54,7 @@ use selective::{
     sam_mask, shira, sift, spt, supertuning, top_layers, trainable_tokens,
 };
 
+pub use adapter_hub::{HubDirectory, HubFiles, adapter_hub};
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
 pub use calibration::{Calibration, Observe, Seen, observe};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, Settings, find, from_file};
