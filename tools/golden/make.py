@@ -30,6 +30,7 @@ GROUPS = {
     "topk": ("topk", "peft"),
     "vpt": ("vpt", "peft"),
     "hyper": ("hyper", "peft"),
+    "pha": ("pha", "peft"),
     "coda": ("coda", "peft"),
     "side": ("side", "peft"),
     "adamix": ("adamix", "peft"),
@@ -60,6 +61,7 @@ GROUPS = {
     "hybrid-own": ("cases_hybrid", "peft"),
     "s4": ("s4", "peft"),
     "hybrid": ("hybrid", "adapters"),
+    "hub": ("cases_hub", "adapters"),
 }
 
 

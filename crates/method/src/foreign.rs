@@ -23,7 +23,7 @@ struct Form {
 }
 
 /// What the names of `peft`'s files begin with.
-const PREFIX: &str = "base_model.model.";
+pub(crate) const PREFIX: &str = "base_model.model.";
 
 const FORMS: [Form; 5] = [
     Form { name: "loralib", a: ".lora_A", b: ".lora_B", alpha: None, convertible: true },

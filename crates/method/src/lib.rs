@@ -4,6 +4,7 @@
 //! Files lie by the classes of the surveys. To add one: write its file, add `mod` and one line to [`METHODS`], commit
 //! one fixture made elsewhere.
 
+mod adapter_hub;
 mod additive;
 pub mod algebra;
 mod assemble;
@@ -37,7 +38,7 @@ use serde_json::{Map, Value};
 
 use additive::{
     adamix, adapter_fusion, adaptformer, beft, bottleneck, ciat, coda, compacter, hyperformer, ia3, krona_b,
-    lst, mov, reft, res_tuning, side_tuning, sparse_adapter, ssf,
+    lst, mov, pha, reft, res_tuning, side_tuning, sparse_adapter, ssf,
 };
 use hybrid::{mam, propetl, s4, unipelt};
 use prompts::{
@@ -54,6 +55,7 @@ use selective::{
     sam_mask, shira, sift, spt, supertuning, top_layers, trainable_tokens,
 };
 
+pub use adapter_hub::{HubDirectory, HubFiles, adapter_hub};
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
 pub use calibration::{Calibration, Observe, Seen, observe};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, Settings, find, from_file};
@@ -119,6 +121,7 @@ pub static METHODS: &[&Entry] = &[
     &adapter_fusion::ENTRY,
     &adamix::ENTRY,
     &hyperformer::ENTRY,
+    &pha::ENTRY,
     &coda::ENTRY,
     &compacter::ENTRY,
     &krona_b::ENTRY,

@@ -45,7 +45,8 @@ impl Buckets {
     ) -> engraft_nn::Result<RelativeBias> {
         let last = cx.layout().positions().iter().copied().max().unwrap_or(0);
         let first = -last - cx.still_rows(attended) as i32;
-        let buckets: Vec<i64> = (first..=last).map(|distance| self.of(distance) as i64).collect();
+        let widened = cx.widened(attended) as i32;
+        let buckets: Vec<i64> = (first..=last).map(|distance| self.of(distance + widened) as i64).collect();
         let distances = buckets.len();
         let values = table.forward(&Tensor::from_i64(buckets, [distances])?, sites, cx)?;
         Ok(RelativeBias { values: values.t()?, first })

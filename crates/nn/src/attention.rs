@@ -300,9 +300,19 @@ impl Pass {
 
     /// The most rows before the first position that a route has at `site`: relative positions reach so much further back.
     pub fn still_rows(&self, site: SiteId) -> usize {
+        self.most_still(site, |_| true)
+    }
+
+    /// How much further from its queries each key at `site` counts as ([`KeyValuePatch::widens`]).
+    pub fn widened(&self, site: SiteId) -> usize {
+        self.most_still(site, |p| p.widens())
+    }
+
+    fn most_still(&self, site: SiteId, counts: impl Fn(&dyn KeyValuePatch) -> bool) -> usize {
         let of_route = |r: &crate::Route| -> usize {
             let patches = r.adapter.as_ref().map_or(&[][..], |a| a.at(site));
-            key_value_patches(patches).filter(|p| p.gate().is_none() && !p.moves()).map(|p| p.count()).sum()
+            let still = key_value_patches(patches).filter(|p| p.gate().is_none() && !p.moves() && counts(*p));
+            still.map(|p| p.count()).sum()
         };
         self.routes().iter().map(of_route).max().unwrap_or(0)
     }

@@ -116,6 +116,11 @@ pub trait KeyValuePatch: Send + Sync {
     fn moves(&self) -> bool {
         true
     }
+    /// Whether, in a model of relative positions, tokens lie further behind the queries by the rows that do not move them: as
+    /// AdapterHub counts the distances of a T5, whose queries it leaves where they are.
+    fn widens(&self) -> bool {
+        false
+    }
 }
 
 /// → rows put before the embedded tokens of every sequence of a route.

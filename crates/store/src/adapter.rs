@@ -1,7 +1,7 @@
 //! Adapter directories: `adapter_config.json` and `adapter_model.safetensors`, as `peft` writes them.
 //!
-//! AdapterHub's older form (`adapter_config.json` without `peft_type`, weights often pickled in
-//! `pytorch_adapter.bin`) is recognised. Writing replaces the weights first and the config last, each
+//! AdapterHub's form (`adapter_config.json` without `peft_type`, weights often pickled in
+//! `pytorch_adapter.bin`) is recognised, and so are its fusions (`setup.rs`). Writing replaces the weights first and the config last, each
 //! whole, so that a crash leaves a directory that loads or one whose config is still the old one.
 
 use crate::atomic::{discard, parent, write_aside};
@@ -11,6 +11,7 @@ use crate::json::{python_json, read_config};
 use crate::limits::{Limits, check};
 use crate::paths;
 use crate::pickle::convert_once;
+use crate::setup;
 use crate::weights::Weights;
 use crate::write::{Body, Entry};
 use serde_json::Value;
@@ -46,16 +47,36 @@ pub struct AdapterFiles {
 
 /// Reads an adapter directory.
 pub fn read_adapter(dir: &Path, limits: &Limits) -> Result<AdapterFiles> {
+    if let Some(fusion) = setup::fusion_in(dir)? {
+        return setup::read_fusion(&fusion, limits);
+    }
     let (form, config) = read_adapter_config(dir, limits)?;
-    let path = weights_path(dir)?;
+    let weights = weights_of(dir, (&[WEIGHTS, HUB_WEIGHTS], &PICKLES), limits)?;
+    Ok(AdapterFiles { form, config, weights })
+}
+
+/// Whether `dir` looks like an adapter's directory.
+pub fn is_adapter(dir: &Path) -> bool {
+    dir.join(CONFIG).is_file() || matches!(setup::fusion_in(dir), Ok(Some(_)))
+}
+
+/// The tensors in the file of a directory that has one of these names, `pickles` being those of files that are not read.
+pub(crate) fn weights_of(
+    dir: &Path,
+    (names, pickles): (&[&str], &[&str]),
+    limits: &Limits,
+) -> Result<Weights> {
+    let path = weights_path(dir, names, pickles)?;
     let size = path.metadata().map_err(|e| Error::io("read", &path, e))?.len();
     check(&path, "file size in bytes", "adapter_file", limits.adapter_file, size)?;
-    let weights = Weights::open_file(&path, limits)?;
-    Ok(AdapterFiles { form, config, weights })
+    Weights::open_file(&path, limits)
 }
 
 /// Reads only the config of an adapter directory.
 pub fn read_adapter_config(dir: &Path, limits: &Limits) -> Result<(AdapterForm, Value)> {
+    if let Some(fusion) = setup::fusion_in(dir)? {
+        return Ok((AdapterForm::AdapterHub, setup::read_fusion_config(&fusion, limits)?.0));
+    }
     let path = dir.join(CONFIG);
     if !path.exists() {
         let text = format!("expected an adapter directory with {CONFIG} and {WEIGHTS}");
@@ -87,19 +108,19 @@ pub fn read_adapter_config(dir: &Path, limits: &Limits) -> Result<(AdapterForm, 
     Ok((form, config))
 }
 
-fn weights_path(dir: &Path) -> Result<PathBuf> {
-    for name in [WEIGHTS, HUB_WEIGHTS] {
+fn weights_path(dir: &Path, names: &[&str], pickles: &[&str]) -> Result<PathBuf> {
+    for name in names {
         let path = dir.join(name);
         if path.exists() {
             paths::allowed_link(dir, &path)?;
             return Ok(path);
         }
     }
-    match PICKLES.iter().find(|name| dir.join(name).exists()) {
+    match pickles.iter().find(|name| dir.join(name).exists()) {
         Some(name) => {
-            Err(Error::missing(dir, format!("the weights are only in {}", convert_once(name, WEIGHTS))))
+            Err(Error::missing(dir, format!("the weights are only in {}", convert_once(name, names[0]))))
         }
-        None => Err(Error::missing(&dir.join(WEIGHTS), "the adapter's weights are not there")),
+        None => Err(Error::missing(&dir.join(names[0]), "the adapter's weights are not there")),
     }
 }
 
@@ -127,6 +148,19 @@ pub fn write_adapter_on(disk: &dyn Disk, dir: &Path, config: &Value, entries: &[
         disk.sync_dir(dir).map_err(|e| Error::io("sync", dir, e))?;
     }
     Ok(())
+}
+
+/// Writes a directory of an adapter in another form: its configuration and, before it, the weights, under these names.
+pub fn write_adapter_as(
+    dir: &Path,
+    (config_name, config): (&str, &Value),
+    weights: Option<(&str, &[Entry])>,
+) -> Result<()> {
+    make_dir(&RealDisk, dir)?;
+    if let Some((name, entries)) = weights {
+        crate::write_safetensors(&dir.join(name), entries, &BTreeMap::new())?;
+    }
+    crate::write_atomic(&dir.join(config_name), python_json(config).as_bytes())
 }
 
 /// Creates a directory and those above it, durably.

@@ -20,13 +20,16 @@ mod paths;
 mod pickle;
 pub mod process;
 pub mod run;
+mod setup;
 pub mod sim;
 #[cfg(test)]
 mod testing;
 mod weights;
 mod write;
 
-pub use adapter::{AdapterFiles, AdapterForm, read_adapter, read_adapter_config, write_adapter};
+pub use adapter::{
+    AdapterFiles, AdapterForm, is_adapter, read_adapter, read_adapter_config, write_adapter, write_adapter_as,
+};
 pub use atomic::write_atomic;
 pub use error::{Error, Result};
 pub use header::Dtype;

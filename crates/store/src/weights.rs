@@ -116,6 +116,13 @@ impl Weights {
         Err(Error::malformed(index, text))
     }
 
+    /// Takes in the tensors of another file.
+    pub(crate) fn join(&mut self, other: Weights) {
+        self.tensors.extend(other.tensors);
+        self.metadata.extend(other.metadata);
+        self.files.extend(other.files);
+    }
+
     /// All names, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)

@@ -44,7 +44,7 @@ pub use estimate::{Estimate, Trial, estimate, trial};
 pub use evaluate::{Evaluated, Evaluation, evaluate};
 pub use events::{DataEvent, EndEvent, EvalEvent, Event, Observer, StepEvent};
 pub use fingerprint::Fingerprint;
-pub use finish::{run_data, write_adapter_files};
+pub use finish::{run_data, write_adapter_files, write_hub_files};
 pub use fit::{Smaller, smaller};
 pub use labels::{label_names, model_labels};
 pub use metrics::{Bleu, ExactMatch, Rouge, RougeScores};

@@ -40,7 +40,10 @@ fn kinds() -> [Option<(&'static str, Value)>; 9] {
 }
 
 fn made(model: &dyn Model, number: usize) -> Option<Made> {
-    let (name, settings) = kinds()[number].clone()?;
+    kinds()[number].clone().map(|kind| of_kind(model, kind, number))
+}
+
+fn of_kind(model: &dyn Model, (name, settings): (&'static str, Value), number: usize) -> Made {
     let method = (find(name).unwrap().from_settings)(settings.as_object().unwrap()).unwrap();
     let methods = vec![(method, None)];
     let adapter = attach(&methods, &[], model.sites(), model.info(), number as u64).unwrap().adapter;
@@ -49,7 +52,7 @@ fn made(model: &dyn Model, number: usize) -> Option<Made> {
         let noise = sample(value.shape(), 1000 * number as u64 + i as u64).scale(0.3).unwrap();
         p.param.set(value.add(&noise).unwrap()).unwrap();
     }
-    Some(Made { name, adapter: Arc::new(adapter), methods })
+    Made { name, adapter: Arc::new(adapter), methods }
 }
 
 /// `count` tokens of each of the rows `which` from its token `from` on, `before` columns of padding before each row.
@@ -205,4 +208,62 @@ fn each_text_goes_on_as_it_does_alone() {
             }
         }
     });
+}
+
+/// Tokens `from..to` of the targets of the rows `which` of an encoder–decoder model, whose sources are whole.
+fn pairs(which: std::ops::Range<usize>, from: usize, to: usize) -> Inputs {
+    let token = |row: usize, i: usize| 5 + ((row * 23 + i * 13) % 60) as i64;
+    let ids: Vec<i64> = which.clone().flat_map(|row| (from..to).map(move |i| token(row, i))).collect();
+    let positions = which.clone().flat_map(|_| (from..to).map(|i| i as i32)).collect();
+    let (count, lengths) = (ids.len(), vec![to - from; which.len()]);
+    let layout = Layout::new(&lengths, positions).unwrap();
+    inputs(which, 0, |row| LENGTHS[row], false).with_target(Tensor::from_i64(ids, [count]).unwrap(), layout)
+}
+
+#[test]
+fn rows_of_an_encoder_and_decoder_have_what_they_have_alone() {
+    let unipelt = |projection: u64| {
+        Some(("unipelt", json!({ "tokens": 2, "projection": projection, "rank": 2, "reduction": 8 })))
+    };
+    let kinds = [
+        unipelt(4),
+        None,
+        Some(("mam", json!({ "tokens": 3, "projection": 4, "reduction": 8 }))),
+        Some(("lora", json!({ "rank": 2 }))),
+        Some(("prefix", json!({ "tokens": 3 }))),
+        unipelt(0),
+    ];
+    for name in ["t5", "t5_flan"] {
+        let dir = fixtures::golden().join("models").join(name);
+        let loaded = fixtures::model(&dir, Precision::F32, Storage::Dense);
+        let model = loaded.model.as_ref();
+        let made = |(number, kind): (usize, &Option<(&'static str, Value)>)| {
+            kind.clone().map(|kind| of_kind(model, kind, number))
+        };
+        let all: Vec<Option<Made>> = kinds.iter().enumerate().map(made).collect();
+        let run = |which: std::ops::Range<usize>| -> Vec<Vec<f32>> {
+            let cache = Arc::new(Mutex::new(KvCache::new(model.info().layers, which.len(), 32)));
+            let step = |(from, to): (usize, usize)| {
+                let own = pairs(which.clone(), from, to);
+                let cached = |cx: Pass| cx.cached(cache.clone());
+                no_grad(|| logits(model, &all, which.clone(), &own, cached)).unwrap().to_vec().unwrap()
+            };
+            [(0, 3), (3, 4), (4, 5)].map(step).to_vec()
+        };
+        let (together, width) = (run(0..kinds.len()), model.info().outputs);
+        let plain = |row: usize| {
+            let own = pairs(row..row + 1, 0, 3);
+            no_grad(|| model.forward(&own, &Pass::new(own.layout.clone(), None))).unwrap().to_vec().unwrap()
+        };
+        for row in 0..kinds.len() {
+            let alone = run(row..row + 1);
+            for (number, (whole, alone)) in together.iter().zip(&alone).enumerate() {
+                let each = width * if number == 0 { 3 } else { 1 };
+                let off = difference(&whole[row * each..(row + 1) * each], alone);
+                assert!(off < 1e-5, "{name}, {}, step {number}: {off:e}", name_of(&all, row));
+            }
+            let changed = difference(&alone[0], &plain(row));
+            assert_eq!(changed > 1e-4, all[row].is_some(), "{name}, {}: {changed:e}", name_of(&all, row));
+        }
+    }
 }

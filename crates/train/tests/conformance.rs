@@ -243,7 +243,6 @@ impl Setting<'_> {
                 && !has(&|s| s.role == Role::Qkv)
             || name == "lpt"
                 && !has(&|s| s.role == Role::Block && s.layer == Some(1) && s.stack != Stack::Decoder)
-            || ["unipelt", "mam"].contains(&name) && has(&|s| s.role == Role::CrossAttention)
             || name == "bitfit" && !has(&|s| s.path.ends_with(".bias"))
             || name == "head" && !has(&|s| s.role == Role::Head && s.is_weight())
     }

@@ -1,4 +1,4 @@
-//! `engraft convert`: a LoRA file of another program to an adapter directory in `peft`'s form.
+//! `engraft convert`: a LoRA file of another program to an adapter directory in `peft`'s form; an adapter to AdapterHub's.
 
 use std::path::PathBuf;
 
@@ -8,13 +8,13 @@ use engraft_model::LoadOptions;
 use engraft_nn::Task;
 use engraft_store::Weights;
 use engraft_tensor::Tensor;
-use engraft_train::write_adapter_files;
+use engraft_train::{adapter_tensors, write_adapter_files, write_hub_files};
 use serde_json::json;
 
 use super::merge::refuse_full;
 use crate::context::Context;
-use crate::engine::Engine;
-use crate::failure::{BeforeWork, Outcome};
+use crate::engine::{Dtype, Engine, ModelArgs};
+use crate::failure::{BeforeWork, Failure, Outcome};
 
 /// Arguments.
 #[derive(clap::Args)]
@@ -22,11 +22,16 @@ use crate::failure::{BeforeWork, Outcome};
 Examples:
   engraft convert lora.safetensors --model roberta-base --alpha 16 --out adapter
   engraft inspect lora.safetensors          whose form it is, and what it holds
+  engraft convert runs/a/adapter --to adapterhub --model bert-base-uncased --out hub
 
-Reads the names of loralib, and peft's without their prefix; tensors trained as a whole come along.")]
+Reads the names of loralib, and peft's without their prefix; tensors trained as a whole come along. With --to adapterhub an
+adapter directory is written as AdapterHub's library reads it, a fusion with its adapters as a setup.")]
 pub struct Args {
-    /// A safetensors file
+    /// A safetensors file; with --to an adapter directory
     file: PathBuf,
+    /// Whose form to write
+    #[arg(long, value_enum, default_value_t = Form::Peft)]
+    to: Form,
     /// The model it belongs to: a directory in Hugging Face form, or a Hub id
     #[arg(long, value_name = "MODEL")]
     model: String,
@@ -41,9 +46,62 @@ pub struct Args {
     json: bool,
 }
 
+/// Whose form an adapter is written in.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Form {
+    /// That of `peft`.
+    Peft,
+    /// That of AdapterHub's library.
+    #[value(name = "adapterhub")]
+    AdapterHub,
+}
+
+/// An adapter directory in AdapterHub's form, read and written on its model: every name and shape is checked.
+fn to_adapter_hub(args: &Args, cx: &Context) -> Outcome {
+    let model = ModelArgs {
+        model: args.model.clone(),
+        adapter: Some(args.file.display().to_string()),
+        drop_layers: None,
+        dtype: Dtype::F32,
+        quantize: None,
+    };
+    let engine = Engine::load(&model, cx)?;
+    let (sites, info) = (engine.model.sites(), engine.model.info());
+    let files = engraft_store::read_adapter(&cx.resolve(&args.file.display().to_string())?, &cx.limits);
+    let files = files.before_work()?;
+    let loaded = load_adapter(&files.config, adapter_tensors(&files)?, sites, info).before_work()?;
+    let (config, tensors) =
+        save_adapter(&loaded.adapter, &loaded.methods, &loaded.train_also, &args.model, sites, info)?;
+    let count = tensors.len();
+    let left_out = write_hub_files(&args.out, &config, tensors, info).before_work()?;
+    if let Some(first) = left_out.first() {
+        let text = format!(
+            "{} tensors such as {first} are no part of an adapter there and were left out; the library keeps heads with save_head",
+            left_out.len()
+        );
+        cx.ui.note(&text);
+    }
+    if args.json {
+        cx.ui.json(json!({
+            "out": args.out.display().to_string(), "tensors": count - left_out.len(), "left_out": left_out,
+        }));
+        return Ok(());
+    }
+    cx.ui.print(&format!("{} tensors\nadapter  {}\n", count - left_out.len(), args.out.display()));
+    Ok(())
+}
+
 /// Converts, on the model that it belongs to: every name and shape is checked.
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
+    if args.to == Form::AdapterHub {
+        if args.alpha.is_some() {
+            return Err(Failure::before_work(
+                "--alpha is for files without one; an adapter directory has it",
+            ));
+        }
+        return to_adapter_hub(args, cx);
+    }
     let weights = Weights::open_file(&args.file, &cx.limits).before_work()?;
     let tensor = |(name, raw): (&str, &engraft_store::RawTensor)| {
         Ok((name.to_owned(), Tensor::from_vec(raw.to_f32().before_work()?, raw.shape.clone())?))

@@ -79,7 +79,7 @@ fn directory(dir: &Path, cx: &Context) -> Outcome<Found> {
     if has("plan.toml") || has("events.jsonl") {
         return run_directory(dir);
     }
-    if has("adapter_config.json") {
+    if engraft_store::is_adapter(dir) {
         return adapter(dir, cx);
     }
     if has("config.json") {

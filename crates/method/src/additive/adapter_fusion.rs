@@ -38,6 +38,10 @@ struct Fusion {
     dropout: f32,
     /// Weight of ‖I − V‖²; 0 for none.
     regularization: f64,
+    /// What a file calls it, where that is not the adapters' names.
+    name: Option<String>,
+    /// Whether its file leaves the dropout open, as AdapterHub's do.
+    open_dropout: bool,
 }
 
 /// A fused adapter.
@@ -107,24 +111,29 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
         has_value,
         dropout: r.dropout("dropout"),
         regularization: if has_value { regularization } else { 0.0 },
+        name: None,
+        open_dropout: false,
     };
     r.finish()?;
     Ok(Box::new(fusion))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
+    // AdapterHub's, read with its adapters, has no `peft_type`.
+    let theirs = config.get("peft_type").is_none_or(Value::is_null) && config.get("fusion_config").is_some();
+    let own = theirs || peft::is_type(config, INFO.peft_type);
+    let Some(map) = config.as_object().filter(|_| own) else { return Ok(None) };
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let weight = r.float("regularization_weight", 0.01);
+    let name = r.text("name");
     let inner = r.value("fusion_config").and_then(Value::as_object).cloned().unwrap_or_default();
     let adapters = r.value("adapters").and_then(Value::as_array).cloned().unwrap_or_default();
     if adapters.is_empty() {
         r.problem("`adapters`: expected at least one adapter");
     }
     r.finish()?;
+    let open_dropout = inner.get("dropout_prob").is_none_or(Value::is_null);
     let mut r = Reader::file(&inner);
     r.must_be_off(&["query_before_ln", "residual_before", "temperature"]);
     // V is linear, so that it does not matter when it is applied; nor how it started.
@@ -136,6 +145,8 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
         has_value: r.flag("value", true),
         dropout: r.dropout("dropout_prob"),
         regularization: if r.flag("regularization", true) { weight } else { 0.0 },
+        name,
+        open_dropout,
     };
     r.finish()?;
     for adapter in &adapters {
@@ -163,6 +174,8 @@ fn example() -> Box<dyn Method> {
         has_value: true,
         dropout: 0.0,
         regularization: 0.01,
+        name: None,
+        open_dropout: false,
     })
 }
 
@@ -211,6 +224,7 @@ impl Fusion {
                 (a.gating, "has a gate"),
                 (a.ln_after, "has a norm on its output"),
                 (a.phm.is_some(), "has Compacter's layers"),
+                (a.invertible.is_some(), "has an invertible part"),
             ] {
                 if is_so {
                     problems
@@ -252,8 +266,11 @@ impl Fusion {
         if problems.is_empty() { Ok(()) } else { Err(Error::Mismatch(problems)) }
     }
 
-    /// The fused adapters' names, as they stand in those of tensors.
+    /// The fused adapters' names, as they stand in those of tensors, or what else the fusion is called.
     fn names(&self) -> String {
+        if let Some(name) = &self.name {
+            return name.clone();
+        }
         self.sources.iter().map(|s| s.adapter.name.as_str()).collect::<Vec<_>>().join(",")
     }
 
@@ -355,16 +372,19 @@ impl Method for Fusion {
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let adapter = |s: &Source| json!({ "config": s.adapter.to_config(), "name": s.adapter.name });
-        let own = json!({
+        let mut own = json!({
             "adapters": self.sources.iter().map(adapter).collect::<Vec<_>>(),
             "fusion_config": {
-                "dropout_prob": as_written(self.dropout), "key": self.has_key, "query": self.has_query,
+                "dropout_prob": if self.open_dropout { Value::Null } else { json!(as_written(self.dropout)) }, "key": self.has_key, "query": self.has_query,
                 "query_before_ln": false, "regularization": self.regularization != 0.0, "residual_before": false,
                 "temperature": false, "value": self.has_value, "value_before_softmax": true,
                 "value_initialized": self.has_value,
             },
             "regularization_weight": number(self.regularization),
         });
+        if let Some(name) = &self.name {
+            own["name"] = json!(name);
+        }
         own.as_object().cloned().unwrap_or_default()
     }
 

@@ -9,12 +9,13 @@
 //!
 //! Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247; Bapna and Firat 2019, arXiv:1909.08478, and
 //! Lin et al. 2020, arXiv:2004.03829 (residual); He et al. 2022, arXiv:2110.04366 (parallel); AdapterDrop, Rücklé et al. 2021,
-//! arXiv:2010.11918; the variants and the file form are those of AdapterHub's `adapters` 1.3.
+//! arXiv:2010.11918; MAD-X's invertible adapters: `invertible.rs`; the variants and the file form are those of AdapterHub's `adapters` 1.3.
 //!
 //! W_d [r, width], b_d `[r]`, W_u [width, r], b_u `[width]`; own norms `[width]`; a learned s `[1]` or `[width]`; a gate's
 //! weight [1, width] and bias `[1]`. Compacter's layers in their place: `compacter.rs`.
 
 mod file;
+mod invertible;
 mod layer;
 mod phm;
 mod settings;
@@ -103,6 +104,12 @@ pub(crate) static INFO: Info = Info {
             default: Some("false"),
             doc: "Times the mean of a trained gate σ(w·x + b) over the tokens of the sequence.",
         },
+        Field {
+            name: "invertible",
+            kind: FieldKind::Bool,
+            default: Some("false"),
+            doc: "An invertible adapter behind the embeddings too (MAD-X), each of its two networks half as wide inside.",
+        },
         DROP,
         ROBUST_DROP,
     ],
@@ -149,6 +156,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     method.ln_before = r.flag("ln_before", method.ln_before);
     method.ln_after = r.flag("ln_after", false);
     method.gating = r.flag("gating", false);
+    method.invertible = r.flag("invertible", false).then_some(2.0);
     method.read_drop(&mut r);
     r.finish()?;
     Ok(Box::new(method))
@@ -179,6 +187,9 @@ impl Method for Bottleneck {
             let message = format!("{}s need a model with sublayers", self.info().title);
             return Err(Error::Unsupported(message));
         }
+        if let Some(reduction) = self.invertible {
+            invertible::attach(b, &self.name, self.activation, reduction)?;
+        }
         let shared = self.shared(b)?;
         for site in sublayers {
             if self.wants(site, b.sites().number(site)) {
@@ -199,7 +210,7 @@ impl Method for Bottleneck {
     }
 
     fn file_name(&self, name: &str) -> String {
-        let own = name.contains(".adapters.") || name.contains("shared_parameters.");
+        let own = ["adapters.", "shared_parameters."].iter().any(|part| name.contains(part));
         if own { name.into() } else { format!("base_model.model.{name}") }
     }
 

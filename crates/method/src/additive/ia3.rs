@@ -14,6 +14,7 @@ use engraft_nn::{
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
+use crate::hybrid::{Alone, alone};
 use crate::read::{Reader, texts};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
@@ -65,7 +66,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
+        return alone(config, &INFO, Alone::Ia3);
     };
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);

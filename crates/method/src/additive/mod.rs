@@ -13,6 +13,7 @@ pub(crate) mod ia3;
 pub(crate) mod krona_b;
 pub(crate) mod lst;
 pub(crate) mod mov;
+pub(crate) mod pha;
 pub(crate) mod reft;
 pub(crate) mod res_tuning;
 pub(crate) mod side_tuning;

@@ -19,6 +19,7 @@ use engraft_tensor::{Param, Tensor, linalg};
 use serde_json::{Map, Value, json};
 
 use super::bottleneck::{around, from_adapter_hub};
+use crate::adapter_hub::hub_name;
 use crate::read::{Reader, as_written};
 use crate::shared::activations::{ACTIVATIONS, Activation, NAMES};
 use crate::shared::fields::{choice, float, int};
@@ -209,11 +210,6 @@ fn diagonal(rows: usize, columns: usize, value: f32) -> Result<Tensor> {
     Ok(Tensor::from_vec((0..rows * columns).map(at).collect(), [rows, columns])?)
 }
 
-/// The name that AdapterHub has for a block: its older one, where it was renamed.
-fn hub_name(b: &Builder<'_>, site: &Site) -> String {
-    b.sites().older().map_or(&site.path, |older| &older.get(site.id).path).clone()
-}
-
 impl Method for Reft {
     fn info(&self) -> &'static Info {
         &INFO
@@ -228,7 +224,7 @@ impl Method for Reft {
                 continue;
             }
             found += 1;
-            let stem = format!("{}.reft_layer.refts.{}.units", hub_name(b, site), self.name);
+            let stem = format!("{}.reft_layer.refts.{}.units", hub_name(b.sites(), site), self.name);
             let first = self.unit(b, &format!("{stem}.0"), width)?;
             let last = if self.tied { None } else { Some(self.unit(b, &format!("{stem}.1"), width)?) };
             b.patch(site.id, Patch::Block(Box::new(Intervention { first, last, config: self.clone() })))?;

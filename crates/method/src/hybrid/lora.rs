@@ -1,13 +1,16 @@
-//! AdapterHub's LoRA at queries, keys and values, times a gate of the sequence or not.
+//! AdapterHub's LoRA and (IA)³ at queries, keys, values and the matrices of the MLP, LoRA times a gate of the sequence or not.
 //!
-//! y = x·Wᵀ + G·(x·Aᵀ)·Bᵀ, or α/r in the place of G. Where queries, keys and values are one matrix, A and B of those that are
-//! changed lie one after another, and each has a gate.
+//! y = x·Wᵀ + G·(x·Aᵀ)·Bᵀ, or α/r in the place of G; (IA)³: y = α·l ⊙ (x·Wᵀ + b), l called B. Where queries, keys and values are
+//! one matrix, A and B of those that are changed lie one after another, and each has a gate.
 
-use engraft_nn::{Base, Builder, Error, Init, Pass, Patch, Result, Role, Site, WeightPatch};
+use engraft_nn::{
+    Base, Builder, Error, Init, Pass, Patch, Result, Role, Site, Stack, VectorPatch, WeightPatch,
+};
 use engraft_tensor::ops::cat;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
+use crate::adapter_hub::hub_name;
 use crate::read::{Reader, as_written, number};
 use crate::shared::gate::Gate;
 use crate::shared::low_rank::{RANK_MAX, linear};
@@ -21,25 +24,39 @@ pub(super) struct Lora {
     /// Which of q, k and v.
     pub matrices: Vec<String>,
     pub leave_out: Vec<usize>,
+    /// At attention, at the MLP's first matrix (that which is not its gate), at its last.
+    pub at: [bool; 3],
+    /// (IA)³.
+    pub scales: bool,
+    /// How it started, for the file.
+    pub start: String,
 }
 
-const MATRICES: &[(&str, Role)] = &[("q", Role::Q), ("k", Role::K), ("v", Role::V)];
+const MATRICES: &[(&str, [Role; 2])] =
+    &[("q", [Role::Q, Role::CrossQ]), ("k", [Role::K, Role::CrossK]), ("v", [Role::V, Role::CrossV])];
+const PLACES: [&str; 3] = ["selfattn_lora", "intermediate_lora", "output_lora"];
 
 impl Lora {
     pub fn new(rank: usize, gated: bool) -> Lora {
-        let matrices = vec!["q".into(), "v".into()];
-        // AdapterHub's α of a gated LoRA, which the gate stands in for.
-        Lora { rank, alpha: 2.0, gated, dropout: 0.0, matrices, leave_out: vec![] }
+        Lora {
+            rank,
+            // AdapterHub's α of a gated LoRA, which the gate stands in for.
+            alpha: 2.0,
+            gated,
+            dropout: 0.0,
+            matrices: vec!["q".into(), "v".into()],
+            leave_out: vec![],
+            at: [true, false, false],
+            scales: false,
+            start: "lora".into(),
+        }
     }
 
     pub fn read(map: &Map<String, Value>) -> Result<Lora> {
         let mut r = Reader::file(map);
-        r.ignore(&["architecture", "init_weights", "init_weights_seed", "dtype"]);
-        r.must_be_off(&["intermediate_lora", "output_lora", "use_dora", "vera_b", "vera_d"]);
-        r.one_of("composition_mode", &[("add", ())]);
-        if !r.flag("selfattn_lora", true) {
-            r.problem("`selfattn_lora` is false: then nothing is changed");
-        }
+        r.ignore(&["architecture", "init_weights_seed", "dtype"]);
+        r.must_be_off(&["use_dora", "vera_b", "vera_d"]);
+        let usual = [true, false, false];
         let lora = Lora {
             rank: r.count("r", 8, RANK_MAX),
             alpha: r.float("alpha", 8.0),
@@ -47,9 +64,20 @@ impl Lora {
             dropout: r.dropout("dropout"),
             matrices: r.texts("attn_matrices").unwrap_or_else(|| vec!["q".into(), "v".into()]),
             leave_out: r.counts("leave_out").unwrap_or_default(),
+            at: [0, 1, 2].map(|i| r.flag(PLACES[i], usual[i])),
+            scales: r.one_of("composition_mode", &[("add", false), ("scale", true)]),
+            start: r.text("init_weights").unwrap_or_else(|| "lora".into()),
         };
+        if lora.at == [false; 3] {
+            r.problem(
+                "`selfattn_lora`, `intermediate_lora` and `output_lora` are false: then nothing is changed",
+            );
+        }
         for name in lora.matrices.iter().filter(|name| !MATRICES.iter().any(|(known, _)| known == name)) {
             r.problem(format!("`attn_matrices`: expected q, k and v, found {name}"));
+        }
+        if lora.scales && (lora.rank, lora.gated, lora.dropout) != (1, false, 0.0) {
+            r.problem("`composition_mode` = scale goes with `r` = 1, without `use_gating` and `dropout`");
         }
         r.finish()?;
         Ok(lora)
@@ -57,30 +85,55 @@ impl Lora {
 
     pub fn config(&self) -> Value {
         json!({
-            "alpha": number(self.alpha), "architecture": "lora", "attn_matrices": self.matrices, "composition_mode": "add",
-            "dropout": as_written(self.dropout), "dtype": null, "init_weights": "lora", "init_weights_seed": null,
-            "intermediate_lora": false, "leave_out": self.leave_out, "output_lora": false, "r": self.rank,
-            "selfattn_lora": true, "use_dora": false, "use_gating": self.gated, "vera_b": null, "vera_d": null,
+            "alpha": number(self.alpha), "architecture": "lora", "attn_matrices": self.matrices,
+            "composition_mode": if self.scales { "scale" } else { "add" }, "dropout": as_written(self.dropout), "dtype": null,
+            "init_weights": self.start, "init_weights_seed": null, "intermediate_lora": self.at[1], "leave_out": self.leave_out,
+            "output_lora": self.at[2], "r": self.rank, "selfattn_lora": self.at[0], "use_dora": false, "use_gating": self.gated,
+            "vera_b": null, "vera_d": null,
         })
+    }
+
+    /// Whether a matrix is changed. In gated MLPs of models of one stack, AdapterHub calls the last matrix the intermediate one
+    /// and the first the output (`swapped`).
+    fn wants(&self, role: Role, swapped: bool) -> bool {
+        let named = |(name, roles): &(&str, [Role; 2])| {
+            roles.contains(&role) && self.matrices.iter().any(|m| m == name)
+        };
+        match role {
+            Role::Qkv => self.at[0] && !self.matrices.is_empty(),
+            Role::Up => self.at[if swapped { 2 } else { 1 }],
+            Role::Down => self.at[if swapped { 1 } else { 2 }],
+            _ => self.at[0] && MATRICES.iter().any(named),
+        }
     }
 
     /// Attaches it as `name`.
     pub fn attach(&self, b: &mut Builder<'_>, name: &str) -> Result<()> {
-        let wanted = |role: Role| self.matrices.iter().any(|m| MATRICES.contains(&(m.as_str(), role)));
         let mut found = false;
-        for site in b.sites().iter().filter(|s| s.is_weight()) {
-            let here = site.layer.is_none_or(|layer| !self.leave_out.contains(&layer));
-            if !here || site.role != Role::Qkv && !wanted(site.role) {
+        let sites = b.sites();
+        let swapped = sites.iter().any(|s| s.role == Role::Gate && s.stack == Stack::Only);
+        for site in sites.iter().filter(|s| s.is_weight() && self.wants(s.role, swapped)) {
+            if sites.number(site).is_some_and(|layer| self.leave_out.contains(&layer)) {
                 continue;
             }
             found = true;
-            let (out, inn) = linear(site, "UniPELT")?;
+            let (out, inn) = linear(site, "LoRA in AdapterHub's form")?;
             let parts: Vec<usize> = match site.role {
-                Role::Qkv => (0..3).filter(|&i| wanted(MATRICES[i].1)).collect(),
+                Role::Qkv => (0..3).filter(|&i| self.wants(MATRICES[i].1[0], swapped)).collect(),
                 _ => vec![],
             };
             let (count, each) = if parts.is_empty() { (1, out) } else { (parts.len(), out / 3) };
-            let stem = format!("{}.loras.{name}", site.path);
+            let stem = format!("{}.loras.{name}", hub_name(sites, site));
+            if self.scales {
+                let l = b.param(&format!("{stem}.lora_B"), &[count * each, 1], Init::Ones)?;
+                let scale = Scale { l, alpha: self.alpha as f32, parts };
+                let bias = format!("{}.bias", site.path);
+                if let Some(bias) = sites.iter().find(|s| s.path == bias) {
+                    b.patch(bias.id, Patch::Vector(Box::new(scale.clone())))?;
+                }
+                b.patch(site.id, Patch::Weight(Box::new(scale)))?;
+                continue;
+            }
             let gate = match self.gated {
                 true => Some(Gate::new(b, &format!("{stem}.gate"), (count, inn))?),
                 false => None,
@@ -98,7 +151,54 @@ impl Lora {
         if found {
             return Ok(());
         }
-        Err(Error::Unsupported("LoRA of UniPELT needs a model with queries and values".into()))
+        Err(Error::Unsupported("LoRA in AdapterHub's form needs a model with queries and values".into()))
+    }
+}
+
+/// l of one matrix, as (IA)³ has it.
+#[derive(Clone)]
+struct Scale {
+    l: Param,
+    alpha: f32,
+    /// As [`Pair::parts`].
+    parts: Vec<usize>,
+}
+
+impl Scale {
+    /// α·l for all outputs [out, 1], ones where nothing is scaled.
+    fn whole(&self) -> Result<Tensor> {
+        let l = self.l.get();
+        let whole = match self.parts.len() {
+            0 | 3 => l,
+            count => {
+                let each = l.dim(0) / count;
+                let ones = Tensor::full(1.0, [each, 1]);
+                let third = |part: usize| match self.parts.iter().position(|&p| p == part) {
+                    Some(i) => l.rows_between(i * each, (i + 1) * each),
+                    None => Ok(ones.clone()),
+                };
+                cat(&[&third(0)?, &third(1)?, &third(2)?], 0)?
+            }
+        };
+        Ok(if self.alpha == 1.0 { whole } else { whole.scale(self.alpha)? })
+    }
+}
+
+impl WeightPatch for Scale {
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        Ok(base.dense()?.mul(&self.whole()?)?)
+    }
+
+    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        let (y, l) = (base.forward(x)?, self.whole()?);
+        Ok(y.mul(&l.reshape([1, l.dim(0)])?)?)
+    }
+}
+
+impl VectorPatch for Scale {
+    fn vector(&self, v: &Tensor) -> Result<Tensor> {
+        let l = self.whole()?;
+        Ok(v.mul(&l.reshape([l.dim(0)])?)?)
     }
 }
 
@@ -125,13 +225,27 @@ impl Pair {
 
 impl WeightPatch for Pair {
     fn weight(&self, base: &dyn Base) -> Result<Tensor> {
-        if self.gate.is_some() || !self.parts.is_empty() {
+        if self.gate.is_some() {
             let text =
                 "a gated LoRA depends on its input and cannot be folded into a weight; use it unmerged";
             return Err(Error::Unsupported(text.into()));
         }
-        let scale = (self.lora.alpha / self.lora.rank as f64) as f32;
-        Ok(base.dense()?.add(&self.b.get().matmul(&self.a.get())?.scale(scale)?)?)
+        let (w, rank) = (base.dense()?, self.lora.rank);
+        let (a, b, scale) = (self.a.get(), self.b.get(), (self.lora.alpha / rank as f64) as f32);
+        let each = b.dim(0) / self.parts.len().max(1);
+        let product = |i: usize| {
+            let a = a.rows_between(i * rank, (i + 1) * rank)?;
+            b.rows_between(i * each, (i + 1) * each)?.matmul(&a)?.scale(scale)
+        };
+        if self.parts.is_empty() {
+            return Ok(w.add(&product(0)?)?);
+        }
+        let nothing = Tensor::zeros([each, w.width()]);
+        let third = |part: usize| match self.parts.iter().position(|&p| p == part) {
+            Some(i) => product(i),
+            None => Ok(nothing.clone()),
+        };
+        Ok(w.add(&cat(&[&third(0)?, &third(1)?, &third(2)?], 0)?)?)
     }
 
     fn forward(&self, x: &Tensor, base: &dyn Base, site: &Site, cx: &Pass) -> Result<Tensor> {
@@ -154,6 +268,6 @@ impl WeightPatch for Pair {
     }
 
     fn mergeable(&self) -> bool {
-        self.gate.is_none() && self.parts.is_empty()
+        self.gate.is_none()
     }
 }

@@ -2,17 +2,19 @@
 //! embeddings, or as they are (flat), times a gate of the sequence or not.
 //!
 //! [P_k; P_v] of layer i = G·(tanh(E·W₁ᵀ + b₁)·W₂ᵀ + b₂), the columns of i. Tokens keep their positions, and the prefix lies
-//! before the first.
+//! before the first. In models of two stacks the encoder, the decoder and what the decoder reads of the encoder have an E, W and
+//! b each; the gate of the last sees what the queries are made of. A T5 counts the prefix's rows into the distance of a key, not
+//! into that of a query, so that keys seem so much later than they are: AdapterHub's models were trained so.
 
 use engraft_nn::{
-    Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Pass, Patch, Result, Role, Site, SiteId, Sites,
-    Stack,
+    Base, Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Pass, Patch, Result, Role, Site, SiteId,
+    Sites, Stack, WeightPatch,
 };
 use engraft_tensor::ops::Unary;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::layer_number;
+use crate::adapter_hub::hub_name;
 use crate::prompts::prompt::TOKENS_MAX;
 use crate::read::{Reader, as_written};
 use crate::shared::gate::Gate;
@@ -29,19 +31,21 @@ pub(super) struct Prefix {
     pub dropout: f32,
     /// Layers without, the decoder's counted on from the encoder's.
     pub leave_out: Vec<usize>,
-    /// Whether the self-attentions of a decoder have one too, for which AdapterHub's file has another form.
-    pub every_stack: bool,
+    /// Whether an encoder, and what a decoder reads of it, have a prefix.
+    pub at: [bool; 2],
+    /// Whether all self-attentions share one set of tensors, and nothing else has a prefix: no form of AdapterHub's.
+    pub one_set: bool,
 }
 
 impl Prefix {
     pub fn new(length: usize, inner: usize, gated: bool) -> Prefix {
         let (flat, inner, leave_out) = (inner == 0, inner.max(1), vec![]);
-        Prefix { length, inner, flat, gated, dropout: 0.0, leave_out, every_stack: false }
+        Prefix { length, inner, flat, gated, dropout: 0.0, leave_out, at: [true; 2], one_set: false }
     }
 
     pub fn read(map: &Map<String, Value>) -> Result<Prefix> {
         let mut r = Reader::file(map);
-        r.ignore(&["architecture", "init_weights_seed", "encoder_prefix", "cross_prefix"]);
+        r.ignore(&["architecture", "init_weights_seed"]);
         r.one_of("non_linearity", &[("tanh", ())]);
         let gated = r.flag("use_gating", false);
         if gated && !r.flag("shared_gating", true) {
@@ -55,7 +59,8 @@ impl Prefix {
             gated,
             dropout: r.dropout("dropout"),
             leave_out: r.counts("leave_out").unwrap_or_default(),
-            every_stack: false,
+            at: ["encoder_prefix", "cross_prefix"].map(|key| r.flag(key, true)),
+            one_set: false,
         };
         r.finish()?;
         Ok(prefix)
@@ -63,51 +68,89 @@ impl Prefix {
 
     pub fn config(&self) -> Value {
         json!({
-            "architecture": "prefix_tuning", "bottleneck_size": self.inner, "cross_prefix": true,
-            "dropout": as_written(self.dropout), "encoder_prefix": true, "flat": self.flat, "init_weights_seed": null,
+            "architecture": "prefix_tuning", "bottleneck_size": self.inner, "cross_prefix": self.at[1],
+            "dropout": as_written(self.dropout), "encoder_prefix": self.at[0], "flat": self.flat, "init_weights_seed": null,
             "leave_out": self.leave_out, "non_linearity": "tanh", "prefix_length": self.length, "shared_gating": true,
             "use_gating": self.gated,
         })
     }
 
-    /// Attaches it as `name`; gives the paths of the attentions.
+    /// Attaches it as `name`; gives the paths of all attentions.
     pub fn attach(&self, b: &mut Builder<'_>, name: &str) -> Result<Vec<String>> {
         let sites = b.sites();
-        let places: Vec<Place> = sites.iter().filter_map(|s| self.place(sites, s)).collect();
-        let decodes = sites.iter().any(|s| s.stack == Stack::Decoder);
-        if decodes && !self.every_stack || places.is_empty() {
+        let two_stacks = sites.iter().any(|s| s.stack == Stack::Decoder);
+        let attentions: Vec<&Site> = sites.of_kind(|k| matches!(k, Kind::KeyValue { .. })).collect();
+        let places: Vec<Place> = attentions.iter().filter_map(|s| self.place(sites, s)).collect();
+        let Some(first) = attentions.first().filter(|_| !places.is_empty()) else {
+            return Err(Error::Unsupported("a prefix needs a model with attention".into()));
+        };
+        if two_stacks && !self.one_set && !self.leave_out.is_empty() {
             return Err(Error::Unsupported(
-                "a prefix in AdapterHub's form needs a model with one stack and attention; name the methods `prefix` and `bottleneck` together instead".into(),
+                "`leave_out` of a prefix in AdapterHub's form needs a model of one stack: there, layers without one lose the \
+                 model's relative positions"
+                    .into(),
             ));
         }
-        let columns = places.iter().map(|p| 2 * p.heads * p.dim).sum();
-        let stem = format!("{}.prefix_tunings.{name}.self_prefix", pool(&places[0].path));
-        let rows = self.tensors(b, &stem, columns)?;
-        let (mut first, width) = (0, b.info().width);
-        for place in &places {
-            let gate = match self.gated {
-                true => {
-                    let stem = format!("{}.prefix_tuning.prefix_gates.{name}", place.path);
-                    Some(Gate::new(b, &stem, (1, width))?)
-                }
-                false => None,
-            };
-            let own = Rows { prefix: self.clone(), rows: rows.clone(), gate, place: place.clone(), first };
-            b.patch(place.site, Patch::KeyValue(Box::new(own)))?;
-            first += 2 * place.heads * place.dim;
+        let stem = format!("{}.prefix_tunings.{name}", pool(&module(sites, first)));
+        for part in PARTS {
+            let own: Vec<&Place> = places.iter().filter(|p| p.part == part).collect();
+            if own.is_empty() {
+                continue;
+            }
+            let columns = own.iter().map(|p| 2 * p.heads * p.dim).sum();
+            let rows = self.tensors(b, &format!("{stem}.{part}"), columns)?;
+            let mut first = 0;
+            for place in own {
+                let gate = self.gate(b, place, name)?;
+                let widens = two_stacks && !self.one_set && part != CROSS;
+                let patch = Rows {
+                    prefix: self.clone(),
+                    rows: rows.clone(),
+                    gate,
+                    place: place.clone(),
+                    first,
+                    widens,
+                };
+                b.patch(place.site, Patch::KeyValue(Box::new(patch)))?;
+                first += 2 * place.heads * place.dim;
+            }
         }
-        Ok(places.into_iter().map(|p| p.path).collect())
+        Ok(attentions.into_iter().map(|s| module(sites, s)).collect())
+    }
+
+    /// The gate of one attention. What the decoder reads of the encoder is made once and before a text is written, by other
+    /// rows than those its gate sees: these are met where they become queries.
+    fn gate(&self, b: &mut Builder<'_>, place: &Place, name: &str) -> Result<Option<Opens>> {
+        if !self.gated {
+            return Ok(None);
+        }
+        let width = b.info().width;
+        let gate = Gate::new(b, &format!("{}.prefix_tuning.prefix_gates.{name}", place.path), (1, width))?;
+        if place.part != CROSS {
+            return Ok(Some(Opens::Here(gate)));
+        }
+        let is_its = |s: &&Site| s.role == Role::CrossQ && s.is_weight() && s.layer == place.layer;
+        let Some(queries) = b.sites().iter().find(is_its).map(|s| s.id) else {
+            let message = "a gated prefix needs queries that are a matrix of their own".into();
+            return Err(Error::Site { path: place.path.clone(), message });
+        };
+        let key = format!("{}{}.prefix_gate", b.prefix(), place.path);
+        b.patch(queries, Patch::Weight(Box::new(Queries { gate, key: key.clone() })))?;
+        Ok(Some(Opens::AtQueries(key)))
     }
 
     fn place(&self, sites: &Sites, s: &Site) -> Option<Place> {
-        let own = s.role == Role::Attention;
-        let wanted = own && layer_number(sites, s).is_none_or(|layer| !self.leave_out.contains(&layer));
-        match s.kind {
-            Kind::KeyValue { heads, dim } if wanted => {
-                Some(Place { site: s.id, path: s.path.clone(), heads, dim })
-            }
-            _ => None,
-        }
+        let Kind::KeyValue { heads, dim } = s.kind else { return None };
+        let part = match (s.role, s.stack) {
+            (Role::Attention, Stack::Encoder) if !self.one_set => ENCODER,
+            (Role::Attention, _) => OWN,
+            (Role::CrossAttention, _) if !self.one_set => CROSS,
+            _ => return None,
+        };
+        let wanted = (part != ENCODER || self.at[0]) && (part != CROSS || self.at[1]);
+        let here = sites.number(s).is_none_or(|layer| !self.leave_out.contains(&layer));
+        let (site, path, layer) = (s.id, module(sites, s), s.layer);
+        (wanted && here).then_some(Place { site, path, layer, part, heads, dim })
     }
 
     fn tensors(&self, b: &mut Builder<'_>, stem: &str, columns: usize) -> Result<Tensors> {
@@ -127,19 +170,39 @@ impl Prefix {
     }
 }
 
+/// AdapterHub's name of an attention: that of the module with its queries.
+fn module(sites: &Sites, attention: &Site) -> String {
+    let role = if attention.role == Role::CrossAttention { Role::CrossQ } else { Role::Q };
+    let its = |s: &&Site| (s.role == role || s.role == Role::Qkv) && s.is_weight();
+    let here = |s: &&Site| s.layer == attention.layer && s.stack == attention.stack;
+    let queries = sites.iter().find(|s| its(s) && here(s)).map(|s| hub_name(sites, s));
+    match queries.as_ref().and_then(|path| path.rsplit_once('.')) {
+        Some((parent, _)) => parent.to_owned(),
+        None => hub_name(sites, attention),
+    }
+}
+
 /// Where AdapterHub keeps what all layers share: in the trunk, which a bare encoder is itself.
 fn pool(path: &str) -> String {
     match path.split('.').next() {
-        Some(trunk) if trunk != "encoder" => format!("{trunk}.prefix_tuning"),
+        Some(trunk) if !["encoder", "decoder"].contains(&trunk) => format!("{trunk}.prefix_tuning"),
         _ => "prefix_tuning".into(),
     }
 }
+
+/// The sets of tensors, by AdapterHub's names and in its order.
+const PARTS: [&str; 3] = [ENCODER, OWN, CROSS];
+const ENCODER: &str = "encoder_prefix";
+const OWN: &str = "self_prefix";
+const CROSS: &str = "cross_prefix";
 
 /// One attention.
 #[derive(Clone)]
 struct Place {
     site: SiteId,
     path: String,
+    layer: Option<usize>,
+    part: &'static str,
     heads: usize,
     dim: usize,
 }
@@ -157,9 +220,39 @@ enum Tensors {
 struct Rows {
     prefix: Prefix,
     rows: Tensors,
-    gate: Option<Gate>,
+    gate: Option<Opens>,
     place: Place,
     first: usize,
+    widens: bool,
+}
+
+/// Where a gate sees its rows.
+enum Opens {
+    /// Here.
+    Here(Gate),
+    /// At the queries, which leave what it gives under this key.
+    AtQueries(String),
+}
+
+/// The gate of a prefix, at the matrix that its queries come from.
+struct Queries {
+    gate: Gate,
+    key: String,
+}
+
+impl WeightPatch for Queries {
+    fn weight(&self, base: &dyn Base) -> Result<Tensor> {
+        base.dense()
+    }
+
+    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, cx: &Pass) -> Result<Tensor> {
+        cx.put(self.key.clone(), self.gate.of(x, cx)?);
+        base.forward(x)
+    }
+
+    fn mergeable(&self) -> bool {
+        false
+    }
 }
 
 impl Rows {
@@ -189,14 +282,19 @@ impl KeyValuePatch for Rows {
     }
 
     fn rows(&self, input: &Tensor, cx: &Pass) -> Result<KeyValues> {
-        let Place { heads, dim, site, .. } = self.place;
+        let Place { heads, dim, site, ref path, .. } = self.place;
         let (length, width) = (self.prefix.length, heads * dim);
         let own = cx.dropout(&self.own()?, self.prefix.dropout, site, 3)?.reshape([1, length, 2 * width])?;
-        let rows = match &self.gate {
-            Some(gate) => {
-                let gates = gate.of(input, cx)?;
-                own.mul(&gates.reshape([gates.dim(0), 1, 1])?)?
-            }
+        let gates = match &self.gate {
+            Some(Opens::Here(gate)) => Some(gate.of(input, cx)?),
+            Some(Opens::AtQueries(key)) => Some(cx.find(key).ok_or_else(|| Error::Site {
+                path: path.clone(),
+                message: "the gate of its prefix has seen no queries".into(),
+            })?),
+            None => None,
+        };
+        let rows = match gates {
+            Some(gates) => own.mul(&gates.reshape([gates.dim(0), 1, 1])?)?,
             None => own,
         };
         let count = rows.dim(0) * length;
@@ -207,5 +305,9 @@ impl KeyValuePatch for Rows {
 
     fn moves(&self) -> bool {
         false
+    }
+
+    fn widens(&self) -> bool {
+        self.widens
     }
 }

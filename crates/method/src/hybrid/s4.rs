@@ -18,7 +18,6 @@
 use engraft_nn::{Builder, Error, Kind, Result, Role, Site, SiteId, Sites, Value as Frozen};
 use serde_json::{Map, Value, json};
 
-use super::layer_number;
 use super::prefix::Prefix;
 use crate::read::Reader;
 use crate::shared::fields::{choice, float};
@@ -181,7 +180,7 @@ struct Layer {
 fn layers(sites: &Sites) -> Vec<Layer> {
     let mut found: Vec<Layer> = Vec::new();
     for site in sites.iter() {
-        let Some((number, place)) = layer_number(sites, site).zip(site.layer) else { continue };
+        let Some((number, place)) = sites.number(site).zip(site.layer) else { continue };
         let at = match found.iter().position(|l| l.number == number) {
             Some(at) => at,
             None => {
@@ -296,7 +295,7 @@ fn prefixes(b: &mut Builder<'_>, plans: &[(&Layer, Plan)]) -> Result<()> {
     for length in lengths {
         let others = plans.iter().filter(|(_, plan)| plan.length != length);
         let leave_out = others.map(|(layer, _)| layer.number).collect();
-        let prefix = Prefix { leave_out, every_stack: true, ..Prefix::new(length, 0, false) };
+        let prefix = Prefix { leave_out, one_set: true, ..Prefix::new(length, 0, false) };
         prefix.attach(b, &format!("of_{length}"))?;
     }
     Ok(())

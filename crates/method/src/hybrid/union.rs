@@ -1,19 +1,64 @@
-//! AdapterHub's unions (`ConfigUnion`) of a prefix, bottleneck adapters and LoRAs, and their file.
+//! AdapterHub's unions (`ConfigUnion`) of a prefix, bottleneck adapters and LoRAs, and their file; and prefixes, LoRAs and (IA)³
+//! alone in a file of AdapterHub.
 //!
 //! Adapters are those of the method `bottleneck`, of which nothing is known here but its file; a gate lies around them:
 //! u + g + G·A(x), G of x, the adapter's input.
 
 use std::sync::Mutex;
 
-use engraft_nn::{Builder, Error, Kind, Pass, Patch, Result, Role, Site, SiteId, Sublayer, SublayerPatch};
+use engraft_nn::{
+    Builder, Error, Kind, Pass, Patch, Result, Role, Site, SiteId, Sites, Sublayer, SublayerPatch, Targets,
+};
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
 use super::lora::Lora;
 use super::prefix::Prefix;
+use crate::additive::bottleneck::around;
 use crate::read::Reader;
 use crate::shared::gate::Gate;
 use crate::{Described, Info, Loaded, Method, peft};
+
+/// `peft_type` of a file that holds one part.
+const ALONE: &str = "ENGRAFT_ADAPTER_HUB";
+
+/// What may be alone in a file.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Alone {
+    Prefix,
+    Lora,
+    Ia3,
+}
+
+impl Alone {
+    /// What AdapterHub's inner configuration is of.
+    fn of(inner: &Map<String, Value>) -> Option<Alone> {
+        match inner.get("architecture").and_then(Value::as_str)? {
+            "prefix_tuning" => Some(Alone::Prefix),
+            "lora" if inner.get("composition_mode") == Some(&json!("scale")) => Some(Alone::Ia3),
+            "lora" => Some(Alone::Lora),
+            _ => None,
+        }
+    }
+}
+
+/// The adapter of a file of AdapterHub that holds such a part alone, as one of the method `info`.
+pub(crate) fn alone(config: &Value, info: &'static Info, what: Alone) -> Result<Option<Loaded>> {
+    let kind = config.get("peft_type").filter(|kind| !kind.is_null());
+    let inner = config.get("config").and_then(Value::as_object);
+    let Some(inner) = inner.filter(|inner| Alone::of(inner) == Some(what)) else { return Ok(None) };
+    if kind.is_some_and(|kind| kind != ALONE) {
+        return Ok(None);
+    }
+    let name = config.get("name").and_then(Value::as_str).unwrap_or("engraft");
+    let mut union = Union { name: name.into(), alone: true, ..Union::new(info, None, None, None) };
+    match what {
+        Alone::Prefix => union.prefix = Some(Prefix::read(inner)?),
+        Alone::Lora | Alone::Ia3 => union.lora = Some(Lora::read(inner)?),
+    }
+    let train_also = config.get("modules_to_save").and_then(crate::read::texts).unwrap_or_default();
+    Ok(Some(Loaded { method: Box::new(union), targets: None, train_also }))
+}
 
 pub(super) struct Union {
     /// The method that it is.
@@ -23,6 +68,8 @@ pub(super) struct Union {
     pub prefix: Option<Prefix>,
     pub adapter: Option<Adapters>,
     pub lora: Option<Lora>,
+    /// Whether it is one part, and the file no union.
+    alone: bool,
     /// The paths of the attentions, as last attached: AdapterHub's file holds the prefix once for each.
     attentions: Mutex<Vec<String>>,
 }
@@ -87,13 +134,14 @@ impl Adapters {
         let left = self.config.get("leave_out").and_then(Value::as_array).cloned().unwrap_or_default();
         let wanted = |s: &Site| match s.role {
             Role::Attention => self.flag("mh_adapter", false),
+            Role::CrossAttention => self.flag("cross_adapter", false),
             Role::Mlp => self.flag("output_adapter", true),
             _ => false,
         };
-        let places: Vec<(SiteId, String, usize)> = b
-            .sites()
+        let sites = b.sites();
+        let places: Vec<(SiteId, String, usize)> = sites
             .iter()
-            .filter(|s| wanted(s) && s.layer.is_none_or(|layer| !left.contains(&json!(layer))))
+            .filter(|s| wanted(s) && sites.number(s).is_none_or(|layer| !left.contains(&json!(layer))))
             .filter_map(|s| match s.kind {
                 Kind::Sublayer { width } => Some((s.id, s.path.clone(), width)),
                 _ => None,
@@ -163,7 +211,8 @@ impl Union {
         adapter: Option<Adapters>,
         lora: Option<Lora>,
     ) -> Union {
-        Union { info, name: "engraft".into(), prefix, adapter, lora, attentions: Mutex::default() }
+        let (name, attentions) = ("engraft".into(), Mutex::default());
+        Union { info, name, prefix, adapter, lora, alone: false, attentions }
     }
 
     /// Whether any of its parts is gated.
@@ -233,12 +282,21 @@ impl Method for Union {
             own
         });
         let parts = [self.prefix.as_ref().map(Prefix::config), adapter, self.lora.as_ref().map(Lora::config)];
-        let file = json!({
-            "config": { "architecture": "union", "configs": parts.into_iter().flatten().collect::<Vec<_>>() },
-            "hidden_size": model.info.width, "model_type": model.info.architecture, "name": self.name,
-            "version": "adapters.1.3.0",
-        });
-        file.as_object().cloned().unwrap_or_default()
+        let mut parts: Vec<Value> = parts.into_iter().flatten().collect();
+        let inner = match self.alone {
+            true => parts.pop().unwrap_or_default(),
+            false => json!({ "architecture": "union", "configs": parts }),
+        };
+        around(model, &self.name, inner)
+    }
+
+    fn peft_type(&self) -> &'static str {
+        if self.alone { ALONE } else { self.info.peft_type }
+    }
+
+    /// Its sites are its parts'.
+    fn default_targets(&self, _sites: &Sites) -> Option<Targets> {
+        None
     }
 
     fn file_name(&self, name: &str) -> String {

@@ -22,6 +22,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use super::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
+use crate::hybrid::{Alone, alone};
 use crate::read::{Reader, as_written};
 use crate::shared::network::{Lookup, Network, Part, layer, named};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
@@ -164,7 +165,7 @@ fn absent(asked: &[Place], sites: &Sites) -> Result<()> {
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let own = peft::is_type(config, OWN_TYPE);
     let Some(map) = config.as_object().filter(|_| own || peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
+        return alone(config, &INFO, Alone::Prefix);
     };
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);

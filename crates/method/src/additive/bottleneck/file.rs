@@ -47,9 +47,9 @@ pub(crate) fn saved(config: &Value, info: &Info, has_phm: bool) -> Result<Option
     }
     if !inner.contains_key("reduction_factor") {
         return match inner.get("architecture").and_then(Value::as_str) {
-            Some("reft") => Ok(None),
+            Some("reft" | "lora" | "prefix_tuning") => Ok(None),
             kind => Err(Error::Unsupported(format!(
-                "this AdapterHub adapter is of kind `{}`; readable are bottleneck adapters and ReFT",
+                "this AdapterHub adapter is of kind `{}`; readable are bottleneck adapters, ReFT, prefixes, LoRA and (IA)³, and their unions",
                 kind.unwrap_or("unknown")
             ))),
         };
@@ -67,11 +67,18 @@ pub(crate) fn saved(config: &Value, info: &Info, has_phm: bool) -> Result<Option
 
 /// The keys of an adapter called `name`.
 pub(crate) fn read(r: &mut Reader<'_>, name: &str, has_phm: bool) -> Bottleneck {
-    if r.value("inv_adapter").is_some() {
-        r.problem(
-            "`inv_adapter`: invertible adapters at the embeddings are not there; use a language adapter without one, such as \
-             `seq_bn`",
-        );
+    let invertible = match r.value("inv_adapter").cloned() {
+        None => None,
+        Some(kind) if kind == "nice" => Some(r.float("inv_adapter_reduction_factor", 2.0)),
+        Some(kind) => {
+            r.problem(format!(
+                "`inv_adapter`: expected nice, found {kind}; glow fails in the library that writes such files"
+            ));
+            None
+        }
+    };
+    if invertible.is_some_and(|reduction| reduction <= 0.0) {
+        r.problem("`inv_adapter_reduction_factor`: expected a number above 0");
     }
     if r.flag("phm_layer", has_phm) != has_phm {
         r.problem("`phm_layer` does not agree with the file's `peft_type`");
@@ -107,6 +114,7 @@ pub(crate) fn read(r: &mut Reader<'_>, name: &str, has_phm: bool) -> Bottleneck 
         residual_before_own_norm: r.flag("adapter_residual_before_ln", false),
         gating: r.flag("use_gating", false),
         start: r.one_of("init_weights", STARTS),
+        invertible,
         phm,
         silent,
         ..Bottleneck::of(Form::Pfeiffer)
@@ -201,6 +209,10 @@ impl Bottleneck {
         let phm = self.phm.clone().unwrap_or_default().to_file();
         map.extend(usual.into_iter().chain(phm.as_object().cloned().unwrap_or_default()));
         map.extend(self.silent.clone());
+        if let Some(reduction) = self.invertible {
+            map.insert("inv_adapter".into(), json!("nice"));
+            map.insert("inv_adapter_reduction_factor".into(), number(reduction));
+        }
         Value::Object(map)
     }
 }

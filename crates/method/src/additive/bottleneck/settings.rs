@@ -38,6 +38,8 @@ pub(crate) struct Bottleneck {
     pub residual_before_own_norm: bool,
     pub gating: bool,
     pub start: Start,
+    /// The reduction of invertible adapters behind the embeddings, where there are any.
+    pub invertible: Option<f64>,
     /// Compacter's layers in the place of matrices.
     pub phm: Option<Phm>,
     /// Keys of a file that say nothing here, as they are.
@@ -124,6 +126,7 @@ impl Bottleneck {
             residual_before_own_norm: false,
             gating: false,
             start: Start::Bert,
+            invertible: None,
             phm: None,
             silent: Map::new(),
         };

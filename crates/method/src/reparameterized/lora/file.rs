@@ -12,6 +12,7 @@ use super::start::Start;
 use super::tokens::Tokens;
 use super::variants::{Blocks, Kasa};
 use super::{Lora, Mixer};
+use crate::hybrid::{Alone, alone};
 use crate::read::{Pattern, Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::{Described, Loaded, Named, peft};
@@ -39,7 +40,7 @@ const SILENT: &[&str] = &[
 
 pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
+        return alone(config, &INFO, Alone::Lora);
     };
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
