@@ -363,7 +363,12 @@ fn prompts_and_prefixes_equal_the_reference() {
             // Which half of the model reads which rows is the methods' affair; their own tests see to it.
             continue;
         }
-        let file = tensors(&dir.join("adapter/adapter_model.safetensors"));
+        let path = dir.join("adapter/adapter_model.safetensors");
+        if !path.exists() {
+            // AdapterHub's files name other tensors.
+            continue;
+        }
+        let file = tensors(&path);
         let raw = file.get("prompt_embeddings").unwrap();
         let all = Tensor::from_vec(raw.to_f32().unwrap(), raw.shape.clone()).unwrap();
         let mut b = engraft_nn::Builder::new(model.sites(), info, 0);

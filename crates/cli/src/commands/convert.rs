@@ -22,7 +22,7 @@ use crate::failure::{BeforeWork, Failure, Outcome};
 Examples:
   engraft convert lora.safetensors --model roberta-base --alpha 16 --out adapter
   engraft inspect lora.safetensors          whose form it is, and what it holds
-  engraft convert runs/a/adapter --to adapterhub --model bert-base-uncased --out hub
+  engraft convert runs/a/adapter --to adapterhub --model bert-base --out hub
 
 Reads the names of loralib, and peft's without their prefix; tensors trained as a whole come along. With --to adapterhub an
 adapter directory is written as AdapterHub's library reads it, a fusion with its adapters as a setup.")]
