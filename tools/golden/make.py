@@ -31,6 +31,7 @@ GROUPS = {
     "vpt": ("vpt", "peft"),
     "hyper": ("hyper", "peft"),
     "pha": ("pha", "peft"),
+    "tasks": ("cases_tasks", "peft"),
     "coda": ("coda", "peft"),
     "side": ("side", "peft"),
     "adamix": ("adamix", "peft"),

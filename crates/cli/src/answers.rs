@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::engine::Engine;
 use crate::failure::Outcome;
-use crate::generation::{Writing, write};
+use crate::generation::{Prompt, Writing, write};
 
 /// A prompt with the answers that the data have for it.
 pub struct Question {
@@ -16,6 +16,8 @@ pub struct Question {
     pub row: usize,
     /// What the model reads.
     pub prompt: Vec<u32>,
+    /// The task that it is of, where the data have several.
+    pub task: Option<usize>,
     /// One or more answers.
     pub references: Vec<String>,
 }
@@ -26,24 +28,27 @@ pub struct Answer {
     text: String,
 }
 
-/// The prompts of `data` in the order of the file, each once with all its answers; examples without a prompt or without an
+/// The prompts of `data` in the order of the file, each once a task with all its answers; examples without a prompt or without an
 /// answer are left out. Answers are the labels as text, without special tokens and those that end a text.
 ///
 /// # Errors
 /// Labels that the tokenizer does not know.
 pub fn questions(data: &Dataset, tokenizer: &Tokenizer, ends: &HashSet<u32>) -> Outcome<Vec<Question>> {
     let mut questions: Vec<Question> = Vec::new();
-    let mut known: HashMap<Vec<u32>, usize> = HashMap::new();
+    let mut known: HashMap<(Option<usize>, Vec<u32>), usize> = HashMap::new();
     for example in &data.examples {
         let Some((prompt, mut answer)) = parted(example) else { continue };
         while answer.last().is_some_and(|id| ends.contains(id)) {
             answer.pop();
         }
         let reference = tokenizer.decode(&answer, true)?;
-        let at = *known.entry(prompt.clone()).or_insert(questions.len());
+        let at = *known.entry((example.task, prompt.clone())).or_insert(questions.len());
         match questions.get_mut(at) {
             Some(question) => question.references.push(reference),
-            None => questions.push(Question { row: example.row, prompt, references: vec![reference] }),
+            None => {
+                let (row, task) = (example.row, example.task);
+                questions.push(Question { row, prompt, task, references: vec![reference] });
+            }
         }
     }
     Ok(questions)
@@ -80,7 +85,8 @@ pub fn answers(
     let all = questions.len();
     let mut answers = Vec::with_capacity(all);
     for (number, question) in questions.into_iter().enumerate() {
-        let text = write(engine, tokenizer, &question.prompt, writing, ends)?.text;
+        let prompt = Prompt { ids: &question.prompt, task: question.task };
+        let text = write(engine, tokenizer, prompt, writing, ends)?.text;
         answers.push(Answer { question, text });
         progress(number + 1, all);
     }
@@ -88,7 +94,26 @@ pub fn answers(
 }
 
 /// `bleu` (0 to 100), `rouge1`, `rouge2`, `rougeL`, `rougeLsum` and `exact_match` (0 to 1).
-pub fn scores(answers: &[Answer]) -> BTreeMap<String, f64> {
+/// Of several `tasks` each has its own as TASK.NAME, and mean_NAME is the mean over these.
+pub fn scores(answers: &[Answer], tasks: &[&str]) -> BTreeMap<String, f64> {
+    let mut found = scores_of(&mut answers.iter());
+    let (mut sums, mut count) = (BTreeMap::<String, f64>::new(), 0.0);
+    for (number, name) in tasks.iter().enumerate() {
+        let mut own = answers.iter().filter(|answer| answer.question.task == Some(number)).peekable();
+        if own.peek().is_none() {
+            continue;
+        }
+        count += 1.0;
+        for (metric, value) in scores_of(&mut own) {
+            *sums.entry(format!("mean_{metric}")).or_default() += value;
+            found.insert(format!("{}.{metric}", name.replace(char::is_whitespace, "_")), value);
+        }
+    }
+    found.extend(sums.into_iter().map(|(metric, sum)| (metric, sum / count)));
+    found
+}
+
+fn scores_of(answers: &mut dyn Iterator<Item = &Answer>) -> BTreeMap<String, f64> {
     let (mut bleu, mut rouge, mut equal) = (Bleu::default(), Rouge::default(), ExactMatch::default());
     for answer in answers {
         let references: Vec<&str> = answer.question.references.iter().map(String::as_str).collect();

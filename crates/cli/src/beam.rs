@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use crate::engine::Engine;
 use crate::failure::{Failure, Outcome};
-use crate::generation::Decoding;
+use crate::generation::{Decoding, Prompt};
 
 /// How to search.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +52,7 @@ struct Continuation {
 /// As [`Decoding::new`], and logits that are not numbers.
 pub fn search(
     engine: &Engine,
-    prompt: &[u32],
+    prompt: Prompt<'_>,
     most: usize,
     ends: &HashSet<u32>,
     by: Search,
@@ -155,7 +155,9 @@ mod tests {
                     early_stopping: row["early_stopping"] == true,
                 };
                 let ends = HashSet::from([row["eos_token_id"].as_u64().unwrap() as u32]);
-                let found = search(&engine, &ids(&row["prompt"]), most, &ends, by).unwrap();
+                let found =
+                    search(&engine, Prompt { ids: &ids(&row["prompt"]), task: None }, most, &ends, by)
+                        .unwrap();
                 assert_eq!(found[0].tokens, ids(&row["new_tokens"]), "{name}, {by:?}");
                 for (found, beam) in found.iter().zip(row["beams"].as_array().into_iter().flatten()) {
                     assert_eq!(found.tokens, ids(&beam["new_tokens"]), "{name}, {by:?}");

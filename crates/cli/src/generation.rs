@@ -37,11 +37,21 @@ impl End {
     }
 }
 
+/// What is gone on from, or what an encoder reads.
+#[derive(Clone, Copy)]
+pub struct Prompt<'p> {
+    /// Its tokens.
+    pub ids: &'p [u32],
+    /// The task that it is of, for adapters of several.
+    pub task: Option<usize>,
+}
+
 /// Texts being written side by side after the same prompt: one, or the beams of a search.
 pub struct Decoding<'a> {
     engine: &'a Engine,
     /// What an encoder reads; none for models that go on from the prompt itself.
     source: Option<Vec<u32>>,
+    task: Option<usize>,
     sequences: usize,
     /// Tokens that each text has in the cache.
     length: usize,
@@ -56,7 +66,7 @@ impl<'a> Decoding<'a> {
     /// A model that does not generate, an empty prompt, a token outside the vocabulary.
     pub fn new(
         engine: &'a Engine,
-        prompt: &[u32],
+        Prompt { ids: prompt, task }: Prompt<'_>,
         sequences: usize,
         most: usize,
     ) -> Outcome<(Self, Vec<u32>)> {
@@ -68,7 +78,7 @@ impl<'a> Decoding<'a> {
         };
         let room = first.len().saturating_add(most).saturating_add(engine.virtual_rows());
         let cache = Arc::new(Mutex::new(KvCache::new(info.layers, sequences, room)));
-        Ok((Decoding { engine, source, sequences, length: 0, cache }, first))
+        Ok((Decoding { engine, source, task, sequences, length: 0, cache }, first))
     }
 
     /// Feeds the next tokens of each text, as many to each, and gives the logits `[vocabulary]` after the last of them.
@@ -79,12 +89,17 @@ impl<'a> Decoding<'a> {
         let columns = (0..self.sequences).flat_map(|_| positions.clone().map(|p| p as i32)).collect();
         let layout = Layout::new(&vec![each; self.sequences], columns)?;
         let tokens = as_tensor(&tokens)?;
+        let of_task = |layout: Layout| match self.task {
+            Some(task) => layout.with_tasks(vec![task; self.sequences]),
+            None => layout,
+        };
         let inputs = match &self.source {
-            None => Inputs::tokens(tokens, None, layout),
+            None => Inputs::tokens(tokens, None, of_task(layout)),
             Some(source) => {
                 let lengths = vec![source.len(); self.sequences];
                 let copies = as_tensor(&source.repeat(self.sequences))?;
-                Inputs::tokens(copies, None, Layout::counted(&lengths)?).with_target(tokens, layout)
+                let layout_read = of_task(Layout::counted(&lengths)?);
+                Inputs::tokens(copies, None, layout_read).with_target(tokens, layout)
             }
         };
         let logits = on_pool(|| self.engine.last_logits(&inputs, &self.cache))?;
@@ -110,7 +125,7 @@ fn as_tensor(ids: &[u32]) -> Outcome<Tensor> {
 /// As [`Decoding::new`], and logits that are not numbers.
 pub fn generate(
     engine: &Engine,
-    prompt: &[u32],
+    prompt: Prompt<'_>,
     most: usize,
     ends: &HashSet<u32>,
     sampler: &mut Sampler,
@@ -163,7 +178,7 @@ pub struct Written {
 pub fn write(
     engine: &Engine,
     tokenizer: &Tokenizer,
-    prompt: &[u32],
+    prompt: Prompt<'_>,
     writing: Writing,
     ends: &HashSet<u32>,
 ) -> Outcome<Written> {
@@ -188,7 +203,7 @@ pub fn write(
             (if ended { End::Eos } else { End::Length }, Some(best.score))
         }
     };
-    let mut stream = answer_stream(engine, tokenizer, prompt)?;
+    let mut stream = answer_stream(engine, tokenizer, prompt.ids)?;
     let mut text = String::new();
     for id in &tokens {
         text.push_str(&stream.push(*id)?);

@@ -141,14 +141,31 @@ impl<'a> Progress<'a> {
     }
 
     fn evaluated(&mut self, eval: &EvalEvent) {
-        let metrics = eval.metrics.iter().filter(|(name, _)| name.as_str() != "token_accuracy");
+        let of_all =
+            |name: &str| name != "token_accuracy" && !name.contains('.') && !name.starts_with("mean_");
+        let metrics = eval.metrics.iter().filter(|(name, _)| of_all(name));
         let shown: Vec<String> =
             metrics.map(|(name, value)| format!("{name} {}", human::number(*value, 3))).collect();
         let best = if eval.best && eval.step > 0 { "  best" } else { "" };
         let when = if eval.step == 0 { "before".to_owned() } else { format!("step {}", eval.step) };
         self.say(&format!("{when}  eval loss {}  {}{best}", human::number(eval.loss, 3), shown.join("  ")));
+        if let Some(line) = by_task(eval) {
+            self.say(&line);
+        }
         self.eval = Some(eval.clone());
     }
+}
+
+/// Each task's own score, where the data have several: its accuracy, of a language model its loss.
+fn by_task(eval: &EvalEvent) -> Option<String> {
+    let score = if eval.metrics.contains_key("perplexity") { "loss" } else { "accuracy" };
+    let own = eval.metrics.iter().filter_map(|(name, value)| {
+        let task = name.strip_suffix(score)?.strip_suffix('.')?;
+        Some(format!("{task} {}", human::number(*value, 3)))
+    });
+    let own: Vec<String> = own.collect();
+    let mean = eval.metrics.get(&format!("mean_{score}"))?;
+    Some(format!("  {score} by task  {}  mean {}", own.join("  "), human::number(*mean, 3)))
 }
 
 impl Observer for Progress<'_> {

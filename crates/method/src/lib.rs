@@ -15,6 +15,7 @@ mod entry;
 pub mod foreign;
 mod hybrid;
 mod names;
+mod neurons;
 mod peft;
 mod prompts;
 mod read;
@@ -60,6 +61,8 @@ pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter,
 pub use calibration::{Calibration, Observe, Seen, observe};
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, Settings, find, from_file};
 pub use names::{prefix, stored_as};
+pub use neurons::{active_neurons, overlap};
+pub use prompts::transfer::prompt_similarity;
 pub use read::pattern;
 pub use reparameterized::dylora::sliced_dylora;
 pub use transposed::not_in_peft;

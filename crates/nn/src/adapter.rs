@@ -126,6 +126,12 @@ impl Adapter {
         Ok(self)
     }
 
+    /// The adapter with further patches behind its own: probes that look at what passes.
+    pub fn with_patches(mut self, patches: Vec<(SiteId, Patch)>) -> Adapter {
+        patches.into_iter().for_each(|(site, patch)| self.push_patch(site, patch));
+        self
+    }
+
     pub(crate) fn push_patch(&mut self, site: SiteId, patch: Patch) {
         self.patches.entry(site).or_default().push(patch);
     }

@@ -126,11 +126,11 @@ impl Events {
         self.steps.iter().filter_map(|step| step.memory_bytes).max()
     }
 
-    /// Names of all metrics of all evaluations, sorted.
+    /// Names of all metrics of all evaluations, sorted, those of single tasks (TASK.NAME) last.
     pub fn metric_names(&self) -> Vec<&str> {
         let mut names: Vec<&str> =
             self.evals.iter().flat_map(|eval| eval.metrics.keys().map(String::as_str)).collect();
-        names.sort_unstable();
+        names.sort_unstable_by_key(|name| (name.contains('.'), *name));
         names.dedup();
         names
     }

@@ -29,6 +29,8 @@ pub struct Evaluated<'a> {
     pub masking: Option<Masking>,
     /// How the labels of targets become decoder inputs.
     pub shift: Option<Shift>,
+    /// What the tasks of the data are called; empty where there is one.
+    pub tasks: Vec<&'a str>,
 }
 
 /// The result of an evaluation.
@@ -38,7 +40,8 @@ pub struct Evaluation {
     pub loss: f64,
     /// Number of labels.
     pub labels: u64,
-    /// By name, see [`crate::EvalEvent::metrics`]; `loss` is not among them.
+    /// By name, see [`crate::EvalEvent::metrics`]; `loss` is not among them. Where the data have several tasks, each has its own
+    /// as TASK.NAME, TASK.loss too, and mean_NAME is the mean over these.
     pub metrics: BTreeMap<String, f64>,
 }
 
@@ -59,23 +62,65 @@ pub fn evaluate(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Evaluation> {
     let objective = Objective::of(of.model.info().task)?;
-    let (mut loss, mut labels, mut confusion) = (0.0, 0u64, Confusion::default());
-    // Rows of like length share a batch, longest first: the order changes no result but the time.
+    let (mut all, mut by_task) = (Tally::default(), vec![Tally::default(); of.tasks.len()]);
+    // Rows of one task and of like length share a batch, longest first: the order changes no result but the time.
     let mut order: Vec<usize> = (0..data.examples.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(data.examples[i].ids.len()));
-    let batches: Vec<&[usize]> = order.chunks(of.batch_size.max(1)).collect();
+    let task = |i: usize| data.examples[i].task.unwrap_or(0);
+    order.sort_by_key(|&i| (task(i), std::cmp::Reverse(data.examples[i].ids.len())));
+    let of_task = order.chunk_by(|&a, &b| of.tasks.is_empty() || task(a) == task(b));
+    let batches: Vec<&[usize]> = of_task.flat_map(|rows| rows.chunks(of.batch_size.max(1))).collect();
     for (number, indices) in batches.iter().enumerate() {
         let found = on_pool(|| of.predict(objective, &of.pack(data, indices)?))?;
-        loss += found.loss;
-        labels += found.predicted.len() as u64;
-        found.predicted.iter().for_each(|&(label, predicted)| confusion.add(label, predicted));
+        all.add(&found);
+        if let Some(own) = by_task.get_mut(indices.first().map_or(0, |&i| task(i))) {
+            own.add(&found);
+        }
         progress(number + 1, batches.len());
     }
-    if labels == 0 {
+    if all.labels == 0 {
         return Err(Error::Setup("the evaluation data hold no label to compare with".into()));
     }
-    let loss = loss / labels as f64;
-    Ok(Evaluation { loss, labels, metrics: metrics(objective, loss, &confusion) })
+    let mut metrics = all.metrics(objective);
+    metrics.extend(metrics_by_task(objective, &of.tasks, &by_task));
+    Ok(Evaluation { loss: all.mean_loss(), labels: all.labels, metrics })
+}
+
+/// What was counted so far.
+#[derive(Clone, Default)]
+struct Tally {
+    loss: f64,
+    labels: u64,
+    confusion: Confusion,
+}
+
+impl Tally {
+    fn add(&mut self, found: &Answers) {
+        self.loss += found.loss;
+        self.labels += found.predicted.len() as u64;
+        found.predicted.iter().for_each(|&(label, predicted)| self.confusion.add(label, predicted));
+    }
+
+    fn mean_loss(&self) -> f64 {
+        self.loss / self.labels as f64
+    }
+
+    fn metrics(&self, objective: Objective) -> BTreeMap<String, f64> {
+        metrics(objective, self.mean_loss(), &self.confusion)
+    }
+}
+
+/// What each task that has labels reaches, as TASK.NAME, and mean_NAME over these tasks.
+fn metrics_by_task(objective: Objective, names: &[&str], tallies: &[Tally]) -> BTreeMap<String, f64> {
+    let (mut found, mut sums) = (BTreeMap::new(), BTreeMap::<String, f64>::new());
+    let tasks: Vec<(&&str, &Tally)> = names.iter().zip(tallies).filter(|(_, own)| own.labels > 0).collect();
+    for (name, own) in &tasks {
+        for (metric, value) in own.metrics(objective).into_iter().chain([("loss".into(), own.mean_loss())]) {
+            found.insert(format!("{}.{metric}", name.replace(char::is_whitespace, "_")), value);
+            *sums.entry(format!("mean_{metric}")).or_default() += value;
+        }
+    }
+    found.extend(sums.into_iter().map(|(metric, sum)| (metric, sum / tasks.len() as f64)));
+    found
 }
 
 fn metrics(objective: Objective, loss: f64, confusion: &Confusion) -> BTreeMap<String, f64> {

@@ -108,6 +108,7 @@ impl Session {
             batch_size: self.plan.train.batch_size,
             masking: self.masking()?,
             shift: self.shift,
+            tasks: self.plan.data.tasks.iter().map(|task| task.name.as_str()).collect(),
         })
     }
 }

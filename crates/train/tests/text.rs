@@ -105,5 +105,15 @@ fn several_tasks_train_together() {
     assert!((share(0) - sizes[0] / (sizes[0] + sizes[1])).abs() < 0.01, "{}", share(0));
     let dir = tempfile::tempdir().unwrap();
     let options = RunOptions { out: dir.path().join("run"), ..RunOptions::default() };
-    assert!(train(&session, &options, &mut Log::default()).unwrap().after.is_some());
+    let after = train(&session, &options, &mut Log::default()).unwrap().after.unwrap();
+    // Each task has scores of its own; over all labels, and as a mean over tasks, they are what they say.
+    let eval = &session.eval.as_ref().unwrap().examples;
+    let rows = |task| eval.iter().filter(|e| e.task == Some(task)).count() as f64;
+    let metric = |name: &str| after.metric(name).unwrap_or_else(|| panic!("no {name}"));
+    for name in ["accuracy", "loss"] {
+        let own = ["desk", "again"].map(|task| metric(&format!("{task}.{name}")));
+        let all = (own[0] * rows(0) + own[1] * rows(1)) / (rows(0) + rows(1));
+        assert!((all - metric(name)).abs() < 1e-6, "{name}: {all}");
+        assert!(((own[0] + own[1]) / 2.0 - metric(&format!("mean_{name}"))).abs() < 1e-9);
+    }
 }

@@ -195,6 +195,7 @@ fn answered(
 ) -> Outcome<BTreeMap<String, f64>> {
     let Some(tokenizer) = &session.tokenizer else { return Ok(BTreeMap::new()) };
     let config = read_config(&session.model_dir.join("config.json"), &cx.limits).before_work()?;
+    let tasks: Vec<&str> = session.plan.data.tasks.iter().map(|task| task.name.as_str()).collect();
     let engine = Engine {
         dir: session.model_dir,
         config,
@@ -215,7 +216,7 @@ fn answered(
     if let Some(path) = &texts.save {
         write_atomic(path, lines(&found, tokenizer)?.as_bytes())?;
     }
-    Ok(scores(&found))
+    Ok(scores(&found, &tasks))
 }
 
 /// The recipe to open, and whether its adapter takes part.
@@ -248,7 +249,7 @@ fn recipe(args: &Args, cx: &Context) -> Outcome<(Recipe, bool)> {
         // A recipe without an adapter scores its model as it is before training.
         return Ok((read(&file, &sets)?, false));
     };
-    if !adapter.join("adapter_config.json").is_file() {
+    if !engraft_store::is_adapter(&adapter) {
         let message = format!(
             "{} holds no adapter; the run has not ended yet (--adapter none scores the base)",
             adapter.display()
@@ -326,7 +327,10 @@ fn absolute(path: &Path) -> Outcome<PathBuf> {
 
 fn table(metrics: &BTreeMap<String, f64>, labels: u64, width: usize) -> String {
     let mut table = Table::new(&[("metric", Align::Left), ("value", Align::Right)]);
-    for (name, value) in metrics {
+    // Those of single tasks last.
+    let mut rows: Vec<(&String, &f64)> = metrics.iter().collect();
+    rows.sort_by_key(|(name, _)| name.contains('.'));
+    for (name, value) in rows {
         table.row([name.as_str(), &human::number(*value, 4)]);
     }
     table.row(["labels", &labels.to_string()]);

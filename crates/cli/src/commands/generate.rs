@@ -13,7 +13,7 @@ use crate::beam::Search;
 use crate::context::Context;
 use crate::engine::{Engine, ModelArgs};
 use crate::failure::{BeforeWork, Failure, Outcome};
-use crate::generation::{End, Writing, answer_stream, ends_of, generate, write};
+use crate::generation::{End, Prompt, Writing, answer_stream, ends_of, generate, write};
 use crate::sampling::{Choice, Sampler};
 use crate::stops::Stops;
 
@@ -43,6 +43,9 @@ pub struct Args {
     /// The system message of the chat
     #[arg(long, value_name = "TEXT", requires = "chat")]
     system: Option<String>,
+    /// The task that the prompt is of, from 0, for an adapter of several; without it the adapter's own
+    #[arg(long, value_name = "N", requires = "adapter")]
+    task: Option<usize>,
     /// Most tokens to write
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
@@ -100,6 +103,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     if args.beams > 1 {
         return by_beams(args, &engine, &tokenizer, &prompt, most, &ends, cx);
     }
+    let read = Prompt { ids: &prompt, task: args.task };
     let choice = Choice { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p };
     let mut sampler = Sampler::new(choice, args.seed);
 
@@ -113,7 +117,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         }
     };
     let started = Instant::now();
-    let end = generate(&engine, &prompt, most, &ends, &mut sampler, &mut |id| {
+    let end = generate(&engine, read, most, &ends, &mut sampler, &mut |id| {
         tokens += 1;
         let (text, stopped) = stops.push(&stream.push(id)?);
         show(&text, &mut whole);
@@ -157,7 +161,8 @@ fn by_beams(
         early_stopping: args.early_stopping,
     };
     let started = Instant::now();
-    let found = write(engine, tokenizer, prompt, Writing { most, by: Some(by) }, ends)?;
+    let read = Prompt { ids: prompt, task: args.task };
+    let found = write(engine, tokenizer, read, Writing { most, by: Some(by) }, ends)?;
     let mut stops = Stops::new(&args.stop);
     let (mut shown, stopped) = stops.push(&found.text);
     if !stopped {

@@ -1,6 +1,7 @@
 //! The commands, one a file.
 
 mod combine;
+mod compare;
 mod completions;
 mod convert;
 mod doctor;
@@ -37,9 +38,11 @@ pub enum Command {
     Merge(merge::Args),
     /// Combines adapters into one
     Combine(combine::Args),
+    /// Shows how alike prompts and other adapters of one model are
+    Compare(compare::Args),
     /// Makes an adapter of what differs between two models
     Extract(extract::Args),
-    /// Makes an adapter of a LoRA file of another program
+    /// Makes an adapter of a LoRA file of another program, or another program's of an adapter
     Convert(convert::Args),
     /// Computes logits of given tensors
     Logits(logits::Args),
@@ -72,6 +75,7 @@ impl Command {
             Command::Generate(args) => generate::run(args, cx),
             Command::Merge(args) => merge::run(args, cx),
             Command::Combine(args) => combine::run(args, cx),
+            Command::Compare(args) => compare::run(args, cx),
             Command::Extract(args) => extract::run(args, cx),
             Command::Convert(args) => convert::run(args, cx),
             Command::Logits(args) => logits::run(args, cx),

@@ -11,6 +11,6 @@ pub(crate) mod p_tuning;
 pub(crate) mod prefix;
 pub(crate) mod prompt;
 pub(crate) mod smop;
-mod transfer;
+pub(crate) mod transfer;
 pub(crate) mod vpt;
 pub(crate) mod xprompt;

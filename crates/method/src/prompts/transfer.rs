@@ -2,7 +2,8 @@
 //!
 //! The prompt of a task, trained for a while, stands for the task (`target_prompt`). Its similarity to a source is the cosine
 //! of the two means over rows, or the mean of the cosines of all pairs of rows. The start is the best source, the mean of the
-//! `top` best, or their mean weighted by similarity. Without a prompt to compare with it is the mean of all sources.
+//! `top` best, or their mean weighted by similarity. Without a prompt to compare with it is the mean of all sources. What neurons
+//! say of it needs the model: `neurons.rs`, `engraft compare`.
 //!
 //! Vu et al. 2022, arXiv:2110.07904, section 3; Su et al. 2022 (TPT), arXiv:2111.06719, sections 4 and 5.
 
@@ -118,7 +119,7 @@ impl Transfer {
             let count = self.sources.len() as f64;
             return Ok(self.sources.iter().map(|source| (source, 1.0 / count)).collect());
         };
-        let alike = |source: &Saved| similarity(&source.rows, &target.rows, self.pairs);
+        let alike = |source: &Saved| prompt_similarity(&source.rows, &target.rows, self.pairs);
         let mut ranked: Vec<(&Saved, f64)> = self.sources.iter().map(|s| (s, alike(s))).collect();
         ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
         ranked.truncate(if self.select == Select::Best { 1 } else { self.top.unwrap_or(usize::MAX) });
@@ -151,8 +152,8 @@ fn saved(r: &mut Reader<'_>, key: &'static str) -> Option<Vec<Saved>> {
     all
 }
 
-/// How alike two prompts are, −1 to 1.
-fn similarity(a: &[Vec<f32>], b: &[Vec<f32>], pairs: bool) -> f64 {
+/// How alike two prompts [rows, width] are, −1 to 1: the cosine of their means, or the mean of the cosines of all `pairs` of rows.
+pub fn prompt_similarity(a: &[Vec<f32>], b: &[Vec<f32>], pairs: bool) -> f64 {
     if !pairs {
         return cosine(&mean(a), &mean(b));
     }
@@ -216,8 +217,8 @@ mod tests {
         // Rows that cancel have no mean direction, and are like themselves by pairs as much as not.
         let rows = |r: &[[f32; 2]]| r.iter().map(|r| r.to_vec()).collect::<Vec<_>>();
         let one = rows(&[[1.0, 0.0]]);
-        assert!((super::similarity(&one, &one, false) - 1.0).abs() < 1e-12);
-        assert!((super::similarity(&one, &rows(&[[0.0, 1.0], [3.0, 0.0]]), true) - 0.5).abs() < 1e-12);
+        assert!((super::prompt_similarity(&one, &one, false) - 1.0).abs() < 1e-12);
+        assert!((super::prompt_similarity(&one, &rows(&[[0.0, 1.0], [3.0, 0.0]]), true) - 0.5).abs() < 1e-12);
     }
 
     #[test]

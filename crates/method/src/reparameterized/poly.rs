@@ -8,8 +8,8 @@
 //! Ponti et al. 2023, arXiv:2202.13914; splits: Caccia et al. 2023, arXiv:2211.03831.
 //!
 //! poly_lora_A [splits, skills, in/splits, rank], poly_lora_B [splits, skills, rank, out/splits],
-//! poly_router.module_logits [tasks, splits·skills]. `peft` says the task with each batch; a run has one task here,
-//! `engraft_task` in the configuration where it is not the first.
+//! poly_router.module_logits [tasks, splits·skills]. Sequences are of the task that the data say, else of the adapter's own,
+//! `engraft_task` in the configuration where it is not the first; merged is what that one has.
 //!
 //! u = (w + ½)/2³², w word number `sequence·splits·skills + i` of the stream "PATH.STEP.MICRO" of the seed.
 
@@ -21,6 +21,7 @@ use serde_json::{Map, Value, json};
 use crate::read::Reader;
 use crate::shared::fields::{int, rank};
 use crate::shared::low_rank::{RANK_MAX, linear};
+use crate::shared::tasks::{Tasks, task_field, tasks_field};
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const MAX: usize = 1 << 16;
@@ -30,10 +31,9 @@ const EPS: f32 = 1e-12;
 #[derive(Clone, Debug)]
 struct Poly {
     rank: usize,
-    tasks: usize,
+    tasks: Tasks,
     skills: usize,
     splits: usize,
-    task: usize,
     /// B starts as noise.
     random: bool,
 }
@@ -53,8 +53,8 @@ static INFO: Info = Info {
         rank("8"),
         int("skills", (1, MAX as i64), Some("4"), "LoRAs in each inventory."),
         int("splits", (1, MAX as i64), Some("1"), "Parts of the input and output that are mixed apart."),
-        int("tasks", (1, MAX as i64), Some("1"), "Tasks that have mixtures."),
-        int("task", (0, MAX as i64), Some("0"), "The task of this run, from 0."),
+        tasks_field("1"),
+        task_field(),
     ],
 };
 
@@ -62,18 +62,13 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn read(r: &mut Reader<'_>, [rank, tasks, skills, splits, task]: [&'static str; 5]) -> Poly {
-    let method = Poly {
+    Poly {
         rank: r.count(rank, 8, RANK_MAX),
-        tasks: r.count(tasks, 1, MAX),
+        tasks: Tasks::read(r, [tasks, task], 1),
         skills: r.count(skills, 4, MAX),
         splits: r.count(splits, 1, MAX),
-        task: r.at_least(task, 0, 0) as usize,
         random: false,
-    };
-    if method.task >= method.tasks {
-        r.problem(format!("`{task}`: expected one of {} tasks, from 0, found {}", method.tasks, method.task));
     }
-    method
 }
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
@@ -97,7 +92,8 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Poly { rank: 2, tasks: 2, skills: 3, splits: 2, task: 1, random: false })
+    let tasks = Tasks { count: 2, usual: 1 };
+    Box::new(Poly { rank: 2, tasks, skills: 3, splits: 2, random: false })
 }
 
 impl Method for Poly {
@@ -123,7 +119,7 @@ impl Method for Poly {
                 b: b.param(&format!("{path}.poly_lora_B"), &shape_b, start_b)?,
                 logits: b.param(
                     &format!("{path}.poly_router.module_logits"),
-                    &[tasks, splits * skills],
+                    &[tasks.count, splits * skills],
                     Init::Uniform(1e-3),
                 )?,
                 method: self.clone(),
@@ -135,11 +131,11 @@ impl Method for Poly {
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let mut own = json!({
-            "init_weights": !self.random, "n_skills": self.skills, "n_splits": self.splits, "n_tasks": self.tasks,
+            "init_weights": !self.random, "n_skills": self.skills, "n_splits": self.splits, "n_tasks": self.tasks.count,
             "poly_type": "poly", "r": self.rank,
         });
-        if self.task > 0 {
-            own["engraft_task"] = json!(self.task);
+        if self.tasks.usual > 0 {
+            own["engraft_task"] = json!(self.tasks.usual);
         }
         own.as_object().cloned().unwrap_or_default()
     }
@@ -153,14 +149,15 @@ struct Inventory {
 }
 
 impl Inventory {
-    /// Mixed factors [in, rank] and [rank, out], as many as `noise` [count, splits·skills] has rows; one without noise.
-    fn mixtures(&self, noise: Option<&Tensor>) -> Result<Vec<(Tensor, Tensor)>> {
-        let Poly { rank, skills, splits, task, .. } = self.method;
-        let mut z = self.logits.get().rows_between(task, task + 1)?;
+    /// Mixed factors [in, rank] and [rank, out] of each of `tasks`, with or without `noise` [tasks, splits·skills].
+    fn mixtures(&self, tasks: &[usize], noise: Option<&Tensor>) -> Result<Vec<(Tensor, Tensor)>> {
+        let Poly { rank, skills, splits, .. } = self.method;
+        let count = tasks.len();
+        let rows = Tensor::from_i64(tasks.iter().map(|&task| task as i64).collect(), [count])?;
+        let mut z = self.logits.get().gather(&rows)?;
         if let Some(noise) = noise {
             z = z.add(noise)?;
         }
-        let count = z.dim(0);
         let z = z.unary(Unary::Sigmoid)?.reshape([count, splits, skills])?;
         let shares = z.div(&z.sum_dim(2)?.unary(Unary::Shift(EPS))?)?.permute(&[1, 0, 2])?;
         // [splits, count, numbers of a part] → [count, splits, numbers].
@@ -194,7 +191,7 @@ impl Inventory {
 impl WeightPatch for Inventory {
     fn weight(&self, base: &dyn Base) -> Result<Tensor> {
         let mut w = base.dense()?;
-        for (a, b) in self.mixtures(None)? {
+        for (a, b) in self.mixtures(&[self.method.tasks.usual], None)? {
             w = w.add(&a.matmul(&b)?.t()?.scale(1.0 / self.method.rank as f32)?)?;
         }
         Ok(w)
@@ -208,7 +205,7 @@ impl WeightPatch for Inventory {
         let change = match cx.mode() {
             Mode::Train { seed, step, micro } if !x.is_empty() => {
                 let noise = self.noise(sequences.len(), site, (seed, step, micro))?;
-                let mixtures = self.mixtures(Some(&noise))?;
+                let mixtures = self.mixtures(&self.method.tasks.of(cx)?, Some(&noise))?;
                 let parts = sequences
                     .iter()
                     .zip(&mixtures)
@@ -216,7 +213,7 @@ impl WeightPatch for Inventory {
                     .collect::<Result<Vec<_>>>()?;
                 cat(&parts.iter().collect::<Vec<_>>(), 0)?
             }
-            _ => branch(x, &self.mixtures(None)?[0])?,
+            _ => self.method.tasks.each(x, cx, |task, x| branch(x, &self.mixtures(&[task], None)?[0]))?,
         };
         Ok(base.forward(x)?.plus(&change)?)
     }
@@ -255,6 +252,34 @@ mod tests {
         stir(&other, 0.5);
         let there = both_ways(&other, Q, &x).0.to_vec().unwrap();
         assert_ne!(fast.to_vec().unwrap(), there, "tasks have mixtures of their own");
+    }
+
+    #[test]
+    fn rows_have_the_mixture_of_their_own_task() {
+        let made = |task: usize| {
+            let settings = json!({ "rank": 2, "tasks": 3, "skills": 4, "task": task });
+            let a = attached(&[chosen("poly", settings)], &[]);
+            stir(&a, 0.5);
+            a
+        };
+        let (a, x) = (made(0), sample(&[5, 6], 3));
+        let (sites, _) = toy();
+        let site = sites.get(site_id(&sites, Q));
+        let Frozen::Weight(weight) = &site.value else { panic!() };
+        let run = |mode: Mode, tasks: &[usize]| {
+            let layout = Layout::counted(&[2, 3]).unwrap().with_tasks(tasks.to_vec());
+            let cx = Pass::new(layout, None).training(mode);
+            Patched::new(weight.as_ref(), a.adapter.at(site.id), site, &cx).forward(&x).unwrap()
+        };
+        let found = run(Mode::Eval, &[2, 1]);
+        let alone = |task: usize| both_ways(&made(task), Q, &x).0;
+        let part = |t: &Tensor, from, to| t.rows_between(from, to).unwrap();
+        close(&part(&found, 0, 2), &part(&alone(2), 0, 2), 1e-6);
+        close(&part(&found, 2, 5), &part(&alone(1), 2, 5), 1e-6);
+        let train = Mode::Train { seed: 1, step: 1, micro: 0 };
+        let [first, second] = [[2, 1], [2, 0]].map(|tasks| run(train, &tasks));
+        close(&part(&first, 0, 2), &part(&second, 0, 2), 0.0);
+        assert_ne!(part(&first, 2, 5).to_vec().unwrap(), part(&second, 2, 5).to_vec().unwrap());
     }
 
     #[test]

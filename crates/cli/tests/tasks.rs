@@ -1,0 +1,106 @@
+//! Several tasks in one adapter: each row is trained, scored and answered under its own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+
+fn engraft(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_engraft")).args(args).output().unwrap()
+}
+
+fn result(args: &[&str]) -> Value {
+    let output = engraft(args);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {errors}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// A tiny model of the fixtures with a tokenizer whose words are `t0`, `t1`, …
+fn model(dir: &Path, name: &str) -> PathBuf {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models").join(name);
+    let model = dir.join(name);
+    fs::create_dir_all(&model).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(from.join(file), model.join(file)).unwrap();
+    }
+    let config: Value = serde_json::from_slice(&fs::read(from.join("config.json")).unwrap()).unwrap();
+    let words = config["vocab_size"].as_u64().unwrap();
+    let vocabulary: serde_json::Map<String, Value> =
+        (0..words).map(|i| (format!("t{i}"), i.into())).collect();
+    let tokenizer = json!({
+        "version": "1.0", "pre_tokenizer": { "type": "Whitespace" }, "added_tokens": [],
+        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "t0" },
+    });
+    fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    fs::write(model.join("tokenizer_config.json"), r#"{"eos_token":"t2"}"#).unwrap();
+    model
+}
+
+/// A recipe of two tasks that answer the same prompts, each in a way of its own.
+fn recipe(dir: &Path, model: &Path) -> PathBuf {
+    for (file, answer) in [("first", "t7 t7"), ("second", "t9 t9")] {
+        let row = |i: u32| {
+            let prompt = format!("t{} t{}", 10 + i, 20 + i);
+            format!("{}\n", json!({ "prompt": prompt, "completion": answer }))
+        };
+        fs::write(dir.join(file).with_extension("jsonl"), (0..6).map(row).collect::<String>()).unwrap();
+    }
+    let data = |name: &str, file: &str| {
+        format!(
+            "[[data.tasks]]\nname = \"{name}\"\nformat = \"jsonl\"\npath = \"{file}\"\neval_path = \"{file}\"\n\
+             template = \"plain\"\n"
+        )
+    };
+    let text = format!(
+        "model = {:?}\n[method]\nname = \"poly\"\ntasks = 2\nskills = 4\nrank = 8\ntargets = \"all-linear\"\n[data]\n\
+         format = \"jsonl\"\n{}{}[train]\nsteps = 120\nbatch_size = 4\nlearning_rate = 0.02\nseed = 1\n",
+        model.to_str().unwrap(),
+        data("first", "first.jsonl"),
+        data("second task", "second.jsonl"),
+    );
+    let file = dir.join("recipe.toml");
+    fs::write(&file, text).unwrap();
+    file
+}
+
+#[test]
+fn rows_are_answered_and_scored_under_their_tasks() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = model(dir.path(), "llama");
+    let (file, model) = (recipe(dir.path(), &model), model.to_str().unwrap());
+    let (run, saved) = (dir.path().join("run"), dir.path().join("answers.jsonl"));
+    let (run, saved) = (run.to_str().unwrap(), saved.to_str().unwrap());
+    let trained = engraft(&["train", file.to_str().unwrap(), "--out", run]);
+    let shown = String::from_utf8_lossy(&trained.stderr).into_owned();
+    assert!(trained.status.success(), "{shown}");
+    assert!(shown.contains("by task  first") && shown.contains("second_task"), "{shown}");
+
+    let found = result(&["eval", run, "--json", "--generate", "--max-tokens", "2", "--save", saved]);
+    let metric = |name: &str| found["metrics"][name].as_f64().unwrap_or_else(|| panic!("no {name}: {found}"));
+    for name in ["loss", "accuracy", "exact_match", "bleu"] {
+        let mean = (metric(&format!("first.{name}")) + metric(&format!("second_task.{name}"))) / 2.0;
+        assert!((mean - metric(&format!("mean_{name}"))).abs() < 1e-9, "{name}");
+    }
+    assert!(engraft(&["eval", run, "--fail-if", "second_task.loss < 1000"]).status.code() == Some(3));
+
+    // Prompts of both tasks are questions of their own, and `generate` answers as the evaluation did.
+    let lines = fs::read_to_string(saved).unwrap();
+    let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 12);
+    let adapter = format!("{run}/adapter");
+    let begun = ["generate", "--model", model, "--adapter", &adapter, "--max-tokens", "2"];
+    let text = |task: usize, i: usize| {
+        let (line, number) = (&lines[6 * task + i], task.to_string());
+        let more = ["--json", "--task", &number, "--prompt", line["prompt"].as_str().unwrap()];
+        let text = result(&[&begun[..], &more[..]].concat())["text"].as_str().unwrap().to_owned();
+        assert_eq!(Some(text.as_str()), line["text"].as_str(), "row {i} of task {task}");
+        text
+    };
+    assert!((0..2).any(|i| text(0, i) != text(1, i)), "tasks answer alike");
+    let refused = engraft(&[&begun[..], &["--prompt", "t5", "--task", "2"]].concat());
+    assert!(!refused.status.success());
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(error.contains("task 2") && error.contains("knows 2 tasks"), "{error}");
+}
