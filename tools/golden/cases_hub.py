@@ -59,9 +59,10 @@ TABLE = [
     ("llama", "seq_bn", "invertible", SeqBnInvConfig(reduction_factor=4), "", "behind the table"),
     ("t5", "double_seq_bn", "invertible", DoubleSeqBnInvConfig(reduction_factor=4), "", "the encoder's alone"),
 ]
-TRAINED = {"t5__unipelt": ("t5", hybrid.unipelt(), "full"), "t5__mam": ("t5", hybrid.mam(), "ragged"),
+TRAINED = {"t5__mam": ("t5", hybrid.mam(), "ragged"),
            "gpt2__ia3_hub": ("gpt2", IA3Config(), "padded"),
            "bert__seq_bn_invertible": ("bert", SeqBnInvConfig(reduction_factor=4), "padded")}
+
 
 def inputs_of(base, side, plain=hybrid.inputs_of):
     """Rows whose targets are without padding too, which the library's means over columns would count."""
@@ -71,34 +72,6 @@ def inputs_of(base, side, plain=hybrid.inputs_of):
         other = 3 + torch.arange(ids.numel()).view(ids.shape) * 7 % 40
         inputs |= {"decoder_input_ids": torch.where(gaps, other, ids), "decoder_attention_mask": torch.ones_like(ids)}
     return inputs
-
-
-def whole_batches(name, base, kind, rows, plain=batches):
-    """Every position of the targets labelled, for the same reason."""
-    data = plain(name, base, kind, rows)
-    if base.startswith("t5") and kind == "full":
-        labels = data["labels"]
-        other = 3 + torch.arange(labels.numel()).view(labels.shape) * 11 % 40
-        data["labels"] = torch.where(labels == -100, other, labels)
-    return data
-
-
-class AtFirst(torch.nn.Linear):
-    """A gate that sees the first position alone."""
-
-    def forward(self, x):
-        return super().forward(x[:, :1])
-
-
-def attach(base, config, case, plain=hybrid.attach):
-    """In training a decoder's gates see what is there when a text is begun, its first token; the library's see all of the answer."""
-    model = plain(base, config, case)
-    for name, module in model.named_modules():
-        reads_source = any(part in name for part in ("EncDecAttention.k.", "EncDecAttention.v."))
-        if case.startswith("trajectory/t5") and name.startswith("decoder.") and "gate" in name and not reads_source:
-            if isinstance(module, torch.nn.Linear):
-                module.__class__ = AtFirst
-    return model
 
 
 HOULSBY = [DoubleSeqBnConfig(reduction_factor=4), DoubleSeqBnConfig(reduction_factor=8, non_linearity="gelu")]
@@ -146,7 +119,7 @@ def write_fusion(base, variant, form, configs, side, checks):
 
 def make(only=""):
     warnings.simplefilter("ignore")
-    hybrid.inputs_of, hybrid.batches, hybrid.attach = inputs_of, whole_batches, attach
+    hybrid.inputs_of = inputs_of
     for row in TABLE:
         if only in f"{row[0]}__{row[1]}_{row[2]}":
             hybrid.write_case(*row)
