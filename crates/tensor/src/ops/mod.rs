@@ -2,10 +2,12 @@
 //!
 //! `elementwise`, `reduce`, `shape`, `gather`, `top_k`, `matmul`, `dense`, `fourier`, `hadamard` and `softmax` are the primitives
 //! from which any method can be composed; `linear`, `low_rank`, `lstm`, `sparse`, `norm`, `rope`, `attention`, `gated`, `loss`,
-//! `soft_top_k` and `dropout` are fused and are tested against their composition.
+//! `soft_top_k` and `dropout` are fused and are tested against their composition. `compressed` is a product that keeps less of its
+//! input than its gradient needs.
 
 mod attention;
 mod carrying;
+mod compressed;
 mod dense;
 mod dropout;
 mod elementwise;
