@@ -227,8 +227,10 @@ impl Method for Oft {
             let (turned, name, table) = match site.kind {
                 Kind::Embedding { width, .. } => (width, "oft_embedding_R", true),
                 Kind::Convolution { .. } => {
-                    let message = "OFT of `peft` adds up overlapping windows of a convolution, so that it computes something else than \
-                                   it merges; leave it out of the targets, or use boft";
+                    let message = "OFT of `peft` turns the windows of a convolution one pixel apart, whatever its stride, and adds them up \
+                                   where they overlap: even before training a pixel counts as often as windows of k·k hold it, and merging \
+                                   gives another model than the one that was trained. No file of it has one meaning; leave the convolution \
+                                   out of the targets, or use boft, which turns the windows that it reads";
                     return Err(Error::Site { path: site.path.clone(), message: message.into() });
                 }
                 _ => (matrices::linear(site, INFO.title)?.1, "oft_R", false),

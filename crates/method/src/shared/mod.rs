@@ -25,6 +25,7 @@ pub(crate) mod sequences;
 pub(crate) mod sparse;
 pub(crate) mod staged;
 pub(crate) mod tasks;
+pub(crate) mod token_indices;
 pub(crate) mod token_rows;
 pub(crate) mod torch_random;
 pub(crate) mod wavelets;
