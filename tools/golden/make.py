@@ -44,6 +44,7 @@ GROUPS = {
     "hiwi": ("hiwi", "peft"),
     "ranks": ("cases_ranks", "peft"),
     "low_rank": ("low_rank", "peft"),
+    "lora-forms": ("cases_lora_forms", "peft"),
     "stages": ("stages", "peft"),
     "generation": ("generation", "peft"),
     "images": ("images", "peft"),

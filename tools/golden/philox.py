@@ -35,3 +35,12 @@ def uniform(seed, of, shape):
     """Numbers in [0, 1), multiples of 2^-24, f32."""
     w = words(seed, of, int(np.prod(shape)))
     return ((w >> 8).astype(np.float32) * np.float32(2.0**-24)).reshape(shape)
+
+
+def normal(seed, of, shape):
+    """Standard normal numbers, f32, by Box and Muller in f64: two words make two of them."""
+    count = int(np.prod(shape))
+    pairs = words(seed, of, count + count % 2).reshape(-1, 2).astype(np.float64)
+    radius, angle = np.sqrt(-2 * np.log((pairs[:, 0] + 0.5) / 2**32)), 2 * np.pi * pairs[:, 1] / 2**32
+    drawn = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)
+    return drawn[:count].astype(np.float32).reshape(shape)

@@ -34,7 +34,7 @@ pub struct Info {
 }
 
 /// One setting of a method.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Field {
     /// Key in the recipe.
     pub name: &'static str,

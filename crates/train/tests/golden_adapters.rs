@@ -5,12 +5,14 @@
 mod fixtures;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use engraft_method::{LoadedAdapter, load_adapter, save_adapter, stored_as};
 use engraft_model::Loaded;
 use engraft_nn::weight::Storage;
-use engraft_nn::{Adapter, Builder, Init, Kind, Pass, Patch, Replacement, merged_tensors};
+use engraft_nn::{
+    Adapter, Builder, Init, Inputs, Kind, KvCache, Layout, Pass, Patch, Replacement, merged_tensors,
+};
 use engraft_store::{Dtype, Limits, read_adapter};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
@@ -90,6 +92,60 @@ fn case(root: &Path, name: &str) -> Vec<String> {
         }
     }
     problems
+}
+
+/// Adapters that look at the text that is given go on with it as `peft` does: all texts of a case at once, with a cache.
+#[test]
+fn texts_are_continued_as_by_peft() {
+    let root = fixtures::golden();
+    let mut problems = Vec::new();
+    for name in fixtures::directories(&root.join("cases")).iter().filter(|name| fixtures::wanted(name)) {
+        let dir = root.join("cases").join(name);
+        let meta: Value = serde_json::from_slice(&std::fs::read(dir.join("case.json")).unwrap()).unwrap();
+        let Some(texts) = meta["generation"].as_array() else { continue };
+        let ids = |text: &Value, key: &str| -> Vec<i64> {
+            text[key].as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
+        };
+        let base = root.join("models").join(meta["model"].as_str().unwrap());
+        let loaded = fixtures::model(&base, Precision::F32, Storage::Dense);
+        let files = read_adapter(&dir.join("adapter"), &Limits::default()).unwrap();
+        let (sites, info) = (loaded.model.sites(), loaded.model.info());
+        let adapter = load_adapter(&files.config, fixtures::tensors(&files.weights), sites, info).unwrap();
+        let expected: Vec<Vec<i64>> = texts.iter().map(|text| ids(text, "new_tokens")).collect();
+        let prompts = texts.iter().map(|text| ids(text, "prompt")).collect();
+        let found = continued(&loaded, &Arc::new(adapter.adapter), prompts, expected[0].len());
+        if found != expected {
+            problems.push(format!("{name}: {found:?} in place of {expected:?}"));
+        }
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+/// The likeliest `count` tokens after each text, one by one.
+fn continued(loaded: &Loaded, adapter: &Arc<Adapter>, texts: Vec<Vec<i64>>, count: usize) -> Vec<Vec<i64>> {
+    let model = &loaded.model;
+    let cache = Arc::new(Mutex::new(KvCache::new(model.info().layers, texts.len(), 64)));
+    let (mut found, mut next) = (vec![Vec::new(); texts.len()], texts.clone());
+    for _ in 0..count {
+        let lengths: Vec<usize> = next.iter().map(Vec::len).collect();
+        let before = |i: usize| if found[i].is_empty() { 0 } else { texts[i].len() + found[i].len() - 1 };
+        let positions =
+            (0..texts.len()).flat_map(|i| (before(i)..before(i) + lengths[i]).map(|at| at as i32)).collect();
+        let layout = Layout::new(&lengths, positions).unwrap();
+        let ids: Vec<i64> = next.concat();
+        let rows = ids.len();
+        let inputs = Inputs::tokens(Tensor::from_i64(ids, [rows]).unwrap(), None, layout.clone());
+        let cx = Pass::new(layout.clone(), Some(adapter.clone())).cached(cache.clone());
+        let logits = no_grad(|| model.forward(&inputs, &cx)).unwrap();
+        let (width, logits) = (logits.width(), logits.to_vec().unwrap());
+        for (i, rows) in layout.sequences().iter().enumerate() {
+            let row = &logits[(rows.end - 1) * width..rows.end * width];
+            let best = (0..width).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as i64;
+            found[i].push(best);
+            next[i] = vec![best];
+        }
+    }
+    found
 }
 
 /// An adapter that only replaces tensors by what merging makes of them.

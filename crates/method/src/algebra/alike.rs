@@ -62,7 +62,9 @@ fn is_whole(name: &str) -> bool {
 /// # Errors
 /// A rank of none, a rank unlike the configuration's, modules that the configuration does not name or that are not there.
 pub(super) fn fits_itself(term: &Term) -> Result<()> {
-    for (key, what) in [("kasa_config", "KaSA"), ("use_bdlora", "BD-LoRA")] {
+    for (key, what) in
+        [("kasa_config", "KaSA"), ("use_bdlora", "BD-LoRA"), ("alora_invocation_tokens", "aLoRA")]
+    {
         if term.config.get(key).is_some_and(|value| !value.is_null() && *value != Value::Bool(false)) {
             return Err(of(
                 term,

@@ -6,6 +6,7 @@ use engraft_nn::{Error, Result};
 use serde_json::{Map, Value, json};
 
 use super::Term;
+use super::factors::FORMS;
 use crate::read::texts;
 
 /// Keys that say nothing about what an adapter computes.
@@ -40,6 +41,9 @@ pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String,
     map.insert("alpha_pattern".into(), Value::Object(others));
     for off in ["use_rslora", "use_dora"] {
         map.insert(off.into(), json!(false));
+    }
+    for form in FORMS {
+        map.entry(form.0).and_modify(|config| *config = Value::Null);
     }
     map.insert("init_lora_weights".into(), json!(true));
     let narrow = ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"];

@@ -16,6 +16,10 @@ const RANK_MAX: usize = 65536;
 pub(super) const ENDS: [(&str, &str); 2] =
     [(".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")];
 
+/// Forms of a LoRA in training, by their keys, and what the names of tensors that these alone need hold.
+pub(super) const FORMS: [(&str, &str); 2] =
+    [("velora_config", ".lora_velora_embed"), ("monteclora_config", ".lora_monteclora_sampler.")];
+
 /// s·B·A of one adapter at one module, windows of a convolution laid flat.
 pub(super) struct Factors {
     /// A [rank, in].
@@ -144,7 +148,7 @@ pub(super) fn modules(terms: &[Term]) -> Result<Found> {
                 biases.insert(name.clone(), sum);
                 continue;
             }
-            if ENDS.iter().any(|ends| name.ends_with(ends.1)) {
+            if ENDS.iter().any(|ends| name.ends_with(ends.1)) || FORMS.iter().any(|of| name.contains(of.1)) {
                 continue;
             }
             let Some(ends) = ENDS.iter().find(|ends| name.ends_with(ends.0)) else {

@@ -198,3 +198,21 @@ fn lorahub_finds_weights_that_lower_the_loss() {
     assert!((together.abs() - 0.5 * 8f64.sqrt()).abs() < 0.01, "{found:?}");
     assert_eq!(terms[0].weight, found.weights[0]);
 }
+
+/// What only training needs goes; what acts on some tokens alone is no term of a sum.
+#[test]
+fn forms_of_training_add_as_plain_products() {
+    let terms = [
+        term(json!({ "rank": 2, "velora": true, "velora_init_type": "random" }), 0.5),
+        term(json!({ "rank": 3, "monteclora": true }), 0.5),
+    ];
+    let exact = terms.iter().fold(Tensor::zeros([6, 6]), |sum, t| {
+        sum.add(&change(&t.config, &t.tensors).scale(0.5).unwrap()).unwrap()
+    });
+    let sum = combine(&terms, &options(Rule::Cat)).unwrap();
+    close(&change(&sum.config, &sum.tensors), &exact, 1e-6);
+    assert!(sum.tensors.iter().all(|(name, _)| name.contains("lora_A") || name.contains("lora_B")));
+    let activated = [term(json!({ "rank": 2, "alora_invocation_tokens": [3] }), 0.5)];
+    let error = combine(&activated, &options(Rule::Cat)).err().unwrap();
+    assert!(error.to_string().contains("aLoRA"), "{error}");
+}

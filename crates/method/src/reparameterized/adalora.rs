@@ -27,9 +27,10 @@ use crate::shared::fields::{choice, dropout, float, int};
 use crate::shared::low_rank::{
     RANK_MAX, UNUSED, added, changed, kept_columns, kept_rows, off_identity, plain_lora,
 };
+use crate::shared::token_indices::Tokens;
 use crate::{Ahead, Described, Entry, Forget, Info, Loaded, Method, Step, peft};
 use allocation::{Cut, Schedule, TOTAL, choose, named_total, pattern_of, triplets};
-use settings::{IN_FILE, IN_RECIPE, UNREAD, read, read_pattern};
+use settings::{IN_FILE, IN_RECIPE, READ, UNREAD, read, read_pattern};
 
 #[derive(Clone, Debug)]
 struct AdaLora {
@@ -46,6 +47,10 @@ struct AdaLora {
     random: bool,
     /// `r` of the file, which says nothing.
     unused_rank: usize,
+    /// Rows of tables that are trained beside the triplets.
+    tokens: Tokens,
+    /// Keys of a file that `peft` does not read for AdaLoRA.
+    kept: Map<String, Value>,
     /// Which of the first triplets a file still has, by path: training goes on with these ranks.
     pattern: Option<Map<String, Value>>,
 }
@@ -106,14 +111,16 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let targets = peft::read_targets(&mut r);
-    let off: Vec<&'static str> = UNUSED.iter().copied().filter(|k| !k.starts_with("layers_")).collect();
+    let off: Vec<&'static str> = UNUSED.iter().copied().filter(|k| !READ.contains(k)).collect();
     r.must_be_off(&off);
-    r.must_be_off(&["loftq_config", "use_dora", "use_qalora"]);
+    r.must_be_off(&["loftq_config", "use_dora"]);
     r.ignore(UNREAD);
     let method = AdaLora {
         random: !r.flag("init_lora_weights", true),
         unused_rank: r.count("r", 8, RANK_MAX),
         pattern: read_pattern(&mut r),
+        tokens: Tokens::read(&mut r),
+        kept: UNREAD.iter().filter_map(|key| Some((key.to_string(), map.get(*key)?.clone()))).collect(),
         ..read(&mut r, &IN_FILE)
     };
     r.finish()?;
@@ -134,6 +141,8 @@ fn example() -> Box<dyn Method> {
         bias: Biases::All,
         random: false,
         unused_rank: 8,
+        tokens: Tokens::default(),
+        kept: Map::new(),
         pattern: None,
     })
 }
@@ -145,6 +154,7 @@ impl Method for AdaLora {
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         self.bias.attach(b)?;
+        self.tokens.attach(b)?;
         // What the configuration says of the schedule's length is known when training begins.
         b.state(TOTAL, &[1], Init::Zeros)?;
         for site in b.targets() {
@@ -254,9 +264,10 @@ impl Method for AdaLora {
             "init_lora_weights": !self.random, "init_r": self.init_rank, "lora_alpha": number(self.alpha),
             "lora_dropout": as_written(self.dropout), "orth_reg_weight": number(self.orthogonality),
             "rank_pattern": pattern, "target_r": self.target_rank, "tfinal": self.schedule.tfinal,
-            "tinit": self.schedule.tinit, "total_step": total,
+            "tinit": self.schedule.tinit, "total_step": total, "trainable_token_indices": self.tokens.written(),
         });
         map.extend(own.as_object().cloned().unwrap_or_default());
+        map.extend(self.kept.clone());
         map
     }
 }

@@ -5,7 +5,8 @@
 //!
 //! Hu et al. 2022, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. Its variants have files of their own:
 //! `dora` magnitudes, `start` and `prepare` other starts (PiSSA, OLoRA, EVA, CorDA, LoRA-GA, …), `factors` what may stand
-//! between B and A (MoSLoRA) and dropout of rows and columns. LoRA+ (Hayou, Ghosh and Yu 2024, arXiv:2402.12354) is a
+//! between B and A (MoSLoRA) and dropout of rows and columns, `variants` KaSA and BD-LoRA, `form` those that are another product
+//! in training or on some tokens (`velora`, `monteclora`, `alora`). LoRA+ (Hayou, Ghosh and Yu 2024, arXiv:2402.12354) is a
 //! learning rate of B that is `lr_ratio` times that of A; LoRA-FA (Zhang et al. 2023, arXiv:2308.03303) an A that is not
 //! trained, so that a layer's input need not be kept for backward.
 //!
@@ -13,18 +14,21 @@
 //! of a head tied to it (`ensure_weight_tying`): the same A and B, y = x·Wᵀ + s·(drop(x)·B)·A;
 //! of a convolution with windows [channels, height, width]: A [rank, channels, height, width], B [out, rank, 1, 1].
 
+mod alora;
 mod bias;
 mod dora;
 mod factors;
 mod file;
+mod form;
+mod monteclora;
 mod parameters;
 mod prepare;
 mod settings;
 mod start;
 #[cfg(test)]
 mod tests;
-mod tokens;
 mod variants;
+mod velora;
 
 use std::sync::Arc;
 
@@ -34,12 +38,14 @@ use serde_json::{Map, Value};
 
 use crate::read::Pattern;
 use crate::shared::biases::Biases;
+use crate::shared::token_indices::Tokens;
 use crate::{Calibration, Described, Entry, Info, Method, Named, Step, tied};
 use factors::{Dropout, Factors, Inner, Table};
+use file::Found;
+use form::{At, Form};
 use prepare::Search;
 use settings::INFO;
 use start::{Pair, Start};
-use tokens::Tokens;
 use variants::{Blocks, Kasa};
 
 /// What is trained, and how it starts.
@@ -60,6 +66,7 @@ struct Lora {
     mixer: Mixer,
     kasa: Option<Kasa>,
     blocks: Option<Blocks>,
+    form: Form,
     /// A stays as it starts.
     freeze_a: bool,
     /// Learning rate of B over that of A.
@@ -72,6 +79,9 @@ struct Lora {
     parameters: Vec<String>,
     /// Whether it was read from a file: what such a file leaves out is made again as `peft` does.
     from_file: bool,
+    /// Keys of such a file that say nothing of its tensors.
+    kept: Map<String, Value>,
+    found: Found,
 }
 
 /// What stands between B and A, and how it starts.
@@ -103,6 +113,7 @@ impl Method for Lora {
         // Before the product's own bias, which is added to what stands in the layer's.
         self.bias.attach(b)?;
         self.tokens.attach(b)?;
+        self.form.begin(b)?;
         let tied = if self.tied { tied::follow(b)? } else { vec![] };
         for site in b.targets().into_iter().filter(|site| !tied.contains(&site.id)) {
             self.check_parameter(site)?;
@@ -136,6 +147,14 @@ impl Method for Lora {
         self.kasa_penalty(adapter)
     }
 
+    fn read_shapes(&mut self, tensors: &Named) {
+        self.look_at(tensors);
+    }
+
+    fn in_type_of_model(&self, key: &str) -> bool {
+        self.found.in_type_of_model(key)
+    }
+
     fn config(&self, model: &Described<'_>) -> Map<String, Value> {
         self.written(model)
     }
@@ -165,6 +184,7 @@ impl Lora {
 
     fn attach_matrix(&self, b: &mut Builder<'_>, site: &Site, shapes: Shapes<'_>, out: usize) -> Result<()> {
         let (path, inn) = (&site.path, shapes.a.iter().product());
+        self.refuse_pooled(site, inn)?;
         let (rank, scale) = self.scale_at(path);
         let Pair { rank, a, b: init_b, taken } = self.pair(b, site, [out, inn], rank, scale)?;
         let blocks = match &self.blocks {
@@ -194,6 +214,7 @@ impl Lora {
                     b.state(&format!("{path}.lora_B.start"), &shape_b, b0)?,
                 )),
             },
+            form: self.form.at(b, site, rank)?,
             scale,
             dropout: self.dropout,
         };
@@ -201,7 +222,7 @@ impl Lora {
             return self.attach_magnitude(b, site, factors, &shapes);
         }
         if self.product_bias {
-            self.attach_product_bias(b, site, out, scale)?;
+            self.attach_product_bias(b, site, out, &factors)?;
         }
         b.patch(site.id, Patch::Weight(Box::new(factors)))
     }
@@ -229,6 +250,7 @@ impl Lora {
             inner: Inner::Nothing,
             blocks: [1, 1],
             taken: None,
+            form: At::Plain,
             scale,
             dropout: Dropout::default(),
         };
@@ -246,7 +268,13 @@ impl Lora {
     /// What is made for matrices is refused at a table; files in which `peft` started it as usual are read.
     fn fits_a_table(&self, site: &Site) -> Result<()> {
         let starts = matches!(self.start, Start::Kaiming | Start::Gaussian | Start::Random);
-        let message = if !starts && !self.from_file {
+        let form = self
+            .form
+            .name()
+            .map(|name| format!("{name} is for matrices; leave the table out of the targets"));
+        let message = if let Some(message) = &form {
+            message
+        } else if !starts && !self.from_file {
             "this `init` starts matrices; leave the table out of the targets, or set `init = \"kaiming\"`"
         } else if self.mixer != Mixer::None || self.kasa.is_some() || self.blocks.is_some() {
             "mixers, KaSA and blocks are for matrices; leave the table out of the targets"

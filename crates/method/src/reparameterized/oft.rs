@@ -20,7 +20,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::shared::kept::Kept;
-use crate::shared::matrices;
+use crate::shared::{divisors, matrices};
 use crate::shared::orthogonal::{self, Side};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Step, peft};
 
@@ -228,8 +228,10 @@ impl Method for Oft {
             let (turned, name, table) = match site.kind {
                 Kind::Embedding { width, .. } => (width, "oft_embedding_R", true),
                 Kind::Convolution { .. } => {
-                    let message = "OFT of `peft` adds up overlapping windows of a convolution, so that it computes something else than \
-                                   it merges; leave it out of the targets, or use boft";
+                    let message = "OFT of `peft` turns the windows of a convolution one pixel apart, whatever its stride, and adds them up \
+                                   where they overlap: even before training a pixel counts as often as windows of k·k hold it, and merging \
+                                   gives another model than the one that was trained. No file of it has one meaning; leave the convolution \
+                                   out of the targets, or use boft, which turns the windows that it reads";
                     return Err(Error::Site { path: site.path.clone(), message: message.into() });
                 }
                 _ => (matrices::linear(site, INFO.title)?.1, "oft_R", false),
@@ -308,8 +310,8 @@ impl Size {
     /// The size of blocks of `inn` inputs.
     fn of(self, inn: usize) -> usize {
         match self {
-            Size::Of(size) => nearest(inn, size),
-            Size::Count(count) => inn / nearest(inn, count).max(1),
+            Size::Of(size) => divisors::nearest(inn, size),
+            Size::Count(count) => inn / divisors::nearest(inn, count).max(1),
         }
     }
 }

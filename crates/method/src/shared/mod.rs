@@ -28,6 +28,7 @@ pub(crate) mod sequences;
 pub(crate) mod sparse;
 pub(crate) mod staged;
 pub(crate) mod tasks;
+pub(crate) mod token_indices;
 pub(crate) mod token_rows;
 pub(crate) mod topk;
 pub(crate) mod torch_random;

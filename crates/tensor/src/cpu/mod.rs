@@ -9,6 +9,7 @@ pub mod cross_entropy;
 pub mod dense;
 pub mod dropout;
 pub mod fourier;
+pub mod gamma;
 pub mod gemm;
 pub mod hadamard;
 pub mod math;

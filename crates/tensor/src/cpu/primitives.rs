@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::math;
+use super::{gamma, math};
 use crate::ops::{Binary, Product, Unary};
 
 /// Elements a task handles; fixed, so that results do not depend on the number of threads.
@@ -66,6 +66,8 @@ pub fn unary(f: Unary, x: &[f32], y: &mut [f32]) {
         Unary::Recip => each(x, y, |v| 1.0 / v),
         Unary::Square => each(x, y, |v| v * v),
         Unary::Abs => each(x, y, f32::abs),
+        Unary::LnGamma => each(x, y, |v| gamma::ln_gamma(v.into()) as f32),
+        Unary::Digamma => each(x, y, |v| gamma::digamma(v.into()) as f32),
         _ => unreachable!("{f:?} has a kernel of its own"),
     });
 }
@@ -86,6 +88,8 @@ pub fn unary_backward(f: Unary, x: &[f32], dy: &[f32], dx: &mut [f32]) {
         Unary::Recip => each(x, dx, |v| -1.0 / (v * v)),
         Unary::Square => each(x, dx, |v| 2.0 * v),
         Unary::Abs => each(x, dx, |v| if v == 0.0 { 0.0 } else { v.signum() }),
+        Unary::LnGamma => each(x, dx, |v| gamma::digamma(v.into()) as f32),
+        Unary::Digamma => each(x, dx, |v| gamma::trigamma(v.into()) as f32),
         _ => unreachable!("{f:?} has a kernel of its own"),
     });
     map(dy, dx, |dy, dx| {

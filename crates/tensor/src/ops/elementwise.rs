@@ -43,6 +43,10 @@ pub enum Unary {
     Tanh,
     /// erf x.
     Erf,
+    /// ln Γ(x), for x > 0.
+    LnGamma,
+    /// (ln Γ)′(x), for x > 0.
+    Digamma,
 }
 
 /// Functions of two numbers.
@@ -224,7 +228,7 @@ mod tests {
             check_gradients(std::slice::from_ref(&x), |v| v[0].unary(f))
                 .unwrap_or_else(|e| panic!("{f:?}: {e}"));
         }
-        for f in [Log, Sqrt, Recip] {
+        for f in [Log, Sqrt, Recip, LnGamma, Digamma] {
             check_gradients(std::slice::from_ref(&positive), |v| v[0].unary(f))
                 .unwrap_or_else(|e| panic!("{f:?}: {e}"));
         }

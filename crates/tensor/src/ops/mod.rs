@@ -2,11 +2,13 @@
 //!
 //! `elementwise`, `reduce`, `shape`, `gather`, `top_k`, `matmul`, `dense`, `fourier`, `hadamard` and `softmax` are the primitives
 //! from which any method can be composed; `linear`, `blocks`, `low_rank`, `lstm`, `sparse`, `norm`, `rope`, `attention`, `gated`, `loss`,
-//! `soft_top_k` and `dropout` are fused and are tested against their composition.
+//! `soft_top_k` and `dropout` are fused and are tested against their composition. `compressed` is a product that keeps less of its
+//! input than its gradient needs.
 
 mod attention;
 mod blocks;
 mod carrying;
+mod compressed;
 mod dense;
 mod dropout;
 mod elementwise;

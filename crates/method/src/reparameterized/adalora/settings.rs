@@ -7,6 +7,7 @@ use super::allocation::Schedule;
 use crate::read::Reader;
 use crate::shared::biases::Biases;
 use crate::shared::low_rank::RANK_MAX;
+use crate::shared::token_indices::Tokens;
 
 /// The names of the settings in a recipe, or those of the file.
 pub(super) struct Names {
@@ -52,6 +53,8 @@ pub(super) fn read(r: &mut Reader<'_>, names: &Names) -> AdaLora {
         bias: Biases::read(r, "lora_only"),
         random: false,
         unused_rank: 8,
+        tokens: Tokens::default(),
+        kept: Map::new(),
         pattern: None,
     };
     for (key, beta) in [("beta1", method.beta1), ("beta2", method.beta2)] {
@@ -69,6 +72,8 @@ pub(super) fn read(r: &mut Reader<'_>, names: &Names) -> AdaLora {
     method
 }
 
+/// Keys of LoRA that say something to AdaLoRA and are null unless they do.
+pub(super) const READ: &[&str] = &["layers_pattern", "layers_to_transform", "trainable_token_indices"];
 /// Keys of LoRA that `peft` does not read for AdaLoRA.
 pub(super) const UNREAD: &[&str] = &[
     "alpha_pattern",
@@ -77,6 +82,7 @@ pub(super) const UNREAD: &[&str] = &[
     "lora_bias",
     "megatron_core",
     "qalora_group_size",
+    "use_qalora",
     "use_rslora",
 ];
 

@@ -3,6 +3,8 @@
 use engraft_nn::{Base, Builder, Init, Pass, Patch, Result, Site, VectorPatch, WeightPatch};
 use engraft_tensor::{Param, Tensor};
 
+use super::factors::Factors;
+use super::form::At;
 use super::{Lora, Start};
 
 impl Lora {
@@ -12,14 +14,15 @@ impl Lora {
         b: &mut Builder<'_>,
         site: &Site,
         out: usize,
-        scale: f32,
+        factors: &Factors,
     ) -> Result<()> {
         let init = if self.start == Start::Random { Init::kaiming(out) } else { Init::Zeros };
         let name = format!("{}.lora_B.bias", site.path);
         let param = b.param_in_group(&name, &[out], init, self.group(true))?;
-        match b.sites().bias_of(&site.path) {
-            Some(bias) => b.patch(bias.id, Patch::Vector(Box::new(Shift { param, scale }))),
-            None => b.patch(site.id, Patch::Weight(Box::new(Shift { param, scale }))),
+        let shift = Shift { param, scale: factors.scale, form: factors.form.clone() };
+        match b.sites().bias_of(&site.path).filter(|_| factors.mergeable()) {
+            Some(bias) => b.patch(bias.id, Patch::Vector(Box::new(shift))),
+            None => b.patch(site.id, Patch::Weight(Box::new(shift))),
         }
     }
 }
@@ -28,6 +31,8 @@ impl Lora {
 struct Shift {
     param: Param,
     scale: f32,
+    /// aLoRA's bias is added where its product is.
+    form: At,
 }
 
 impl Shift {
@@ -47,8 +52,12 @@ impl WeightPatch for Shift {
         base.dense()
     }
 
-    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
-        Ok(base.forward(x)?.add(&self.vector_added()?)?)
+    fn forward(&self, x: &Tensor, base: &dyn Base, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let mut added = self.vector_added()?;
+        if let At::Alora(invoked) = &self.form {
+            added = invoked.mask(x, site, cx)?.mul(&added)?;
+        }
+        Ok(base.forward(x)?.add(&added)?)
     }
 
     fn mergeable(&self) -> bool {

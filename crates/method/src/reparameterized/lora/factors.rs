@@ -14,6 +14,7 @@ use engraft_nn::{Base, Mode, Pass, Result, Site, WeightPatch};
 use engraft_tensor::ops::cat;
 use engraft_tensor::{Param, Tensor};
 
+use super::form::At;
 use super::variants::spread;
 
 /// What is left out while training.
@@ -47,6 +48,7 @@ pub(super) struct Factors {
     pub blocks: [usize; 2],
     /// A₀ and B₀, whose product is taken off the weight.
     pub taken: Option<(Param, Param)>,
+    pub form: At,
     pub scale: f32,
     pub dropout: Dropout,
 }
@@ -137,10 +139,23 @@ impl WeightPatch for Factors {
     fn forward(&self, x: &Tensor, base: &dyn Base, site: &Site, cx: &Pass) -> Result<Tensor> {
         let dropped = cx.dropout(x, self.dropout.elements, site.id, 0)?;
         let y = self.frozen(x, base)?;
-        if self.dropout.structured > 0.0 && cx.mode() != Mode::Eval {
-            return self.masked(y, &dropped, site, cx);
+        match (&self.form, cx.mode()) {
+            (At::Velora(direction), Mode::Train { .. }) => {
+                direction.added_to(y, &dropped, [&self.a()?, &self.b()?], self.scale, cx)
+            }
+            (At::MonteClora(sampler), Mode::Train { seed, step, micro }) => {
+                let [a, loss] = sampler.draw(&self.a()?, site, (seed, step, micro))?;
+                let y = y.add_low_rank(&dropped, &a, &self.b()?, self.scale)?;
+                Ok(y.carrying(&loss.scale(cx.share())?)?)
+            }
+            (At::Alora(invoked), _) => self.added_to(y, &invoked.only(&dropped, site, cx)?),
+            (_, Mode::Train { .. }) if self.dropout.structured > 0.0 => self.masked(y, &dropped, site, cx),
+            _ => self.added_to(y, &dropped),
         }
-        self.added_to(y, &dropped)
+    }
+
+    fn mergeable(&self) -> bool {
+        !matches!(self.form, At::Alora(_))
     }
 }
 

@@ -1,34 +1,35 @@
 //! `adapter_config.json` as `peft` has it, and the plain LoRA that every variant is saved as.
 
-use engraft_nn::Result;
+use std::collections::HashMap;
+
+use engraft_nn::{Error, Result, Site};
 use engraft_tensor::Tensor;
 use engraft_tensor::ops::cat;
 use serde_json::{Map, Value, json};
 
+use super::form::Form;
 use super::parameters;
 use super::prepare::Search;
 use super::settings::{INFO, RANK_MAX, check};
 use super::start::Start;
-use super::tokens::Tokens;
 use super::variants::{Blocks, Kasa};
 use super::{Lora, Mixer};
 use crate::hybrid::{Alone, alone};
 use crate::read::{Pattern, Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::token_indices::Tokens;
 use crate::{Described, Loaded, Named, peft};
 
 /// Keys of variants that are not here.
-const OFF: &[&str] = &[
-    "alora_invocation_tokens",
-    "arrow_config",
-    "megatron_config",
-    "monteclora_config",
-    "use_qalora",
-    "velora_config",
-];
-/// Keys about places that no model here has.
-const PLACES: &[&str] = &["layer_replication"];
-/// Keys that only say how the tensors started, or hold a default that matters only to a variant that is off.
+const OFF: &[&str] = &["megatron_config"];
+/// Keys of forms, null where there is none.
+const FORMS: &[&str] = &["alora_invocation_tokens", "monteclora_config", "velora_config"];
+/// Ends of the names of what MonteCLoRA drew last.
+const DRAWN: [&str; 2] = [".gaussian_var_prior", ".expert_weights"];
+/// Keys about places that no model here has, and about other files.
+const PLACES: &[&str] = &["arrow_config", "layer_replication"];
+/// Keys that only say how the tensors started, or hold a default that matters only to a variant that is off. `use_qalora` is
+/// heeded by `peft` over GPTQ layers alone.
 const SILENT: &[&str] = &[
     "corda_config",
     "fan_in_fan_out",
@@ -36,6 +37,7 @@ const SILENT: &[&str] = &[
     "lora_ga_config",
     "megatron_core",
     "qalora_group_size",
+    "use_qalora",
 ];
 
 pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
@@ -62,11 +64,13 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
         search: read_eva(&mut r),
         kasa: Kasa::read(&mut r),
         blocks: Blocks::read(&mut r),
+        form: Form::read(&mut r),
         dora: r.flag("use_dora", false),
         tied: r.flag("ensure_weight_tying", false),
         tokens: Tokens::read(&mut r),
         parameters,
         from_file: true,
+        kept: SILENT.iter().filter_map(|key| Some((key.to_string(), map.get(*key)?.clone()))).collect(),
         ..Lora::default()
     };
     lora.dropout.elements = r.probability("lora_dropout");
@@ -75,14 +79,24 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
     Ok(Some(Loaded { method: Box::new(lora), targets, train_also }))
 }
 
-/// Variants that adapt what no model here has.
+/// Variants that adapt what no model here has, or what this file does not hold.
 fn refuse_other_places(r: &mut Reader<'_>) {
-    let given = |v: &Value| v.as_array().is_none_or(|list| !list.is_empty());
-    if r.value("layer_replication").is_some_and(given) {
-        r.problem(
-            "`layer_replication`: it adapts a model whose layers are there several times, and layers are not copied here: write \
-             out the model with its layers copied, and train on that",
-        );
+    for (key, reason) in [
+        (
+            "layer_replication",
+            "it adapts a model whose layers are there several times, and layers are not copied here: write out the model with its \
+             layers copied, and train on that",
+        ),
+        (
+            "arrow_config",
+            "it routes tokens among LoRAs that lie in other files, and this file holds none of them (peft itself cannot read it again): \
+             use those LoRAs one by one, or add them with `engraft combine`",
+        ),
+    ] {
+        let given = r.value(key).is_some_and(|v| v.as_array().is_none_or(|list| !list.is_empty()));
+        if given {
+            r.problem(format!("`{key}`: {reason}"));
+        }
     }
 }
 
@@ -128,8 +142,13 @@ impl Lora {
         };
         let eva = if self.start == Start::Eva { self.search.eva_config() } else { Value::Null };
         let (rank, alpha, ranks, alphas) = self.written_ranks(model);
-        let mut map: Map<String, Value> =
-            OFF.iter().chain(SILENT).chain(PLACES).map(|k| (k.to_string(), Value::Null)).collect();
+        let mut map: Map<String, Value> = OFF
+            .iter()
+            .chain(FORMS)
+            .chain(SILENT)
+            .chain(PLACES)
+            .map(|k| (k.to_string(), Value::Null))
+            .collect();
         let own = json!({
             "alpha_pattern": alphas, "bias": self.bias.name("lora_only"), "ensure_weight_tying": self.tied, "eva_config": eva,
             "fan_in_fan_out": false, "init_lora_weights": start, "loftq_config": {}, "lora_alpha": number(alpha),
@@ -140,6 +159,8 @@ impl Lora {
         map.extend(own.as_object().cloned().unwrap_or_default());
         let parameters = Some(&self.parameters).filter(|names| !names.is_empty());
         map.insert("target_parameters".into(), json!(parameters));
+        map.extend(self.kept.clone());
+        self.form.write(&mut map);
         map
     }
 
@@ -221,6 +242,56 @@ impl Lora {
             leave_out_unused(&mut file)?;
         }
         Ok(file)
+    }
+}
+
+/// What only the tensors of a file say.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Found {
+    /// Inputs of each module's A, where the file says `use_qalora`.
+    widths: HashMap<String, usize>,
+    /// Whether MonteCLoRA has drawn nothing yet.
+    undrawn: bool,
+}
+
+impl Found {
+    /// `peft` starts what is drawn in the type of the model, and draws it in F32.
+    pub fn in_type_of_model(&self, key: &str) -> bool {
+        self.undrawn && DRAWN.iter().any(|end| key.ends_with(end))
+    }
+}
+
+impl Lora {
+    pub(super) fn look_at(&mut self, tensors: &Named) {
+        // Variances are those of the start, each one.
+        let start = |t: &Tensor| {
+            t.to_vec().is_ok_and(|v| {
+                v.iter().enumerate().all(|(i, v)| *v == f32::from(u8::from(i % (t.dim(0) + 1) == 0)))
+            })
+        };
+        let mut variances = tensors.iter().filter(|(name, _)| name.ends_with(DRAWN[0])).peekable();
+        self.found.undrawn = variances.peek().is_some() && variances.all(|(_, t)| start(t));
+        if self.kept.get("use_qalora") == Some(&Value::Bool(true)) {
+            let of = |(name, t): &(String, Tensor)| {
+                let path = name.strip_prefix("base_model.model.")?.strip_suffix(".lora_A.weight")?;
+                Some((path.to_owned(), t.width()))
+            };
+            self.found.widths = tensors.iter().filter_map(of).collect();
+        }
+    }
+
+    /// Over GPTQ layers `peft` gives A the mean of each group of inputs; elsewhere it leaves a LoRA as it is.
+    pub(super) fn refuse_pooled(&self, site: &Site, inn: usize) -> Result<()> {
+        match self.found.widths.get(&site.path) {
+            Some(&width) if width < inn => {
+                let message = format!(
+                    "its A reads {width} means of {inn} inputs: peft makes QALoRA over GPTQ layers alone, and such a base is not \
+                     read here; train a LoRA over a base in NF4 (`quantize = \"nf4\"`) instead"
+                );
+                Err(Error::Site { path: site.path.clone(), message })
+            }
+            _ => Ok(()),
+        }
     }
 }
 

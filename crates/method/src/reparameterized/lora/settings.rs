@@ -4,13 +4,16 @@ use engraft_nn::{Result, Role};
 use serde_json::{Map, Value};
 
 use super::factors::Dropout;
+use super::file::Found;
+use super::form::Form;
 use super::prepare::{Prior, Search};
 use super::start::{STARTS, Start};
-use super::tokens::Tokens;
 use super::variants::{Blocks, Kasa};
 use super::{Lora, Mixer};
+use super::{alora, monteclora, velora};
 use crate::read::{Pattern, Reader};
 use crate::shared::biases::Biases;
+use crate::shared::token_indices::Tokens;
 use crate::{Field, FieldKind, Info, Method};
 
 pub(super) const RANK_MAX: usize = 1 << 16;
@@ -212,6 +215,17 @@ pub(super) static INFO: Info = Info {
             default: Some("16"),
             doc: "LoRA-GA: γ of the size out^(1/4)/√γ of the start.",
         },
+        velora::FIELDS[0],
+        velora::FIELDS[1],
+        velora::FIELDS[2],
+        velora::FIELDS[3],
+        monteclora::FIELDS[0],
+        monteclora::FIELDS[1],
+        monteclora::FIELDS[2],
+        monteclora::FIELDS[3],
+        monteclora::FIELDS[4],
+        monteclora::FIELDS[5],
+        alora::FIELDS[0],
     ],
 };
 
@@ -233,12 +247,15 @@ impl Default for Lora {
             mixer: Mixer::None,
             kasa: None,
             blocks: None,
+            form: Form::Plain,
             freeze_a: false,
             lr_ratio: 1.0,
             tied: false,
             tokens: Tokens::default(),
             parameters: vec![],
             from_file: false,
+            kept: Map::new(),
+            found: Found::default(),
         }
     }
 }
@@ -276,12 +293,15 @@ pub(super) fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Met
         mixer: r.one_of("mixer", MIXERS),
         kasa: read_kasa(&mut r),
         blocks: read_blocks(&mut r),
+        form: Form::read(&mut r),
         freeze_a: r.flag("freeze_a", false),
         lr_ratio: r.float("lr_ratio", 1.0),
         tied: false,
         tokens: Tokens::default(),
         parameters: vec![],
         from_file: false,
+        kept: Map::new(),
+        found: Found::default(),
     };
     check(&lora, &mut r);
     if rounds >= 0.0 && !matches!(lora.start, Start::Pissa(_)) {
@@ -322,6 +342,7 @@ pub(super) fn check(lora: &Lora, r: &mut Reader<'_>) {
     if lora.mixer != Mixer::None && (lora.start.is_taken_off() || lora.start == Start::Eva) {
         r.problem("`mixer` needs an `init` that is drawn at random");
     }
+    check_form(lora, r);
     let several = [lora.dora, lora.mixer != Mixer::None, lora.kasa.is_some(), lora.blocks.is_some()];
     if several[1..].iter().filter(|on| **on).count() > 1 || several[0] && several[2..].contains(&true) {
         r.problem("DoRA, a mixer, KaSA and blocks cannot be combined, but for DoRA with a mixer");
@@ -343,5 +364,26 @@ pub(super) fn check(lora: &Lora, r: &mut Reader<'_>) {
     let odd = |ranks: &[Pattern]| lora.rank % 2 == 1 || ranks.iter().any(|p| p.value() % 2.0 != 0.0);
     if lora.start == Start::Orthogonal && odd(&lora.rank_pattern) {
         r.problem("`rank` must be even for `init = \"orthogonal\"`");
+    }
+}
+
+/// What cannot be with VeLoRA, MonteCLoRA or aLoRA.
+fn check_form(lora: &Lora, r: &mut Reader<'_>) {
+    let Some(name) = lora.form.name() else { return };
+    if lora.dora || lora.mixer != Mixer::None || lora.kasa.is_some() || lora.blocks.is_some() {
+        r.problem(format!("{name} cannot be combined with DoRA, a mixer, KaSA or blocks"));
+    }
+    if lora.dropout.structured > 0.0 {
+        r.problem(format!("`structured_dropout` and {name} cannot be combined; `dropout` can"));
+    }
+    // A file may name any start but MiCA, which is a variant of its own.
+    let drawn = !lora.start.is_taken_off() && lora.start != Start::Eva || lora.from_file;
+    if lora.start == Start::Mica || !drawn {
+        r.problem(format!("`init` must be drawn at random with {name}, as `kaiming` is"));
+    }
+    if matches!(lora.form, Form::Velora(_)) && lora.freeze_a {
+        r.problem(
+            "VeLoRA saves memory where A is trained; leave out `freeze_a`, which saves more, or `velora`",
+        );
     }
 }

@@ -95,7 +95,7 @@ fn configurations() {
     assert_eq!(good["lora_dropout"], json!(0.1));
     assert_eq!(good["target_modules"], json!(["q", "v"]));
     for bad in [
-        json!({ "use_qalora": true }),
+        json!({ "arrow_config": { "top_k": 2 } }),
         json!({ "layer_replication": [[0, 1]] }),
         json!({ "r": 0 }),
         json!({ "r": "eight" }),
@@ -111,6 +111,27 @@ fn configurations() {
         assert!(error.to_string().contains(&key), "{error}");
     }
     assert!(from_file(&with(good, json!({ "brand_new": null, "use_rslora": false }))).is_ok());
+}
+
+/// Over layers that are no GPTQ layers `peft` makes a plain LoRA whatever `use_qalora` says, and keeps the keys.
+#[test]
+fn qalora_is_a_lora_unless_a_reads_means() {
+    let methods = [chosen("lora", json!({ "rank": 2 }))];
+    let keys = json!({ "use_qalora": true, "qalora_group_size": 3, "loftq_config": {} });
+    let good = with(config(&methods, &[]), keys);
+    let a = attached(&methods, &[]);
+    let (sites, info) = toy();
+    let (_, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "some/base", &sites, &info).unwrap();
+    let loaded = crate::load_adapter(&good, tensors.clone(), &sites, &info).unwrap();
+    let again =
+        crate::save_adapter(&loaded.adapter, &loaded.methods, &[], "some/base", &sites, &info).unwrap();
+    assert_eq!(again.0, good);
+    let pooled = tensors.into_iter().map(|(name, t)| match name.ends_with("lora_A.weight") {
+        true => (name, t.narrow(1, 0, 2).unwrap()),
+        false => (name, t),
+    });
+    let error = crate::load_adapter(&good, pooled.collect(), &sites, &info).err().unwrap().to_string();
+    assert!(error.contains("GPTQ"), "{error}");
 }
 
 #[test]

@@ -1,8 +1,9 @@
-//! `trainable_token_indices`: rows of embedding tables that are trained beside the factors.
+//! `trainable_token_indices` of LoRA and AdaLoRA: rows of embedding tables that are trained beside the factors.
 //!
 //! A list means the table of the model's input; a table of names, the modules whose paths end so. What shares the input's
 //! tensor has the same rows, unless the file names several of these with other tokens. `token_adapter.trainable_tokens_delta`
-//! [tokens, width] in the module holds the rows themselves.
+//! [tokens, width] in the module holds the rows themselves. A head that follows may be a target too: its factors are added to a
+//! weight that has these rows.
 
 use engraft_nn::{Builder, Error, Result, Role, Site, SiteId};
 use serde_json::Value;
@@ -13,7 +14,7 @@ use crate::tied::{own_name, sharing};
 
 /// Which rows.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Tokens {
+pub(crate) struct Tokens {
     /// Rows of the modules whose paths end so; of the input's table where there is no name.
     parts: Vec<(Option<String>, Vec<usize>)>,
     /// As in the file.
@@ -73,7 +74,9 @@ impl Tokens {
                 named.filter(apart).map(|site| vec![site]).collect()
             };
             for (number, group) in all.iter().enumerate() {
-                if let Some(site) = group.iter().find(|s| targets.contains(&s.id) || b.replaced(s.id)) {
+                // What follows the first table may be adapted as well: factors are added to what the rows made.
+                let whole = |(n, s): &(usize, &&Site)| *n == 0 && targets.contains(&s.id) || b.replaced(s.id);
+                if let Some((_, site)) = group.iter().enumerate().find(whole) {
                     let message = "its rows are in `trainable_token_indices` and it is adapted as a whole; leave it out of one of the two".into();
                     return Err(Error::Site { path: site.path.clone(), message });
                 }
