@@ -14,10 +14,12 @@ import peft
 import torch
 from peft.tuners.adamss import AdamssLayer
 from peft.tuners.adamss.utils import clustering_Z
+from peft.tuners.frod import FrodLayer
 from peft.tuners.frod.model import _projection_from_weights
 
 import adapters_io
 import cases
+import cases_interchange
 import common
 import training
 import trajectories
@@ -57,6 +59,13 @@ TABLE = [
     case("t5", "adamss", None, "encoder and decoder", r=9, num_subspaces=3, init_weights=None),
     case("vit", "adamss", None, "no task type, one subspace", r=11, num_subspaces=1, subspace_rank=4, target_modules=["q_proj", "fc2"]),
     case("qwen3", "adamss", "asa", "with a schedule", r=10, num_subspaces=3, use_asa=True, asa_target_subspaces=4),
+]
+
+# Models in half precision: FRoD's bases are in their type, what else a method adds in f32.
+HALF = [
+    frod("llama_bf16", "half", "a basis in bf16", merge=False, sparse_rate=0.05, target_modules=["q_proj", "down_proj"]),
+    frod("llama_f16", "half", "a basis in f16", sparse_rate=0.05, target_modules=["v_proj"]),
+    case("bert_bf16", "adamss", "half", "directions in f32 over a model in bf16", r=8, num_subspaces=4, target_modules=["query", "value"]),
 ]
 
 # name -> (model, kind of batches, options of training, method and its settings), as in trajectories.py
@@ -100,6 +109,17 @@ def wide(double):
     return copy
 
 
+def with_parts_of_file(tied):
+    """FRoD's layers with the U that belongs to the basis they have read: `peft` keeps that of the one it made."""
+    def read(model):
+        for m in tied(model).modules():
+            if isinstance(m, FrodLayer):
+                weight = m.base_layer.weight
+                m.frod_U["default"] = m._calculate_frod_u_and_lambda(m.frod_V["default"], weight)[0].to(weight.dtype)
+        return model
+    return read
+
+
 def clusters():
     """Points and the clusters that scikit-learn puts them into, as AdaMSS asks for them."""
     found = []
@@ -137,6 +157,11 @@ def make(only=None):
     for c in TABLE:
         if not only or c["method"] in only:
             cases.write_case(c)
+    cases_interchange.CONFIGS.update(CONFIGS)
+    cases.tied = with_parts_of_file(cases.tied)
+    for c in HALF:
+        if not only or c["method"] in only:
+            cases_interchange.write_case(c)
     for name, row in TRAJECTORIES.items():
         if only and row[3] not in only:
             continue

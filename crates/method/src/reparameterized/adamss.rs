@@ -305,11 +305,6 @@ impl Method for AdaMss {
         });
         own.as_object().cloned().unwrap_or_default()
     }
-
-    /// `peft` makes the factors F32 and leaves V as the model's weights are.
-    fn in_type_of_model(&self, key: &str) -> bool {
-        key.ends_with(".adamss_newB")
-    }
 }
 
 impl AdaMss {
@@ -330,8 +325,7 @@ impl AdaMss {
         let count = self.subspaces.min(out);
         let labels = clusters(&svd.u.to_vec()?, r, count, ITERATIONS, SEED);
         let (mut a, mut bs, mut order) = (Vec::new(), Vec::new(), Vec::new());
-        let v = b.sites().numbers().rounded(&svd.vt)?;
-        let v = b.fixed(&format!("{}.adamss_newB", site.path), &[r, columns], Init::Values(v))?;
+        let v = b.fixed(&format!("{}.adamss_newB", site.path), &[r, columns], Init::Values(svd.vt))?;
         for i in 0..count {
             let rows: Vec<i64> = (0..out).filter(|&o| labels[o] == i).map(|o| o as i64).collect();
             let name = |letter: char| format!("{}.adamss_{letter}.{i}", site.path);
