@@ -44,7 +44,7 @@ pub(crate) fn type_of_file(peft_type: &str, sites: &Sites, chosen: &[SiteId]) ->
 }
 
 /// Whether `file_type` stands for a type of `peft` where that cannot hold the adapter.
-pub(crate) fn stands_for<'t>(file_type: &'t str) -> Option<&'t str> {
+pub(crate) fn stands_for(file_type: &str) -> Option<&str> {
     file_type.strip_prefix(TRANSPOSED).filter(|peft_type| NOT_TRANSPOSED.contains(peft_type))
 }
 

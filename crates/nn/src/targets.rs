@@ -80,7 +80,7 @@ pub enum TargetError {
         /// How many there are.
         total: usize,
         /// Which roles the model has and how their modules are called.
-        note: String,
+        note: Box<str>,
         /// Module names of queries and values here, those of the cross-attention where that was asked for.
         suggestion: Vec<String>,
         /// Paths of all that names could mean.
@@ -262,7 +262,7 @@ fn dead_error(sites: &Sites, names: Vec<String>) -> TargetError {
         all: true,
         kind,
         total: listed.len(),
-        note: notes.join(", "),
+        note: notes.join(", ").into(),
         suggestion,
         known: known.into_iter().map(|s| s.path.clone()).collect(),
     }

@@ -133,9 +133,8 @@ impl Method for Hra {
     }
 
     fn doubts(&self, targets: &[&Site]) -> Vec<String> {
-        let Some((path, inn, more)) = matrices::beyond(targets, self.rank, |_, inn| inn) else {
-            return vec![];
-        };
+        let beyond = |_, inn: usize| self.rank > inn;
+        let Some((path, (_, inn), more)) = matrices::first_of(targets, beyond) else { return vec![] };
         vec![format!(
             "`rank` is {}, and {inn} reflections make every rotation of the inputs of {path}{more}: those beyond cost time \
              and add nothing",

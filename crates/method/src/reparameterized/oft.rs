@@ -257,28 +257,15 @@ impl Method for Oft {
     }
 
     fn doubts(&self, targets: &[&Site]) -> Vec<String> {
-        let moved = |site: &&&Site| match (site.kind.clone(), self.size) {
-            (Kind::Linear { inn, .. }, Size::Of(size)) => !inn.is_multiple_of(size.min(inn)),
-            (Kind::Linear { inn, .. }, Size::Count(count)) => !inn.is_multiple_of(count.min(inn)),
-            _ => false,
-        };
-        let mut all = targets.iter().filter(moved);
-        let Some((Kind::Linear { inn, .. }, path)) = all.next().map(|site| (site.kind.clone(), &site.path))
-        else {
-            return vec![];
-        };
         let (key, asked) = match self.size {
             Size::Of(size) => ("block_size", size),
             Size::Count(count) => ("blocks", count),
         };
-        let more = match all.count() {
-            0 => String::new(),
-            more => format!(", as at {more} more"),
-        };
+        let moved = |_, inn: usize| !inn.is_multiple_of(asked.min(inn));
+        let Some((path, (_, inn), more)) = matrices::first_of(targets, moved) else { return vec![] };
+        let size = self.size.of(inn);
         vec![format!(
-            "`{key}` is {asked}, which does not divide the {inn} inputs of {path}{more}: the blocks there have the nearest \
-             size that does, {}",
-            self.size.of(inn)
+            "`{key}` is {asked}, which does not divide the {inn} inputs of {path}{more}: blocks there have the nearest size, {size}"
         )]
     }
 
