@@ -20,8 +20,8 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::shared::kept::Kept;
-use crate::shared::{divisors, matrices};
 use crate::shared::orthogonal::{self, Side};
+use crate::shared::{divisors, matrices};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Step, peft};
 
 const SIZE_MAX: usize = 1 << 16;

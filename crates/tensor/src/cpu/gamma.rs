@@ -24,7 +24,7 @@ fn series(x: f64, coefficients: [f64; 6]) -> f64 {
 
 /// ln Γ(x).
 pub fn ln_gamma(x: f64) -> f64 {
-    if !(x > 0.0) {
+    if x.is_nan() || x <= 0.0 {
         return f64::NAN;
     }
     let (y, sum) = carried(x, f64::ln);
@@ -34,7 +34,7 @@ pub fn ln_gamma(x: f64) -> f64 {
 
 /// ψ(x) = (ln Γ)′.
 pub fn digamma(x: f64) -> f64 {
-    if !(x > 0.0) {
+    if x.is_nan() || x <= 0.0 {
         return f64::NAN;
     }
     let (y, sum) = carried(x, f64::recip);
@@ -44,7 +44,7 @@ pub fn digamma(x: f64) -> f64 {
 
 /// ψ′(x).
 pub fn trigamma(x: f64) -> f64 {
-    if !(x > 0.0) {
+    if x.is_nan() || x <= 0.0 {
         return f64::NAN;
     }
     let (y, sum) = carried(x, |x| 1.0 / (x * x));
