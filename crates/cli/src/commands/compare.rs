@@ -17,7 +17,7 @@ use crate::failure::{BeforeWork, Failure, Outcome};
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  engraft compare --model t5-base runs/mnli/adapter runs/qqp/adapter runs/rte/adapter
+  engraft compare --model t5-base runs/mnli/adapter runs/qqp/adapter
 
 neurons is the share of the model's active neurons that two adapters have in common, seen at a token that says nothing (a mask,
 or the first that a decoder writes): of prompts, that which says most about which of them a new one should start from
