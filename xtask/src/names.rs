@@ -10,13 +10,14 @@ const ORDINARY: [&str; 4] = ["prompt", "prefix", "full", "head"];
 /// Names that no registry holds: variants of methods, and a storage format.
 const BESIDES: [&str; 3] = ["dora", "nf4", "peft"];
 /// Files and names that are excused, each with its reason.
-const EXCUSED: [(&str, &str, &str); 4] = [
+const EXCUSED: [(&str, &str, &str); 5] = [
     (
         "crates/method/src/additive/bottleneck",
         "bert",
         "what AdapterHub calls one of its ways to draw weights",
     ),
     ("crates/method/src/prompts", "llama", "the name of the method"),
+    ("crates/method/src/reparameterized/lora/file.rs", "gpt", "GPTQ, a form of quantized weights"),
     ("crates/model/src", "head", "the path of the site of the head, in every model"),
     ("crates/model/src/picture.rs", "prompt", "the path of the site of the prompt"),
 ];
