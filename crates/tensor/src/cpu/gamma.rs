@@ -1,6 +1,6 @@
 //! ln Γ and its first two derivatives, for x > 0 (not a number elsewhere).
 //!
-//! Γ(x + 1) = x·Γ(x) carries the argument above [`LEAST`], where Stirling's series, cut after the term in x⁻¹¹, is exact to
+//! Γ(x + 1) = x·Γ(x) carries the argument above `LEAST`, where Stirling's series, cut after the term in x⁻¹¹, is exact to
 //! 1e-14. In f64: the numbers are few, and differences of neighbours matter.
 
 /// Where the series is used.
