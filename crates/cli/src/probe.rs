@@ -33,7 +33,7 @@ pub struct Measured {
 impl Measured {
     /// The largest logit by magnitude.
     pub fn largest(&self) -> f64 {
-        self.logits.iter().fold(0.0, |most, x| f64::max(most, f64::from(x.abs())))
+        self.logits.iter().fold(0.0, |most, x| larger(most, f64::from(x.abs())))
     }
 }
 
@@ -127,12 +127,24 @@ fn negative_log_likelihood(row: &[f32], id: usize) -> f64 {
 
 /// The largest difference of two lists of logits.
 pub fn largest_difference(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).fold(0.0, |most, (a, b)| f64::max(most, f64::from((a - b).abs())))
+    a.iter().zip(b).fold(0.0, |most, (a, b)| larger(most, f64::from((a - b).abs())))
+}
+
+/// The larger of two, and NaN if one of them is: `f64::max` would leave it out.
+fn larger(a: f64, b: f64) -> f64 {
+    if a.is_nan() || b <= a { a } else { b }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_number_is_not_left_out() {
+        assert_eq!(largest_difference(&[1.0, -2.0], &[1.0, 1.0]), 3.0);
+        assert!(largest_difference(&[f32::NAN, 2.0], &[1.0, 1.0]).is_nan());
+        assert!(largest_difference(&[2.0, f32::NAN], &[1.0, 1.0]).is_nan());
+    }
 
     #[test]
     fn the_loss_is_minus_log_softmax() {

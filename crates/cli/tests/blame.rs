@@ -96,6 +96,9 @@ fn a_run_that_the_settings_do_not_fit_does_not_begin() {
         ("name = \"mpt\"\ntasks = 1", "bert__mpt", "set `tasks = "),
         ("name = \"mpt\"\ntasks = 3", "llama__lora", "the data name none"),
         ("name = \"fish\"\ndensity = 1e-12", "llama__lora", "is none of them"),
+        ("name = \"rosa\"\nwarmup = 20", "llama__lora", "`warmup`: 20 steps"),
+        ("name = \"prefix\"\nlayers = [0]", "llama__lora", "`layers` says nothing to Prefix tuning"),
+        ("name = \"bottleneck\"\ntargets = [\"q_proj\"]", "llama__lora", "`targets` says nothing"),
         ("name = \"s4\"\nbudget = 1e-9", "llama__lora", "less than one trained number"),
     ] {
         let text = said(method, trajectory);

@@ -455,3 +455,29 @@ fn a_tuned_model_is_its_base_with_what_was_extracted() {
     let error = refused(&["extract", "--model", text(&model), "--tuned", text(&model), "--out", text(&out)]);
     assert!(error.contains("nothing to extract"), "{error}");
 }
+
+#[test]
+fn names_of_classes_go_along_and_must_be_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let adapter = |name: &str, labels: &str| {
+        let to = dir.path().join(name);
+        fs::create_dir(&to).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(golden().join("combine/a").join(file), to.join(file)).unwrap();
+        }
+        fs::write(to.join("label_names.json"), labels).unwrap();
+        to
+    };
+    let (a, b, c) = (
+        adapter("a", "[\"no\", \"yes\"]"),
+        adapter("b", "[\"no\", \"yes\"]"),
+        adapter("c", "[\"yes\", \"no\"]"),
+    );
+    let out = dir.path().join("out");
+    let error = refused(&["combine", text(&a), text(&c), "--rule", "average", "--out", text(&out)]);
+    assert!(error.contains("tell other classes apart") && !out.exists(), "{error}");
+    succeeds(&["combine", text(&a), text(&b), "--rule", "average", "--out", text(&out)]);
+    let names: Vec<String> =
+        serde_json::from_slice(&fs::read(out.join("label_names.json")).unwrap()).unwrap();
+    assert_eq!(names, ["no", "yes"]);
+}

@@ -36,6 +36,8 @@ pub struct Attached {
     pub dead_targets: Vec<String>,
     /// Modules to train as a whole that do not exist.
     pub dead_modules: Vec<String>,
+    /// Numbers of the methods that have sites of their own and look at no targets.
+    pub without_targets: Vec<usize>,
 }
 
 /// An adapter read from a file, with what made it.
@@ -104,7 +106,7 @@ fn build(
         }
     }
     let dead_modules = b.train_modules(train_also)?;
-    let mut dead_targets = Vec::new();
+    let (mut dead_targets, mut without_targets) = (Vec::new(), Vec::new());
     for (number, (method, targets)) in methods.iter().enumerate() {
         b.set_prefix(prefix(methods, number));
         if let Some(targets) = targets.clone().or_else(|| method.default_targets(sites)) {
@@ -118,10 +120,13 @@ fn build(
             b.set_choice(None);
         }
         method.attach(&mut b)?;
+        if !b.heeds_targets() {
+            without_targets.push(number);
+        }
     }
     // A pattern of ranks that could not be decided must not pass for one that does not match.
     pattern::gave_up()?;
-    Ok(Attached { adapter: b.finish(), dead_targets, dead_modules })
+    Ok(Attached { adapter: b.finish(), dead_targets, dead_modules, without_targets })
 }
 
 /// An adapter from `adapter_config.json` and the tensors beside it.

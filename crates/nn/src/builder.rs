@@ -1,5 +1,6 @@
 //! What a method sees while it attaches: the sites it may use, the frozen values, a place for new tensors.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use engraft_tensor::{Param, Tensor};
@@ -14,6 +15,7 @@ pub struct Builder<'a> {
     sites: &'a Arc<Sites>,
     info: &'a ModelInfo,
     targets: Vec<SiteId>,
+    asked: Cell<bool>,
     choice: Option<Targets>,
     seed: u64,
     prefix: String,
@@ -31,6 +33,7 @@ impl<'a> Builder<'a> {
             sites,
             info,
             targets,
+            asked: Cell::new(false),
             choice: None,
             seed,
             prefix,
@@ -43,6 +46,12 @@ impl<'a> Builder<'a> {
     /// The sites the next method was told to use.
     pub fn set_targets(&mut self, targets: Vec<SiteId>) {
         self.targets = targets;
+        self.asked.set(false);
+    }
+
+    /// Whether that method has looked at them: others have sites of their own, whatever was chosen.
+    pub fn heeds_targets(&self) -> bool {
+        self.asked.get()
     }
 
     /// Says how these were chosen.
@@ -68,6 +77,7 @@ impl<'a> Builder<'a> {
 
     /// The chosen sites, in model order.
     pub fn targets(&self) -> Vec<&'a Site> {
+        self.asked.set(true);
         self.targets.iter().map(|&id| self.sites.get(id)).collect()
     }
 

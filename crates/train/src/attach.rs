@@ -13,7 +13,7 @@ use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::wanted::{dead_module, dead_targets, idle, partly_dead, targets};
+use crate::wanted::{dead_module, dead_targets, idle, partly_dead, targets, unheeded};
 
 /// An adapter with what made it.
 pub struct AttachedAdapter {
@@ -100,6 +100,9 @@ pub(crate) fn from_recipe(
             "`{dead}` and other targets are names of two versions of `transformers`; use one of them"
         );
         problems.push(recipe.problem_at("method", title));
+    }
+    for &number in &attached.without_targets {
+        problems.extend(unheeded(recipe, &methods[number], chosen[number].0.info().title));
     }
     for dead in &attached.dead_modules {
         problems.push(dead_module(recipe, methods, dead, model.sites()));

@@ -36,7 +36,7 @@ pub(crate) fn write_adapter(session: &Session, dir: &Path) -> Result<()> {
     )?;
     write_adapter_files(dir, &config, &tensors, &session.methods, session.model.sites())?;
     match &session.labels {
-        Some(names) => crate::labels::write(dir, names),
+        Some(names) => crate::labels::write_label_names(dir, names),
         None => Ok(()),
     }
 }

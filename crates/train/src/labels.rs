@@ -6,7 +6,7 @@ use std::path::Path;
 use engraft_store::{Limits, json, write_atomic};
 use serde_json::Value;
 
-use crate::read::known_labels;
+use crate::read::{config_classes, known_labels};
 use crate::{Error, Result};
 
 /// The file's name in an adapter directory.
@@ -14,7 +14,7 @@ const FILE: &str = "label_names.json";
 const BYTES_MAX: u64 = 4 << 20;
 
 /// Writes the names, in the order of the classes' numbers.
-pub(crate) fn write(dir: &Path, names: &[String]) -> Result<()> {
+pub fn write_label_names(dir: &Path, names: &[String]) -> Result<()> {
     let text = serde_json::to_string_pretty(names).unwrap_or_default() + "\n";
     Ok(write_atomic(&dir.join(FILE), text.as_bytes())?)
 }
@@ -38,9 +38,17 @@ pub fn label_names(dir: &Path) -> Result<Option<Vec<String>>> {
 
 /// The names of the classes of a model that is scored as it is: `id2label`, where its head tells classes apart.
 pub fn model_labels(config: &Value) -> Option<Vec<String>> {
-    let class = config["architectures"][0].as_str()?;
-    let classifies = ["ForSequenceClassification", "ForTokenClassification", "ForImageClassification"];
-    classifies.iter().any(|kind| class.contains(kind)).then(|| known_labels(config))?
+    classifies(config).then(|| known_labels(config))?
+}
+
+/// How many classes the head of a model's files tells apart.
+pub fn model_classes(config: &Value) -> Option<usize> {
+    classifies(config).then(|| config_classes(config))?
+}
+
+fn classifies(config: &Value) -> bool {
+    let kinds = ["ForSequenceClassification", "ForTokenClassification", "ForImageClassification"];
+    config["architectures"][0].as_str().is_some_and(|class| kinds.iter().any(|kind| class.contains(kind)))
 }
 
 #[cfg(test)]
@@ -52,7 +60,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(label_names(dir.path()).unwrap(), None);
         let names = ["no".to_owned(), "yes".to_owned()];
-        write(dir.path(), &names).unwrap();
+        write_label_names(dir.path(), &names).unwrap();
         assert_eq!(label_names(dir.path()).unwrap().unwrap(), names);
         for wrong in ["{", "{\"a\": 1}", "[1, 2]"] {
             std::fs::write(dir.path().join(FILE), wrong).unwrap();

@@ -46,7 +46,7 @@ pub use events::{DataEvent, EndEvent, EvalEvent, Event, Observer, StepEvent};
 pub use fingerprint::Fingerprint;
 pub use finish::{run_data, write_adapter_files, write_hub_files};
 pub use fit::{Smaller, smaller};
-pub use labels::{label_names, model_labels};
+pub use labels::{label_names, model_classes, model_labels, write_label_names};
 pub use metrics::{Bleu, ExactMatch, Rouge, RougeScores};
 pub use objective::{Objective, is_prompted};
 pub use open::SessionOptions;

@@ -37,6 +37,21 @@ pub(crate) fn targets(
     }))
 }
 
+/// What a recipe says of the sites of a method that has its own, each at its key.
+pub(crate) fn unheeded(recipe: &Recipe, table: &MethodTable, title: &str) -> Vec<Problem> {
+    let says = [
+        ("targets", table.targets.is_some()),
+        ("roles", !table.roles.is_empty()),
+        ("exclude", table.exclude.is_some()),
+        ("layers", table.layers.is_some()),
+    ];
+    let problem = |key: &str| {
+        let title = format!("`{key}` says nothing to {title}, which has sites of its own");
+        recipe.problem_at(&format!("{}.{key}", table.at), title).help(format!("leave `{key}` out"))
+    };
+    says.into_iter().filter(|(_, says)| *says).map(|(key, _)| problem(key)).collect()
+}
+
 fn matcher(targets: &recipe::Targets) -> Matcher {
     match targets {
         recipe::Targets::AllLinear => Matcher::AllLinear,
@@ -78,7 +93,9 @@ fn near<'p>(dead: &str, paths: impl IntoIterator<Item = &'p str>) -> Option<Stri
         let path: Vec<&str> = path.split('.').collect();
         names.extend(path.windows(parts).map(|stretch| stretch.join(".")));
     }
-    nearest(dead, names.iter().map(String::as_str)).map(str::to_owned)
+    // A name that is there leads to nothing else that is wanted.
+    let others = names.iter().map(String::as_str).filter(|name| *name != dead);
+    nearest(dead, others).map(str::to_owned)
 }
 
 /// The sites under both sets of names.

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use engraft_method::algebra::{Combined, Found, Options, Rule, Sign, Term, combine, same_base};
 use engraft_method::load_adapter;
 use engraft_model::LoadOptions;
+use engraft_nn::Task;
 use engraft_report::human;
 use engraft_tensor::Tensor;
-use engraft_train::write_adapter_files;
+use engraft_train::{label_names, write_adapter_files, write_label_names};
 use serde_json::json;
 
 use super::merge::refuse_full;
@@ -101,6 +102,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         seed: args.seed.unwrap_or(0),
     };
     same_base(&terms, args.any_base).before_work()?;
+    let labels = labels(args, cx)?;
     let searched = search::find(args, &mut terms, cx)?;
     let combined = combine(&terms, &options).before_work()?;
     let compared = match &args.model {
@@ -110,6 +112,9 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     // Sums are made without a model, and are F32.
     let sites = engraft_nn::Sites::default();
     write_adapter_files(&args.out, &combined.config, &combined.tensors, &combined.methods, &sites)?;
+    if let Some(labels) = labels {
+        write_label_names(&args.out, &labels)?;
+    }
     tell(args, &combined, (searched.as_ref(), compared.as_ref()), cx);
     Ok(())
 }
@@ -141,12 +146,40 @@ fn check(args: &Args) -> Outcome {
     Ok(())
 }
 
+/// The classes that the adapters tell apart, where they say so.
+fn labels(args: &Args, cx: &Context) -> Outcome<Option<Vec<String>>> {
+    let mut found: Option<(&str, Vec<String>)> = None;
+    for text in &args.adapters {
+        let name = split(text).0;
+        let Some(labels) = label_names(&cx.resolve(name)?).before_work()? else { continue };
+        match &found {
+            None => found = Some((name, labels)),
+            Some((_, known)) if *known == labels => {}
+            Some((first, known)) => {
+                return Err(Failure::before_work(format!(
+                    "{first} and {name} tell other classes apart ({} and {}): the rows of their classifiers do not belong together",
+                    known.join(", "),
+                    labels.join(", ")
+                )));
+            }
+        }
+    }
+    Ok(found.map(|(_, labels)| labels))
+}
+
+/// A directory and what follows `=`, if anything does.
+fn split(text: &str) -> (&str, Option<&str>) {
+    match text.rsplit_once('=').filter(|_| !Path::new(text).is_dir()) {
+        Some((name, weight)) => (name, Some(weight)),
+        None => (text, None),
+    }
+}
+
 /// An adapter and its weight, from `DIR` or `DIR=WEIGHT`.
 fn term(text: &str, cx: &Context) -> Outcome<Term> {
-    let split = text.rsplit_once('=').filter(|_| !Path::new(text).is_dir());
-    let (name, weight) = match split {
-        None => (text, 1.0),
-        Some((name, weight)) => match weight.parse::<f64>() {
+    let (name, weight) = match split(text) {
+        (name, None) => (name, 1.0),
+        (name, Some(weight)) => match weight.parse::<f64>() {
             Ok(weight) if weight.is_finite() && weight != 0.0 => (name, weight),
             _ => {
                 let message =
@@ -179,7 +212,13 @@ fn compare(
     let dir = cx.resolve(model)?;
     let tensors = combined.tensors.iter().map(|(name, t)| (name.as_str(), t.shape()));
     let config = engraft_store::read_config(&dir.join("config.json"), &cx.limits).before_work()?;
+    let task = match combined.config.get("task_type").and_then(serde_json::Value::as_str) {
+        Some("SEQ_CLS") => Some(Task::SequenceClassification),
+        Some("TOKEN_CLS") => Some(Task::TokenClassification),
+        _ => None,
+    };
     let load = LoadOptions {
+        task,
         labels: engraft_model::labels_in(&config, tensors),
         limits: cx.limits.clone(),
         ..LoadOptions::default()

@@ -104,7 +104,12 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     }
     let weights = Weights::open_file(&args.file, &cx.limits).before_work()?;
     let tensor = |(name, raw): (&str, &engraft_store::RawTensor)| {
-        Ok((name.to_owned(), Tensor::from_vec(raw.to_f32().before_work()?, raw.shape.clone())?))
+        let values = raw.to_f32().before_work()?;
+        if values.iter().any(|v| !v.is_finite()) {
+            let message = format!("{}: `{name}` holds numbers that are not finite", args.file.display());
+            return Err(Failure::before_work(message));
+        }
+        Ok((name.to_owned(), Tensor::from_vec(values, raw.shape.clone())?))
     };
     let tensors = weights.iter().map(tensor).collect::<Outcome<Vec<_>>>()?;
     let (config, tensors) = convert(tensors, args.alpha).before_work()?;

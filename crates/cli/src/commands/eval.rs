@@ -8,7 +8,7 @@ use engraft_nn::Task;
 use engraft_recipe::Recipe;
 use engraft_report::{Align, Table, human};
 use engraft_store::{read_config, write_atomic};
-use engraft_train::{Evaluation, Session, evaluate, model_labels};
+use engraft_train::{Evaluation, Session, evaluate, model_classes, model_labels};
 use serde_json::{Value, json};
 
 use super::train::open;
@@ -114,6 +114,9 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
             "there are no evaluation data; give --set data.eval_path=FILE or data.eval_fraction=0.1";
         return Err(Failure::before_work(message));
     }
+    if !with_adapter {
+        expect_own_head(&session, cx)?;
+    }
     for name in session.new_tensors.iter().filter(|_| !with_adapter) {
         cx.ui.note(&format!("{name} is not in the model's files and starts at random"));
     }
@@ -217,6 +220,20 @@ fn answered(
         write_atomic(path, lines(&found, tokenizer)?.as_bytes())?;
     }
     Ok(scores(&found, &tasks))
+}
+
+/// A model whose head tells other classes apart than the data have is not scored with a new one in its place.
+fn expect_own_head(session: &Session, cx: &Context) -> Outcome {
+    let config = read_config(&session.model_dir.join("config.json"), &cx.limits).before_work()?;
+    let (Some(own), Some(labels)) = (model_classes(&config), &session.labels) else { return Ok(()) };
+    if own == labels.len() || session.new_tensors.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::before_work(format!(
+        "the model's head tells {own} classes apart, and the data have {}; name all of the head's in their order: --set \
+         data.labels=[…]",
+        labels.len()
+    )))
 }
 
 /// The recipe to open, and whether its adapter takes part.

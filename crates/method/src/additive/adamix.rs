@@ -366,7 +366,12 @@ mod tests {
         assert_eq!((&config["peft_type"], tensors.len()), (&json!("ENGRAFT_BOTTLENECK"), 8));
         let loaded = crate::load_adapter(&config, tensors, &sites, &info).unwrap();
         assert_eq!(loaded.methods[0].0.info().name, "bottleneck");
-        let loaded = crate::Attached { adapter: loaded.adapter, dead_targets: vec![], dead_modules: vec![] };
+        let loaded = crate::Attached {
+            adapter: loaded.adapter,
+            dead_targets: vec![],
+            dead_modules: vec![],
+            without_targets: vec![],
+        };
         close(&at_sublayer(&loaded, SITE, true).unwrap().2, &before, 1e-5);
     }
 

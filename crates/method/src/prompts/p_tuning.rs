@@ -309,8 +309,12 @@ mod tests {
             close(&tensors[0].1, &rows(&a), 0.0);
             let loaded = crate::load_adapter(&config, tensors, &sites, &info).unwrap();
             assert!(loaded.methods[0].0.trains_on().is_err());
-            let again =
-                crate::Attached { adapter: loaded.adapter, dead_targets: vec![], dead_modules: vec![] };
+            let again = crate::Attached {
+                adapter: loaded.adapter,
+                dead_targets: vec![],
+                dead_modules: vec![],
+                without_targets: vec![],
+            };
             close(&rows(&again), &rows(&a), 0.0);
         }
     }

@@ -323,7 +323,12 @@ mod tests {
         assert_eq!((&config["peft_type"], &config["rank_pattern"][Q]), (&json!("LORA"), &json!(2)));
         assert_eq!(config["rank_pattern"].get("layers.1.attn.v"), None, "equal shares all stay");
         let loaded = crate::load_adapter(&config, tensors, &sites, &info).unwrap();
-        let loaded = crate::Attached { adapter: loaded.adapter, dead_targets: vec![], dead_modules: vec![] };
+        let loaded = crate::Attached {
+            adapter: loaded.adapter,
+            dead_targets: vec![],
+            dead_modules: vec![],
+            without_targets: vec![],
+        };
         close(&both_ways(&a, Q, &x).0, &before, 1e-5);
         close(&both_ways(&loaded, Q, &x).0, &before, 1e-5);
     }

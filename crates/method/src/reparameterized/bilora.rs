@@ -226,7 +226,12 @@ mod tests {
         let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
         assert_eq!(config["peft_type"], "LORA");
         let loaded = crate::load_adapter(&config, tensors, &sites, &info).unwrap();
-        let loaded = crate::Attached { adapter: loaded.adapter, dead_targets: vec![], dead_modules: vec![] };
+        let loaded = crate::Attached {
+            adapter: loaded.adapter,
+            dead_targets: vec![],
+            dead_modules: vec![],
+            without_targets: vec![],
+        };
         close(&both_ways(&loaded, path, &x).0, &fast, 1e-6);
     }
 

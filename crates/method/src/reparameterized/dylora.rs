@@ -290,6 +290,7 @@ mod tests {
                         adapter: loaded.adapter,
                         dead_targets: vec![],
                         dead_modules: vec![],
+                        without_targets: vec![],
                     };
                     let (fast, defined) = both_ways(&loaded, Q, &x);
                     close(&fast, &y, 1e-5);

@@ -11,7 +11,8 @@
 //! decoder's weights count in place of the encoder's, and both use their basis. U follows from W and V and is in no file. V is,
 //! because it is determined by the weights only up to the signs of its columns, and where eigenvalues are equal (always
 //! with a single layer) not even so far: `peft` itself makes another one with another number of threads. So a file without
-//! it, `save_projection` off, is refused, and never written.
+//! it, `save_projection` off, is refused, and never written. When it loads a file `peft` takes U from the basis that it makes
+//! anew, not from the file's: an adapter that began here has a type of its own, and one that began in `peft` keeps `peft`'s.
 //!
 //! frod_lambda_l (diagonal of Λ) `[in]` and frod_lambda_s_values (S) `[k]` a target; frod_V.KIND [in, in], frod_s_indices.KIND
 //! (rows and columns of S) [2, k] and frod_s_size.KIND [2], whole numbers. k = ⌊in²·sparse_rate⌋, at least 1 unless the rate is 0.
@@ -20,7 +21,8 @@ use std::sync::Arc;
 
 use engraft_nn::weight::Weight;
 use engraft_nn::{
-    Base, Builder, Error, Init, Numbers, Pass, Patch, Result, Role, Site, Value as Frozen, WeightPatch,
+    Adapter, Base, Builder, Error, Init, Numbers, Pass, Patch, Result, Role, Site, Value as Frozen,
+    WeightPatch,
 };
 use engraft_tensor::ops::Pattern;
 use engraft_tensor::{Param, Tensor};
@@ -55,6 +57,8 @@ struct Frod {
     unused: [bool; 2],
     /// Whether it was read from a file, which has the bases.
     from_file: bool,
+    /// Whether that file was one of `peft`, with the basis that `peft` makes again.
+    of_peft: bool,
 }
 
 static INFO: Info = Info {
@@ -102,6 +106,9 @@ static INFO: Info = Info {
     ],
 };
 
+/// The type of an adapter whose basis was found here: `peft` takes U from a basis that it makes anew, whatever the file holds.
+const OWN_TYPE: &str = "ENGRAFT_FROD";
+
 /// In the registry.
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
@@ -110,16 +117,18 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    if peft::is_type(config, INFO.peft_type) && config.get("save_projection") == Some(&json!(false)) {
+    let of_peft = peft::is_type(config, INFO.peft_type);
+    let ours = of_peft || peft::is_type(config, OWN_TYPE);
+    if ours && config.get("save_projection") == Some(&json!(false)) {
         let message = "an adapter of peft_type FROD with `save_projection` = false has entries of a matrix but not the basis \
                        it is in, which peft makes anew with signs that depend on the library and the number of threads; \
                        save it with `save_projection` = true where it was trained, or merge it there";
         return Err(Error::Unsupported(message.into()));
     }
-    peft::own_file(&INFO, config, |r| {
+    peft::file_of(if of_peft { INFO.peft_type } else { OWN_TYPE }, config, |r| {
         r.ignore(&["fan_in_fan_out", "save_projection"]);
         let unused = [r.flag("progressbar", true), r.flag("runtime_offload_base_weight", false)];
-        Frod { unused, from_file: true, ..read(r, "frod_dropout") }
+        Frod { unused, from_file: true, of_peft, ..read(r, "frod_dropout") }
     })
 }
 
@@ -133,6 +142,7 @@ fn read(r: &mut Reader<'_>, dropout: &'static str) -> Frod {
         init_weights: !r.is_file() || r.flag("init_weights", true),
         unused: [true, false],
         from_file: false,
+        of_peft: false,
     };
     if !(0.0..=1.0).contains(&frod.rate) {
         r.problem(format!("`sparse_rate`: expected a number from 0 to 1, found {}", frod.rate));
@@ -150,6 +160,7 @@ fn example() -> Box<dyn Method> {
         init_weights: true,
         unused: [true, false],
         from_file: false,
+        of_peft: false,
     };
     Box::new(frod)
 }
@@ -180,6 +191,20 @@ impl Method for Frod {
             "runtime_offload_base_weight": self.unused[1], "save_projection": true, "sparse_rate": number(self.rate),
         });
         own.as_object().cloned().unwrap_or_default()
+    }
+
+    fn file_type(&self, _adapter: &Adapter) -> &'static str {
+        if self.of_peft { INFO.peft_type } else { OWN_TYPE }
+    }
+
+    fn doubts(&self, _targets: &[&Site]) -> Vec<String> {
+        if self.of_peft {
+            return Vec::new();
+        }
+        vec![format!(
+            "`peft` finds the directions of FRoD anew when it loads an adapter, with signs of its own, and would change the model: \
+             the adapter is saved as {OWN_TYPE}, which Engraft alone reads; one that began in a file of `peft` (`from`) stays `peft`'s"
+        )]
     }
 
     /// What a kind has belongs to the model as a whole.
@@ -393,6 +418,13 @@ mod tests {
         }
         let good = config(&[chosen("frod", json!({}))], &[]);
         assert_eq!((&good["save_projection"], &good["sparse_rate"]), (&json!(true), &json!(0.01)));
+        // What began here is not `peft`'s; what came from `peft` stays so.
+        assert_eq!(good["peft_type"], OWN_TYPE);
+        let read = |config: &Value| from_file(config).unwrap().unwrap().method;
+        assert_eq!(read(&good).doubts(&[]).len(), 1);
+        let of_peft = read(&with(good.clone(), json!({ "peft_type": "FROD" })));
+        assert!(of_peft.doubts(&[]).is_empty());
+        assert_eq!(config(&[(of_peft, None)], &[])["peft_type"], "FROD");
         for bad in
             [json!({ "sparse_rate": 1.5 }), json!({ "bias": "some" }), json!({ "save_projection": false })]
         {

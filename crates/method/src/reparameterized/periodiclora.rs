@@ -245,7 +245,12 @@ mod tests {
             [&json!("LORA"), &json!(3), &json!(6)]
         );
         let loaded = crate::load_adapter(&config, tensors, &sites, &info).unwrap();
-        let loaded = crate::Attached { adapter: loaded.adapter, dead_targets: vec![], dead_modules: vec![] };
+        let loaded = crate::Attached {
+            adapter: loaded.adapter,
+            dead_targets: vec![],
+            dead_modules: vec![],
+            without_targets: vec![],
+        };
         close(&both_ways(&loaded, path, &x).0, &before, 1e-5);
     }
 

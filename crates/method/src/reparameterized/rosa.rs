@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, number};
 use crate::shared::scores::{Best, Data, Score, choose};
 use crate::shared::sparse::{Budget, Delta, Mask, expect_whole_gradient, shape};
-use crate::{Calibration, Described, Entry, Field, FieldKind, Forget, Info, Method, Step, peft};
+use crate::{Ahead, Calibration, Described, Entry, Field, FieldKind, Forget, Info, Method, Step, peft};
 
 const RANK_MAX: usize = 1024;
 const BATCHES_MAX: usize = 1 << 20;
@@ -152,13 +152,18 @@ impl Method for Rosa {
         Ok(())
     }
 
-    fn after_step(&self, adapter: &Adapter, _moments: &mut dyn Forget, step: Step) -> Result<()> {
-        if self.warmup > 0 && step.total <= self.warmup {
-            return Err(Error::Unsupported(format!(
-                "the warm-up of RoSA takes {} steps, and the run has {}; choose a smaller `warmup`, or 0",
-                self.warmup, step.total
-            )));
+    fn suits(&self, run: &Ahead) -> Result<()> {
+        if self.warmup > 0 && run.steps <= self.warmup {
+            let message = format!(
+                "`warmup`: {} steps, after which the sparse part begins, and the run has {}; choose fewer, or 0",
+                self.warmup, run.steps
+            );
+            return Err(Error::Mismatch(vec![message]));
         }
+        Ok(())
+    }
+
+    fn after_step(&self, adapter: &Adapter, _moments: &mut dyn Forget, step: Step) -> Result<()> {
         if step.number == self.warmup { self.settle(adapter) } else { Ok(()) }
     }
 
@@ -332,8 +337,8 @@ mod tests {
         let g = dy.t_matmul(&x).unwrap().to_vec().unwrap();
         let expected = order.iter().map(|&p| g[p as usize]).collect();
         close(&values.unwrap(), &Tensor::from_vec(expected, [4]).unwrap(), 1e-5);
-        let short = method.after_step(&adapter, &mut Nothing, Step { number: 1, total: 2, seed: 1 });
-        assert!(short.unwrap_err().to_string().contains("`warmup`"));
+        let run = |steps| method.suits(&Ahead { steps, task: toy().1.task, tasks: None });
+        assert!(run(3).is_ok() && run(2).unwrap_err().to_string().contains("`warmup`"));
     }
 
     #[test]

@@ -265,7 +265,12 @@ mod tests {
         assert_eq!(config["alpha_pattern"], json!({ at[0]: 4, at[1]: 2 }));
         let loaded = crate::load_adapter(&config, tensors, &sites, &info).unwrap();
         assert_eq!(loaded.methods[0].0.info().name, "lora");
-        let loaded = crate::Attached { adapter: loaded.adapter, dead_targets: vec![], dead_modules: vec![] };
+        let loaded = crate::Attached {
+            adapter: loaded.adapter,
+            dead_targets: vec![],
+            dead_modules: vec![],
+            without_targets: vec![],
+        };
         for (path, gated) in at.iter().zip(gated) {
             close(&both_ways(&a, path, &x).0, &gated, 1e-6);
             close(&both_ways(&loaded, path, &x).0, &gated, 1e-6);
@@ -286,7 +291,12 @@ mod tests {
         assert_eq!(config["methods"][1]["rank_pattern"], json!({ "layers.0.attn.q": 1 }));
         assert!(tensors.iter().all(|(name, _)| !name.contains("gate")));
         let loaded = crate::load_adapter(&config, tensors, &sites, &info).unwrap();
-        let loaded = crate::Attached { adapter: loaded.adapter, dead_targets: vec![], dead_modules: vec![] };
+        let loaded = crate::Attached {
+            adapter: loaded.adapter,
+            dead_targets: vec![],
+            dead_modules: vec![],
+            without_targets: vec![],
+        };
         close(&both_ways(&loaded, "layers.1.attn.v", &x).0, &before, 1e-6);
         let twice = [chosen("sora", json!({})), chosen("sora", json!({}))];
         let a = attached(&twice, &[]);

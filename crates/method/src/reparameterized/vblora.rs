@@ -392,7 +392,12 @@ mod tests {
         assert!(loaded.methods[0].0.trains_on().is_err());
         let again = crate::save_adapter(&loaded.adapter, &loaded.methods, &[], "b", &sites, &info).unwrap();
         assert_eq!(again.0, config);
-        let read = Attached { adapter: loaded.adapter, dead_targets: vec![], dead_modules: vec![] };
+        let read = Attached {
+            adapter: loaded.adapter,
+            dead_targets: vec![],
+            dead_modules: vec![],
+            without_targets: vec![],
+        };
         let x = sample(&[4, 6], 3);
         for path in ["layers.0.attn.q", "layers.1.attn.v"] {
             close(&both_ways(&read, path, &x).0, &both_ways(&a, path, &x).0, 1e-5);

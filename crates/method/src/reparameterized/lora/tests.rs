@@ -182,8 +182,12 @@ fn starts_change_nothing_and_are_saved_as_plain_lora() {
             close(&fast, &defined, 1e-5);
             let (config, tensors) = saved(&settings, &a);
             let loaded = crate::load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
-            let again =
-                crate::Attached { adapter: loaded.adapter, dead_targets: vec![], dead_modules: vec![] };
+            let again = crate::Attached {
+                adapter: loaded.adapter,
+                dead_targets: vec![],
+                dead_modules: vec![],
+                without_targets: vec![],
+            };
             close(&both_ways(&again, Q, &x).0, &fast, 1e-5);
             let rank = |name: &str| {
                 let find = |(n, _): &&(String, Tensor)| n.ends_with(&format!("{name}.lora_A.weight"));
@@ -231,7 +235,12 @@ fn pissa_takes_the_largest_singular_values_off() {
         .collect();
     let (sites, info) = toy();
     let loaded = crate::load_adapter(&config, tensors, &sites, &info).unwrap();
-    let read = crate::Attached { adapter: loaded.adapter, dead_targets: vec![], dead_modules: vec![] };
+    let read = crate::Attached {
+        adapter: loaded.adapter,
+        dead_targets: vec![],
+        dead_modules: vec![],
+        without_targets: vec![],
+    };
     let x = sample(&[5, 6], 3);
     close(&both_ways(&read, Q, &x).0, &x.matmul_t(&w).unwrap(), 1e-5);
     let again = crate::save_adapter(&read.adapter, &loaded.methods, &[], "b", &sites, &info).unwrap();
