@@ -1,17 +1,15 @@
 //! Recipes and arguments that cannot be meant so: told before any work, with what is nearest.
 
+#[path = "common/offline.rs"]
+mod offline;
+
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+
+use offline::engraft;
 
 fn golden(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(path).canonicalize().unwrap()
-}
-
-fn engraft(dir: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_engraft"));
-    command.current_dir(dir).args(args).env("NO_COLOR", "1").env_remove("FORCE_COLOR");
-    command.env("HF_HOME", dir.join("hf")).env("HF_HUB_OFFLINE", "1").output().unwrap()
 }
 
 /// What is said of a command that ends before any work.

@@ -1,18 +1,16 @@
 //! Mistakes and failures on the repository's own model: what is said, and the way out.
 
+#[path = "common/offline.rs"]
+mod offline;
+
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
+
+use offline::engraft;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
-}
-
-/// The program in `dir`, which no Hub answers: a look-up fails at once and says so.
-fn engraft(dir: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_engraft"));
-    command.current_dir(dir).args(args).env("NO_COLOR", "1").env_remove("FORCE_COLOR");
-    command.env("HF_HOME", dir.join("hf")).env("HF_HUB_OFFLINE", "1").output().unwrap()
 }
 
 /// What a command says that ends before any work.

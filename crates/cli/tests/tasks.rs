@@ -1,10 +1,15 @@
 //! Several tasks in one adapter: each row is trained, scored and answered under its own.
 
+#[path = "common/worded.rs"]
+mod worded;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
+
+use worded::model;
 
 fn engraft(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_engraft")).args(args).output().unwrap()
@@ -15,27 +20,6 @@ fn result(args: &[&str]) -> Value {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{args:?}: {errors}");
     serde_json::from_slice(&output.stdout).unwrap()
-}
-
-/// A tiny model of the fixtures with a tokenizer whose words are `t0`, `t1`, …
-fn model(dir: &Path, name: &str) -> PathBuf {
-    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/models").join(name);
-    let model = dir.join(name);
-    fs::create_dir_all(&model).unwrap();
-    for file in ["config.json", "model.safetensors"] {
-        fs::copy(from.join(file), model.join(file)).unwrap();
-    }
-    let config: Value = serde_json::from_slice(&fs::read(from.join("config.json")).unwrap()).unwrap();
-    let words = config["vocab_size"].as_u64().unwrap();
-    let vocabulary: serde_json::Map<String, Value> =
-        (0..words).map(|i| (format!("t{i}"), i.into())).collect();
-    let tokenizer = json!({
-        "version": "1.0", "pre_tokenizer": { "type": "Whitespace" }, "added_tokens": [],
-        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "t0" },
-    });
-    fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    fs::write(model.join("tokenizer_config.json"), r#"{"eos_token":"t2"}"#).unwrap();
-    model
 }
 
 /// A recipe of two tasks that answer the same prompts, each in a way of its own.
