@@ -59,7 +59,6 @@ struct Outcome {
     trained: u64,
     accuracy: f64,
     loss: f64,
-    seconds: f64,
 }
 
 /// A method at a budget.
@@ -192,12 +191,16 @@ impl Compare<'_> {
             trained: plan["trained"].as_u64().context("plan says no trained numbers")? - head,
             accuracy: number("accuracy").unwrap_or(0.0),
             loss: number("loss").unwrap_or(f64::MAX),
-            seconds: begun.elapsed().as_secs_f64(),
         });
         let last = self.outcomes.last().context("an outcome")?;
         eprintln!(
             "{} {} {} seed {seed} rate {rate:.0e}: accuracy {:.3}, loss {:.3}, {:.0} s",
-            last.data, last.method, last.budget, last.accuracy, last.loss, last.seconds
+            last.data,
+            last.method,
+            last.budget,
+            last.accuracy,
+            last.loss,
+            begun.elapsed().as_secs_f64()
         );
         self.keep()
     }
