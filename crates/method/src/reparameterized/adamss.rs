@@ -30,7 +30,7 @@ use serde_json::{Map, Value, json};
 use crate::assemble::Named;
 use crate::read::{Reader, number};
 use crate::shared::clusters::clusters;
-use crate::shared::derived::Derived;
+use crate::shared::kept::Kept;
 use crate::shared::matrices;
 use crate::shared::torch_random::Generator;
 use crate::{Described, Entry, Field, FieldKind, Forget, Info, Loaded, Method, Step, peft};
@@ -62,7 +62,7 @@ struct AdaMss {
     /// Shapes of A and B in a file.
     shapes: HashMap<String, Vec<usize>>,
     /// The marks of a schedule as they were read.
-    active: Derived<Vec<bool>>,
+    active: Kept<Arc<Vec<bool>>>,
 }
 
 static INFO: Info = Info {
@@ -200,7 +200,7 @@ fn read(r: &mut Reader<'_>, rank: &'static str) -> AdaMss {
             exponent: r.float("asa_schedule_exponent", 3.0),
         },
         shapes: HashMap::new(),
-        active: Derived::default(),
+        active: Kept::new(),
     };
     let Allocation { target, first, last, interval, exponent, .. } = mss.asa;
     if mss.use_asa && first >= last {
@@ -373,9 +373,9 @@ impl AdaMss {
 
     /// Which subspaces are still trained.
     fn active(&self, marks: &Param) -> Result<Arc<Vec<bool>>> {
-        self.active.of(&marks.value(), |marks| {
+        self.active.read(marks, |marks| {
             let marks = marks.to_vec()?;
-            Ok(marks.into_iter().map(|mark| mark != 0.0).collect())
+            Ok(Arc::new(marks.into_iter().map(|mark| mark != 0.0).collect()))
         })
     }
 

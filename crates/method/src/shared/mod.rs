@@ -8,7 +8,6 @@ pub(crate) mod bits;
 pub(crate) mod branch;
 pub(crate) mod clusters;
 pub(crate) mod dense;
-pub(crate) mod derived;
 pub(crate) mod divisors;
 pub(crate) mod fields;
 pub(crate) mod gate;
