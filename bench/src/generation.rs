@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// Tokens a round
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 32)]
     tokens: usize,
     /// Threads of everyone
     #[arg(long, default_value_t = 2)]
