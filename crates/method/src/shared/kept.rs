@@ -6,8 +6,14 @@ use std::sync::{Mutex, PoisonError};
 use engraft_nn::Result;
 use engraft_tensor::{Param, Tensor, read_once};
 
-/// A value, and the parameters that it was computed from, each as often changed as it then was.
-pub(crate) struct Kept<T>(Mutex<Option<(Vec<(Param, u64)>, T)>>);
+/// A value that is kept, if there is one.
+pub(crate) struct Kept<T>(Mutex<Option<Made<T>>>);
+
+struct Made<T> {
+    /// The parameters that it was computed from, and how often each had changed.
+    of: Vec<(Param, u64)>,
+    value: T,
+}
 
 impl<T: Clone> Kept<T> {
     pub fn new() -> Self {
@@ -20,7 +26,7 @@ impl<T: Clone> Kept<T> {
             return make();
         }
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((of, value)) = kept.as_ref()
+        if let Some(Made { of, value }) = kept.as_ref()
             && of.len() == params.len()
             && of
                 .iter()
@@ -31,7 +37,7 @@ impl<T: Clone> Kept<T> {
         }
         let of = params.iter().map(|&param| (param.clone(), param.version())).collect();
         let value = make()?;
-        *kept = Some((of, value.clone()));
+        *kept = Some(Made { of, value: value.clone() });
         Ok(value)
     }
 
