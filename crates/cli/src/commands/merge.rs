@@ -13,7 +13,7 @@ use engraft_store::{Weights, python_json, write_atomic, write_model};
 use serde_json::json;
 
 use crate::context::Context;
-use crate::engine::{Dtype, Engine, ModelArgs};
+use crate::engine::{Choice, Dtype, Engine, ModelArgs};
 use crate::failure::{BeforeWork, Failure, Outcome};
 use crate::merge::Merge;
 use crate::probe::{Measured, Probes, largest_difference};
@@ -29,6 +29,8 @@ Examples:
   engraft merge --model DIR --adapter runs/a/adapter --out merged
   engraft merge --model DIR --adapter runs/a/adapter --out merged --dtype bf16
   engraft merge --model DIR --adapter runs/a/adapter --out merged \\
+    --choose eval_rank=4
+  engraft merge --model DIR --adapter runs/a/adapter --out merged \\
     --probe held-out.txt --json")]
 pub struct Args {
     /// A model directory in Hugging Face form, or a Hub id
@@ -37,6 +39,9 @@ pub struct Args {
     /// An adapter directory, or a Hub id
     #[arg(long, value_name = "ADAPTER")]
     adapter: String,
+    /// Chooses anew what the adapter leaves open, such as eval_rank=4; `engraft methods NAME` tells what that is
+    #[arg(long, value_name = "SETTING=VALUE")]
+    choose: Vec<Choice>,
     /// The directory to write; it must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -77,6 +82,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
     let model = ModelArgs {
         drop_layers: None,
+        choose: args.choose.clone(),
         model: args.model.clone(),
         adapter: Some(args.adapter.clone()),
         dtype: Dtype::F32,

@@ -18,6 +18,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
+use crate::shared::sizes;
 use crate::shared::{matrices, topk};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
@@ -138,6 +139,10 @@ fn example() -> Box<dyn Method> {
 impl Method for SuperTuning {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.low_rank.map_or(0, |(rank, _)| rank))
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
