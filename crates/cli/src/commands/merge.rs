@@ -48,7 +48,7 @@ pub struct Args {
     /// Type of the written numbers; that of the base's files if left out
     #[arg(long, value_enum, value_name = "TYPE")]
     dtype: Option<WrittenType>,
-    /// A text file, a text a line, on which merged and adapted model are compared
+    /// A text file, a text a line, on which merged and adapted model are compared: 64 lines at most, 256 tokens of each
     #[arg(long, value_name = "FILE")]
     probe: Option<PathBuf>,
     /// Prints JSON
@@ -89,7 +89,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         quantize: None,
     };
     let engine = Engine::load(&model, cx)?;
-    let probes = Probes::of(args.probe.as_deref(), &engine)?;
+    let probes = Probes::of(args.probe.as_deref(), &engine, cx)?;
     let adapted = probes.measure(&engine)?;
 
     let (changed, untied, added, bytes) = write(&engine, args, cx)?;
