@@ -32,6 +32,7 @@ use crate::read::{Reader, number};
 use crate::shared::clusters::clusters;
 use crate::shared::kept::Kept;
 use crate::shared::matrices;
+use crate::shared::sizes;
 use crate::shared::torch_random::Generator;
 use crate::{Described, Entry, Field, FieldKind, Forget, Info, Loaded, Method, Step, peft};
 
@@ -70,7 +71,7 @@ static INFO: Info = Info {
     title: "AdaMSS",
     class: "reparameterized",
     sites: "weight, vector",
-    paper: "NeurIPS 2025",
+    paper: "NeurIPS 2025, poster 119606",
     summary: "outputs in clusters of similar singular vectors, each with a low-rank change Bᵢ·Aᵢ·V of its own",
     mergeable: true,
     identity_at_init: true,
@@ -222,6 +223,13 @@ fn example() -> Box<dyn Method> {
 impl Method for AdaMss {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let cut = "it is cut to that there";
+        let rank = sizes::beyond(targets, "rank", |_| self.rank, |(out, inn)| out.min(inn), cut);
+        let clusters = sizes::beyond(targets, "num_subspaces", |_| self.subspaces, |(out, _)| out, cut);
+        [rank, clusters].concat()
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

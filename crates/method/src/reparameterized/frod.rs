@@ -66,7 +66,7 @@ static INFO: Info = Info {
     title: "FRoD",
     class: "reparameterized",
     sites: "weight",
-    paper: "AAAI 2026",
+    paper: "AAAI 2026, doi 10.1609/aaai.v40i31.39813",
     summary: "W′ = U·(S + Λ)·Vᵀ in a basis that all weights of a kind share, Λ and the sparse S trained",
     mergeable: true,
     identity_at_init: true,

@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::kept::Kept;
-use crate::shared::{matrices, topk};
+use crate::shared::{matrices, sizes, topk};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -139,6 +139,10 @@ fn example() -> Box<dyn Method> {
 impl Method for SuperTuning {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.low_rank.map_or(0, |(rank, _)| rank))
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -24,6 +24,7 @@ pub(crate) mod places;
 pub(crate) mod projection;
 pub(crate) mod scores;
 pub(crate) mod sequences;
+pub(crate) mod sizes;
 pub(crate) mod sparse;
 pub(crate) mod staged;
 pub(crate) mod tasks;
