@@ -75,6 +75,9 @@ ACTIVATED = [
     lora("llama", "alora_left", "padding on the left", side="_left", **ALORA),
     lora("qwen2", "alora", "with a bias of the product", lora_bias=True, use_rslora=True, target_modules=["q_proj", "down_proj"], **ALORA),
     lora("gpt2", "alora", "a matrix that the file stores transposed", target_modules=["c_attn", "c_proj"], **ALORA),
+    lora("llama", "alora_head", "the head among the targets", target_modules=["q_proj", "lm_head"], **ALORA),
+    lora("llama_tied", "alora_head", "a tied head alone, padding on the left", side="_left", target_modules=["lm_head"], use_rslora=True,
+         **ALORA),
     lora("llama", "alora_one", "an invocation of one token", merge=False, alora_invocation_tokens=[7]),
 ]
 
@@ -182,6 +185,7 @@ TRAINED = {
         num_samples=4, sample_scaler=0.05, kl_loss_weight=0.01, use_entropy=True))),
     "bert__lora_monteclora": ("bert", "padded", {}, dict(LORA, **monteclora(sample_scaler=0.02))),
     "llama__lora_alora": ("llama", "padded", {}, dict(LORA, alora_invocation_tokens=INVOCATION)),
+    "llama__lora_alora_head": ("llama", "padded", {}, dict(LORA, target_modules=["v_proj", "lm_head"], alora_invocation_tokens=INVOCATION)),
     "qwen2__lora_alora": ("qwen2", "full", {}, dict(LORA, lora_bias=True, target_modules=["q_proj", "up_proj"],
                                                     alora_invocation_tokens=INVOCATION)),
 }

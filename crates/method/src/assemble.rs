@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use engraft_nn::{
-    Adapter, Base, Builder, Error, ModelInfo, Patch, Replacement, Result, Site, SiteId, Sites, Targets,
-    TaskName, Value as Frozen, pattern,
+    Adapter, Base, Builder, Error, Matcher, ModelInfo, Patch, Replacement, Result, Site, SiteId, Sites,
+    Targets, TaskName, Value as Frozen, pattern,
 };
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
@@ -331,7 +331,9 @@ fn config(
     if let Some(targets) = targets {
         let by_layer = map.contains_key("layers_to_transform");
         map.extend(peft::write_targets(&targets, method, sites, by_layer)?);
-        peft::agree_on_parameters(&mut map);
+        if matches!(targets.matcher, Matcher::Roles(_)) {
+            peft::agree_on_parameters(&mut map);
+        }
         peft::agree_on_feedforward(&mut map, sites, &chosen);
     }
     Ok((map, chosen))

@@ -7,6 +7,7 @@ use engraft_nn::{
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, texts};
+use crate::shared::parameters::means;
 use crate::{Info, Loaded, Method, tied};
 
 /// The version whose keys are written.
@@ -90,7 +91,10 @@ pub(crate) fn read_targets(r: &mut Reader<'_>) -> Option<Targets> {
     let target = r.value("target_modules").cloned();
     let matcher = match &target {
         None => None,
-        Some(Value::Array(a)) if a.is_empty() => None,
+        // No module where matrices are named by themselves; else what the method takes by default.
+        Some(Value::Array(a)) if a.is_empty() => {
+            r.gives("target_parameters").then(|| Matcher::Names(Vec::new()))
+        }
         Some(Value::String(s)) if s.eq_ignore_ascii_case("all-linear") => Some(Matcher::AllLinear),
         Some(value) => names_or_pattern(r, "target_modules", value),
     };
@@ -185,7 +189,7 @@ fn module_names(targets: &Targets, method: &dyn Method, sites: &Sites) -> Result
     names.sort();
     names.dedup();
     let same = Targets { train_also: targets.train_also.clone(), ..Targets::names(names.clone()) };
-    if method.resolve(&same, sites)?.sites == chosen {
+    if method.resolve(&same, sites).is_ok_and(|found| found.sites == chosen) {
         return Ok(names);
     }
     let mut paths: Vec<String> = chosen.iter().map(path).collect();
@@ -202,12 +206,11 @@ fn module_path(site: &Site) -> &str {
     }
 }
 
-/// Modules whose matrices are in `target_parameters` are not in `target_modules` too. A list that becomes empty stays one:
-/// none at all would mean the default.
+/// Paths that were written for what a method takes by default are not those of the matrices in `target_parameters`.
 pub(crate) fn agree_on_parameters(map: &mut Map<String, Value>) {
     let list = |key: &str| map.get(key).and_then(texts);
     if let (Some(mut targets), Some(parameters)) = (list("target_modules"), list("target_parameters")) {
-        targets.retain(|module| !parameters.contains(&format!("{module}.weight")));
+        targets.retain(|module| !parameters.iter().any(|name| means(name, module)));
         map.insert("target_modules".into(), json!(targets));
     }
 }
@@ -301,6 +304,10 @@ pub(crate) fn kept_classifier<'s>(
 
 /// Says in `fan_in_fan_out` how the files hold the adapted matrices: as `peft` leaves it, what holds for the last of them.
 pub(crate) fn agree_on_storage(map: &mut Map<String, Value>, sites: &Sites, chosen: &[SiteId]) {
+    // `peft` knows no parameters there.
+    if map.get("target_parameters").is_some_and(|names| !names.is_null()) {
+        return;
+    }
     let linear = |id: &SiteId| match sites.get(*id).kind {
         Kind::Linear { transposed, .. } => Some(transposed),
         _ => None,

@@ -179,6 +179,11 @@ impl<'a> Reader<'a> {
         self.known.extend(keys);
     }
 
+    /// Whether the key is given and says something; it does not become known by that.
+    pub fn gives(&self, key: &str) -> bool {
+        self.on(key)
+    }
+
     /// Whether the key is given and holds something other than null, false, zero or nothing.
     fn on(&self, key: &str) -> bool {
         self.map.get(key).is_some_and(says_something)

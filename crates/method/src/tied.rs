@@ -20,12 +20,11 @@ pub(crate) fn tied_to(site: &Site) -> bool {
     site.role == Role::Embed && site.module() == "embed_tokens" && site.tensor.is_some()
 }
 
-/// The heads that follow their tables, and so have no patch of their own. Those of a table that is trained whole are given
-/// its values here.
-pub(crate) fn follow(b: &mut Builder<'_>) -> Result<Vec<SiteId>> {
+/// The heads that follow the tables among `targets`, and so have no patch of their own. Those of a table that is trained whole
+/// are given its values here.
+pub(crate) fn follow(b: &mut Builder<'_>, targets: &[SiteId]) -> Result<Vec<SiteId>> {
     let mut tied = Vec::new();
     let sites = b.sites();
-    let targets: Vec<SiteId> = b.targets().iter().map(|site| site.id).collect();
     for table in sites.iter() {
         let trained = b.trained(&format!("{}.weight", table.path));
         for head in heads(sites, table) {

@@ -121,6 +121,13 @@ mod tests {
                 close(is, was, 0.0);
             }
         }
+        // A file of `peft` holds nothing of such a matrix and says that it does.
+        let methods = [(chosen("osf", json!({})).0, Some(Targets::names(["c_fc"])))];
+        let a = attach(&methods, &[], &sites, &info, 1).unwrap();
+        let (mut config, _) = save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        config["peft_type"] = "OSF".into();
+        let error = load_adapter(&config, vec![], &sites, &info).err().unwrap().to_string();
+        assert!(error.contains("passes over"), "{error}");
         // Elsewhere it is that of `peft`.
         let methods = [(chosen("osf", json!({})).0, Some(Targets::names(["attn.q"])))];
         let a = attach(&methods, &[], &sites, &info, 1).unwrap();

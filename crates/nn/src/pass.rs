@@ -56,6 +56,8 @@ pub struct Pass {
     tasks: Arc<[usize]>,
     /// Last tokens of each sequence of the whole batch that are asked for; empty where all are given.
     asked: Arc<[usize]>,
+    /// Where this pass has selected rows of another: how those lie, and which they are.
+    selected: Option<(Layout, Arc<[i64]>)>,
 }
 
 /// What patches pass on, by route and key.
@@ -80,6 +82,7 @@ impl Pass {
             board: Arc::default(),
             tasks,
             asked,
+            selected: None,
         }
     }
 
@@ -159,12 +162,12 @@ impl Pass {
             return Err(Error::Unsupported(format!("expected rows of {expected} sequences, found {found}")));
         }
         let asked = layout.asked().into();
-        Ok(Pass { layout, asked, ..self.clone() })
+        Ok(Pass { layout, asked, selected: None, ..self.clone() })
     }
 
     /// The same pass over rows that lie so.
     pub(crate) fn laid_out(&self, layout: Layout) -> Pass {
-        Pass { layout, ..self.clone() }
+        Pass { layout, selected: None, ..self.clone() }
     }
 
     /// The rows of the batch.
@@ -279,7 +282,22 @@ impl Pass {
         };
         let lengths: Vec<usize> = self.layout.sequences().iter().map(count).collect();
         let positions = rows.iter().map(|&r| self.layout.positions()[r as usize]).collect();
-        Ok(Pass { layout: Layout::new(&lengths, positions)?, ..self.clone() })
+        let selected = match &self.selected {
+            Some((of, own)) => (of.clone(), rows.iter().map(|&r| own[r as usize]).collect()),
+            None => (self.layout.clone(), rows.into()),
+        };
+        Ok(Pass { layout: Layout::new(&lengths, positions)?, selected: Some(selected), ..self.clone() })
+    }
+
+    /// The rows of this pass of a tensor with a row for every row of the pass that they were selected from; `None` where it has
+    /// other rows.
+    pub fn selected(&self, all: &Tensor) -> Result<Option<Tensor>> {
+        let (of, rows) = match &self.selected {
+            None => return Ok((all.dim(0) == self.layout.tokens()).then(|| all.clone())),
+            Some(selected) => selected,
+        };
+        let rows = (all.dim(0) == of.tokens()).then(|| Tensor::from_i64(rows.to_vec(), [rows.len()]));
+        rows.map(|rows| Ok(all.gather(&rows?)?)).transpose()
     }
 
     /// Whether any route has a patch at `site`.
@@ -321,8 +339,17 @@ impl Pass {
     /// The pass of one route's rows.
     pub(crate) fn only(&self, route: &Route) -> Result<Pass> {
         let whole = Route { sequences: 0..route.sequences.len(), adapter: route.adapter.clone() };
+        let selected = match &self.selected {
+            None => None,
+            Some((of, rows)) => {
+                let own = of.rows_of(&route.sequences);
+                let inside = rows[self.layout.rows_of(&route.sequences)].iter();
+                Some((of.slice(route.sequences.clone())?, inside.map(|r| r - own.start as i64).collect()))
+            }
+        };
         Ok(Pass {
             layout: self.layout.slice(route.sequences.clone())?,
+            selected,
             routes: Arc::new([whole]),
             first_sequence: self.first_sequence + route.sequences.start,
             first_row: self.first_row + self.layout.rows_of(&route.sequences).start,

@@ -110,8 +110,8 @@ fn named(term: &Term, paths: &BTreeSet<&str>) -> Result<()> {
     for path in paths {
         sites.add(*path, Role::Q, None, Kind::Linear { out: 1, inn: 1, transposed: false });
     }
-    let found = targets.resolve(&sites).map_err(|e| match e {
-        TargetError::Dead { .. } => of(
+    let found = loaded.method.resolve(&targets, &sites).map_err(|e| match e {
+        Error::Targets(TargetError::Dead { .. }) => of(
             term,
             "`target_modules` of adapter_config.json names none of the modules that its tensors belong to",
         ),

@@ -6,7 +6,7 @@ use engraft_nn::{Error, Result};
 use serde_json::{Map, Value, json};
 
 use super::Term;
-use super::factors::FORMS;
+use super::factors::{FORMS, Scales};
 use crate::read::texts;
 
 /// Keys that say nothing about what an adapter computes.
@@ -30,11 +30,27 @@ fn is_aside(key: &str) -> bool {
 }
 
 /// Of the first, with the ranks of the result, scale 1, and the targets and modules of all.
-pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String, usize>) -> Value {
+///
+/// # Errors
+/// Matrices that one adapter names by themselves and another does not: their factors do not mean the same.
+pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String, usize>) -> Result<Value> {
+    let named = "target_parameters";
+    if let Some(other) =
+        terms.iter().find(|t| unordered(t.config.get(named)) != unordered(first.config.get(named)))
+    {
+        return Err(Error::Unsupported(format!(
+            "`{named}` differ in {} and {}: what the factors of these matrices mean can differ too; merge one after another",
+            first.name, other.name
+        )));
+    }
+    let scales = Scales::of(&first.config)?;
     let mut map: Map<String, Value> = first.config.as_object().cloned().unwrap_or_default();
     let rank = most_frequent(ranks.values().copied());
-    let others: Map<String, Value> =
-        ranks.iter().filter(|(_, r)| **r != rank).map(|(path, r)| (path.clone(), json!(r))).collect();
+    let others: Map<String, Value> = ranks
+        .iter()
+        .filter(|(_, r)| **r != rank)
+        .map(|(path, r)| (scales.name(path).into_owned(), json!(r)))
+        .collect();
     map.insert("r".into(), json!(rank));
     map.insert("lora_alpha".into(), json!(rank));
     map.insert("rank_pattern".into(), Value::Object(others.clone()));
@@ -50,13 +66,15 @@ pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String,
     let differ =
         |key: &&str| terms.iter().any(|t| unordered(t.config.get(*key)) != unordered(first.config.get(*key)));
     if narrow.iter().any(differ) {
+        // What is named by itself is there already.
+        let modules: Vec<&String> = ranks.keys().filter(|path| scales.name(path) == path.as_str()).collect();
         narrow.iter().for_each(|key| drop(map.insert((*key).into(), Value::Null)));
-        map.insert("target_modules".into(), json!(ranks.keys().collect::<Vec<_>>()));
+        map.insert("target_modules".into(), json!(modules));
     }
     let saved: BTreeSet<String> =
         terms.iter().filter_map(|t| texts(t.config.get("modules_to_save")?)).flatten().collect();
     map.insert("modules_to_save".into(), if saved.is_empty() { Value::Null } else { json!(saved) });
-    Value::Object(map)
+    Ok(Value::Object(map))
 }
 
 /// The most frequent; of equals the largest.

@@ -1,5 +1,6 @@
 //! The low-rank products of adapter files, module by module.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use engraft_nn::{Error, Result};
@@ -9,6 +10,7 @@ use serde_json::Value;
 use super::Term;
 use crate::Named;
 use crate::read::{Pattern, Reader};
+use crate::shared::parameters::pattern_name;
 
 /// Largest rank that a file may name.
 const RANK_MAX: usize = 65536;
@@ -89,13 +91,14 @@ pub(super) struct Scales {
     alpha: f64,
     alphas: Vec<Pattern>,
     root: bool,
+    parameters: Vec<String>,
 }
 
 impl Scales {
     /// # Errors
     /// Settings that are no numbers, patterns that are none.
     pub fn of(config: &Value) -> Result<Scales> {
-        let own = ["r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora"];
+        let own = ["r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "target_parameters"];
         let own = own.iter().filter_map(|key| Some(((*key).to_owned(), config.get(*key)?.clone()))).collect();
         let mut r = Reader::file(&own);
         let scales = Scales {
@@ -104,6 +107,7 @@ impl Scales {
             alpha: r.float("lora_alpha", 8.0),
             alphas: r.scales("alpha_pattern"),
             root: r.flag("use_rslora", false),
+            parameters: r.texts("target_parameters").unwrap_or_default(),
         };
         r.finish()?;
         Ok(scales)
@@ -111,11 +115,16 @@ impl Scales {
 
     /// The rank that a module is said to have.
     pub fn rank_at(&self, path: &str) -> usize {
-        Pattern::find(&self.ranks, path).map_or(self.rank, |rank| rank as usize)
+        Pattern::find(&self.ranks, &self.name(path)).map_or(self.rank, |rank| rank as usize)
+    }
+
+    /// What patterns are held against.
+    pub fn name<'a>(&self, path: &'a str) -> Cow<'a, str> {
+        pattern_name(&self.parameters, path)
     }
 
     fn at(&self, path: &str, rank: usize) -> f64 {
-        let alpha = Pattern::find(&self.alphas, path).unwrap_or(self.alpha);
+        let alpha = Pattern::find(&self.alphas, &self.name(path)).unwrap_or(self.alpha);
         alpha / if self.root { (rank as f64).sqrt() } else { rank as f64 }
     }
 }

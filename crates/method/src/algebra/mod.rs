@@ -292,7 +292,7 @@ fn low_rank(first: &Term, terms: &[Term], options: &Options, measured: bool) -> 
     }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
     let error = measured.then(|| if whole > 0.0 { (off / whole).sqrt() } else { off.sqrt() });
-    let config = lora_config(first, terms, &ranks);
+    let config = lora_config(first, terms, &ranks)?;
     Ok(Combined { methods: methods_of(&config)?, config, tensors, error, worst, notes })
 }
 

@@ -32,12 +32,15 @@ mod velora;
 
 use std::sync::Arc;
 
-use engraft_nn::{Adapter, Builder, Error, Init, Kind, Patch, Result, Site};
+use engraft_nn::{
+    Adapter, Builder, Error, Init, Kind, Patch, Resolution, Result, Site, SiteId, Sites, Targets,
+};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value};
 
 use crate::read::Pattern;
 use crate::shared::biases::Biases;
+use crate::shared::parameters::pattern_name;
 use crate::shared::sizes;
 use crate::shared::token_indices::Tokens;
 use crate::{Calibration, Described, Entry, Info, Method, Named, Step, tied};
@@ -76,7 +79,7 @@ struct Lora {
     tied: bool,
     /// Rows of tables that are trained beside the factors.
     tokens: Tokens,
-    /// `target_parameters` of a file.
+    /// `target_parameters` of a file (`parameters`).
     parameters: Vec<String>,
     /// Whether it was read from a file: what such a file leaves out is made again as `peft` does.
     from_file: bool,
@@ -119,15 +122,23 @@ impl Method for Lora {
         self.bias.attach(b)?;
         self.tokens.attach(b)?;
         self.form.begin(b)?;
-        let tied = if self.tied { tied::follow(b)? } else { vec![] };
+        let modules: Vec<SiteId> =
+            b.targets().iter().filter(|site| !self.is_parameter(site)).map(|site| site.id).collect();
+        let tied = if self.tied { tied::follow(b, &modules)? } else { vec![] };
+        self.check_places(b, &tied)?;
         for site in b.targets().into_iter().filter(|site| !tied.contains(&site.id)) {
-            self.check_parameter(site)?;
             match site.kind {
+                Kind::Linear { out, inn, .. } if self.is_turned(site) => {
+                    self.attach_matrix(b, site, Shapes { a: &[out], ones: &[] }, inn)?;
+                }
                 Kind::Linear { out, inn, .. } => {
                     self.attach_matrix(b, site, Shapes { a: &[inn], ones: &[] }, out)?;
                 }
                 Kind::Convolution { out, shape: [_, window @ ..], .. } => {
                     self.attach_matrix(b, site, Shapes { a: &window, ones: &[1, 1] }, out)?;
+                }
+                Kind::Embedding { rows, width } if self.is_parameter(site) => {
+                    self.attach_matrix(b, site, Shapes { a: &[width], ones: &[] }, rows)?;
                 }
                 Kind::Embedding { rows, width } => self.attach_table(b, site, rows, width)?,
                 _ => {}
@@ -160,6 +171,10 @@ impl Method for Lora {
         self.found.in_type_of_model(key)
     }
 
+    fn resolve(&self, targets: &Targets, sites: &Sites) -> Result<Resolution> {
+        self.chosen(targets, sites)
+    }
+
     fn config(&self, model: &Described<'_>) -> Map<String, Value> {
         self.written(model)
     }
@@ -172,6 +187,7 @@ impl Method for Lora {
 impl Lora {
     /// (rank, s) at a site.
     fn scale_at(&self, path: &str) -> (usize, f32) {
+        let path = &*pattern_name(&self.parameters, path);
         let rank = Pattern::find(&self.rank_pattern, path).map_or(self.rank, |r| r as usize);
         let alpha = Pattern::find(&self.alpha_pattern, path).unwrap_or(self.alpha);
         let divisor = if self.root_scaling { (rank as f64).sqrt() } else { rank as f64 };
@@ -229,7 +245,10 @@ impl Lora {
         if self.product_bias {
             self.attach_product_bias(b, site, out, &factors)?;
         }
-        b.patch(site.id, Patch::Weight(Box::new(factors)))
+        b.patch(
+            site.id,
+            Patch::Weight(if self.is_turned(site) { Box::new(Table(factors)) } else { Box::new(factors) }),
+        )
     }
 
     /// What stands between B and A: nothing, KaSA's diagonal, or M [rank, rank], drawn as Wu et al. 2024 (arXiv:2406.11909) draw it: started at zero, nothing would ever be learned.

@@ -10,8 +10,11 @@
 //! `osf_svd_params.U_low` [out, k], `osf_svd_params.S_low` `[k]`, `osf_svd_params.V_low` [k, in], k = min(out, in) −
 //! `effective_rank`. The strongest directions are beside them in checkpoints only.
 
+use std::collections::HashSet;
+
 use engraft_nn::{
-    Adapter, Base, Builder, Error, Init, NamedParam, Pass, Patch, Pattern, Result, Role, Site, WeightPatch,
+    Adapter, Base, Builder, Error, Init, Kind, NamedParam, Pass, Patch, Pattern, Result, Role, Site,
+    WeightPatch,
 };
 use engraft_tensor::ops::cat;
 use engraft_tensor::{Gradients, Param, Tensor, linalg, no_grad};
@@ -19,7 +22,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
 use crate::shared::matrices;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Step, peft};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, Step, peft};
 
 struct Osf {
     kept: Kept,
@@ -30,6 +33,8 @@ struct Osf {
     unused: Value,
     /// Whether it was read from a file, where nothing need be left to train.
     from_file: bool,
+    /// Modules that the file holds something of, once its tensors were seen.
+    held: Option<HashSet<String>>,
 }
 
 /// How many directions stay as they are.
@@ -108,12 +113,20 @@ fn read(r: &mut Reader<'_>) -> Osf {
             Err(e) => r.problem(format!("`rank_pattern`: `{text}` is not a valid pattern: {e}")),
         }
     }
-    Osf { kept, patterns, init_weights: r.flag("init_weights", true), unused: Value::Null, from_file: false }
+    let init_weights = r.flag("init_weights", true);
+    Osf { kept, patterns, init_weights, unused: Value::Null, from_file: false, held: None }
 }
 
 fn example() -> Box<dyn Method> {
     let kept = Kept::Share(0.75);
-    Box::new(Osf { kept, patterns: vec![], init_weights: true, unused: Value::Null, from_file: false })
+    Box::new(Osf {
+        kept,
+        patterns: vec![],
+        init_weights: true,
+        unused: Value::Null,
+        from_file: false,
+        held: None,
+    })
 }
 
 impl Kept {
@@ -155,6 +168,13 @@ impl Method for Osf {
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for site in b.targets() {
             let (out, inn) = matrices::linear(site, INFO.title)?;
+            let is_held = self.held.as_ref().is_none_or(|held| held.contains(&site.path));
+            if matches!(site.kind, Kind::Linear { transposed: true, .. }) && !is_held {
+                let message = "peft's OSF passes over matrices that files store transposed (GPT-2's `Conv1D`): this file holds nothing \
+                               of it, and the model in peft was trained without it; leave it out of `target_modules` to read what \
+                               else there is, or train `osf` here, where such matrices can be adapted";
+                return Err(Error::Site { path: site.path.clone(), message: message.into() });
+            }
             let all = out.min(inn);
             let own = self.patterns.iter().find(|(_, regex, _)| regex.is_match(&site.path));
             let kept = own.map_or(self.kept, |(.., kept)| *kept).of(all);
@@ -175,6 +195,14 @@ impl Method for Osf {
             b.patch(site.id, Patch::Weight(Box::new(patch)))?;
         }
         Ok(())
+    }
+
+    fn read_shapes(&mut self, tensors: &Named) {
+        let path = |(name, _): &(String, Tensor)| {
+            let module = name.strip_prefix("base_model.model.")?.split(".osf_svd_params.").next()?;
+            Some(module.to_owned())
+        };
+        self.held = Some(tensors.iter().filter_map(path).collect());
     }
 
     /// Takes out of the gradients of U_low and V_low what lies along the directions that are kept.

@@ -146,7 +146,13 @@ fn read(r: &mut Reader<'_>) -> WaveFt {
     };
     if wavelets::filters(&method.wavelet).is_none() {
         let known = wavelets::names().join(", ");
-        r.problem(format!("`wavelet_family`: expected one of {known}, found {}", method.wavelet));
+        let why = match &*method.wavelet {
+            "coif4" | "coif5" => {
+                ": peft's numbers for this family are those of no wavelet, and for coif5 it cannot compute with them at all"
+            }
+            _ => "",
+        };
+        r.problem(format!("`wavelet_family`: expected one of {known}, found {}{why}", method.wavelet));
     }
     for p in method.count_pattern.iter().filter_map(|p| p.not_a_count(COUNT_MAX)) {
         r.problem(format!("`n_frequency_pattern`: expected a whole number from 1 to {COUNT_MAX}, found {p}"));

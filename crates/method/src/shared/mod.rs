@@ -20,6 +20,7 @@ pub(crate) mod mixture;
 pub(crate) mod network;
 pub(crate) mod numpy_random;
 pub(crate) mod orthogonal;
+pub(crate) mod parameters;
 pub(crate) mod places;
 pub(crate) mod projection;
 pub(crate) mod scores;

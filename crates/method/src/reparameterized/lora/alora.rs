@@ -113,9 +113,10 @@ pub(super) struct Invoked {
 
 impl Invoked {
     pub fn at(b: &Builder<'_>, site: &Site) -> Result<Invoked> {
-        if site.layer.is_none() || site.stack != Stack::Only {
-            let message = "aLoRA adapts rows of tokens, and what stands before or behind the blocks may see others; leave it out \
-                           of the targets"
+        let head = site.role == Role::Head && b.info().task == Task::CausalLm;
+        if site.layer.is_none() && !head || site.stack != Stack::Only {
+            let message = "aLoRA adapts rows of tokens, and what stands before the blocks may see others; leave it out of the \
+                           targets"
                 .into();
             return Err(Error::Site { path: site.path.clone(), message });
         }
@@ -127,9 +128,10 @@ impl Invoked {
         Ok(x.mul(&self.mask(x, site, cx)?)?)
     }
 
-    /// m for the rows of x.
+    /// m for the rows of x: at the head, those that were selected.
     pub fn mask(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
-        cx.find(&self.key).filter(|mask| mask.dim(0) == x.dim(0)).ok_or_else(|| Error::Site {
+        let own = cx.find(&self.key).map(|mask| cx.selected(&mask)).transpose()?.flatten();
+        own.filter(|mask| mask.dim(0) == x.dim(0)).ok_or_else(|| Error::Site {
             path: site.path.clone(),
             message: "aLoRA needs the rows of all tokens and no others; leave out prompts and methods that choose tokens".into(),
         })
@@ -194,6 +196,37 @@ mod tests {
     }
 
     #[test]
+    fn the_head_is_adapted_at_the_rows_that_it_is_given() {
+        let methods = [(
+            chosen("lora", json!({ "rank": 2, "alora_invocation_tokens": [3, 4] })).0,
+            Some(engraft_nn::Targets::names(["head"])),
+        )];
+        let a = attached(&methods, &[]);
+        stir(&a, 0.5);
+        let (sites, _) = toy();
+        let patched = |path: &str, cx: &Pass, run: &dyn Fn(&Patched<'_>) -> Result<Tensor>| {
+            let site = sites.get(site_id(&sites, path));
+            let engraft_nn::Value::Weight(weight) = &site.value else { panic!("no weight") };
+            run(&Patched::new(weight.as_ref(), a.adapter.at(site.id), site, cx)).unwrap()
+        };
+        let cx = Pass::new(Layout::counted(&[3, 4]).unwrap(), None);
+        let ids = Tensor::from_i64(vec![3, 4, 5, 1, 3, 4, 2], [7]).unwrap();
+        patched("tok", &cx, &|w| w.lookup(&ids));
+        let x = sample(&[3, 6], 3);
+        let moved = |cx: &Pass| {
+            let y = patched("head", cx, &|w| w.forward(&x));
+            let off = y.sub(&x.matmul_t(&frozen("head")).unwrap()).unwrap();
+            let off = off.to_vec().unwrap();
+            off.chunks(off.len() / 3).map(|row| row.iter().any(|v| v.abs() > 1e-4)).collect::<Vec<_>>()
+        };
+        assert_eq!(moved(&cx.select(&[2, 3, 5]).unwrap()), [true, false, true]);
+        assert_eq!(
+            moved(&cx.select(&[1, 2, 3, 4]).unwrap().select(&[1, 2, 3]).unwrap()),
+            [true, false, true]
+        );
+    }
+
+    #[test]
     fn a_bias_of_the_product_acts_there_too() {
         let settings = json!({ "rank": 2, "lora_bias": true, "alora_invocation_tokens": [3, 4] });
         let a = attached(&[chosen("lora", settings)], &[]);
@@ -213,12 +246,12 @@ mod tests {
         assert_eq!(a.adapter.trained_count(), 2 * (2 * (6 + 6) + 2 * (6 + 4)));
         let (sites, info) = toy();
         assert!(engraft_nn::merged_tensors(&sites, &a.adapter).is_err());
-        for target in ["head", "tok"] {
+        let of = |target: &str| {
             let method = chosen("lora", json!({ "alora_invocation_tokens": [3] })).0;
-            let methods = [(method, Some(engraft_nn::Targets::names([target])))];
-            let error = crate::attach(&methods, &[], &sites, &info, 0).err().unwrap().to_string();
-            assert!(error.contains(target), "{error}");
-        }
+            crate::attach(&[(method, Some(engraft_nn::Targets::names([target])))], &[], &sites, &info, 0)
+        };
+        assert!(of("tok").err().unwrap().to_string().contains("tok"));
+        assert!(of("head").is_ok());
         for other in [json!({ "dora": true }), json!({ "kasa": true }), json!({ "init": "pissa" })] {
             let settings = with(json!({ "alora_invocation_tokens": [3] }), other);
             let made = (crate::find("lora").unwrap().from_settings)(settings.as_object().unwrap());

@@ -154,12 +154,19 @@ impl WeightPatch for Factors {
         }
     }
 
+    /// Of a table that is named by itself, A [rank, width] and B [rows, rank]: rows of W + s·B·A.
+    fn lookup(&self, ids: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
+        let (a, b) = self.pair()?;
+        Ok(base.lookup(ids)?.add(&b.gather(ids)?.scale(self.scale)?.matmul(&a)?)?)
+    }
+
     fn mergeable(&self) -> bool {
         !matches!(self.form, At::Alora(_))
     }
 }
 
-/// The factors at a table, and at a head that shares its tensor.
+/// The factors at a table, at a head that shares its tensor, and at a matrix that is named by itself and stored transposed:
+/// W′ = W + s·(B·A)ᵀ.
 pub(super) struct Table(pub Factors);
 
 impl Table {
@@ -177,7 +184,8 @@ impl WeightPatch for Table {
 
     fn forward(&self, x: &Tensor, base: &dyn Base, site: &Site, cx: &Pass) -> Result<Tensor> {
         let dropped = cx.dropout(x, self.0.dropout.elements, site.id, 0)?;
-        let branch = dropped.matmul(&self.0.b.get())?.scale(self.0.scale)?.matmul(&self.0.a.get())?;
+        let (a, b) = self.0.pair()?;
+        let branch = dropped.matmul(&b)?.scale(self.0.scale)?.matmul(&a)?;
         Ok(base.forward(x)?.add(&branch)?)
     }
 

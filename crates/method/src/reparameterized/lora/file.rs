@@ -47,7 +47,7 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let targets = peft::read_targets(&mut r);
-    let (targets, parameters) = parameters::read(&mut r, targets);
+    let parameters = parameters::read(&mut r);
     r.must_be_off(OFF);
     refuse_other_places(&mut r);
     r.ignore(SILENT);

@@ -85,6 +85,11 @@ impl Lora {
                 if self.start == Start::Random { Init::kaiming(rank) } else { Init::Zeros },
             );
         }
+        // What is named by itself is taken as it is stored.
+        let weight = || match self.is_turned(site) {
+            true => Ok::<_, Error>(site_weight(site)?.t()?),
+            false => site_weight(site),
+        };
         if matches!(self.start, Start::Pissa(_) | Start::Olora | Start::Mica) && rank > out.min(inn) {
             let message = format!("this `init` has at most {} ranks here, not {rank}", out.min(inn));
             return Err(Error::Site { path: site.path.clone(), message });
@@ -98,21 +103,22 @@ impl Lora {
                 plain(Init::Values(a), Init::Values(b))
             }
             Start::Mica => no_grad(|| {
-                let u = svd(&site_weight(site)?)?.u;
+                let u = svd(&weight()?)?.u;
                 plain(Init::Zeros, Init::Values(u.narrow(1, u.dim(1) - rank, rank)?))
             }),
             Start::Pissa(rounds) => {
                 let key = Key { seed: b.seed(), stream: site.id.0 as u64 };
-                taken_off(rank, no_grad(|| largest(&site_weight(site)?, rank, s, rounds, key))?)
+                taken_off(rank, no_grad(|| largest(&weight()?, rank, s, rounds, key))?)
             }
             Start::Olora => {
-                if self.from_file && matches!(site.kind, Kind::Linear { transposed: true, .. }) {
+                let transposed = matches!(site.kind, Kind::Linear { transposed: true, .. });
+                if self.from_file && transposed && !self.is_parameter(site) {
                     let message = "peft starts `olora` of a transposed matrix from the matrix as it is stored, which is no \
                                    LoRA of it; use `pissa` there"
                         .into();
                     return Err(Error::Site { path: site.path.clone(), message });
                 }
-                let (q, r) = no_grad(|| Ok::<_, Error>(qr(&site_weight(site)?)?))?;
+                let (q, r) = no_grad(|| Ok::<_, Error>(qr(&weight()?)?))?;
                 taken_off(rank, (r.rows_between(0, rank)?, q.narrow(1, 0, rank)?))
             }
             Start::Eva => {
