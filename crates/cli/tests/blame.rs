@@ -145,6 +145,8 @@ fn sizes_that_are_moved_or_idle_are_told() {
         ),
         ("loha\"\nrank = 50", "`rank` is 50, more than the"),
         ("deft\"\nrank = 50", "it is cut to that there"),
+        ("oft\"\nblock_size = 50", "blocks there have the nearest size, 48"),
+        ("gps\"\nloss = \"task\"\ninputs = 99", "every one is trained there"),
         ("lisa\"\nactive_blocks = 9", "`active_blocks` is 9, and the model has 3"),
     ] {
         let text = notes(&format!("name = \"{method}"));

@@ -83,19 +83,10 @@ impl Session {
             load_model(recipe, &model_dir, &load_options(recipe, task, classes, options), &mut problems)?;
         let facts = facts(recipe, task, examples.as_ref(), max_length, &options.working_dir)?;
         let plan = keep(recipe.plan(&facts).map_err(|found| found.list), &mut problems);
-        let saved = recipe.methods.iter().any(|method| method.from.is_some());
         let methods = plan.as_ref().map_or(&recipe.methods, |plan| &plan.methods);
-        let made = from_recipe(
-            recipe,
-            methods,
-            loaded.model.as_ref(),
-            tokenizer.as_ref(),
-            &loaded.new_tensors,
-            &options.choices,
-        );
         // Under a head of a guessed size a saved adapter's own is no mistake.
         let guessed = examples.is_none() && classes.is_some() && data.labels.is_none();
-        let made = if guessed && made.is_err() && saved { Err(vec![]) } else { made };
+        let made = attached(recipe, methods, &loaded, tokenizer.as_ref(), (&options.choices, guessed));
         let attached = keep(made, &mut problems);
         if let Some(examples) = &examples {
             problems.extend(misfits(recipe, examples, &loaded, (plan.as_ref(), attached.as_ref())));
@@ -129,6 +120,19 @@ impl Session {
         session.levels().map_err(|e| recipe.problems(vec![recipe.problem_at("data.path", e.to_string())]))?;
         Ok(session)
     }
+}
+
+/// The adapter of the recipe's methods; nothing, and no mistake, where a saved one does not fit a model that has a `guessed` head.
+fn attached(
+    recipe: &Recipe,
+    methods: &[recipe::MethodTable],
+    loaded: &Loaded,
+    tokenizer: Option<&Tokenizer>,
+    (choices, guessed): (&Settings, bool),
+) -> std::result::Result<AttachedAdapter, Vec<Problem>> {
+    let made = from_recipe(recipe, methods, loaded.model.as_ref(), tokenizer, &loaded.new_tensors, choices);
+    let saved = recipe.methods.iter().any(|method| method.from.is_some());
+    if guessed && saved { made.map_err(|_| vec![]) } else { made }
 }
 
 /// The recipe's data with the names of the classes that the adapter it starts from knows: its head means these.

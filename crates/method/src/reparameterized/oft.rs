@@ -262,7 +262,7 @@ impl Method for Oft {
             Size::Of(size) => ("block_size", size),
             Size::Count(count) => ("blocks", count),
         };
-        let moved = |_: &Site, (_, inn): (usize, usize)| !inn.is_multiple_of(asked.min(inn));
+        let moved = |_: &Site, (_, inn): (usize, usize)| !inn.is_multiple_of(asked);
         let Some((site, (_, inn), more)) = sizes::first_of(targets, moved) else { return vec![] };
         let path = &site.path;
         let size = self.size.of(inn);
