@@ -1,7 +1,7 @@
 //! How many numbers a method trains at a linear layer, as a formula in its sizes and the method's settings.
 //!
-//! The formula is found by attaching the method to layers of several sizes, with its usual settings and with each of them doubled,
-//! and holds for all that were tried; what is no sum of products of sizes and settings (shares, roundings) has none.
+//! The formula is found by attaching the method to layers of several sizes, with its usual settings and with each of them doubled
+//! (or halved), and holds for all that were tried; what is no sum of products of sizes and settings (shares, roundings) has none.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,31 +28,41 @@ impl Entry {
         self.usual_targets()?;
         let usual = Settings::new();
         let [own, shared] = self.factors(&usual)?;
-        let mut powers: Vec<(&str, i64, [[u32; 4]; 2])> = Vec::new();
+        let roles = self.roles();
+        let at = |role: Role| self.count(role, HELD_BY[2], 1, &usual);
+        if roles.iter().any(|role| at(*role) != at(roles[0])) {
+            return None;
+        }
+        let mut powers: Vec<Power<'_>> = Vec::new();
         for field in self.info.fields {
             let FieldKind::Int { .. } = field.kind else { continue };
             let Some(value) = field.default.and_then(|text| text.parse::<i64>().ok()) else { continue };
             if value < 1 {
                 continue;
             }
-            let doubled = Map::from_iter([(field.name.to_owned(), json!(2 * value))]);
-            // What cannot be doubled alone needs other settings to have a part.
-            let Some(found) = self.factors(&doubled) else { continue };
-            let power = [power(own, found[0])?, power(shared, found[1])?];
-            if power.iter().flatten().any(|power| *power > 0) {
-                powers.push((field.name, value, power));
+            let scaled = |to: i64| self.factors(&Map::from_iter([(field.name.to_owned(), json!(to))]));
+            // What can be neither doubled nor halved alone needs other settings to have a part.
+            let halved = || scaled(value / 2).filter(|_| value % 2 == 0).map(|found| (found, value / 2));
+            let Some((found, to)) = scaled(2 * value).map(|found| (found, 2 * value)).or_else(halved) else {
+                continue;
+            };
+            let power = |usual, found| if to > value { power(usual, found) } else { power(found, usual) };
+            let of = [power(own, found[0])?, power(shared, found[1])?];
+            if of.iter().flatten().any(|power| *power > 0) {
+                powers.push(Power { name: field.name, value, to, of });
             }
         }
         // What depends on several settings must be a product of them.
-        let all: Settings =
-            powers.iter().map(|(name, value, _)| ((*name).to_owned(), json!(2 * value))).collect();
+        let all: Settings = powers.iter().map(|p| (p.name.to_owned(), json!(p.to))).collect();
         let together = self.factors(&all)?;
-        let text = |which: usize, factors: Factors, doubled: Factors| {
+        let text = |which: usize, factors: Factors, scaled: Factors| {
             let terms = (0..4).map(|at| {
                 let own: Vec<(&str, i64, u32)> =
-                    powers.iter().map(|(name, value, power)| (*name, *value, power[which][at])).collect();
-                let power: u32 = own.iter().map(|(.., power)| power).sum();
-                (doubled[at] == factors[at] << power).then(|| term(factors[at], &own))?
+                    powers.iter().map(|p| (p.name, p.value, p.of[which][at])).collect();
+                let sum = |up: bool| {
+                    powers.iter().filter(|p| (p.to > p.value) == up).map(|p| p.of[which][at]).sum::<u32>()
+                };
+                (scaled[at] << sum(false) == factors[at] << sum(true)).then(|| term(factors[at], &own))?
             });
             written(&terms.collect::<Option<Vec<_>>>()?)
         };
@@ -63,8 +73,9 @@ impl Entry {
 
     /// The factors of a layer's own numbers, and of those that all layers share.
     fn factors(&self, settings: &Settings) -> Option<[Factors; 2]> {
+        let role = self.roles()[0];
         let counted = |sizes| {
-            let (one, two) = (self.count(sizes, 1, settings)?, self.count(sizes, 2, settings)?);
+            let (one, two) = (self.count(role, sizes, 1, settings)?, self.count(role, sizes, 2, settings)?);
             Some([two - one, 2 * one - two])
         };
         let counts = FOUND_FROM.map(counted);
@@ -83,10 +94,20 @@ impl Entry {
         FOUND_FROM.iter().chain(&HELD_BY).all(holds).then_some(found)
     }
 
-    /// Numbers trained at so many linear layers [out, in].
-    fn count(&self, (out, inn): (usize, usize), layers: usize, settings: &Settings) -> Option<i64> {
+    /// What the targets do; some roles where they are all linear layers.
+    fn roles(&self) -> &'static [Role] {
+        self.info.default_roles.filter(|roles| !roles.is_empty()).unwrap_or(&[Role::Q, Role::Down])
+    }
+
+    /// Numbers trained at so many linear layers [out, in] of a role.
+    fn count(
+        &self,
+        role: Role,
+        (out, inn): (usize, usize),
+        layers: usize,
+        settings: &Settings,
+    ) -> Option<i64> {
         let mut sites = Sites::default();
-        let role = self.info.default_roles.and_then(|roles| roles.first()).copied().unwrap_or(Role::Q);
         let names: Vec<String> = (0..layers).map(|layer| format!("layers.{layer}.w")).collect();
         for (layer, name) in names.iter().enumerate() {
             let weight = Weight::matrix(&Slanted(out, inn), Storage::Dense, Precision::F32).ok()?;
@@ -111,6 +132,16 @@ impl Entry {
         let attached = attach(&methods, &[], &Arc::new(sites), &info, 0).ok()?;
         i64::try_from(attached.adapter.trained_count()).ok()
     }
+}
+
+/// A setting that factors depend on.
+struct Power<'a> {
+    name: &'a str,
+    value: i64,
+    /// What it was set to: double, or half where there is no double.
+    to: i64,
+    /// Its powers in the factors of a layer's own numbers, and of those that all share.
+    of: [[u32; 4]; 2],
 }
 
 /// How often each factor doubles where a setting is doubled.
@@ -192,13 +223,15 @@ mod tests {
             ("fourierft", "n_frequency", None),
             ("hra", "rank·in", None),
             ("hira", "rank·(out + in)", None),
-            ("full", "out·in", None),
+            ("miss", "rank·out", None),
         ] {
             let shared = shared.map(|text: &str| text.to_owned());
             assert_eq!(of(name), Some((own.to_owned(), shared)), "{name}");
         }
         // A prompt has no targets, and a share of a weight is rounded.
         assert_eq!((of("prompt"), of("fish")), (None, None));
+        // Keys and values are scaled behind a layer, the MLP before one.
+        assert_eq!(of("ia3"), None);
         let known = METHODS.iter().filter(|entry| entry.trained_formula().is_some()).count();
         assert!(known > 30, "{known}");
     }
