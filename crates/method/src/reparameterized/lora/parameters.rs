@@ -182,7 +182,7 @@ mod tests {
             (json!([]), json!(["attn.v.weight", "attn.q.weight"]), Value::Null),
             (json!(["attn.q"]), json!(["attn.v.weight"]), Value::Null),
             (json!([]), json!(["attn.q.weight", "attn.v.weight"]), json!([5])),
-            (json!(["attn.q"]), json!(["0.attn.v.weight"]), json!(0)),
+            (json!(["attn.q"]), json!(["attn.v.weight"]), json!([0, 1])),
         ] {
             let config = file(json!({
                 "target_modules": modules, "target_parameters": parameters, "layers_to_transform": layers
@@ -218,8 +218,8 @@ mod tests {
         let product = |b: usize, a: usize| tensors[b].1.matmul(&tensors[a].1).unwrap().scale(scale).unwrap();
         let of = |name: &str| merged.iter().find(|m| m.site.path.contains(name)).unwrap().value.clone();
         close(&of("tok"), &frozen("tok").add(&product(3, 2)).unwrap(), 1e-5);
-        let turned = product(1, 0).t().unwrap();
-        close(&of("c_fc"), &sample(&[5, 6], 8).add(&turned).unwrap(), 1e-5);
+        let stored = sample(&[5, 6], 8).t().unwrap();
+        close(&of("c_fc"), &stored.add(&product(1, 0)).unwrap(), 1e-5);
     }
 
     #[test]
