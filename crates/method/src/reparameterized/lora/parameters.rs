@@ -184,8 +184,10 @@ mod tests {
             (json!([]), json!(["attn.q.weight", "attn.v.weight"]), json!([5])),
             (json!(["attn.q"]), json!(["attn.v.weight"]), json!([0, 1])),
         ] {
+            let list = if layers.is_null() { Value::Null } else { json!("layers") };
             let config = file(json!({
-                "target_modules": modules, "target_parameters": parameters, "layers_to_transform": layers
+                "target_modules": modules, "target_parameters": parameters, "layers_to_transform": layers,
+                "layers_pattern": list
             }));
             let loaded = crate::load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
             let (written, again) =
