@@ -1,8 +1,8 @@
 //! `engraft-bench generation`: tokens written a second, beside `transformers` and beside what the memory can deliver.
 //!
 //! At one text every weight is read once a token, so the memory's bandwidth is the bound: the share of it is that of the bytes of
-//! the weights, and of the keys and values that a token looks at. Processes take turns round by round; compared are medians, and
-//! the ratio of each pair of neighbours.
+//! the weights, and of the keys and values that a token looks at. Processes take turns round by round, and the bandwidth is measured
+//! anew in each, since neighbours on a machine share it; compared are medians, and the ratio of each pair of neighbours.
 
 use std::io::{BufRead, stdin};
 use std::path::{Path, PathBuf};
@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// Tokens a round
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 32)]
     tokens: usize,
     /// Threads of everyone
     #[arg(long, default_value_t = 2)]
@@ -74,18 +74,16 @@ struct Racer {
 /// Measures every shape and number of texts.
 pub fn run(args: &Args) -> Result<()> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads).build()?;
-    let bandwidth = pool.install(bandwidth);
-    println!("memory {:.1} GB/s read by {} threads\n", bandwidth / 1e9, args.threads);
-    println!("| model | texts | | tokens/s | share of the memory's bandwidth | engraft's best over it |");
-    println!("| --- | ---: | --- | ---: | ---: | ---: |");
+    println!("| model | texts | | tokens/s | memory, GB/s | share of it | engraft's best over it |");
+    println!("| --- | ---: | --- | ---: | ---: | ---: | ---: |");
     let mut lines = Vec::new();
     for (name, shape) in SHAPES.iter().filter(|(name, _)| args.shapes.iter().any(|s| s == name)) {
         for &sequences in &args.sequences {
-            lines.extend(measure(args, name, shape, sequences, bandwidth)?);
+            lines.extend(measure(args, &pool, name, shape, sequences)?);
         }
     }
     if let Some(path) = &args.json {
-        let all = json!({ "threads": args.threads, "bytes_a_second": bandwidth, "works": lines });
+        let all = json!({ "threads": args.threads, "works": lines });
         std::fs::write(path, format!("{all:#}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -104,7 +102,13 @@ fn bandwidth() -> f64 {
     (0..3).map(|_| once()).fold(0.0, f64::max)
 }
 
-fn measure(args: &Args, name: &str, shape: &Llama, sequences: usize, bandwidth: f64) -> Result<Vec<Value>> {
+fn measure(
+    args: &Args,
+    pool: &rayon::ThreadPool,
+    name: &str,
+    shape: &Llama,
+    sequences: usize,
+) -> Result<Vec<Value>> {
     let folder = args.folder.join(name);
     std::fs::create_dir_all(&folder)?;
     let folder = folder.canonicalize()?;
@@ -148,8 +152,12 @@ fn measure(args: &Args, name: &str, shape: &Llama, sequences: usize, bandwidth: 
             Err(error) => println!("{name}: no peer {kind}: {error:#}"),
         }
     }
+    let mut bandwidths = Vec::new();
     // The first round warms caches and pools.
     for round in 0..=args.rounds {
+        if round > 0 {
+            bandwidths.push(pool.install(bandwidth));
+        }
         for racer in &mut racers {
             let answer = racer.process.ask(&json!({ "tokens": args.tokens }))?;
             let seconds =
@@ -159,26 +167,30 @@ fn measure(args: &Args, name: &str, shape: &Llama, sequences: usize, bandwidth: 
             }
         }
     }
-    Ok(table(name, sequences, bandwidth, &racers))
+    Ok(table(name, sequences, &bandwidths, &racers))
 }
 
-fn table(name: &str, sequences: usize, bandwidth: f64, racers: &[Racer]) -> Vec<Value> {
+fn table(name: &str, sequences: usize, bandwidths: &[f64], racers: &[Racer]) -> Vec<Value> {
     let rate = |racer: &Racer| median(&mut racer.rates.clone());
     let engines = racers.iter().filter(|racer| racer.name.starts_with("engraft"));
+    let bandwidth = median(&mut bandwidths.to_vec());
     let best = engines.max_by(|a, b| rate(a).total_cmp(&rate(b)));
     let line = |racer: &Racer| {
         let rate = rate(racer);
-        let share = rate / sequences as f64 * racer.bytes / bandwidth;
+        let shares =
+            racer.rates.iter().zip(bandwidths).map(|(rate, all)| rate / sequences as f64 * racer.bytes / all);
+        let share = median(&mut shares.collect::<Vec<_>>());
         let ratio = best.map_or(f64::NAN, |best| {
             median(&mut best.rates.iter().zip(&racer.rates).map(|(a, b)| a / b).collect::<Vec<_>>())
         });
         println!(
-            "| {name} | {sequences} | {} | {rate:.1} | {:.0} % | {ratio:.2} |",
+            "| {name} | {sequences} | {} | {rate:.1} | {:.1} | {:.0} % | {ratio:.2} |",
             racer.name,
+            bandwidth / 1e9,
             100.0 * share
         );
         json!({ "model": name, "texts": sequences, "name": racer.name, "tokens_per_second": rate,
-            "rounds": racer.rates, "share_of_bandwidth": share, "best_over_this": ratio })
+            "rounds": racer.rates, "bytes_a_second": bandwidth, "share_of_bandwidth": share, "best_over_this": ratio })
     };
     racers.iter().map(line).collect()
 }

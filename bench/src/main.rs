@@ -3,6 +3,7 @@
 mod base;
 mod compare;
 mod generation;
+mod growth;
 mod inference;
 mod matmul;
 mod methods;
@@ -36,6 +37,11 @@ enum Command {
     Inference(inference::Args),
     /// Tokens written a second, beside transformers and the memory's bandwidth
     Generation(generation::Args),
+    /// How a training step's time grows with its settings
+    Growth(growth::Args),
+    /// The engine's side of `growth`
+    #[command(hide = true)]
+    Grower { threads: usize, recipes: Vec<PathBuf> },
     /// The engine's side of `generation`
     #[command(hide = true)]
     Writer { recipe: PathBuf, sequences: usize, threads: usize },
@@ -52,6 +58,8 @@ fn main() -> anyhow::Result<()> {
         Command::Compare(args) => compare::run(&args),
         Command::Inference(args) => inference::run(&args),
         Command::Generation(args) => generation::run(&args),
+        Command::Growth(args) => growth::run(&args),
+        Command::Grower { threads, recipes } => growth::answer(threads, &recipes),
         Command::Writer { recipe, sequences, threads } => generation::answer(&recipe, sequences, threads),
         Command::Engine { recipe, examples, threads } => step::answer(&recipe, &examples, threads),
     }

@@ -23,6 +23,7 @@ pub fn open(recipe: &Path, packed: &Packed) -> Result<Session> {
         packed: packed.clone(),
         limits: Default::default(),
         templates: TemplateOptions::default(),
+        choices: Default::default(),
     };
     Ok(Session::open(&parsed, &mut options)?)
 }

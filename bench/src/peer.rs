@@ -4,9 +4,13 @@ use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Write, stdout};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+
+/// A pause before each turn: threads of the one before may spin for work for a while.
+const REST: Duration = Duration::from_millis(100);
 
 /// One answer, from the other side.
 pub fn say(value: &Value) -> Result<()> {
@@ -46,6 +50,7 @@ impl Peer {
     /// Sends `request` and waits for the answer.
     pub fn ask(&mut self, request: &Value) -> Result<Value> {
         let pipe = self.requests.as_mut().context("the peer has no input")?;
+        std::thread::sleep(REST);
         writeln!(pipe, "{request}").context("the peer no longer reads")?;
         self.answer()
     }

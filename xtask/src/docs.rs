@@ -98,11 +98,15 @@ fn methods() -> String {
         ];
         let _ = writeln!(text, "| {} |", row.map(cell).join(" | "));
     }
-    for info in METHODS.iter().map(|entry| entry.info) {
+    for entry in METHODS {
+        let info = entry.info;
         let _ = write!(text, "\n## {} (`name = \"{}\"`)\n\n{}\n", info.title, info.name, info.summary);
-        if let Some(roles) = info.default_roles {
-            let names: Vec<String> = roles.iter().map(|role| format!("`{}`", role.name())).collect();
-            let _ = write!(text, "\nTargets, unless the recipe names others: roles {}.\n", names.join(", "));
+        if let Some(usual) = entry.usual_targets() {
+            let _ = write!(text, "\nTargets, unless the recipe names others: {usual}.\n");
+        }
+        if let Some((own, shared)) = entry.trained_formula() {
+            let shared = shared.map_or(String::new(), |shared| format!(", and {shared} for all together"));
+            let _ = write!(text, "\nTrained at a target [out, in], as the settings stand: {own}{shared}.\n");
         }
         if info.fields.is_empty() {
             continue;

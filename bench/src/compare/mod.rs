@@ -2,15 +2,19 @@
 //!
 //! MiniLM, the classifier trained in all. The learning rate of a method at a budget is the one of three with the lowest loss on
 //! held-out training rows of TREC; it then holds for all data sets. A run is one epoch of batches of 16 and is scored once, on the
-//! test part, after its last step. Every result is put into the JSON file as it comes, and a command that finds results there goes on
-//! after them, so that hours of runs need not be taken at once.
+//! test part, after its last step. Small batches leave most of a second core idle, so that several runs go side by side with one
+//! thread each: a run's bits do not depend on it. Every result is put into the JSON file as it comes, and a command that finds
+//! results there goes on after them, so that hours of runs need not be taken at once.
 
 mod data;
 mod methods;
 mod table;
 
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -37,6 +41,9 @@ pub struct Args {
     /// Only methods whose name holds this text
     #[arg(long)]
     only: Option<String>,
+    /// Runs at once, of one thread each; as many as there are cores if left out
+    #[arg(long)]
+    jobs: Option<usize>,
     /// Print the tables of what is there and run nothing
     #[arg(long)]
     print: bool,
@@ -68,12 +75,33 @@ struct Entrant {
     settings: &'static str,
 }
 
+/// One run.
+struct Run<'a> {
+    entrant: &'a Entrant,
+    data: &'a Data,
+    seed: u64,
+    rate: f64,
+    held_out: bool,
+}
+
+impl Run<'_> {
+    /// Whether `outcome` is of this run.
+    fn gave(&self, outcome: &Outcome) -> bool {
+        outcome.data == self.data.name
+            && outcome.method == self.entrant.entry.name
+            && outcome.budget == self.entrant.budget
+            && outcome.seed == self.seed
+            && outcome.held_out == self.held_out
+            && (!self.held_out || (outcome.learning_rate / self.rate - 1.0).abs() < 1e-9)
+    }
+}
+
 struct Compare<'a> {
     args: &'a Args,
     engraft: PathBuf,
     model: PathBuf,
     folder: PathBuf,
-    outcomes: Vec<Outcome>,
+    outcomes: Mutex<Vec<Outcome>>,
 }
 
 /// Runs what is not in the file yet, and prints the tables.
@@ -85,7 +113,7 @@ pub fn run(args: &Args) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", args.json.display())),
     };
-    let mut compare = Compare {
+    let compare = Compare {
         args,
         engraft: match &args.engraft {
             Some(path) => path.clone(),
@@ -93,12 +121,12 @@ pub fn run(args: &Args) -> Result<()> {
         },
         model: Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/all-minilm-l6-v2").canonicalize()?,
         folder: args.folder.clone(),
-        outcomes,
+        outcomes: Mutex::new(outcomes),
     };
     if !args.print {
         compare.all()?;
     }
-    table::print(&compare.outcomes);
+    table::print(&compare.outcomes());
     Ok(())
 }
 
@@ -118,30 +146,34 @@ fn entrants(only: Option<&str>) -> Vec<Entrant> {
 
 impl Compare<'_> {
     /// All learning rates first, then seed after seed, so that what is there compares at any time.
-    fn all(&mut self) -> Result<()> {
+    fn all(&self) -> Result<()> {
         let sets = data::prepare(&self.args.data, &self.folder.join("data"))?;
         let entrants = entrants(self.args.only.as_deref());
-        let mut rates = Vec::new();
-        for entrant in &entrants {
+        let choosing = entrants.iter().flat_map(|entrant| {
             let middle = entrant.entry.learning_rate;
-            for rate in [middle / 3.0, middle, 3.0 * middle] {
-                self.once(entrant, &sets[0], 0, rate, true)?;
-            }
-            rates.push(self.best_rate(entrant)?);
-        }
+            let data = &sets[0];
+            [middle / 3.0, middle, 3.0 * middle].map(|rate| Run {
+                entrant,
+                data,
+                seed: 0,
+                rate,
+                held_out: true,
+            })
+        });
+        self.side_by_side(choosing.collect())?;
+        let rates = entrants.iter().map(|entrant| self.best_rate(entrant)).collect::<Result<Vec<_>>>()?;
+        let mut runs = Vec::new();
         for seed in 0..self.args.seeds {
-            for (entrant, rate) in entrants.iter().zip(&rates) {
-                for data in &sets {
-                    self.once(entrant, data, seed, *rate, false)?;
-                }
+            for (entrant, &rate) in entrants.iter().zip(&rates) {
+                runs.extend(sets.iter().map(|data| Run { entrant, data, seed, rate, held_out: false }));
             }
         }
-        Ok(())
+        self.side_by_side(runs)
     }
 
     /// The tried learning rate with the lowest loss on held-out rows.
     fn best_rate(&self, entrant: &Entrant) -> Result<f64> {
-        self.outcomes
+        self.outcomes()
             .iter()
             .filter(|o| o.held_out && o.method == entrant.entry.name && o.budget == entrant.budget)
             .filter(|o| o.loss.is_finite())
@@ -150,38 +182,64 @@ impl Compare<'_> {
             .with_context(|| format!("{}: no learning rate gave a finite loss", entrant.entry.name))
     }
 
-    /// Trains and scores once, unless the result is there.
-    fn once(&mut self, entrant: &Entrant, data: &Data, seed: u64, rate: f64, held_out: bool) -> Result<()> {
-        let known = |o: &Outcome| {
-            o.data == data.name
-                && o.method == entrant.entry.name
-                && o.budget == entrant.budget
-                && o.seed == seed
-                && o.held_out == held_out
-                && (!held_out || (o.learning_rate / rate - 1.0).abs() < 1e-9)
+    /// Takes the runs whose results are not there yet, in their order; the first error ends it once the others are through.
+    fn side_by_side(&self, runs: Vec<Run<'_>>) -> Result<()> {
+        let left: Vec<Run<'_>> =
+            runs.into_iter().filter(|run| !self.outcomes().iter().any(|o| run.gave(o))).collect();
+        let (count, next) = (left.len(), AtomicUsize::new(0));
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let work = |job: usize| -> Result<()> {
+            let folder = self.folder.join(job.to_string());
+            std::fs::create_dir_all(&folder)?;
+            let turns = std::iter::from_fn(|| Some(next.fetch_add(1, Relaxed)).filter(|at| *at < count));
+            for at in turns {
+                let run = &left[at];
+                let begun = Instant::now();
+                let outcome = self.once(run, &folder).inspect_err(|_| next.store(count, Relaxed))?;
+                eprintln!(
+                    "{} of {count}: {} {} {} seed {} rate {:.0e}: accuracy {:.3}, loss {:.3}, {:.0} s",
+                    at + 1,
+                    outcome.data,
+                    outcome.method,
+                    outcome.budget,
+                    outcome.seed,
+                    outcome.learning_rate,
+                    outcome.accuracy,
+                    outcome.loss,
+                    begun.elapsed().as_secs_f64()
+                );
+                self.keep(outcome)?;
+            }
+            Ok(())
         };
-        if self.outcomes.iter().any(known) {
-            return Ok(());
-        }
-        let begun = Instant::now();
-        let recipe = self.folder.join("recipe.toml");
+        std::thread::scope(|scope| {
+            let jobs: Vec<_> =
+                (0..self.args.jobs.unwrap_or(cores)).map(|job| scope.spawn(move || work(job))).collect();
+            jobs.into_iter().try_for_each(|job| job.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        })
+    }
+
+    /// Trains and scores once, in `folder`.
+    fn once(&self, run: &Run<'_>, folder: &Path) -> Result<Outcome> {
+        let Run { entrant, data, seed, rate, held_out } = *run;
+        let recipe = folder.join("recipe.toml");
         std::fs::write(&recipe, self.recipe(entrant, data, seed, rate)?)?;
-        let run = self.folder.join("run");
-        if run.exists() {
-            std::fs::remove_dir_all(&run)?;
+        let out = folder.join("run");
+        if out.exists() {
+            std::fs::remove_dir_all(&out)?;
         }
         let recipe = recipe.display().to_string();
         let plan = self.answer(&["plan", &recipe, "--no-trial", "--json"])?;
         // A run that diverges has no adapter; its loss is endless, and another learning rate is chosen.
-        let trained = self.call(&["train", &recipe, "--out", &run.display().to_string(), "-q"]);
+        let trained = self.call(&["train", &recipe, "--out", &out.display().to_string(), "-q"]);
         let scores = match trained {
-            Ok(_) => self.score(&run, if held_out { &data.held_out } else { &data.test })?,
+            Ok(_) => self.score(&out, if held_out { &data.held_out } else { &data.test })?,
             Err(error) if held_out && format!("{error:#}").contains("finite") => Value::Null,
             Err(error) => return Err(error),
         };
         let number = |key: &str| scores["metrics"][key].as_f64();
         let head = (384 + 1) * data.labels as u64;
-        self.outcomes.push(Outcome {
+        Ok(Outcome {
             data: data.name.to_owned(),
             method: entrant.entry.name.to_owned(),
             budget: entrant.budget.to_owned(),
@@ -191,18 +249,7 @@ impl Compare<'_> {
             trained: plan["trained"].as_u64().context("plan says no trained numbers")? - head,
             accuracy: number("accuracy").unwrap_or(0.0),
             loss: number("loss").unwrap_or(f64::MAX),
-        });
-        let last = self.outcomes.last().context("an outcome")?;
-        eprintln!(
-            "{} {} {} seed {seed} rate {rate:.0e}: accuracy {:.3}, loss {:.3}, {:.0} s",
-            last.data,
-            last.method,
-            last.budget,
-            last.accuracy,
-            last.loss,
-            begun.elapsed().as_secs_f64()
-        );
-        self.keep()
+        })
     }
 
     fn recipe(&self, entrant: &Entrant, data: &Data, seed: u64, rate: f64) -> Result<String> {
@@ -238,6 +285,7 @@ impl Compare<'_> {
     fn call(&self, words: &[&str]) -> Result<String> {
         let output = Command::new(&self.engraft)
             .args(words)
+            .env("RAYON_NUM_THREADS", "1")
             .output()
             .with_context(|| format!("cannot run {}", self.engraft.display()))?;
         let (text, error) =
@@ -247,11 +295,17 @@ impl Compare<'_> {
     }
 
     /// Results survive an interrupt: written aside, then renamed.
-    fn keep(&self) -> Result<()> {
+    fn keep(&self, outcome: Outcome) -> Result<()> {
+        let mut outcomes = self.outcomes();
+        outcomes.push(outcome);
         let aside = self.args.json.with_extension("json.new");
-        let lines = self.outcomes.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
+        let lines = outcomes.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
         std::fs::write(&aside, format!("[\n{}\n]\n", lines.join(",\n")))
             .and_then(|()| std::fs::rename(&aside, &self.args.json))
             .with_context(|| format!("cannot write {}", self.args.json.display()))
+    }
+
+    fn outcomes(&self) -> MutexGuard<'_, Vec<Outcome>> {
+        self.outcomes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

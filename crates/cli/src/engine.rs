@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use engraft_method::{Chosen, look_first};
+use engraft_method::{Chosen, Settings, look_first};
 use engraft_model::LoadOptions;
 use engraft_nn::weight::Storage;
 use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Site, Task};
 use engraft_store::{AdapterFiles, read_adapter, read_config};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
-use engraft_train::{label_names, open_adapter};
+use engraft_train::{label_names, open_adapter_choosing};
 use serde_json::Value;
 
 use crate::context::Context;
@@ -45,12 +45,44 @@ pub struct ModelArgs {
     /// Leaves the adapter out of the model's first N layers
     #[arg(long, value_name = "N", requires = "adapter")]
     pub drop_layers: Option<usize>,
+    /// Chooses anew what the adapter leaves open, such as eval_rank=4; `engraft methods NAME` tells what that is
+    #[arg(long, value_name = "SETTING=VALUE", requires = "adapter")]
+    pub choose: Vec<Choice>,
     /// Type of the computation
     #[arg(long, value_enum, default_value_t)]
     pub dtype: Dtype,
     /// Keeps the frozen linear weights in four bits
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub quantize: Option<Quantize>,
+}
+
+/// A setting that an adapter leaves open until it is used, and its value.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Choice(String, Value);
+
+impl std::str::FromStr for Choice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Choice, String> {
+        let (name, value) = text.split_once('=').ok_or("expected SETTING=VALUE, such as eval_rank=4")?;
+        let value = value.trim();
+        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
+        Ok(Choice(name.trim().to_owned(), value))
+    }
+}
+
+/// The choices by setting.
+///
+/// # Errors
+/// A setting twice.
+pub fn choices(given: &[Choice]) -> Outcome<Settings> {
+    let mut choices = Settings::new();
+    for Choice(name, value) in given {
+        if choices.insert(name.clone(), value.clone()).is_some() {
+            return Err(Failure::before_work(format!("--choose {name}: given twice")));
+        }
+    }
+    Ok(choices)
 }
 
 /// The adapter without its part in the first `count` layers (AdapterDrop).
@@ -127,7 +159,7 @@ impl Engine {
         };
         let mut engine = Engine::read(&dir, &options)?;
         if let Some((dir, _)) = &adapter {
-            engine.attach(dir, cx)?;
+            engine.attach(dir, &choices(&args.choose)?, cx)?;
         }
         if let Some(count) = args.drop_layers {
             engine.adapter = without_first(engine.adapter.take(), engine.model.as_ref(), count)?;
@@ -143,7 +175,8 @@ impl Engine {
         Ok(engine)
     }
 
-    fn read(dir: &Path, options: &LoadOptions) -> Outcome<Engine> {
+    /// As [`Engine::open`], and nothing is said of tensors that the files do not hold.
+    pub fn read(dir: &Path, options: &LoadOptions) -> Outcome<Engine> {
         let loaded = engraft_model::load(dir, options).before_work()?;
         Ok(Engine {
             dir: dir.to_owned(),
@@ -169,10 +202,15 @@ impl Engine {
     }
 
     /// Takes the adapter of a directory.
-    fn attach(&mut self, dir: &Path, cx: &Context) -> Outcome {
-        let opened = open_adapter(self.model.as_ref(), dir, &cx.limits).map_err(|error| {
-            Failure::before_work(format!("{} does not fit {}:\n{error}", dir.display(), self.dir.display()))
-        })?;
+    fn attach(&mut self, dir: &Path, choices: &Settings, cx: &Context) -> Outcome {
+        let opened =
+            open_adapter_choosing(self.model.as_ref(), dir, &cx.limits, choices).map_err(|error| {
+                Failure::before_work(format!(
+                    "{} does not fit {}:\n{error}",
+                    dir.display(),
+                    self.dir.display()
+                ))
+            })?;
         opened.notes.iter().for_each(|note| cx.ui.reason(&format!("note: {note}")));
         (self.adapter, self.methods) = (Some(Arc::new(opened.adapter)), opened.methods);
         self.labels = label_names(dir).before_work()?;

@@ -1,11 +1,13 @@
 //! What a change of the model does to its outputs: logits and perplexity on a few texts.
 
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use engraft_data::{Example, Tokenizer};
 use engraft_nn::{Init, Inputs, Picture, Task};
 
 use crate::commands::logits::pack;
+use crate::context::Context;
 use crate::engine::Engine;
 use crate::failure::{BeforeWork, Failure, Outcome};
 
@@ -18,8 +20,12 @@ const PROBES: [&str; 6] = [
     "def add(a, b):\n    return a + b\n",
     "The ship left the harbour at dawn, and nobody on board knew where the captain meant to go.",
 ];
-/// Tokens of a probe.
+/// Most texts that are read of a file.
+const PROBE_LINES: usize = 64;
+/// Most tokens that are read of a text.
 const PROBE_TOKENS: usize = 256;
+/// Bytes that a text of so many tokens is looked for in.
+const PROBE_BYTES: u64 = 1 << 16;
 
 /// Logits and loss on the probes.
 #[derive(Clone)]
@@ -47,7 +53,7 @@ pub enum Probes {
 
 impl Probes {
     /// The texts of a file, a text a line, or a few of our own; pictures of noise for models that read pictures.
-    pub fn of(file: Option<&Path>, engine: &Engine) -> Outcome<Probes> {
+    pub fn of(file: Option<&Path>, engine: &Engine, cx: &Context) -> Outcome<Probes> {
         let example = |ids: Vec<u32>| Example { ids, ..Example::default() };
         if let Some(Picture { channels, height, width }) = engine.model.info().picture {
             let shape = [4, channels, height, width];
@@ -62,19 +68,22 @@ impl Probes {
             return Ok(Probes::Tokens { examples: (0..4).map(|_| example(ids())).collect(), is_text: false });
         }
         let tokenizer = Tokenizer::open(&engine.dir)?;
-        let text = match file {
-            Some(path) => {
-                let bytes = engraft_store::json::read_capped(path, "config_json", 4 << 20).before_work()?;
-                String::from_utf8(bytes)
-                    .map_err(|_| Failure::before_work(format!("{} is not UTF-8", path.display())))?
-            }
-            None => PROBES.join("\u{0}"),
+        let (texts, more) = match file {
+            Some(path) => lines(path)?,
+            None => (PROBES.map(str::to_owned).to_vec(), false),
         };
-        let separator = if file.is_some() { '\n' } else { '\u{0}' };
         let limit = engine.model.info().max_positions.min(PROBE_TOKENS);
-        let mut examples = Vec::new();
-        for line in text.split(separator).filter(|line| !line.trim().is_empty()).take(64) {
-            examples.push(example(tokenizer.encode_cut(line, None, limit)?.0.ids));
+        let (mut examples, mut cut) = (Vec::new(), 0);
+        for text in &texts {
+            let (encoding, lost) = tokenizer.encode_cut(text, None, limit)?;
+            cut += usize::from(lost > 0 || text.len() as u64 >= PROBE_BYTES);
+            examples.push(example(encoding.ids));
+        }
+        if more {
+            cx.ui.note(&format!("compared on the first {PROBE_LINES} texts of the probe file alone"));
+        }
+        if cut > 0 {
+            cx.ui.note(&format!("compared on the first {limit} tokens of {cut} texts that have more"));
         }
         examples.retain(|e| e.ids.len() > 1);
         if examples.is_empty() {
@@ -118,6 +127,38 @@ impl Probes {
     }
 }
 
+/// The first texts of a file, and whether there are more. However long it and its lines are, only what is compared is read.
+fn lines(path: &Path) -> Outcome<(Vec<String>, bool)> {
+    let io = |e| engraft_store::Error::io("read", path, e);
+    let mut file = BufReader::new(std::fs::File::open(path).map_err(io).before_work()?);
+    let mut texts = Vec::new();
+    loop {
+        let mut line = Vec::new();
+        let read = (&mut file).take(PROBE_BYTES).read_until(b'\n', &mut line).map_err(io).before_work()?;
+        if read == 0 {
+            return Ok((texts, false));
+        }
+        if !line.ends_with(b"\n") {
+            file.skip_until(b'\n').map_err(io).before_work()?;
+        }
+        let text = match std::str::from_utf8(&line) {
+            Ok(text) => text,
+            // The cut may lie inside a character.
+            Err(e) if e.error_len().is_none() && read as u64 == PROBE_BYTES => {
+                std::str::from_utf8(&line[..e.valid_up_to()]).unwrap_or_default()
+            }
+            Err(_) => return Err(Failure::before_work(format!("{} is not UTF-8", path.display()))),
+        };
+        if text.trim().is_empty() {
+            continue;
+        }
+        if texts.len() == PROBE_LINES {
+            return Ok((texts, true));
+        }
+        texts.push(text.trim_end_matches(['\n', '\r']).to_owned());
+    }
+}
+
 /// −log softmax of `row` at `id`, in f64.
 fn negative_log_likelihood(row: &[f32], id: usize) -> f64 {
     let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -144,6 +185,22 @@ mod tests {
         assert_eq!(largest_difference(&[1.0, -2.0], &[1.0, 1.0]), 3.0);
         assert!(largest_difference(&[f32::NAN, 2.0], &[1.0, 1.0]).is_nan());
         assert!(largest_difference(&[2.0, f32::NAN], &[1.0, 1.0]).is_nan());
+    }
+
+    #[test]
+    fn no_more_is_read_than_is_compared() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("texts.txt");
+        // A text longer than what 256 tokens are looked for in, cut inside a character; blank lines; more texts than are read.
+        let long = format!("x{}", "é".repeat(1 << 20));
+        std::fs::write(&file, format!("{long}\n\none\r\n{}", "more\n".repeat(100))).unwrap();
+        let (texts, more) = lines(&file).unwrap();
+        assert!(more && texts.len() == PROBE_LINES);
+        assert_eq!((texts[0].len(), &texts[1][..], &texts[2][..]), ((1 << 16) - 1, "one", "more"));
+        std::fs::write(&file, "one\ntwo").unwrap();
+        assert_eq!(lines(&file).unwrap(), (vec!["one".to_owned(), "two".to_owned()], false));
+        std::fs::write(&file, b"\xff\xfe\n").unwrap();
+        assert!(lines(&file).is_err() && lines(&dir.path().join("absent")).is_err());
     }
 
     #[test]

@@ -137,6 +137,21 @@ fn sizes_that_are_moved_or_idle_are_told() {
     assert!(text.contains("`block_size` is 7, which does not divide"), "{text}");
     let text = notes("name = \"hra\"\nrank = 50");
     assert!(text.contains("reflections make every rotation"), "{text}");
-    let text = notes("name = \"vera\"\nrank = 100");
-    assert!(text.contains("`rank` is 100, more than the"), "{text}");
+    for (method, expected) in [
+        ("vera\"\nrank = 100", "`rank` is 100, more than the"),
+        (
+            "lora\"\nrank = 50",
+            "`rank` is 50, more than the 48 that model.layers.0.self_attn.q_proj, [48, 48], can have",
+        ),
+        ("loha\"\nrank = 50", "`rank` is 50, more than the"),
+        ("deft\"\nrank = 50", "it is cut to that there"),
+        ("oft\"\nblock_size = 50", "blocks there have the nearest size, 48"),
+        ("gps\"\nloss = \"task\"\ninputs = 99", "every one is trained there"),
+        ("lisa\"\nactive_blocks = 9", "`active_blocks` is 9, and the model has 3"),
+    ] {
+        let text = notes(&format!("name = \"{method}"));
+        assert!(text.contains(expected), "{text}");
+        let plan = engraft(dir.path(), &["plan", "r.toml", "--no-trial"]);
+        assert!(String::from_utf8_lossy(&plan.stderr).contains(expected), "plan: {method}");
+    }
 }

@@ -334,6 +334,20 @@ fn broken(dir: &Path) -> PathBuf {
 }
 
 #[test]
+fn weights_beyond_32_bits_and_units_that_are_none_are_refused() {
+    let (cases, dir) = (golden().join("cases"), tempfile::tempdir().unwrap());
+    let (lora, out) = (cases.join("llama__lora/adapter"), dir.path().join("out"));
+    let huge = format!("{}=1e39", text(&lora));
+    let error = refused(&["combine", &huge, text(&lora), "--out", text(&out)]);
+    assert!(error.contains("the weight 1e39 is out of the range of 32 bits"), "{error}");
+    let compacter = golden().join("trajectories/bert__compacter/init_adapter");
+    let (a, rule) = (text(&compacter), "--rule");
+    let error = refused(&["combine", a, a, rule, "mera", "--out", text(&out)]);
+    assert!(error.contains("MerA brings the units of bottleneck adapters together"), "{error}");
+    assert!(!out.exists());
+}
+
+#[test]
 fn numbers_that_are_none_are_bad_input() {
     let (root, dir) = (golden(), tempfile::tempdir().unwrap());
     let (model, broken, out) = (root.join("models/llama"), broken(dir.path()), dir.path().join("out"));

@@ -80,6 +80,25 @@ fn heads_of_another_size_are_those_of_the_reference() {
         succeeds(&[&"logits", &"--model", &merged, &"--inputs", &inputs, &"--out", &out]);
         let difference = apart(&out, &logits);
         assert!(difference < 2e-4, "{name} merged: {difference:e}");
+        // The head that the base has not, or has in another size, is found in the merged model and goes along as a whole.
+        let extracted = dir.path().join(format!("{name} extracted"));
+        let messages = succeeds(&[
+            &"extract", &"--model", &base, &"--tuned", &merged, &"--rank", &"64", &"--out", &extracted,
+        ]);
+        assert!(messages.contains("the tuned model's head is in the adapter"), "{name}: {messages}");
+        succeeds(&[
+            &"logits",
+            &"--model",
+            &base,
+            &"--adapter",
+            &extracted,
+            &"--inputs",
+            &inputs,
+            &"--out",
+            &out,
+        ]);
+        let difference = apart(&out, &logits);
+        assert!(difference < 5e-4, "{name} extracted: {difference:e}");
     }
     assert!(count >= 6, "{count}");
 }

@@ -86,6 +86,25 @@ fn json_is_one_object_with_its_schema_number() {
 }
 
 #[test]
+fn a_method_of_elsewhere_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, expected) in [
+        ("DoRA", "it is `name = \"lora\"` with `dora = true`; `engraft methods lora` tells more"),
+        ("pissa", "`init = \"pissa\"`"),
+        ("ties", "`engraft combine --rule ties` on saved adapters; `engraft combine --help` tells more"),
+        ("bone", "`name = \"miss\"`"),
+        ("qlora", "with `quantize = \"nf4\"` in `[base]`"),
+    ] {
+        let output = engraft(dir.path(), &["methods", name]);
+        assert_eq!(output.status.code(), Some(2), "{name}");
+        assert!(text(&output.stderr).contains(expected), "{name}: {}", text(&output.stderr));
+    }
+    let page = |name: &str| text(&engraft(dir.path(), &["methods", name]).stdout);
+    assert!(page("fish").contains("targets  every linear layer but the head"), "{}", page("fish"));
+    assert!(page("dylora").contains("also where the adapter is used (--choose)"), "{}", page("dylora"));
+}
+
+#[test]
 fn colour_is_asked_for_or_not_there() {
     let dir = tempfile::tempdir().unwrap();
     let coloured = |args: &[&str]| text(&engraft(dir.path(), args).stderr).contains('\u{1b}');

@@ -50,6 +50,37 @@ fn recipe(dir: &Path, model: &Path) -> PathBuf {
 }
 
 #[test]
+fn tasks_that_the_method_was_not_told_of_are_refused_and_spare_ones_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = recipe(dir.path(), &model(dir.path(), "llama"));
+    let text = fs::read_to_string(&file).unwrap().replace("steps = 120", "steps = 1");
+    let run = dir.path().join("run");
+    let (file, run) = (file.to_str().unwrap(), run.to_str().unwrap());
+    fs::write(file, text.replace("tasks = 2", "tasks = 1")).unwrap();
+    let refused = engraft(&["train", file, "--out", run]);
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{error}");
+    assert!(error.contains("`tasks` is 1, and the data have rows of 2 tasks"), "{error}");
+    assert!(!Path::new(run).exists());
+    fs::write(file, text.replace("tasks = 2", "tasks = 3")).unwrap();
+    let trained = engraft(&["train", file, "--out", run]);
+    let said = String::from_utf8_lossy(&trained.stderr).into_owned();
+    assert!(trained.status.success() && said.contains("`method.tasks` is 3, and the data have 2"), "{said}");
+    // A saved adapter that knows fewer tasks than what it is scored on is refused before any work, too.
+    let third = fs::read_to_string(file).unwrap();
+    let second = third.find("[[data.tasks]]\nname = \"second task\"").unwrap();
+    let block = third[second..third.find("[train]").unwrap()].to_owned();
+    let blocks: String = (2..4).map(|i| block.replace("second task", &format!("task {i}"))).collect();
+    fs::write(dir.path().join("four.toml"), third.replace("[train]", &format!("{blocks}[train]"))).unwrap();
+    let four = dir.path().join("four.toml");
+    let adapter = format!("{run}/adapter");
+    let refused = engraft(&["eval", four.to_str().unwrap(), "--adapter", &adapter]);
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{error}");
+    assert!(error.contains("the data have rows of 4 tasks"), "{error}");
+}
+
+#[test]
 fn rows_are_answered_and_scored_under_their_tasks() {
     let dir = tempfile::tempdir().unwrap();
     let model = model(dir.path(), "llama");
@@ -87,4 +118,34 @@ fn rows_are_answered_and_scored_under_their_tasks() {
     assert!(!refused.status.success());
     let error = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(error.contains("task 2") && error.contains("knows 2 tasks"), "{error}");
+}
+
+/// A label that training has not seen is the one mistake that is told: the adapter's head is not measured by a guessed one.
+#[test]
+fn an_unknown_label_is_one_mistake() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = model(dir.path(), "bert_encoder");
+    let rows = |labels: [&str; 3]| {
+        let row = |(i, label): (usize, &str)| format!("t{} t{},{label}\n", 10 + i, 20 + i);
+        format!("text,label\n{}", labels.into_iter().enumerate().map(row).collect::<String>())
+    };
+    fs::write(dir.path().join("train.csv"), rows(["a", "b", "c"])).unwrap();
+    fs::write(dir.path().join("eval.csv"), rows(["a", "b", "unheard"])).unwrap();
+    let recipe = format!(
+        "model = {:?}\ntask = \"sequence-classification\"\n[method]\nname = \"lora\"\n[data]\nformat = \"csv\"\n\
+         path = \"train.csv\"\n[train]\nsteps = 1\nbatch_size = 2\n",
+        model.to_str().unwrap()
+    );
+    let (file, run) = (dir.path().join("recipe.toml"), dir.path().join("run"));
+    fs::write(&file, recipe).unwrap();
+    let trained = engraft(&["train", file.to_str().unwrap(), "--out", run.to_str().unwrap()]);
+    assert!(trained.status.success(), "{}", String::from_utf8_lossy(&trained.stderr));
+    let (adapter, eval) = (run.join("adapter"), dir.path().join("eval.csv"));
+    let mut args = vec!["eval", "--model", model.to_str().unwrap(), "--adapter", adapter.to_str().unwrap()];
+    args.extend(["--task", "sequence-classification", "--data", eval.to_str().unwrap()]);
+    let refused = engraft(&args);
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{error}");
+    assert!(error.contains("there is no label `unheard`") && error.contains("1 error in"), "{error}");
+    assert!(!error.contains("classifier.weight"), "{error}");
 }

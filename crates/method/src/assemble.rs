@@ -186,9 +186,19 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
 }
 
+/// Whether a configuration is that of several methods.
+pub(crate) fn is_union(config: &Value) -> bool {
+    peft::is_type(config, UNION)
+}
+
+/// The methods of a configuration.
+pub(crate) fn methods_of(config: &Value) -> Result<Vec<Chosen>> {
+    Ok(read_methods(config)?.0)
+}
+
 fn read_methods(config: &Value) -> Result<(Vec<Chosen>, Vec<String>)> {
     let configs = match config.get("methods").and_then(Value::as_array) {
-        Some(list) if peft::is_type(config, UNION) => list.as_slice(),
+        Some(list) if is_union(config) => list.as_slice(),
         _ => std::slice::from_ref(config),
     };
     let (mut methods, mut train_also) = (Vec::new(), Vec::new());
@@ -197,7 +207,7 @@ fn read_methods(config: &Value) -> Result<(Vec<Chosen>, Vec<String>)> {
         methods.push((loaded.method, loaded.targets));
         train_also.extend(loaded.train_also);
     }
-    if peft::is_type(config, UNION) {
+    if is_union(config) {
         train_also = config.get("modules_to_save").and_then(crate::read::texts).unwrap_or_default();
     }
     Ok((methods, train_also))

@@ -1,6 +1,6 @@
 //! The registry: what a method is called, its settings with their documentation, how it is read from a file.
 
-use engraft_nn::{Error, Result, Role, Targets};
+use engraft_nn::{Error, Matcher, Result, Role, Sites, Targets};
 use serde_json::{Map, Value};
 
 use crate::transposed::as_in_peft;
@@ -98,6 +98,22 @@ pub struct Entry {
     pub example: fn() -> Box<dyn Method>,
 }
 
+impl Entry {
+    /// The sites used when a recipe names none, in words; `None` for methods that have sites of their own kind.
+    pub fn usual_targets(&self) -> Option<String> {
+        if let Some(roles) = self.info.default_roles {
+            let names: Vec<&str> = roles.iter().map(|role| role.name()).collect();
+            return Some(format!("roles {}", names.join(", ")));
+        }
+        Some(match (self.example)().default_targets(&Sites::default())?.matcher {
+            Matcher::AllLinear => "every linear layer but the head".into(),
+            Matcher::Names(_) | Matcher::Regex(_) | Matcher::Roles(_) => {
+                "what the model has of its roles".into()
+            }
+        })
+    }
+}
+
 /// A method read from a file with what the file says about its sites.
 pub struct Loaded {
     /// The method.
@@ -136,6 +152,14 @@ pub fn from_file(config: &Value) -> Result<Loaded> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn the_usual_targets_have_words() {
+        let of = |name: &str| find(name).unwrap().usual_targets();
+        assert_eq!(of("lora").as_deref(), Some("roles q, v"));
+        assert_eq!(of("fish").as_deref(), Some("every linear layer but the head"));
+        assert_eq!(of("prompt"), None);
+    }
 
     #[test]
     fn what_is_not_here_is_named() {

@@ -10,7 +10,10 @@ pub mod algebra;
 mod assemble;
 mod bases;
 mod calibration;
+mod choices;
 mod copies;
+mod count;
+mod elsewhere;
 mod entry;
 pub mod foreign;
 mod hybrid;
@@ -60,6 +63,8 @@ use selective::{
 pub use adapter_hub::{HubDirectory, HubFiles, adapter_hub};
 pub use assemble::{Attached, Chosen, LoadedAdapter, Named, attach, load_adapter, save_adapter};
 pub use calibration::{Calibration, Observe, Seen, observe};
+pub use choices::choose;
+pub use elsewhere::elsewhere;
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, Settings, find, from_file};
 pub use names::{prefix, stored_as};
 pub use neurons::{active_neurons, overlap};
@@ -210,9 +215,15 @@ pub trait Method: Send + Sync {
         Ok(())
     }
 
-    /// What to tell of settings that can be had at the sites `targets` and are hardly what was meant.
+    /// What to tell of settings that can be had at the sites `targets` and are hardly what was meant. A method that has no targets is
+    /// given every site.
     fn doubts(&self, _targets: &[&Site]) -> Vec<String> {
         Vec::new()
+    }
+
+    /// Settings that may be chosen anew wherever a saved adapter is used, each with its key in the configuration.
+    fn chosen_in_use(&self) -> &'static [(&'static str, &'static str)] {
+        &[]
     }
 
     /// Before the first step of a new run: may run the base on training batches and set what it attached by what it saw

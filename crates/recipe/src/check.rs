@@ -220,6 +220,10 @@ impl Checker<'_> {
     fn unknown_method(&mut self, text: &str, place: Place) {
         let names = self.methods.iter().map(|method| method.name);
         let problem = Problem::new(format!("unknown method `{}`", quoted(text)));
+        if let Some(how) = suggest::known_elsewhere(text, self.methods) {
+            self.push(problem.label(place, "no method here").help(format!("write {how}")));
+            return;
+        }
         self.push(match engraft_words::nearest(text, names.clone()) {
             Some(near) => problem.label(place, format!("did you mean `{near}`?")),
             None => problem.label(place, "").help(format!(

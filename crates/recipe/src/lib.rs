@@ -29,3 +29,4 @@ pub use recipe::{
 };
 pub use schema::schema;
 pub use spec::{ABOVE_ZERO, BELOW_ONE, FieldKind, FieldSpec, MethodSpec, Origin};
+pub use suggest::known_elsewhere;

@@ -97,6 +97,8 @@ pub struct MethodSpec {
     pub summary: &'static str,
     /// Its own settings.
     pub fields: Vec<FieldSpec>,
+    /// What is had with it and called a method elsewhere: the name there, and what to write here.
+    pub elsewhere: Vec<(String, String)>,
 }
 
 /// Where a value of the plan comes from.

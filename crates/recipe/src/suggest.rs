@@ -2,7 +2,7 @@
 //! that stand in the wrong table. And the format of data by their name.
 
 use crate::keys::table;
-use crate::spec::{FieldKind, FieldSpec};
+use crate::spec::{FieldKind, FieldSpec, MethodSpec};
 
 /// What other programs call a key of ours: foreign name, ours. Offered only where ours is a key of the table.
 const FOREIGN: &[(&str, &str)] = &[
@@ -59,6 +59,23 @@ pub(crate) fn ours<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> 
     names.into_iter().find(|name| same.contains(name))
 }
 
+/// A name without what people write differently: case, hyphens, brackets.
+fn plain(name: &str) -> String {
+    let name = name.to_lowercase().replace('+', "plus").replace('³', "3");
+    name.chars().filter(|c| c.is_alphanumeric()).collect()
+}
+
+/// What to write here for a method that is called `name` elsewhere, or spelled so.
+pub fn known_elsewhere(name: &str, methods: &[MethodSpec]) -> Option<String> {
+    let wanted = plain(name);
+    let spelled = methods.iter().find(|method| plain(method.name) == wanted);
+    if let Some(method) = spelled.filter(|_| !wanted.is_empty()) {
+        return Some(format!("`name = \"{}\"`", method.name));
+    }
+    let mut all = methods.iter().flat_map(|method| &method.elsewhere);
+    all.find(|(own, _)| plain(own) == wanted && !wanted.is_empty()).map(|(_, how)| how.clone())
+}
+
 /// What to write as `data.format` for data of this name: by its end, and without one a folder of pictures.
 pub(crate) fn format_for(path: &str) -> String {
     let lower = path.to_lowercase();
@@ -93,6 +110,20 @@ pub(crate) fn format_for(path: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_of_elsewhere_is_known_however_it_is_written() {
+        let lora = MethodSpec {
+            name: "ln_lora",
+            summary: "",
+            fields: vec![],
+            elsewhere: vec![("lora+".into(), "so".into())],
+        };
+        let known = |name| known_elsewhere(name, std::slice::from_ref(&lora));
+        assert_eq!(known("LoRA-Plus").as_deref(), Some("so"));
+        assert_eq!(known("LN-LoRA").as_deref(), Some("`name = \"ln_lora\"`"));
+        assert_eq!((known("lora"), known(""), known("--")), (None, None, None));
+    }
 
     #[test]
     fn foreign_names_only_where_ours_is_a_key() {

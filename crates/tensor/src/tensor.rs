@@ -200,11 +200,6 @@ impl Tensor {
         }
     }
 
-    /// Whether both are the same elements where they lie, as clones are.
-    pub fn shares(&self, other: &Tensor) -> bool {
-        Arc::ptr_eq(&self.buffer, &other.buffer) && self.offset == other.offset && self.shape == other.shape
-    }
-
     /// The elements as little-endian bytes, of any type. [`Error::HostRead`] inside a step.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         if HOST_READS_FORBIDDEN.with(Cell::get) > 0 {

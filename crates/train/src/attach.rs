@@ -4,8 +4,8 @@ use std::path::Path;
 
 use engraft_data::Tokenizer;
 use engraft_method::{
-    Ahead, Chosen, Field, FieldKind, Method, Named, SavedAdapter, Settings, attach, find, load_adapter,
-    not_in_peft, pattern,
+    Ahead, Chosen, Field, FieldKind, Method, Named, SavedAdapter, Settings, attach, choose, find,
+    load_adapter, not_in_peft, pattern,
 };
 use engraft_nn::{Adapter, Model, Sites, TargetError, Targets};
 use engraft_recipe::{MethodTable, Problem, Recipe};
@@ -40,8 +40,22 @@ pub fn adapter_tensors(files: &AdapterFiles) -> Result<Named> {
 /// # Errors
 /// A method that is not there, tensors that do not fit.
 pub fn open_adapter(model: &dyn Model, dir: &Path, limits: &Limits) -> Result<AttachedAdapter> {
+    open_adapter_choosing(model, dir, limits, &Settings::new())
+}
+
+/// Reads an adapter directory onto `model`, with `choices` made of what its methods leave open until it is used.
+///
+/// # Errors
+/// As [`open_adapter`], and choices that are none of its.
+pub fn open_adapter_choosing(
+    model: &dyn Model,
+    dir: &Path,
+    limits: &Limits,
+    choices: &Settings,
+) -> Result<AttachedAdapter> {
     let files = read_adapter(dir, limits)?;
-    let loaded = load_adapter(&files.config, adapter_tensors(&files)?, model.sites(), model.info())?;
+    let config = choose(&files.config, choices)?;
+    let loaded = load_adapter(&config, adapter_tensors(&files)?, model.sites(), model.info())?;
     let note =
         |name: &String| format!("{}: `{name}` is named and matches nothing in this model", dir.display());
     Ok(AttachedAdapter {
@@ -63,9 +77,10 @@ pub(crate) fn from_recipe(
     model: &dyn Model,
     tokenizer: Option<&Tokenizer>,
     new_tensors: &[String],
+    choices: &Settings,
 ) -> std::result::Result<AttachedAdapter, Vec<Problem>> {
     if let Some(table) = methods.iter().find(|m| m.from.is_some()) {
-        return saved(recipe, methods, table, model).map_err(|problem| vec![problem]);
+        return saved(recipe, methods, table, model, choices).map_err(|problem| vec![problem]);
     }
     let (mut chosen, mut problems): (Vec<Chosen>, Vec<Problem>) = (vec![], vec![]);
     for table in methods {
@@ -130,7 +145,8 @@ fn doubts(adapter: &Adapter, methods: &[Chosen], train_also: &[String], sites: &
     let of = |(method, targets): &Chosen| {
         let targets = targets.clone().or_else(|| method.default_targets(sites));
         let targets = targets.map(|targets| Targets { train_also: train_also.to_vec(), ..targets });
-        let found = targets.and_then(|targets| method.resolve(&targets, sites).ok());
+        let Some(targets) = targets else { return method.doubts(&sites.iter().collect::<Vec<_>>()) };
+        let found = method.resolve(&targets, sites).ok();
         let found: Vec<_> = found.into_iter().flat_map(|found| found.sites).map(|id| sites.get(id)).collect();
         method.doubts(&found)
     };
@@ -138,7 +154,7 @@ fn doubts(adapter: &Adapter, methods: &[Chosen], train_also: &[String], sites: &
 }
 
 /// Modules that start at random: left frozen, nothing could be learned through them. As `peft`, whole classifiers.
-fn new_modules(model: &dyn Model, new_tensors: &[String]) -> Vec<String> {
+pub fn new_modules(model: &dyn Model, new_tensors: &[String]) -> Vec<String> {
     let mut modules: Vec<String> = Vec::new();
     for site in model.sites().iter().filter(|s| s.tensor.as_ref().is_some_and(|t| new_tensors.contains(t))) {
         let module = match site.path.split('.').next() {
@@ -158,6 +174,7 @@ fn saved(
     methods: &[MethodTable],
     table: &MethodTable,
     model: &dyn Model,
+    choices: &Settings,
 ) -> std::result::Result<AttachedAdapter, Problem> {
     let at = format!("{}.from", table.at);
     if methods.len() > 1 {
@@ -165,7 +182,7 @@ fn saved(
     }
     let Some(from) = &table.from else { return Err(recipe.problem_at(&at, "`from` is missing")) };
     let problem = |text: String| recipe.problem_at(&at, text);
-    open_adapter(model, &from.value, &Limits::default()).map_err(|e| problem(e.to_string()))
+    open_adapter_choosing(model, &from.value, &Limits::default(), choices).map_err(|e| problem(e.to_string()))
 }
 
 /// A method with its targets, all of which exist.

@@ -36,7 +36,7 @@ mod trainer;
 mod wanted;
 mod watch;
 
-pub use attach::{AttachedAdapter, adapter_tensors, open_adapter};
+pub use attach::{AttachedAdapter, adapter_tensors, new_modules, open_adapter, open_adapter_choosing};
 pub use batch::{Batch, Feed, FeedOptions, Masking};
 pub use check::check;
 pub use error::{Error, NotFinite, Result};

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use engraft_data::{Labels, TemplateOptions, Tokenizer};
-use engraft_method::Ahead;
+use engraft_method::{Ahead, Settings};
 use engraft_model::{LoadOptions, Loaded, Packed, load, token_limit};
+use engraft_nn::Task;
 use engraft_nn::weight::Storage;
-use engraft_nn::{Adapter, Task};
 use engraft_recipe::{self as recipe, Dtype, Facts, Plan, Problem, Quantize, Recipe};
 use engraft_store::hub::{Hub, Progress};
 use engraft_store::{Limits, Weights, read_config};
@@ -40,6 +40,8 @@ pub struct SessionOptions<'a> {
     pub packed: Packed,
     /// What chat templates may ask for, and where they are rendered.
     pub templates: TemplateOptions,
+    /// Settings that the methods of a saved adapter leave open until it is used.
+    pub choices: Settings,
 }
 
 impl Session {
@@ -59,9 +61,10 @@ impl Session {
         classes_only(recipe, task, &config)?;
         let (tokenizer, max_length) = tokenizer(recipe, &model_dir, &config)?;
         let known_labels = known_labels(&config);
+        let data = with_labels_of_adapter(recipe, task)?;
         let reading = Reading {
             task,
-            data: &with_labels_of_adapter(recipe, task)?,
+            data: &data,
             tokenizer: tokenizer.as_ref(),
             max_length,
             seed: recipe.train.seed,
@@ -75,14 +78,15 @@ impl Session {
             true => keep(reading.examples().map_err(fault), &mut problems),
             false => keep(Err(missing), &mut problems),
         };
-        let classes = classes(recipe, task, examples.as_ref(), &config);
+        let classes = classes(&data, task, examples.as_ref(), &config);
         let loaded =
             load_model(recipe, &model_dir, &load_options(recipe, task, classes, options), &mut problems)?;
         let facts = facts(recipe, task, examples.as_ref(), max_length, &options.working_dir)?;
         let plan = keep(recipe.plan(&facts).map_err(|found| found.list), &mut problems);
         let methods = plan.as_ref().map_or(&recipe.methods, |plan| &plan.methods);
-        let made =
-            from_recipe(recipe, methods, loaded.model.as_ref(), tokenizer.as_ref(), &loaded.new_tensors);
+        // Under a head of a guessed size a saved adapter's own is no mistake.
+        let guessed = examples.is_none() && classes.is_some() && data.labels.is_none();
+        let made = attached(recipe, methods, &loaded, tokenizer.as_ref(), (&options.choices, guessed));
         let attached = keep(made, &mut problems);
         if let Some(examples) = &examples {
             problems.extend(misfits(recipe, examples, &loaded, (plan.as_ref(), attached.as_ref())));
@@ -93,9 +97,7 @@ impl Session {
         };
         let weights = Weights::open(&model_dir, &options.limits)?;
         let fingerprint = Fingerprint::new(of_weights(&weights), of_data(&examples.train));
-        let idle = idle_ranks(&attached.adapter);
-        let notes = [attached.notes, doubts(recipe, &examples, &config, &loaded), idle.into_iter().collect()]
-            .concat();
+        let notes = [attached.notes, doubts(recipe, &examples, &config, &loaded)].concat();
         let session = Session {
             objective: Objective::of(loaded.model.info().task)?,
             shift: Shift::of(&config),
@@ -118,6 +120,19 @@ impl Session {
         session.levels().map_err(|e| recipe.problems(vec![recipe.problem_at("data.path", e.to_string())]))?;
         Ok(session)
     }
+}
+
+/// The adapter of the recipe's methods; nothing, and no mistake, where a saved one does not fit a model that has a `guessed` head.
+fn attached(
+    recipe: &Recipe,
+    methods: &[recipe::MethodTable],
+    loaded: &Loaded,
+    tokenizer: Option<&Tokenizer>,
+    (choices, guessed): (&Settings, bool),
+) -> std::result::Result<AttachedAdapter, Vec<Problem>> {
+    let made = from_recipe(recipe, methods, loaded.model.as_ref(), tokenizer, &loaded.new_tensors, choices);
+    let saved = recipe.methods.iter().any(|method| method.from.is_some());
+    if guessed && saved { made.map_err(|_| vec![]) } else { made }
 }
 
 /// The recipe's data with the names of the classes that the adapter it starts from knows: its head means these.
@@ -170,10 +185,25 @@ fn kept_head(recipe: &Recipe, examples: &Examples, config: &Value, loaded: &Load
     is_own.then(|| names::kept_head(names, &known, loaded.model.sites()))?
 }
 
+/// What to tell where a method is set to know more tasks than the data have.
+fn spare_tasks(recipe: &Recipe, examples: &Examples) -> Vec<String> {
+    let there = examples.train.examples.iter().filter_map(|e| e.task).max().map_or(1, |last| last + 1);
+    let set = |table: &recipe::MethodTable| {
+        let known =
+            table.settings.get("tasks").and_then(Value::as_u64).filter(|known| *known > there as u64)?;
+        Some(format!(
+            "`{}.tasks` is {known}, and the data have {there}: what the adapter holds for the others is never trained",
+            table.at
+        ))
+    };
+    recipe.methods.iter().filter_map(set).collect()
+}
+
 /// Guesses about the data, and what can be trained but hardly is what was meant.
 fn doubts(recipe: &Recipe, examples: &Examples, config: &Value, loaded: &Loaded) -> Vec<String> {
     let mut doubts = examples.train.report.guesses.clone();
     doubts.extend(kept_head(recipe, examples, config, loaded));
+    doubts.extend(spare_tasks(recipe, examples));
     let rate = recipe.train.learning_rate;
     if rate > 1.0 {
         doubts.push(format!(
@@ -197,27 +227,6 @@ fn doubts(recipe: &Recipe, examples: &Examples, config: &Value, loaded: &Loaded)
     doubts
 }
 
-/// What to tell of low-rank products whose rank is more than their weight's: allowed, as in `peft`, and of no use.
-fn idle_ranks(adapter: &Adapter) -> Option<String> {
-    let shape = |name: &str| {
-        let param = adapter.params().iter().find(|p| p.name == name)?;
-        Some(param.param.value().shape().to_vec())
-    };
-    let idle = adapter.params().iter().filter_map(|param| {
-        let path = param.name.strip_suffix(".lora_A.weight")?;
-        let a = param.param.value().shape().to_vec();
-        let (rank, inn) = (a[0], a[1..].iter().product::<usize>());
-        let most = inn.min(*shape(&format!("{path}.lora_B.weight"))?.first()?);
-        (rank > most).then(|| (path.to_owned(), rank, most))
-    });
-    let idle: Vec<_> = idle.collect();
-    let (path, rank, most) = idle.first()?;
-    let more = if idle.len() > 1 { format!(", and at {} more", idle.len() - 1) } else { String::new() };
-    Some(format!(
-        "rank {rank} is more than the {most} that {path} can have{more}: what is beyond costs time and memory and changes nothing"
-    ))
-}
-
 /// What the plan needs to know of model and data.
 fn facts(
     recipe: &Recipe,
@@ -237,7 +246,7 @@ fn facts(
 
 /// Labels that the head must tell apart; `None` is the head's own number.
 fn classes(
-    recipe: &Recipe,
+    data: &recipe::Data,
     task: recipe::Task,
     examples: Option<&Examples>,
     config: &Value,
@@ -248,12 +257,12 @@ fn classes(
     }
     // `transformers` takes two labels where a configuration says nothing.
     let own = config_classes(config).unwrap_or(2);
-    Some(match (examples.and_then(|e| e.classes), recipe.data.format) {
+    Some(match (examples.and_then(|e| e.classes), data.format) {
         // Arrays have no names: a class that no row has may still be one of the model's.
         (Some(found), recipe::Format::Tensors) => found.max(own),
         (Some(found), _) => found,
-        // The data could not be read: any head will do to find the other mistakes.
-        (None, _) => own,
+        // The data could not be read: a head of the named classes, or any, will do to find the other mistakes.
+        (None, _) => data.labels.as_ref().map_or(own, Vec::len),
     })
 }
 

@@ -1,6 +1,6 @@
 //! The registry of methods as recipes see it.
 
-use engraft_method::{Entry, Field, FieldKind, METHODS};
+use engraft_method::{Entry, Field, FieldKind, METHODS, elsewhere};
 use engraft_recipe::{FieldKind as Kind, FieldSpec, MethodSpec};
 use serde_json::Value;
 
@@ -11,7 +11,7 @@ pub fn method_specs() -> Vec<MethodSpec> {
 
 fn spec(entry: &Entry) -> MethodSpec {
     let fields = entry.info.fields.iter().map(field).collect();
-    MethodSpec { name: entry.info.name, summary: entry.info.summary, fields }
+    MethodSpec { name: entry.info.name, summary: entry.info.summary, fields, elsewhere: elsewhere(entry) }
 }
 
 fn field(field: &Field) -> FieldSpec {

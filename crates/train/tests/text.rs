@@ -25,7 +25,7 @@ fn open(method: &str, data: &str, train: &str) -> engraft_train::Result<Session>
 /// The session of a recipe in the repository's root.
 fn opened(recipe: &str) -> engraft_train::Result<Session> {
     let root = root().canonicalize().unwrap();
-    let specs = [MethodSpec { name: "lora", summary: "", fields: vec![] }];
+    let specs = [MethodSpec { name: "lora", summary: "", fields: vec![], elsewhere: vec![] }];
     let name = root.join("recipe.toml");
     let recipe = Recipe::parse(recipe, &name.to_string_lossy(), &[], &specs)?;
     let hub = Hub { offline: true, ..Hub::new(PathBuf::from("/nonexistent")) };
@@ -36,6 +36,7 @@ fn opened(recipe: &str) -> engraft_train::Result<Session> {
         packed: Default::default(),
         limits: Limits::default(),
         templates: TemplateOptions::default(),
+        choices: Default::default(),
     };
     Session::open(&recipe, &mut options)
 }

@@ -71,7 +71,7 @@ pub struct Args {
     /// A base model, to compare logits of the result with those of the exact sum
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
-    /// A text file, a text a line, to compare on
+    /// A text file, a text a line, to compare on: 64 lines at most, 256 tokens of each
     #[arg(long, value_name = "FILE", requires = "model")]
     probe: Option<PathBuf>,
     #[command(flatten)]
@@ -180,7 +180,13 @@ fn term(text: &str, cx: &Context) -> Outcome<Term> {
     let (name, weight) = match split(text) {
         (name, None) => (name, 1.0),
         (name, Some(weight)) => match weight.parse::<f64>() {
-            Ok(weight) if weight.is_finite() && weight != 0.0 => (name, weight),
+            // Tensors are multiplied in 32 bits.
+            Ok(weight) if (weight as f32).is_finite() && weight as f32 != 0.0 => (name, weight),
+            Ok(weight) if weight.is_finite() && weight != 0.0 => {
+                return Err(Failure::before_work(format!(
+                    "{text}: the weight {weight:e} is out of the range of 32 bits"
+                )));
+            }
             _ => {
                 let message =
                     format!("{text}: expected a weight other than zero after `=`, found `{weight}`");
@@ -224,7 +230,7 @@ fn compare(
         ..LoadOptions::default()
     };
     let mut engine = Engine::open(&dir, &load, cx)?;
-    let probes = Probes::of(args.probe.as_deref(), &engine)?;
+    let probes = Probes::of(args.probe.as_deref(), &engine, cx)?;
     let base = probes.measure(&engine)?;
     let mut with = |config: &serde_json::Value, tensors: &[(String, Tensor)]| -> Outcome<Measured> {
         let (sites, info) = (engine.model.sites().clone(), engine.model.info().clone());

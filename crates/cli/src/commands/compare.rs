@@ -55,6 +55,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         model: args.model.clone(),
         adapter: args.adapters.first().cloned(),
         drop_layers: None,
+        choose: Vec::new(),
         dtype: args.dtype,
         quantize: args.quantize,
     };

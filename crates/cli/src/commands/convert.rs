@@ -62,6 +62,7 @@ fn to_adapter_hub(args: &Args, cx: &Context) -> Outcome {
         model: args.model.clone(),
         adapter: Some(args.file.display().to_string()),
         drop_layers: None,
+        choose: Vec::new(),
         dtype: Dtype::F32,
         quantize: None,
     };

@@ -11,11 +11,11 @@ use engraft_store::{read_config, write_atomic};
 use engraft_train::{Evaluation, Session, evaluate, model_classes, model_labels};
 use serde_json::{Value, json};
 
-use super::train::open;
+use super::train::open_choosing;
 use crate::answers::{Question, answers, lines, questions, scores};
 use crate::beam::Search;
 use crate::context::Context;
-use crate::engine::{Dtype, Engine, Quantize, without_first};
+use crate::engine::{Choice, Dtype, Engine, Quantize, choices, without_first};
 use crate::failure::{BeforeWork, Failure, Outcome, code};
 use crate::gate::Gate;
 use crate::generation::{Writing, ends_of};
@@ -31,6 +31,7 @@ Examples:
   engraft eval --model DIR --adapter runs/a/adapter --data test.csv \\
       --format csv --task sequence-classification
   engraft eval runs/quickstart --json --fail-if 'accuracy < 0.9'
+  engraft eval runs/quickstart --choose eval_rank=4
   engraft eval runs/e2e --generate --beams 4 --save answers.jsonl
 
 A run is scored with its adapter on its evaluation data.")]
@@ -47,6 +48,9 @@ pub struct Args {
     /// Leaves the adapter out of the model's first N layers
     #[arg(long, value_name = "N")]
     drop_layers: Option<usize>,
+    /// Chooses anew what the adapter leaves open, such as eval_rank=4; `engraft methods NAME` tells what that is
+    #[arg(long, value_name = "SETTING=VALUE")]
+    choose: Vec<Choice>,
     /// A data file
     #[arg(long, value_name = "FILE", requires = "model")]
     data: Option<PathBuf>,
@@ -101,7 +105,10 @@ struct Texts {
 /// Evaluates, prints, and judges the gates.
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     let (recipe, with_adapter) = recipe(args, cx)?;
-    let mut session = open(&recipe, &Packed::default(), cx)?;
+    if !args.choose.is_empty() && !with_adapter {
+        return Err(Failure::before_work("--choose needs an adapter; give --adapter DIR"));
+    }
+    let mut session = open_choosing(&recipe, &Packed::default(), &choices(&args.choose)?, cx)?;
     if let Some(count) = args.drop_layers {
         if !with_adapter {
             return Err(Failure::before_work("--drop-layers needs an adapter; give --adapter DIR"));

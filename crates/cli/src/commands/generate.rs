@@ -28,6 +28,8 @@ Examples:
   engraft generate --model DIR --adapter runs/a/adapter --chat \\
       --prompt 'Who are you?' --temperature 0.7 --top-p 0.9
   echo 'a long text' | engraft generate --model DIR --prompt - --json
+  engraft generate --model DIR --adapter runs/a/adapter \\
+      --choose eval_rank=4 --prompt 'Once upon a time'
   engraft generate --model T5 --prompt 'summarize: …' --beams 4
 
 An encoder-decoder model reads the prompt and writes its answer.")]

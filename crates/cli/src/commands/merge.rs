@@ -13,7 +13,7 @@ use engraft_store::{Weights, python_json, write_atomic, write_model};
 use serde_json::json;
 
 use crate::context::Context;
-use crate::engine::{Dtype, Engine, ModelArgs};
+use crate::engine::{Choice, Dtype, Engine, ModelArgs};
 use crate::failure::{BeforeWork, Failure, Outcome};
 use crate::merge::Merge;
 use crate::probe::{Measured, Probes, largest_difference};
@@ -29,6 +29,8 @@ Examples:
   engraft merge --model DIR --adapter runs/a/adapter --out merged
   engraft merge --model DIR --adapter runs/a/adapter --out merged --dtype bf16
   engraft merge --model DIR --adapter runs/a/adapter --out merged \\
+    --choose eval_rank=4
+  engraft merge --model DIR --adapter runs/a/adapter --out merged \\
     --probe held-out.txt --json")]
 pub struct Args {
     /// A model directory in Hugging Face form, or a Hub id
@@ -37,13 +39,16 @@ pub struct Args {
     /// An adapter directory, or a Hub id
     #[arg(long, value_name = "ADAPTER")]
     adapter: String,
+    /// Chooses anew what the adapter leaves open, such as eval_rank=4; `engraft methods NAME` tells what that is
+    #[arg(long, value_name = "SETTING=VALUE")]
+    choose: Vec<Choice>,
     /// The directory to write; it must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Type of the written numbers; that of the base's files if left out
     #[arg(long, value_enum, value_name = "TYPE")]
     dtype: Option<WrittenType>,
-    /// A text file, a text a line, on which merged and adapted model are compared
+    /// A text file, a text a line, on which merged and adapted model are compared: 64 lines at most, 256 tokens of each
     #[arg(long, value_name = "FILE")]
     probe: Option<PathBuf>,
     /// Prints JSON
@@ -77,13 +82,14 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
     let model = ModelArgs {
         drop_layers: None,
+        choose: args.choose.clone(),
         model: args.model.clone(),
         adapter: Some(args.adapter.clone()),
         dtype: Dtype::F32,
         quantize: None,
     };
     let engine = Engine::load(&model, cx)?;
-    let probes = Probes::of(args.probe.as_deref(), &engine)?;
+    let probes = Probes::of(args.probe.as_deref(), &engine, cx)?;
     let adapted = probes.measure(&engine)?;
 
     let (changed, untied, added, bytes) = write(&engine, args, cx)?;

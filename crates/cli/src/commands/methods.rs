@@ -1,8 +1,9 @@
 //! `engraft methods`: the catalogue, and a page for each method, from the registry.
 
 use engraft_method::{Entry, Field, FieldKind, Info, METHODS, find};
-use engraft_recipe::nearest;
+use engraft_recipe::{known_elsewhere, nearest};
 use engraft_report::{Align, Table};
+use engraft_train::method_specs;
 use serde_json::{Value, json};
 
 use crate::context::Context;
@@ -43,6 +44,12 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
 }
 
 fn unknown(name: &str) -> Failure {
+    if let Some(how) = known_elsewhere(name, &method_specs()) {
+        let page = how.split('"').nth(1).and_then(find).filter(|_| how.starts_with("`name"));
+        let more = page.map_or("combine --help".into(), |entry| format!("methods {}", entry.info.name));
+        let message = format!("there is no method `{name}`: it is {how}; `engraft {more}` tells more");
+        return Failure::before_work(message);
+    }
     let known: Vec<&str> = METHODS.iter().map(|entry| entry.info.name).collect();
     let near = nearest(name, known.iter().copied());
     let near = near.map_or(String::new(), |near| format!("; did you mean `{near}`?"));
@@ -108,9 +115,13 @@ fn page(entry: &Entry) -> String {
         ("peft", if in_peft(entry) { format!("yes: {}", info.peft_type) } else { "no".into() }),
         ("start", start.to_owned()),
     ];
-    if let Some(roles) = info.default_roles {
-        let names: Vec<&str> = roles.iter().map(|role| role.name()).collect();
-        facts.push(("targets", format!("roles {} unless the recipe says otherwise", names.join(", "))));
+    if let Some(usual) = entry.usual_targets() {
+        facts.push(("targets", format!("{usual} unless the recipe says otherwise")));
+    }
+    if let Some((own, shared)) = entry.trained_formula() {
+        let shared = shared.map_or(String::new(), |shared| format!(", and {shared} for all together"));
+        facts
+            .push(("trained", format!("{own} numbers at a target [out, in]{shared}, as the settings stand")));
     }
     for (name, value) in facts {
         text.push_str(&format!("{name:9}{value}\n"));
@@ -119,11 +130,16 @@ fn page(entry: &Entry) -> String {
         return text + "\nNo settings of its own.\n";
     }
     text.push_str("\nsettings\n");
+    let open = (entry.example)().chosen_in_use();
     let widest = info.fields.iter().map(|field| field.name.len()).max().unwrap_or(0);
     for field in info.fields {
         let default = field.default.map_or("by the model or form".into(), |text| format!("default {text}"));
         text.push_str(&format!("  {:widest$}  {}\n", field.name, field.doc));
-        text.push_str(&format!("  {:widest$}  {}; {default}\n", "", takes(field)));
+        let anew = match open.iter().any(|(setting, _)| *setting == field.name) {
+            true => "; also where the adapter is used (--choose)",
+            false => "",
+        };
+        text.push_str(&format!("  {:widest$}  {}; {default}{anew}\n", "", takes(field)));
     }
     text
 }
@@ -162,7 +178,13 @@ fn bound(value: f64) -> String {
 fn object(entry: &Entry) -> Value {
     let info = entry.info;
     let default = |field: &Field| field.default.and_then(|text| serde_json::from_str::<Value>(text).ok());
-    let setting = |field: &Field| json!({ "name": field.name, "takes": takes(field), "default": default(field), "doc": field.doc });
+    let open = (entry.example)().chosen_in_use();
+    let setting = |field: &Field| {
+        json!({
+            "name": field.name, "takes": takes(field), "default": default(field), "doc": field.doc,
+            "chosen_in_use": open.iter().any(|(setting, _)| *setting == field.name),
+        })
+    };
     json!({
         "name": info.name,
         "title": info.title,

@@ -48,6 +48,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         cx.ui.stream(&session.plan.to_toml());
         return Ok(());
     }
+    session.notes.iter().for_each(|note| cx.ui.note(note));
     let sizes = estimate(&session);
     let out = default_out(&args.recipe);
     let above = out.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("."));
@@ -68,7 +69,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
             },
             "checkpoint_bytes": sizes.checkpoint_bytes, "steps": sizes.steps,
             "disk": { "begin_bytes": sizes.begin_bytes, "free_bytes": room.disk },
-            "seconds": tried.as_ref().map(|t| t.run_seconds),
+            "seconds": tried.as_ref().map(|t| t.run_seconds), "notes": session.notes,
         }));
     } else {
         cx.ui.print(&text(&sizes, tried.as_ref(), &room, &smaller));

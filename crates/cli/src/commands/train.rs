@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use engraft_method::Settings;
 use engraft_model::Packed;
 use engraft_recipe::{Dtype, Recipe};
 use engraft_report::human;
@@ -129,6 +130,11 @@ fn one(args: &Args, path: &Path, cx: &Context) -> Outcome {
 /// Loads what the recipe names; the weights of its base are taken from `packed` where they are there. Every mistake is one
 /// before any work.
 pub fn open(recipe: &Recipe, packed: &Packed, cx: &Context) -> Outcome<Session> {
+    open_choosing(recipe, packed, &Settings::new(), cx)
+}
+
+/// As [`open`], with `choices` made of what the saved adapter that the recipe names leaves open until it is used.
+pub fn open_choosing(recipe: &Recipe, packed: &Packed, choices: &Settings, cx: &Context) -> Outcome<Session> {
     if cx.environment.threads.is_none() && recipe.train.threads > 0 {
         crate::set_threads(recipe.train.threads);
     }
@@ -144,6 +150,7 @@ pub fn open(recipe: &Recipe, packed: &Packed, cx: &Context) -> Outcome<Session> 
         limits: cx.limits.clone(),
         packed: packed.clone(),
         templates: cx.templates()?,
+        choices: choices.clone(),
     };
     Session::open(recipe, &mut options).before_work()
 }

@@ -30,7 +30,7 @@ use crate::shared::dense::Dense;
 use crate::shared::fields::{float, int};
 use crate::shared::sequences::means;
 use crate::shared::tasks::{Tasks, task_field, tasks_field};
-use crate::{Described, Entry, Info, Loaded, Method, peft};
+use crate::{Ahead, Described, Entry, Info, Loaded, Method, peft};
 
 const MAX: usize = 1 << 16;
 /// Of the norm on I.
@@ -294,6 +294,10 @@ impl Pha {
 impl Method for Pha {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn suits(&self, run: &Ahead) -> Result<()> {
+        self.tasks.suit(run)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -85,13 +85,28 @@ pub(super) fn factors(parts: &[(&Factors, f64, usize)]) -> Result<(Tensor, Tenso
     Ok((sum(&|f| f.a.clone())?, sum(&|f| f.b.clone())?))
 }
 
-/// Heads and biases have no weight of 1.5 or below 0 that means anything.
-pub(super) fn only_products(found: &Modules) -> Result<()> {
-    let others = found.others.keys().chain(found.biases.iter().map(|(name, _)| name));
-    match others.into_iter().next() {
-        Some(name) => Err(Error::Unsupported(format!(
-            "LoRAHub composes low-rank products alone, and there is {name}, which is trained as a whole; leave it out of the adapters, or use average or cat"
-        ))),
-        None => Ok(()),
+/// What the adapters hold beside products: heads that are the same in all are kept. Others have no weight of 1.5 or below 0 that
+/// means anything.
+pub(super) fn carried(found: &Modules, terms: &[Term]) -> Result<Named> {
+    let refused = |name: &str, why: &str| {
+        Err(Error::Unsupported(format!(
+            "LoRAHub composes low-rank products, and there is {name}, {why}; leave it out of the adapters, or use average or cat"
+        )))
+    };
+    if let Some((name, _)) = found.biases.first() {
+        return refused(name, "a bias beside its product");
     }
+    let mut carried = Named::new();
+    for (name, all) in &found.others {
+        let Some(((_, first), others)) = all.split_first() else { continue };
+        let mut same = all.len() == terms.len();
+        for (_, other) in others {
+            same &= other.shape() == first.shape() && other.to_bytes()? == first.to_bytes()?;
+        }
+        if !same {
+            return refused(name, "which is trained as a whole and not the same in all");
+        }
+        carried.push((name.clone(), first.clone()));
+    }
+    Ok(carried)
 }

@@ -185,7 +185,10 @@ pub(super) fn mera(terms: &[Term]) -> Result<Combined> {
 }
 
 fn is_bottleneck(config: &Value) -> bool {
-    config.get("config").and_then(|inner| inner.get("reduction_factor")).is_some()
+    let inner = config.get("config");
+    let of = |key: &str| inner.and_then(|inner| inner.get(key));
+    // A Compacter's two layers are sums of Kronecker products, which have no rows of units.
+    of("reduction_factor").is_some() && of("phm_layer").and_then(Value::as_bool) != Some(true)
 }
 
 /// A layer of a bottleneck up to its activation.

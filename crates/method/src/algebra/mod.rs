@@ -235,14 +235,20 @@ fn combine_checked(terms: &[Term], options: &Options, measured: bool) -> Result<
             return Err(Error::Unsupported(message));
         }
     }
+    if combined.error.is_some_and(|error| !error.is_finite()) {
+        return Err(Error::Unsupported(
+            "the exact sum is too large for 32 bits; choose smaller weights".into(),
+        ));
+    }
     Ok(combined)
 }
 
 fn low_rank(first: &Term, terms: &[Term], options: &Options, measured: bool) -> Result<Combined> {
     let found = modules(terms)?;
-    if options.rule == Rule::LoraHub {
-        hub::only_products(&found)?;
-    }
+    let carried = match options.rule {
+        Rule::LoraHub => Some(hub::carried(&found, terms)?),
+        _ => None,
+    };
     let mut tensors = Named::new();
     let (mut off, mut whole, mut worst) = (0.0f64, 0.0f64, None::<(String, f64)>);
     let mut ranks = BTreeMap::new();
@@ -263,8 +269,19 @@ fn low_rank(first: &Term, terms: &[Term], options: &Options, measured: bool) -> 
     }
     tensors.extend(found.biases);
     let mut notes = Vec::new();
-    let others = means(&found.others)?;
-    if !others.is_empty() {
+    if let Some(carried) = &carried
+        && let Some((name, _)) = carried.first()
+    {
+        let count = carried.len();
+        notes.push(format!(
+            "{count} tensors that are trained as a whole ({name}…) are the same in all and kept"
+        ));
+    }
+    let is_mean = carried.is_none();
+    let others = carried.map_or_else(|| means(&found.others), Ok)?;
+    if !is_mean {
+        tensors.extend(others);
+    } else if !others.is_empty() {
         let modules: Vec<&str> = others.iter().map(|(name, _)| name.as_str()).take(3).collect();
         notes.push(format!(
             "{} tensors that are trained as a whole ({}…) are averaged by weight: they do not add",

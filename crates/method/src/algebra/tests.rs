@@ -186,6 +186,32 @@ fn lorahub_with_one_weight_is_that_adapter_and_with_none_the_base() {
 }
 
 #[test]
+fn lorahub_keeps_a_head_that_is_the_same_in_all() {
+    let head = |value: f32| {
+        let methods = [chosen("lora", json!({ "rank": 2 }))];
+        let a = attached(&methods, &["head"]);
+        stir(&a, 0.3);
+        let (sites, info) = crate::testing::toy();
+        let also = ["head".to_owned()];
+        let (config, mut tensors) =
+            crate::save_adapter(&a.adapter, &methods, &also, "base", &sites, &info).unwrap();
+        let own = tensors.iter_mut().find(|(name, _)| name.contains("head.weight")).unwrap();
+        own.1 = own.1.scale(value).unwrap();
+        Term { name: format!("head {value}"), config, tensors, weight: 0.0 }
+    };
+    let hub = Options::of(Rule::LoraHub);
+    let kept = combine(&[head(1.0), head(1.0)], &hub).unwrap();
+    let of =
+        |tensors: &Named| tensors.iter().find(|(name, _)| name.contains("head.weight")).unwrap().1.clone();
+    close(&of(&kept.tensors), &of(&head(1.0).tensors), 0.0);
+    assert!(kept.notes[0].contains("the same in all and kept"), "{:?}", kept.notes);
+    for others in [[head(1.0), head(2.0)], [head(1.0), term(json!({ "rank": 2 }), 1.0)]] {
+        let error = combine(&others, &hub).err().unwrap().to_string();
+        assert!(error.contains("not the same in all"), "{error}");
+    }
+}
+
+#[test]
 fn lorahub_finds_weights_that_lower_the_loss() {
     let mut terms = [term(json!({ "rank": 2 }), 1.0), term(json!({ "rank": 2, "alpha": 5.0 }), 1.0)];
     let aim = change(&terms[0].config, &terms[0].tensors).scale(0.25).unwrap();

@@ -27,6 +27,7 @@ use crate::shared::fields::{choice, dropout, float, int};
 use crate::shared::low_rank::{
     RANK_MAX, UNUSED, added, changed, kept_columns, kept_rows, off_identity, plain_lora,
 };
+use crate::shared::sizes;
 use crate::shared::token_indices::Tokens;
 use crate::{Ahead, Described, Entry, Forget, Info, Loaded, Method, Step, peft};
 use allocation::{Cut, Schedule, TOTAL, choose, named_total, pattern_of, triplets};
@@ -150,6 +151,11 @@ fn example() -> Box<dyn Method> {
 impl Method for AdaLora {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let least = |(out, inn): (usize, usize)| out.min(inn);
+        sizes::beyond(targets, "init_rank", |_| self.init_rank, least, sizes::IDLE)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -30,8 +30,9 @@ use serde_json::{Map, Value, json};
 use crate::assemble::Named;
 use crate::read::{Reader, number};
 use crate::shared::clusters::clusters;
-use crate::shared::derived::Derived;
+use crate::shared::kept::Kept;
 use crate::shared::matrices;
+use crate::shared::sizes;
 use crate::shared::torch_random::Generator;
 use crate::{Described, Entry, Field, FieldKind, Forget, Info, Loaded, Method, Step, peft};
 
@@ -62,7 +63,7 @@ struct AdaMss {
     /// Shapes of A and B in a file.
     shapes: HashMap<String, Vec<usize>>,
     /// The marks of a schedule as they were read.
-    active: Derived<Vec<bool>>,
+    active: Kept<Arc<Vec<bool>>>,
 }
 
 static INFO: Info = Info {
@@ -70,7 +71,7 @@ static INFO: Info = Info {
     title: "AdaMSS",
     class: "reparameterized",
     sites: "weight, vector",
-    paper: "NeurIPS 2025",
+    paper: "NeurIPS 2025, poster 119606",
     summary: "outputs in clusters of similar singular vectors, each with a low-rank change Bᵢ·Aᵢ·V of its own",
     mergeable: true,
     identity_at_init: true,
@@ -200,7 +201,7 @@ fn read(r: &mut Reader<'_>, rank: &'static str) -> AdaMss {
             exponent: r.float("asa_schedule_exponent", 3.0),
         },
         shapes: HashMap::new(),
-        active: Derived::default(),
+        active: Kept::new(),
     };
     let Allocation { target, first, last, interval, exponent, .. } = mss.asa;
     if mss.use_asa && first >= last {
@@ -222,6 +223,13 @@ fn example() -> Box<dyn Method> {
 impl Method for AdaMss {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let cut = "it is cut to that there";
+        let rank = sizes::beyond(targets, "rank", |_| self.rank, |(out, inn)| out.min(inn), cut);
+        let clusters = sizes::beyond(targets, "num_subspaces", |_| self.subspaces, |(out, _)| out, cut);
+        [rank, clusters].concat()
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
@@ -373,9 +381,9 @@ impl AdaMss {
 
     /// Which subspaces are still trained.
     fn active(&self, marks: &Param) -> Result<Arc<Vec<bool>>> {
-        self.active.of(&marks.value(), |marks| {
+        self.active.read(marks, |marks| {
             let marks = marks.to_vec()?;
-            Ok(marks.into_iter().map(|mark| mark != 0.0).collect())
+            Ok(Arc::new(marks.into_iter().map(|mark| mark != 0.0).collect()))
         })
     }
 

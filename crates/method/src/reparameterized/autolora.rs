@@ -22,6 +22,7 @@ use crate::shared::fields::{alpha, dropout, float, rank};
 use crate::shared::low_rank::{
     Pair, RANK_MAX, added, changed, ending, fold_gates, linear, named, other_ranks, plain_lora, rows_times,
 };
+use crate::shared::sizes;
 use crate::{Described, Entry, Forget, Info, Loaded, Method, Part, Step, peft};
 
 struct AutoLoRa {
@@ -101,6 +102,10 @@ fn example() -> Box<dyn Method> {
 impl Method for AutoLoRa {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -18,6 +18,7 @@ use crate::shared::fields::{alpha, dropout, float, rank};
 use crate::shared::low_rank::{
     Pair, RANK_MAX, added, changed, ending, linear, named, off_identity, plain_lora, rows_times,
 };
+use crate::shared::sizes;
 use crate::{Described, Entry, Info, Loaded, Method, Part, Step, peft};
 
 struct BiLoRa {
@@ -91,6 +92,10 @@ fn example() -> Box<dyn Method> {
 impl Method for BiLoRa {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

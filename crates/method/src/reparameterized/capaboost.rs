@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::shared::fields::{alpha, dropout, float, int, rank};
 use crate::shared::low_rank::{Pair, RANK_MAX, added, changed, linear};
+use crate::shared::sizes;
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 struct CapaBoost {
@@ -82,6 +83,10 @@ fn example() -> Box<dyn Method> {
 impl Method for CapaBoost {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::shared::matrices;
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 /// What stands for the biases of the targets.
@@ -156,6 +157,10 @@ fn example() -> Box<dyn Method> {
 impl Method for Deft {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond(targets, "rank", |_| self.rank, |(out, _)| out, "it is cut to that there")
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

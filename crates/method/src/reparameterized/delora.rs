@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Pattern, Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::shared::matrices;
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -134,6 +135,11 @@ fn example() -> Box<dyn Method> {
 impl Method for Delora {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let rank = |path: &str| Pattern::find(&self.rank_pattern, path).map_or(self.rank, |r| r as usize);
+        sizes::beyond_rank(targets, rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -7,7 +7,7 @@
 //! Valipour et al. 2023, arXiv:2210.07558, algorithm 1. The scale is that of a LoRA of rank b, as in its published code.
 //!
 //! A [rank, in], B [out, rank]. The file keeps all ranks, so that training can go on; `eval_r` in its configuration says
-//! which are used and may be changed by hand. [`sliced_dylora`] makes a plain LoRA of the first ranks.
+//! which are used, and may be chosen anew wherever the adapter is. [`sliced_dylora`] makes a plain LoRA of the first ranks.
 //!
 //! b = `min_rank` + w mod (`rank` − `min_rank` + 1), w word number `step` of stream 0x64796c6f7261 ("dylora") of the seed.
 
@@ -20,6 +20,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::shared::fields::{alpha, choice, dropout, int, rank};
 use crate::shared::low_rank::{Pair, RANK_MAX, added, changed, linear, plain_lora};
+use crate::shared::sizes;
 use crate::{Described, Entry, Info, Loaded, Method, Named, peft};
 
 #[derive(Clone, Debug)]
@@ -175,6 +176,14 @@ impl DyLoRa {
 impl Method for DyLoRa {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
+    }
+
+    fn chosen_in_use(&self) -> &'static [(&'static str, &'static str)] {
+        &[("eval_rank", "eval_r")]
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -30,7 +30,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
-use crate::shared::derived::Derived;
+use crate::shared::kept::Kept;
 use crate::shared::matrices;
 use crate::shared::torch_random::Generator;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -66,7 +66,7 @@ static INFO: Info = Info {
     title: "FRoD",
     class: "reparameterized",
     sites: "weight",
-    paper: "AAAI 2026",
+    paper: "AAAI 2026, doi 10.1609/aaai.v40i31.39813",
     summary: "W′ = U·(S + Λ)·Vᵀ in a basis that all weights of a kind share, Λ and the sparse S trained",
     mergeable: true,
     identity_at_init: true,
@@ -255,7 +255,7 @@ impl Frod {
         Ok(Shared {
             basis: b.fixed(&format!("{BASIS}{name}"), &[n, n], Init::Values(basis))?,
             places: b.fixed(&format!("{PLACES}{name}"), &[2, count], places)?,
-            pattern: Derived::default(),
+            pattern: Kept::new(),
         })
     }
 
@@ -267,10 +267,10 @@ impl Frod {
             });
         };
         let (n, name) = (shared.basis.value().dim(0), |end: &str| format!("{}.frod_lambda_{end}", site.path));
-        let parts = Derived::default();
+        let parts = Kept::new();
         let start = match self.from_file {
             true => Tensor::zeros([n]),
-            false => parts.of(&shared.basis.value(), |v| Parts::new(weight, v))?.start.clone(),
+            false => parts.read(&shared.basis, |v| Parts::new(weight, v).map(Arc::new))?.start.clone(),
         };
         let count = shared.places.value().dim(1);
         let entries = match count {
@@ -289,7 +289,7 @@ impl Frod {
 struct Shared {
     basis: Param,
     places: Param,
-    pattern: Derived<Places>,
+    pattern: Kept<Arc<Places>>,
 }
 
 /// The places of S in the order of rows, and where their values are among those of the file.
@@ -319,7 +319,7 @@ impl Places {
 /// U·(S + Λ − Λ₀)·Vᵀ at one matrix.
 struct Turned {
     shared: Arc<Shared>,
-    parts: Derived<Parts>,
+    parts: Kept<Arc<Parts>>,
     weight: Arc<Weight>,
     scales: Param,
     entries: Param,
@@ -328,16 +328,16 @@ struct Turned {
 
 impl Turned {
     fn parts(&self) -> Result<Arc<Parts>> {
-        self.parts.of(&self.shared.basis.value(), |v| Parts::new(&self.weight, v))
+        self.parts.read(&self.shared.basis, |v| Parts::new(&self.weight, v).map(Arc::new))
     }
 
     /// The pattern of S and its values in that order; `None` where it has no entries.
     fn sparse(&self) -> Result<Option<(Arc<Pattern>, Tensor)>> {
-        let (places, n) = (self.shared.places.value(), self.scales.value().len());
-        if places.is_empty() {
+        let (places, n) = (&self.shared.places, self.scales.value().len());
+        if places.value().is_empty() {
             return Ok(None);
         }
-        let places = self.shared.pattern.of(&places, |indices| Places::new(indices, n))?;
+        let places = self.shared.pattern.read(places, |indices| Places::new(indices, n).map(Arc::new))?;
         Ok(Some((places.pattern.clone(), self.entries.get().gather(&places.order)?)))
     }
 }

@@ -24,6 +24,7 @@ use serde_json::{Map, Value, json};
 use crate::read::Reader;
 use crate::shared::biases::Biases;
 use crate::shared::matrices;
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 /// What stands for the biases of the targets.
@@ -189,6 +190,11 @@ fn example() -> Box<dyn Method> {
 impl Method for Glora {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let low_rank = [self.a, self.b].contains(&Kind::Lora);
+        if low_rank { sizes::beyond_rank(targets, |_| self.rank) } else { vec![] }
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

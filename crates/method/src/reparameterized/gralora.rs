@@ -18,6 +18,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::shared::matrices;
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -148,6 +149,12 @@ fn example() -> Box<dyn Method> {
 impl Method for Gralora {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let least = |(out, inn): (usize, usize)| out.min(inn);
+        let hybrid = sizes::beyond(targets, "hybrid_rank", |_| self.hybrid, least, sizes::IDLE);
+        [sizes::beyond_rank(targets, |_| self.rank), hybrid].concat()
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

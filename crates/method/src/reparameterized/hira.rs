@@ -15,6 +15,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written};
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 #[derive(Clone)]
@@ -45,7 +46,7 @@ static INFO: Info = Info {
     title: "HiRA",
     class: "reparameterized",
     sites: "weight",
-    paper: "ICLR 2025",
+    paper: "ICLR 2025, OpenReview TwJrTz9cRS",
     summary: "W′ = W + W ⊙ (B·A)",
     mergeable: true,
     identity_at_init: true,
@@ -122,6 +123,10 @@ fn example() -> Box<dyn Method> {
 impl Method for Hira {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
 use crate::shared::matrices;
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 #[derive(Clone, Copy)]
@@ -97,6 +98,11 @@ fn example() -> Box<dyn Method> {
 impl Method for Hiwi {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let read = |(out, inn)| if self.of == Of::Bias { out } else { inn };
+        sizes::beyond(targets, "rank", |_| self.rank, read, "a bottleneck is no wider than what it reads")
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

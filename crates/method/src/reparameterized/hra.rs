@@ -16,6 +16,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::shared::biases::Biases;
+use crate::shared::sizes;
 use crate::shared::{matrices, orthogonal};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Step, peft};
 
@@ -133,12 +134,12 @@ impl Method for Hra {
     }
 
     fn doubts(&self, targets: &[&Site]) -> Vec<String> {
-        let beyond = |_, inn: usize| self.rank > inn;
-        let Some((path, (_, inn), more)) = matrices::first_of(targets, beyond) else { return vec![] };
+        let beyond = |_: &Site, (_, inn)| self.rank > inn;
+        let Some((site, (_, inn), more)) = sizes::first_of(targets, beyond) else { return vec![] };
         vec![format!(
-            "`rank` is {}, and {inn} reflections make every rotation of the inputs of {path}{more}: those beyond cost time \
+            "`rank` is {}, and {inn} reflections make every rotation of the inputs of {}{more}: those beyond cost time \
              and add nothing",
-            self.rank
+            self.rank, site.path
         )]
     }
 

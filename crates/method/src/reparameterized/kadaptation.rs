@@ -13,6 +13,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
+use crate::shared::sizes;
 use crate::shared::{divisors, kronecker, places};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
@@ -91,6 +92,11 @@ fn example() -> Box<dyn Method> {
 impl Method for Kadaptation {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let most = |(out, inn): (usize, usize)| (out / self.count).min(inn / self.count);
+        sizes::beyond(targets, "rank", |_| self.rank, most, sizes::IDLE)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -22,6 +22,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
 use crate::shared::matrices;
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 struct Lily {
@@ -128,6 +129,10 @@ fn example() -> Box<dyn Method> {
 impl Method for Lily {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     /// Layers of one kind are told apart by the targets that name them.

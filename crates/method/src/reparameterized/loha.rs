@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Pattern, Reader, as_written, number};
 use crate::shared::places;
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -138,6 +139,11 @@ fn example() -> Box<dyn Method> {
 impl Method for Loha {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let rank = |path: &str| Pattern::find(&self.rank_pattern, path).map_or(self.rank, |r| r as usize);
+        sizes::beyond_rank(targets, rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

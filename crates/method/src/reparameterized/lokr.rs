@@ -18,6 +18,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Pattern, Reader, as_written, number};
 use crate::reparameterized::loha::cored;
+use crate::shared::sizes;
 use crate::shared::{kronecker, places};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
@@ -221,6 +222,15 @@ fn factorization(n: usize, factor: i64) -> (usize, usize) {
 impl Method for Lokr {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let rank = |path: &str| Pattern::find(&self.rank_pattern, path).map_or(self.rank, |r| r as usize);
+        let most = |(out, inn)| {
+            let [(_, k), (_, n)] = [out, inn].map(|size| factorization(size, self.decompose_factor));
+            k.min(n)
+        };
+        sizes::beyond(targets, "rank", rank, most, "the larger factor is trained as a whole there")
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -41,6 +41,7 @@ use serde_json::{Map, Value};
 use crate::read::Pattern;
 use crate::shared::biases::Biases;
 use crate::shared::parameters::pattern_name;
+use crate::shared::sizes;
 use crate::shared::token_indices::Tokens;
 use crate::{Calibration, Described, Entry, Info, Method, Named, Step, tied};
 use factors::{Dropout, Factors, Inner, Table};
@@ -110,6 +111,10 @@ fn example() -> Box<dyn Method> {
 impl Method for Lora {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |path| self.scale_at(path).0)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -9,12 +9,13 @@
 //!
 //! A [experts·rank, in], B [out, experts·rank], one expert after another; R [experts, in].
 
-use engraft_nn::{Builder, Init, Result, Role, Sites, Targets};
+use engraft_nn::{Builder, Init, Result, Role, Site, Sites, Targets};
 use serde_json::{Map, Value};
 
 use crate::read::{Reader, number};
 use crate::shared::fields::{alpha, dropout, float, int, rank};
 use crate::shared::mixture::{EXPERTS_MAX, Mixture};
+use crate::shared::sizes;
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 struct LoRaMoE {
@@ -72,6 +73,10 @@ fn example() -> Box<dyn Method> {
 impl Method for LoRaMoE {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.sizes.rank)
     }
 
     /// Feed-forward parts without a gate have two matrices.

@@ -7,11 +7,12 @@
 //!
 //! A [experts·rank, in], B [out, experts·rank], one expert after another; R [experts, in].
 
-use engraft_nn::{Builder, Init, Result, Role};
+use engraft_nn::{Builder, Init, Result, Role, Site};
 use serde_json::{Map, Value};
 
 use crate::shared::fields::{alpha, dropout, int, rank};
 use crate::shared::mixture::{EXPERTS_MAX, Mixture};
+use crate::shared::sizes;
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 struct MoLoRa(Mixture);
@@ -55,6 +56,10 @@ fn example() -> Box<dyn Method> {
 impl Method for MoLoRa {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.0.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -18,6 +18,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::shared::kept::Kept;
 use crate::shared::places;
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1024;
@@ -104,6 +105,10 @@ fn example() -> Box<dyn Method> {
 impl Method for Nola {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -21,6 +21,7 @@ use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::shared::kept::Kept;
 use crate::shared::orthogonal::{self, Side};
+use crate::shared::sizes;
 use crate::shared::{divisors, matrices};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Step, peft};
 
@@ -261,8 +262,9 @@ impl Method for Oft {
             Size::Of(size) => ("block_size", size),
             Size::Count(count) => ("blocks", count),
         };
-        let moved = |_, inn: usize| !inn.is_multiple_of(asked.min(inn));
-        let Some((path, (_, inn), more)) = matrices::first_of(targets, moved) else { return vec![] };
+        let moved = |_: &Site, (_, inn): (usize, usize)| !inn.is_multiple_of(asked);
+        let Some((site, (_, inn), more)) = sizes::first_of(targets, moved) else { return vec![] };
+        let path = &site.path;
         let size = self.size.of(inn);
         vec![format!(
             "`{key}` is {asked}, which does not divide the {inn} inputs of {path}{more}: blocks there have the nearest size, {size}"

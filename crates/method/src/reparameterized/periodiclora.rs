@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::shared::fields::{alpha, dropout, int, rank};
 use crate::shared::low_rank::{Pair, RANK_MAX, added, changed, ending, linear, named, plain_lora};
+use crate::shared::sizes;
 use crate::{Described, Entry, Forget, Info, Loaded, Method, Step, peft};
 
 const STAGES_MAX: usize = 1024;
@@ -80,6 +81,10 @@ fn example() -> Box<dyn Method> {
 impl Method for PeriodicLoRa {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

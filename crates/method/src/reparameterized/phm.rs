@@ -8,11 +8,12 @@
 //!
 //! phm_rule (A) [N, N, N]; phm_u [N, out/N, r], phm_v [N, r, in/N] a target.
 
-use engraft_nn::{Builder, Init, Patch, Result, Role};
+use engraft_nn::{Builder, Init, Patch, Result, Role, Site};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::reparameterized::kadaptation::{Rules, Sum};
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const COUNT_MAX: usize = 1 << 10;
@@ -90,6 +91,11 @@ fn example() -> Box<dyn Method> {
 impl Method for Phm {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let most = |(out, inn): (usize, usize)| (out / self.count).min(inn / self.count);
+        sizes::beyond(targets, "rank", |_| self.rank, most, sizes::IDLE)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -21,8 +21,9 @@ use serde_json::{Map, Value, json};
 use crate::read::Reader;
 use crate::shared::fields::{int, rank};
 use crate::shared::low_rank::{RANK_MAX, linear};
+use crate::shared::sizes;
 use crate::shared::tasks::{Tasks, task_field, tasks_field};
-use crate::{Described, Entry, Info, Loaded, Method, peft};
+use crate::{Ahead, Described, Entry, Info, Loaded, Method, peft};
 
 const MAX: usize = 1 << 16;
 /// Beside the sum of the shares, as in `peft`.
@@ -99,6 +100,14 @@ fn example() -> Box<dyn Method> {
 impl Method for Poly {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn suits(&self, run: &Ahead) -> Result<()> {
+        self.tasks.suit(run)
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

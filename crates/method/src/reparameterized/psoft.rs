@@ -58,7 +58,7 @@ static INFO: Info = Info {
     title: "PSOFT",
     class: "reparameterized",
     sites: "weight",
-    paper: "ICLR 2026",
+    paper: "ICLR 2026, OpenReview FSHrinMArK",
     summary: "W′ = W + s·B·(R − I)·A, a rotation R between the strongest singular vectors",
     mergeable: true,
     identity_at_init: true,

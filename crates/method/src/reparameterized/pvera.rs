@@ -16,9 +16,9 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
-use crate::shared::matrices::beyond_rank;
 use crate::shared::places;
 use crate::shared::projection::{corner, kaiming_pair};
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -145,6 +145,10 @@ impl Method for Pvera {
         &INFO
     }
 
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         self.bias.attach(b)?;
         let sizes = [2 * self.rank, self.rank];
@@ -163,10 +167,6 @@ impl Method for Pvera {
             b.patch(site.id, Patch::Weight(Box::new(patch)))?;
         }
         Ok(())
-    }
-
-    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
-        beyond_rank(targets, self.rank)
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {

@@ -19,6 +19,7 @@ use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::shared::places;
 use crate::shared::projection::largest;
+use crate::shared::sizes;
 use crate::shared::torch_random::Generator;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
@@ -163,6 +164,10 @@ fn example() -> Box<dyn Method> {
 impl Method for RandLora {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -21,6 +21,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
 use crate::shared::scores::{Best, Data, Score, choose};
+use crate::shared::sizes;
 use crate::shared::sparse::{Budget, Delta, Mask, expect_whole_gradient, shape};
 use crate::{Ahead, Calibration, Described, Entry, Field, FieldKind, Forget, Info, Method, Step, peft};
 
@@ -123,6 +124,10 @@ impl Rosa {
 impl Method for Rosa {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -20,6 +20,7 @@ use crate::shared::fields::{alpha, choice, dropout, float, rank};
 use crate::shared::low_rank::{
     Pair, RANK_MAX, added, changed, ending, fold_gates, linear, other_ranks, plain_lora, rows_times,
 };
+use crate::shared::sizes;
 use crate::{Described, Entry, Forget, Info, Loaded, Method, Step, peft};
 
 struct SoRa {
@@ -96,6 +97,10 @@ fn example() -> Box<dyn Method> {
 impl Method for SoRa {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -18,6 +18,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::shared::matrices;
+use crate::shared::sizes;
 use crate::shared::torch_random::Generator;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft, tied};
 
@@ -178,6 +179,10 @@ fn example() -> Box<dyn Method> {
 impl Method for TinyLora {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond(targets, "rank", |_| self.rank, |(out, inn)| out.min(inn), "it is cut to that there")
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

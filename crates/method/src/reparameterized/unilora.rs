@@ -19,6 +19,7 @@ use crate::shared::biases::Biases;
 use crate::shared::kept::Kept;
 use crate::shared::numpy_random::Generator;
 use crate::shared::places;
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Stored, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -145,6 +146,10 @@ fn example() -> Box<dyn Method> {
 impl Method for UniLora {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

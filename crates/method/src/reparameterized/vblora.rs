@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::sizes;
 use crate::shared::{divisors, places};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, Stored, peft};
 
@@ -167,6 +168,10 @@ fn example() -> Box<dyn Method> {
 impl Method for VbLora {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -15,9 +15,9 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
-use crate::shared::matrices::beyond_rank;
 use crate::shared::places;
 use crate::shared::projection::{corner, kaiming_pair};
+use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -134,6 +134,10 @@ impl Method for Vera {
         &INFO
     }
 
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.shape.rank)
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         self.bias.attach(b)?;
         let shared = self.shape.projections(b, INFO.title, self.save_projection)?;
@@ -142,10 +146,6 @@ impl Method for Vera {
             b.patch(site.id, Patch::Weight(Box::new(direction)))?;
         }
         Ok(())
-    }
-
-    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
-        beyond_rank(targets, self.shape.rank)
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {

@@ -28,6 +28,7 @@ use crate::shared::fields::{alpha, choice, dropout, flag, float, int, rank};
 use crate::shared::low_rank::linear;
 use crate::shared::mixture::{EXPERTS_MAX, Mixture};
 use crate::shared::sequences::Summary;
+use crate::shared::sizes;
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const DEPTH_MAX: usize = 64;
@@ -157,6 +158,15 @@ fn said(summary: Summary) -> String {
 impl Method for XLora {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.sizes.rank)
+    }
+
+    fn chosen_in_use(&self) -> &'static [(&'static str, &'static str)] {
+        // What its published code lets be set at a trained model.
+        &[("top_k_lora", "top_k_lora"), ("global_scaling_weight", "global_scaling_weight")]
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

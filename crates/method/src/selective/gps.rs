@@ -12,13 +12,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use engraft_nn::{Adapter, Builder, Error, Matcher, ModelInfo, Result, SiteId, Sites, Targets, Task};
+use engraft_nn::{Adapter, Builder, Error, Matcher, ModelInfo, Result, Site, SiteId, Sites, Targets, Task};
 use engraft_tensor::ops::Unary;
 use engraft_tensor::{Gradients, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
 use crate::shared::scores::{Data, Score, choose};
+use crate::shared::sizes;
 use crate::shared::sparse::{Budget, Mask};
 use crate::{Ahead, Calibration, Described, Entry, Field, FieldKind, Info, Method, peft};
 
@@ -101,6 +102,10 @@ impl Gps {
 impl Method for Gps {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond(targets, "inputs", |_| self.inputs, |(_, inn)| inn, "every one is trained there")
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

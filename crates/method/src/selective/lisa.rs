@@ -121,6 +121,23 @@ impl Method for Lisa {
         &INFO
     }
 
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        let mut blocks: Vec<(Stack, usize)> = Vec::new();
+        for block in targets.iter().filter_map(|site| Some((site.stack, site.layer?))) {
+            if !blocks.contains(&block) {
+                blocks.push(block);
+            }
+        }
+        if self.active <= blocks.len() {
+            return vec![];
+        }
+        vec![format!(
+            "`active_blocks` is {}, and the model has {}: every block is trained in every step",
+            self.active,
+            blocks.len()
+        )]
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let sites = b.sites();
         let mut blocks: Vec<(Stack, usize)> = Vec::new();

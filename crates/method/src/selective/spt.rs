@@ -21,6 +21,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
 use crate::shared::scores::{Best, Data, Score, each_score};
+use crate::shared::sizes;
 use crate::shared::sparse::{Delta, shape};
 use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Method, peft};
 
@@ -182,6 +183,10 @@ fn factors<'a>(adapter: &'a Adapter, prefix: &str) -> Vec<(&'a str, usize)> {
 impl Method for Spt {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

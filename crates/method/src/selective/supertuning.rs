@@ -10,7 +10,7 @@
 //! `supertuning_values` [n] and `supertuning_indices` [n] (row · in + column, by magnitude, I32); with a rank
 //! `supertuning_lora_A.weight` [r, in] and `supertuning_lora_B.weight` [out, r].
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use engraft_nn::{Base, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, WeightPatch};
 use engraft_tensor::ops::Pattern;
@@ -18,7 +18,8 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
-use crate::shared::{matrices, topk};
+use crate::shared::kept::Kept;
+use crate::shared::{matrices, sizes, topk};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -140,6 +141,10 @@ impl Method for SuperTuning {
         &INFO
     }
 
+    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
+        sizes::beyond_rank(targets, |_| self.low_rank.map_or(0, |(rank, _)| rank))
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for site in b.targets() {
             let Kind::Linear { out, inn, .. } = site.kind else {
@@ -195,7 +200,7 @@ impl SuperTuning {
             shape: (out, inn),
             low_rank,
             dropout: self.dropout,
-            seen: Mutex::new(None),
+            ordered: Kept::new(),
         })
     }
 
@@ -219,24 +224,13 @@ struct Support {
     /// A, B and their scale.
     low_rank: Option<(Param, Param, f32)>,
     dropout: f32,
-    /// What the places were when they were last seen, and what was made of them.
-    seen: Mutex<Option<(Tensor, Ordered)>>,
+    ordered: Kept<Ordered>,
 }
 
 impl Support {
     /// The values in ascending places, and these.
     fn sparse(&self) -> Result<(Tensor, Arc<Pattern>)> {
-        let places = self.places.value();
-        let mut seen = self.seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let found = seen.as_ref().filter(|(old, _)| old.shares(&places)).map(|(_, made)| made.clone());
-        let (pattern, order) = match found {
-            Some(made) => made,
-            None => {
-                let made = ordered(&places, self.shape)?;
-                *seen = Some((places, made.clone()));
-                made
-            }
-        };
+        let (pattern, order) = self.ordered.read(&self.places, |places| ordered(places, self.shape))?;
         let values = self.values.get();
         let count = values.len();
         Ok((values.reshape([count, 1])?.gather(&order)?.reshape([count])?, pattern))

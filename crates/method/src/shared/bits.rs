@@ -1,9 +1,9 @@
 //! Masks of one bit an entry, the lowest bit of a byte first; in files bytes.
 
-use std::sync::Mutex;
-
 use engraft_nn::{Builder, Init, Result};
 use engraft_tensor::{Param, Tensor};
+
+use crate::shared::kept::Kept;
 
 /// The end of a mask's name.
 pub(crate) const MASK: &str = ".mask";
@@ -28,29 +28,19 @@ pub(crate) fn unpack(bytes: &Tensor, shape: &[usize]) -> Result<Tensor> {
 pub(crate) struct Bits {
     bytes: Param,
     shape: Vec<usize>,
-    /// What was last unpacked, and from what.
-    unpacked: Mutex<Option<(Tensor, Tensor)>>,
+    unpacked: Kept<Tensor>,
 }
 
 impl Bits {
     pub fn new(b: &mut Builder<'_>, name: &str, shape: &[usize]) -> Result<Bits> {
         let ones = pack(&vec![true; shape.iter().product()])?;
         let bytes = b.fixed(&format!("{name}{MASK}"), &[ones.len()], Init::Values(ones))?;
-        Ok(Bits { bytes, shape: shape.to_vec(), unpacked: Mutex::new(None) })
+        Ok(Bits { bytes, shape: shape.to_vec(), unpacked: Kept::new() })
     }
 
     /// One or zero for each entry.
     pub fn mask(&self) -> Result<Tensor> {
-        let bytes = self.bytes.value();
-        let mut slot = self.unpacked.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        match &*slot {
-            Some((of, mask)) if of.shares(&bytes) => Ok(mask.clone()),
-            _ => {
-                let mask = unpack(&bytes, &self.shape)?;
-                *slot = Some((bytes, mask.clone()));
-                Ok(mask)
-            }
-        }
+        self.unpacked.read(&self.bytes, |bytes| unpack(bytes, &self.shape))
     }
 }
 

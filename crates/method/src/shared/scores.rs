@@ -2,7 +2,8 @@
 //!
 //! Scores by gradients are gathered site by site while backward passes (`observe`): dyᵀ·x of one matrix exists at a time. What
 //! must be summed over batches is kept for as many matrices at once as fit into a part of the bytes of all; the data are read
-//! again for the others.
+//! again for the others. Squares of the gradients of single sequences are made and added in blocks of rows that a core's cache
+//! holds: whole gradients, one a sequence, would go through memory some eight times each.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -17,6 +18,8 @@ use crate::{Calibration, Observe, Seen, observe};
 /// Bytes of sums over batches that are kept at once: a sixteenth of all, so that data are read sixteen times, within these bounds.
 const SUMS_BYTES: std::ops::RangeInclusive<usize> = 64 << 20..=1 << 30;
 const PASSES: usize = 16;
+/// Numbers in a block of rows.
+const BLOCK: usize = 1 << 16;
 
 /// What makes an entry worth training. g is the gradient of the loss averaged over a batch, w the entry.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -132,7 +135,11 @@ pub(crate) fn each_score(
         let mut sums = sums(base, now, score, data)?;
         for site in now {
             let (out, inn) = shape(site)?;
-            let sum = sums.remove(&site.id).map_or(Ok(vec![0.0; out * inn]), |sum| sum.to_vec())?;
+            let mut sum = Vec::with_capacity(out * inn);
+            for block in sums.remove(&site.id).unwrap_or_default() {
+                sum.extend(block.to_vec()?);
+            }
+            sum.resize(out * inn, 0.0);
             take(
                 site,
                 match score {
@@ -174,7 +181,8 @@ fn weight(site: &Site) -> Result<Vec<f32>> {
     }
 }
 
-type Sums = HashMap<SiteId, Tensor>;
+/// Sums at sites, in blocks of rows.
+type Sums = HashMap<SiteId, Vec<Tensor>>;
 
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -207,12 +215,12 @@ fn sums(base: &dyn Calibration, sites: &[&Site], score: Score, data: Data) -> Re
 /// Adds what one batch says of one matrix.
 fn add(sums: &mut Sums, at: &Seen<'_>, score: Score, labels: f32) -> Result<()> {
     let Some(dy) = at.dy else { return Ok(()) };
-    let mut sum = |term: Tensor| -> Result<()> {
-        let total = match sums.remove(&at.site.id) {
-            Some(sum) => sum.plus(&term)?,
-            None => term,
-        };
-        sums.insert(at.site.id, total);
+    let own = sums.entry(at.site.id).or_default();
+    let mut sum = |block: usize, term: Tensor| -> Result<()> {
+        match own.get_mut(block) {
+            Some(sum) => *sum = std::mem::replace(sum, Tensor::zeros([0])).plus(&term)?,
+            None => own.push(term),
+        }
         Ok(())
     };
     let (x, dy) = (at.x.reshape([at.x.rows(), at.x.width()])?, dy.reshape([dy.rows(), dy.width()])?);
@@ -221,13 +229,20 @@ fn add(sums: &mut Sums, at: &Seen<'_>, score: Score, labels: f32) -> Result<()> 
             path: at.site.path.clone(),
             message: "its rows are not those of the sequences, so that it has no gradient a sequence; leave it out of the targets".into(),
         }),
-        Score::Fisher => at.layout.sequences().iter().try_for_each(|rows| {
-            let part = |t: &Tensor| t.rows_between(rows.start, rows.end);
-            // The loss is an average; the likelihood of a sequence is a product over its labels.
-            sum(part(&dy)?.t_matmul(&part(&x)?)?.scale(labels)?.unary(Unary::Square)?)
-        }),
-        Score::Squares => sum(dy.t_matmul(&x)?.unary(Unary::Square)?),
-        _ => sum(dy.t_matmul(&x)?),
+        Score::Fisher => {
+            let rows = (BLOCK / x.width().max(1)).max(1);
+            for (block, first) in (0..dy.width()).step_by(rows).enumerate() {
+                let dy = dy.narrow(1, first, rows.min(dy.width() - first))?;
+                for rows in at.layout.sequences() {
+                    let part = |t: &Tensor| t.rows_between(rows.start, rows.end);
+                    // The loss is an average; the likelihood of a sequence is a product over its labels.
+                    sum(block, part(&dy)?.t_matmul(&part(&x)?)?.scale(labels)?.unary(Unary::Square)?)?;
+                }
+            }
+            Ok(())
+        }
+        Score::Squares => sum(0, dy.t_matmul(&x)?.unary(Unary::Square)?),
+        _ => sum(0, dy.t_matmul(&x)?),
     }
 }
 

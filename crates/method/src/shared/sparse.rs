@@ -8,12 +8,14 @@
 //! file that holds places and values. Places are flat numbers row·in + column, of one matrix or, where all compete, of the
 //! targets one after another; or pairs of row and column, as `peft` writes them.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use engraft_nn::{Base, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, WeightPatch};
 use engraft_tensor::cpu::random::Key;
 use engraft_tensor::ops::Pattern;
 use engraft_tensor::{DType, Param, Tensor};
+
+use crate::shared::kept::Kept;
 
 /// How many entries are trained, and among which they are chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -227,34 +229,28 @@ pub(crate) struct Delta {
     shape: (usize, usize),
     /// Number of its first entry among those of its group.
     first: u64,
-    /// The pattern of the places as they were last seen.
-    seen: Mutex<Option<(Tensor, Arc<Pattern>)>>,
+    pattern: Kept<Arc<Pattern>>,
 }
 
 impl Delta {
     pub fn new(values: Param, places: Param, shape: (usize, usize), first: u64) -> Delta {
-        Delta { values, places, shape, first, seen: Mutex::new(None) }
+        Delta { values, places, shape, first, pattern: Kept::new() }
     }
 
-    /// Where the entries are; made anew only where the places have changed.
+    /// Where the entries are.
     fn pattern(&self) -> Result<Arc<Pattern>> {
-        let places = self.places.value();
-        let mut seen = self.seen.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some((_, pattern)) = seen.as_ref().filter(|(old, _)| old.shares(&places)) {
-            return Ok(pattern.clone());
-        }
-        let all = self.flat(&places)?;
-        if !all.is_sorted() {
-            return Err(Error::Unsupported(
-                "the places of a mask must be ascending; sort them, and the values with them".into(),
-            ));
-        }
-        let end = self.first + (self.shape.0 * self.shape.1) as u64;
-        let (from, to) = (all.partition_point(|&p| p < self.first), all.partition_point(|&p| p < end));
-        let own = all[from..to].iter().map(|p| p - self.first);
-        let pattern = Arc::new(Pattern::new(own, self.shape, from)?);
-        *seen = Some((places, pattern.clone()));
-        Ok(pattern)
+        self.pattern.read(&self.places, |places| {
+            let all = self.flat(places)?;
+            if !all.is_sorted() {
+                return Err(Error::Unsupported(
+                    "the places of a mask must be ascending; sort them, and the values with them".into(),
+                ));
+            }
+            let end = self.first + (self.shape.0 * self.shape.1) as u64;
+            let (from, to) = (all.partition_point(|&p| p < self.first), all.partition_point(|&p| p < end));
+            let own = all[from..to].iter().map(|p| p - self.first);
+            Ok(Arc::new(Pattern::new(own, self.shape, from)?))
+        })
     }
 
     /// Flat places, whichever way they are kept.

@@ -57,8 +57,13 @@ pub fn methods() -> Vec<MethodSpec> {
         FieldSpec::new("alpha_pattern", FieldKind::FloatMap, "Scales by pattern."),
     ];
     vec![
-        MethodSpec { name: "lora", summary: "Low-rank updates.", fields },
-        MethodSpec { name: "bitfit", summary: "Biases alone.", fields: vec![] },
+        MethodSpec {
+            name: "lora",
+            summary: "Low-rank updates.",
+            fields,
+            elsewhere: vec![("dora".into(), "`dora = true`".into())],
+        },
+        MethodSpec { name: "bitfit", summary: "Biases alone.", fields: vec![], elsewhere: vec![] },
     ]
 }
 

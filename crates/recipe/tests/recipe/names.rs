@@ -67,6 +67,24 @@ fn a_misspelt_method() {
 }
 
 #[test]
+fn a_method_of_elsewhere() {
+    wrong(
+        &[(r#"name = "lora""#, r#"name = "DoRA""#)],
+        &[],
+        r#"error: unknown method `DoRA`
+ --> recipe.toml:9:8
+  |
+9 | name = "DoRA"
+  |        ^^^^^^ no method here
+  |
+  = help: write `dora = true`
+
+1 error in recipe.toml; nothing was loaded or written
+"#,
+    );
+}
+
+#[test]
 fn an_unknown_method() {
     wrong(
         &[(r#"name = "lora""#, r#"name = "magic""#)],

@@ -38,6 +38,7 @@ pub fn opened(recipe: &Recipe) -> engraft_train::Result<Session> {
         packed: Default::default(),
         limits: Limits::default(),
         templates: TemplateOptions::default(),
+        choices: Default::default(),
     };
     Session::open(recipe, &mut options)
 }

@@ -13,8 +13,13 @@ use crate::failure::{BeforeWork, Failure, Outcome};
 /// Path of a weight and the factors of its change.
 type Product = (String, (Tensor, Tensor));
 
-/// A LoRA whose products are the changes, cut to `rank`.
-pub fn extract(engine: &Engine, changes: &[(String, bool, Tensor)], rank: u32) -> Outcome<Extracted> {
+/// A LoRA whose products are the changes, cut to `rank`; the modules of `head` are trained as a whole.
+pub fn extract(
+    engine: &Engine,
+    changes: &[(String, bool, Tensor)],
+    head: &[String],
+    rank: u32,
+) -> Outcome<Extracted> {
     let (mut products, mut lost) = (Vec::new(), 0.0);
     for (path, is_table, change) in changes {
         // A table's product is the transpose of its change.
@@ -28,7 +33,7 @@ pub fn extract(engine: &Engine, changes: &[(String, bool, Tensor)], rank: u32) -
     let rank = u32::try_from(largest).unwrap_or(asked);
     let methods = vec![method(&products, rank)?];
     let (sites, info) = (engine.model.sites(), engine.model.info());
-    let adapter = attach(&methods, &[], sites, info, 0).before_work()?.adapter;
+    let adapter = attach(&methods, head, sites, info, 0).before_work()?.adapter;
     fill(&adapter, &products)?;
     let form = match rank < asked {
         true => format!("rank {rank}, all that the weights have of {asked},"),

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use engraft_method::{Chosen, save_adapter};
 use engraft_model::LoadOptions;
-use engraft_nn::{Adapter, Base, Kind, Site, Value};
+use engraft_nn::{Adapter, Base, Kind, Site, Task, Value};
 use engraft_report::human;
 use engraft_tensor::{Tensor, no_grad};
-use engraft_train::write_adapter_files;
+use engraft_train::{model_labels, new_modules, write_adapter_files, write_label_names};
 use serde_json::json;
 
 use super::merge::refuse_full;
@@ -28,7 +28,7 @@ Examples:
   engraft extract --model BASE --tuned TUNED --density 0.005 --out adapter
   engraft extract --model BASE --tuned TUNED --out adapter --probe texts.txt
 
-With a rank the adapter is a LoRA in peft's form: each weight that differs is cut to the rank by singular values. With a
+A classifier or other head that the base has not goes along as a whole. With a rank the adapter is a LoRA in peft's form: each weight that differs is cut to the rank by singular values. With a
 density it is a sparse change in the form of lt_sft: of all linear weights together, the entries that differ most.")]
 pub struct Args {
     /// The model before: a directory in Hugging Face form, or a Hub id
@@ -46,7 +46,7 @@ pub struct Args {
     /// The adapter directory to write; it must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// A text file, a text a line, on which base, adapter and tuned model are compared
+    /// A text file, a text a line, on which base, adapter and tuned model are compared: 64 lines at most, 256 tokens of each
     #[arg(long, value_name = "FILE")]
     probe: Option<PathBuf>,
     /// Prints JSON
@@ -66,6 +66,8 @@ struct Differences {
     changes: Vec<(String, bool, Tensor)>,
     /// Vectors that differ, which neither form can hold.
     vectors: Vec<String>,
+    /// Tensors of the tuned model's head that the base does not have, by the names that they have in an adapter.
+    head: Vec<(String, Tensor)>,
 }
 
 /// An adapter of changes, and how much of them it leaves out.
@@ -86,9 +88,21 @@ struct Extracted {
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
     let options = LoadOptions { limits: cx.limits.clone(), ..LoadOptions::default() };
-    let mut engine = Engine::open(&cx.resolve(&args.model)?, &options, cx)?;
     let tuned = Engine::open(&cx.resolve(&args.tuned)?, &options, cx)?;
+    let mut engine = Engine::read(&cx.resolve(&args.model)?, &with_head_of(&tuned, options))?;
     let found = no_grad(|| differences((&args.model, &engine), (&args.tuned, &tuned)))?;
+    let head = match found.head[..] {
+        [] => vec![],
+        _ => new_modules(engine.model.as_ref(), &engine.new_tensors),
+    };
+    if found.changes.is_empty() && !head.is_empty() {
+        return Err(Failure::before_work(format!(
+            "{} and {} have the same weights but for {}, which the base does not have: that is no change of it",
+            args.model,
+            args.tuned,
+            head.join(", ")
+        )));
+    }
     if found.changes.is_empty() {
         let message =
             format!("{} and {} have the same weights: there is nothing to extract", args.model, args.tuned);
@@ -96,18 +110,41 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     }
     let whole = found.changes.iter().map(|(_, _, change)| squared(change)).sum::<Outcome<f64>>()?;
     let extracted = no_grad(|| match args.density {
-        Some(density) => sparse::extract(&engine, &found.changes, density),
-        None => low_rank::extract(&engine, &found.changes, args.rank),
+        Some(density) => sparse::extract(&engine, &found.changes, &head, density),
+        None => low_rank::extract(&engine, &found.changes, &head, args.rank),
     })?;
     let Extracted { adapter, methods, lost, form, rank, left_out } = extracted;
+    fill_head(&adapter, &found.head)?;
     let (sites, info) = (engine.model.sites().clone(), engine.model.info().clone());
-    let (config, tensors) = save_adapter(&adapter, &methods, &[], &args.model, &sites, &info)?;
-    let probes = Probes::of(args.probe.as_deref(), &engine)?;
+    let (config, tensors) = save_adapter(&adapter, &methods, &head, &args.model, &sites, &info)?;
+    let probes = Probes::of(args.probe.as_deref(), &engine, cx)?;
     write_adapter_files(&args.out, &config, &tensors, &methods, &sites)?;
+    if let Some(names) = model_labels(&tuned.config).filter(|_| !head.is_empty()) {
+        write_label_names(&args.out, &names)?;
+    }
     let before = probes.measure(&engine)?;
     (engine.adapter, engine.methods) = (Some(Arc::new(adapter)), methods);
     let measured = [before, probes.measure(&engine)?, probes.measure(&tuned)?];
     tell(args, (&found, &left_out), (&form, rank), (lost / whole).sqrt(), &measured, cx);
+    Ok(())
+}
+
+/// The head that the tuned model has, so that a base without it, or with one of another size, is given it anew.
+fn with_head_of(tuned: &Engine, options: LoadOptions) -> LoadOptions {
+    let info = tuned.model.info();
+    let classifies = info.task.per_sequence() || info.task == Task::TokenClassification;
+    let classifies = classifies && info.task != Task::Embedding;
+    LoadOptions { task: Some(info.task), labels: classifies.then_some(info.outputs), ..options }
+}
+
+/// Gives the modules that are trained as a whole what the tuned model has.
+fn fill_head(adapter: &Adapter, head: &[(String, Tensor)]) -> Outcome {
+    for (name, value) in head {
+        let Some(own) = adapter.params().iter().find(|p| p.name == *name) else {
+            return Err(Failure::running(format!("{name} cannot be trained as a whole here")));
+        };
+        own.param.set(value.reshape(own.param.value().shape().to_vec())?)?;
+    }
     Ok(())
 }
 
@@ -127,7 +164,7 @@ fn tell(
         let left_out = [left_out, &found.vectors[..]].concat();
         cx.ui.json(json!({
             "out": args.out.display().to_string(), "weights": found.changes.len(), "form": form, "rank": rank, "error": error,
-            "left_out": left_out, "largest_logit_change": change, "largest_logit_change_of_base": apart,
+            "left_out": left_out, "head": found.head.iter().map(|(name, _)| name).collect::<Vec<_>>(), "largest_logit_change": change, "largest_logit_change_of_base": apart,
             "perplexity_base": perplexities[0], "perplexity": perplexities[1], "perplexity_tuned": perplexities[2],
         }));
         return;
@@ -144,6 +181,9 @@ fn tell(
         let [first, rest @ ..] = paths else { continue };
         let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
         cx.ui.note(&format!("{first}{more} differ too and are {what}"));
+    }
+    if let Some((first, _)) = found.head.first() {
+        cx.ui.note(&format!("the base has no {first}: the tuned model's head is in the adapter as a whole"));
     }
     let mut line = format!(
         "largest logit change against the tuned model {}, of the base {}",
@@ -170,6 +210,10 @@ fn differences((name, base): (&str, &Engine), (tuned_name, tuned): (&str, &Engin
             continue;
         }
         seen.push(place);
+        if site.tensor.as_ref().is_some_and(|name| base.new_tensors.contains(name)) {
+            found.head.extend(whole(tuned, other, tuned_name)?);
+            continue;
+        }
         match (&site.value, &other.value) {
             (Value::Weight(a), Value::Weight(b)) => {
                 if a.shape() != b.shape() {
@@ -194,6 +238,20 @@ fn differences((name, base): (&str, &Engine), (tuned_name, tuned): (&str, &Engin
         }
     }
     Ok(found)
+}
+
+/// What the tuned model has at a site that its base lacks, as an adapter calls it; nothing where its files lack it too.
+fn whole(tuned: &Engine, site: &Site, name: &str) -> Outcome<Option<(String, Tensor)>> {
+    if site.tensor.as_ref().is_none_or(|tensor| tuned.new_tensors.contains(tensor)) {
+        return Ok(None);
+    }
+    let found = match &site.value {
+        Value::Weight(weight) => (format!("{}.weight", site.path), weight.dense()?),
+        Value::Vector(vector) => (site.path.clone(), vector.clone()),
+        _ => return Ok(None),
+    };
+    finite(&found.1, name, &site.path)?;
+    Ok(Some(found))
 }
 
 fn finite(weight: &Tensor, model: &str, path: &str) -> Outcome {

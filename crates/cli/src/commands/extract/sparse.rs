@@ -9,8 +9,14 @@ use super::Extracted;
 use crate::engine::Engine;
 use crate::failure::{BeforeWork, Failure, Outcome};
 
-/// The entries of the linear weights that differ, so many as `density` is of all of these, the largest changes first.
-pub fn extract(engine: &Engine, changes: &[(String, bool, Tensor)], density: f64) -> Outcome<Extracted> {
+/// The entries of the linear weights that differ, so many as `density` is of all of these, the largest changes first. The modules
+/// of `head` are trained as a whole.
+pub fn extract(
+    engine: &Engine,
+    changes: &[(String, bool, Tensor)],
+    head: &[String],
+    density: f64,
+) -> Outcome<Extracted> {
     let sites = engine.model.sites();
     let linear = |path: &str| sites.iter().any(|s| s.path == path && matches!(s.kind, Kind::Linear { .. }));
     let chosen: Vec<&str> =
@@ -24,7 +30,7 @@ pub fn extract(engine: &Engine, changes: &[(String, bool, Tensor)], density: f64
         json!({ "peft_type": "ENGRAFT_LT_SFT", "density": density, "l1": 0.0, "target_modules": chosen });
     let method = from_file(&config).before_work()?.method;
     let methods = vec![(method, Some(Targets::names(chosen.iter().map(|path| (*path).to_owned()))))];
-    let adapter = attach(&methods, &[], sites, engine.model.info(), 0).before_work()?.adapter;
+    let adapter = attach(&methods, head, sites, engine.model.info(), 0).before_work()?.adapter;
     let of = |name: &str| {
         let found = adapter.params().iter().find(|p| p.name == name);
         found.map(|p| p.param.clone()).ok_or_else(|| Failure::running(format!("the mask has no `{name}`")))

@@ -25,6 +25,8 @@ Examples:
   engraft logits --model DIR --inputs in.safetensors --out out.safetensors
   engraft logits --model DIR --adapter runs/a/adapter \\
       --inputs in.safetensors --out out.safetensors --dtype bf16
+  engraft logits --model DIR --adapter runs/a/adapter --choose eval_rank=4 \\
+      --inputs in.safetensors --out out.safetensors
 
 The input file holds input_ids [B, T] and may hold attention_mask, token_type_ids, position_ids; for encoder-decoder
 models also decoder_input_ids [B, U], and decoder_attention_mask; for models that read pictures it holds pixel_values [B, channels, height, width].")]

@@ -52,7 +52,7 @@ unsafe fn measure<K: Kernel, const NV: usize>(words: &[u32]) -> f64 {
         let mut acc = [[K::L::zero(); NV]; MR];
         let start = Instant::now();
         for _ in 0..STEPS {
-            K::step::<MR, NV>(&mut acc, words.as_ptr(), words.as_ptr());
+            K::step::<MR, MR, NV>(&mut acc, words.as_ptr(), words.as_ptr());
         }
         std::hint::black_box(&acc);
         let seconds = start.elapsed().as_secs_f64();

@@ -27,8 +27,8 @@ const SERIAL_MACS: usize = 1 << 17;
 /// Chunks made for each thread, so that a thread which is held up does not hold up the others.
 const CHUNKS_A_THREAD: usize = 4;
 
-/// More rows than this share a widening of bf16 weights.
-const WIDEN_ROWS: usize = 2 * MR;
+/// Up to so many rows are multiplied by `few.rs`; more of them share a widening of bf16 weights.
+const FEW_ROWS: usize = 2 * MR;
 
 /// Columns of a chunk at least, so that packing the left side stays a small part of the work.
 const CHUNK_COLUMNS: usize = 128;
@@ -69,7 +69,7 @@ pub(super) struct Product<'a> {
 
 /// The result, written by several threads in disjoint parts.
 #[derive(Clone, Copy)]
-struct Target(*mut u32);
+pub(super) struct Target(pub *mut u32);
 // SAFETY: each chunk writes only its own rows and columns, see `Product::compute`.
 unsafe impl Send for Target {}
 // SAFETY: as above.
@@ -143,6 +143,15 @@ impl Product<'_> {
         (row_step, panels.div_ceil(across).max(panels_min))
     }
 
+    /// What the sums of a tile at `c`, of columns from `column` on, start from.
+    pub fn init(&self, c: *const u32, column: usize) -> Init {
+        match self.start {
+            Start::Zero => Init { at: std::ptr::null(), row_stride: 0 },
+            Start::Bias(bias) => Init { at: bias[column..].as_ptr().cast(), row_stride: 0 },
+            Start::Result => Init { at: c, row_stride: self.c_stride },
+        }
+    }
+
     /// The product of nothing: sums of no terms.
     fn start_only(&self, c: &mut [f32]) {
         let n = self.n();
@@ -159,11 +168,11 @@ impl Product<'_> {
 
 /// Packed pieces of one thread.
 #[derive(Default)]
-struct Scratch {
-    /// The left side of a chunk for one run of k, `[rows / MR, RUN_WORDS, MR]`.
-    left: Words,
-    /// A transposed panel for one run of k, `[steps, NR]`.
-    panel: Words,
+pub(super) struct Scratch {
+    /// The left side of a chunk for one run of k, `[rows / MR, RUN_WORDS, MR]`; of few rows for all of it.
+    pub left: Words,
+    /// A transposed panel for one run of k, `[steps, NR]`; a row of the left side of few rows as pairs.
+    pub panel: Words,
     /// A panel for one run of k, widened from bf16 to f32, `[k, NR]`.
     wide: Words,
 }
@@ -173,11 +182,11 @@ thread_local! {
 }
 
 /// A part of a product for one thread.
-struct Chunk<'a> {
-    product: &'a Product<'a>,
-    rows: Range<usize>,
-    panels: Range<usize>,
-    target: Target,
+pub(super) struct Chunk<'a> {
+    pub product: &'a Product<'a>,
+    pub rows: Range<usize>,
+    pub panels: Range<usize>,
+    pub target: Target,
 }
 
 impl Task for Chunk<'_> {
@@ -187,7 +196,10 @@ impl Task for Chunk<'_> {
         let mut scratch = SCRATCH.take();
         // SAFETY: the caller's promise about the processor.
         unsafe {
+            let few = self.product.direction == Direction::Forward && self.rows.len() <= FEW_ROWS;
             match self.product.layout.precision {
+                Precision::F32 if few => self.few::<Plain<L>, NV>(&mut scratch),
+                Precision::Bf16 if few => self.few::<L::Bf16, NV>(&mut scratch),
                 Precision::F32 => self.runs::<Plain<L>, NV>(&mut scratch),
                 Precision::Bf16 => self.runs::<L::Bf16, NV>(&mut scratch),
             }
@@ -211,7 +223,7 @@ impl Chunk<'_> {
         if product.direction == Direction::Backward {
             scratch.panel.reserve(run_k / K::STEP_K * width);
         }
-        let widens = K::WIDENS && self.rows.len() > WIDEN_ROWS;
+        let widens = K::WIDENS && self.rows.len() > FEW_ROWS;
         if widens {
             scratch.wide.reserve(run_k * width);
         }
@@ -302,11 +314,9 @@ impl Chunk<'_> {
             // narrower than NR is computed in `edge`, which holds MR rows of any NR.
             unsafe {
                 let c = self.target.0.add((self.rows.start + i) * product.c_stride + column);
-                let init = match product.start {
-                    _ if k0 > 0 => Init { at: c, row_stride: product.c_stride },
-                    Start::Zero => Init { at: std::ptr::null(), row_stride: 0 },
-                    Start::Bias(bias) => Init { at: bias.as_ptr().add(column).cast(), row_stride: 0 },
-                    Start::Result => Init { at: c, row_stride: product.c_stride },
+                let init = match k0 {
+                    0 => product.init(c, column),
+                    _ => Init { at: c, row_stride: product.c_stride },
                 };
                 for word in (i / MR * share..((i / MR + 1) * share).min(ahead.len())).step_by(16) {
                     K::L::prefetch(&ahead[word]);
@@ -318,43 +328,63 @@ impl Chunk<'_> {
                     }
                 }
                 let a = left[i * RUN_WORDS..].as_ptr();
-                let run = Run { a, b: weights, steps, init, c, c_stride: product.c_stride };
+                let run = Run { a, b: weights, b_stride: 0, steps, init, c, c_stride: product.c_stride };
                 if columns == width {
                     tile::<K, NV>(rows, &run);
                 } else {
-                    edge_tile::<K, NV>(rows, columns, &run, &mut edge);
+                    tile::<K, NV>(rows, &in_edge(rows, columns, width, &run, &mut edge));
+                    out_of_edge(rows, columns, width, &run, &edge);
                 }
             }
         }
     }
 }
 
-/// A tile of which only the first `columns` exist.
+/// A run for a tile of which only the first `columns` exist, computed in `edge` `[rows, width]`; [`out_of_edge`] puts the result in
+/// its place.
 ///
 /// # Safety
-/// As for [`tile`], but `c` and `init` are good for `columns` only.
+/// `init` of `run` is good for `rows` rows of `columns`.
 #[inline(always)]
-unsafe fn edge_tile<K: Kernel, const NV: usize>(
+pub(super) unsafe fn in_edge(
     rows: usize,
     columns: usize,
+    width: usize,
     run: &Run,
     edge: &mut [u32; MR * 64],
-) {
-    let width = K::L::WIDTH * NV;
+) -> Run {
     let at = edge.as_mut_ptr();
-    // SAFETY: the caller's promise, and `edge` holds `[MR, width]`.
-    unsafe {
-        let mut init = run.init;
-        if !init.at.is_null() {
-            for i in 0..rows {
+    let mut init = run.init;
+    if !init.at.is_null() {
+        for i in 0..rows {
+            // SAFETY: the caller's promise, and `edge` holds `[MR, width]`.
+            unsafe {
                 let from = init.at.add(i * init.row_stride);
                 std::ptr::copy_nonoverlapping(from, at.add(i * width), columns);
             }
-            init = Init { at, row_stride: width };
         }
-        tile::<K, NV>(rows, &Run { init, c: at, c_stride: width, ..*run });
-        for i in 0..rows {
-            std::ptr::copy_nonoverlapping(at.add(i * width), run.c.add(i * run.c_stride), columns);
+        init = Init { at, row_stride: width };
+    }
+    Run { init, c: at, c_stride: width, ..*run }
+}
+
+/// See [`in_edge`].
+///
+/// # Safety
+/// `c` of `run` is good for `rows` rows of `columns`.
+#[inline(always)]
+pub(super) unsafe fn out_of_edge(
+    rows: usize,
+    columns: usize,
+    width: usize,
+    run: &Run,
+    edge: &[u32; MR * 64],
+) {
+    for i in 0..rows {
+        // SAFETY: the caller's promise, and `edge` holds `[MR, width]`.
+        unsafe {
+            let from = edge.as_ptr().add(i * width);
+            std::ptr::copy_nonoverlapping(from, run.c.add(i * run.c_stride), columns);
         }
     }
 }

@@ -162,7 +162,8 @@ fn bits_do_not_depend_on_threads_or_on_other_rows() {
                     "{threads} threads"
                 );
             }
-            for (first, some) in [(0, 1), (246, 1), (100, 4), (3, 13)] {
+            // All heights of few rows, and more.
+            for (first, some) in (1..=13).map(|some| (19 * some - 19, some)).chain([(246, 1)]) {
                 let (y_some, dx_some) = both(some, first);
                 assert_eq!(y_some, y[first * out..][..some * out], "{some} rows from {first} on");
                 assert_eq!(dx_some, dx[first * inn..][..some * inn], "{some} rows from {first} on");
