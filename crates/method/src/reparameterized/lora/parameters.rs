@@ -132,13 +132,12 @@ impl Lora {
         // `peft` takes such a start off the tensor, and so off all that share it.
         let shared = |site: &&&Site| tied::sharing(b.sites(), site).nth(1).is_some();
         let started = |site: &&&Site| !matches!(site.kind, Kind::Embedding { .. }) || self.is_parameter(site);
-        if self.from_file && self.start.is_taken_off() {
-            if let Some(site) = targets.iter().filter(started).find(shared) {
-                let message = "its tensor is another module's too, and peft takes this `init_lora_weights` off both: such an adapter \
-                               fits only a base that was changed; save it in peft with `path_initial_model_for_weight_conversion` \
-                               first";
-                return Err(at(site, message));
-            }
+        let taken_off = self.from_file && self.start.is_taken_off();
+        if let Some(site) = targets.iter().filter(|_| taken_off).filter(started).find(shared) {
+            let message = "its tensor is another module's too, and peft takes this `init_lora_weights` off both: such an adapter \
+                           fits only a base that was changed; save it in peft with `path_initial_model_for_weight_conversion` \
+                           first";
+            return Err(at(site, message));
         }
         Ok(())
     }
