@@ -51,7 +51,7 @@ def places(model, method):
     layers = model.get_prompt(1).self_attention_cache.layers
     encoder = model.prompt_encoder[model.active_adapter]
     tokens = model.prompt_tokens[model.active_adapter][:config.num_virtual_tokens]
-    rows = encoder(tokens).detach().view(config.num_virtual_tokens, 2 * config.num_layers, -1).unbind(1)
+    rows = encoder(tokens[None]).detach().view(config.num_virtual_tokens, 2 * config.num_layers, -1).unbind(1)
 
     def row_of(part):  # [1, heads, tokens, width]
         flat = part[0].transpose(0, 1).flatten(1)

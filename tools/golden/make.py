@@ -59,6 +59,7 @@ GROUPS = {
     "activations": ("cases_activations", "peft"),
     "weights": ("cases_weights", "peft"),
     "parameters": ("cases_parameters", "peft"),
+    "cartridge": ("cases_cartridge", "peft"),
     "decompositions": ("cases_decompositions", "peft"),
     "hybrid-own": ("cases_hybrid", "peft"),
     "s4": ("s4", "peft"),

@@ -17,7 +17,7 @@ use crate::bases::{OtherBase, other_bases};
 use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_bias_a_head, stale};
 use crate::names::{file_names, prefix, stored_as};
 use crate::transposed::type_of_file;
-use crate::written::{as_held, as_stored, written};
+use crate::written::{as_held, as_stored, as_trained, written};
 use crate::{Described, Method, from_file, peft, tied};
 
 const UNION: &str = "ENGRAFT_UNION";
@@ -150,6 +150,7 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     let (mut methods, train_also) = read_methods(config)?;
     methods.iter_mut().for_each(|(method, _)| method.read_shapes(&tensors));
     let tensors = one_bias_a_head(tied::without_copies(tensors, config, sites)?, sites);
+    let tensors = as_trained(tensors, &methods)?;
     let mut attached = build(&methods, &train_also, sites, info, 0, Vec::new(), &Vec::new())?;
     let (mut names, mut copies) = (HashMap::new(), HashMap::new());
     for p in attached.adapter.params().iter().filter(|p| p.saved) {

@@ -46,7 +46,8 @@ use additive::{
 };
 use hybrid::{mam, propetl, s4, unipelt};
 use prompts::{
-    apt, dept, idpg, llama_adapter, llama_adapter_v2, lpt, mpt, p_tuning, prefix, prompt, smop, vpt, xprompt,
+    apt, cartridge, dept, idpg, llama_adapter, llama_adapter_v2, lpt, mpt, p_tuning, prefix, prompt, smop,
+    vpt, xprompt,
 };
 use reparameterized::{
     adalora, adamss, autolora, bilora, boft, c3a, capaboost, deft, delora, dvora, dylora, fourierft, frod,
@@ -148,6 +149,7 @@ pub static METHODS: &[&Entry] = &[
     &dept::ENTRY,
     &xprompt::ENTRY,
     &prefix::ENTRY,
+    &cartridge::ENTRY,
     &llama_adapter::ENTRY,
     &llama_adapter_v2::ENTRY,
     &vpt::ENTRY,
@@ -338,6 +340,12 @@ pub trait Method: Send + Sync {
     /// What the adapter's file holds of the method's saved parameters, by their names: these, unless it trains in another
     /// form than it saves (a mixer between factors, a start taken off the weights). `state` are those that are not saved.
     fn file_tensors(&self, tensors: Named, _state: &Named) -> Result<Named> {
+        Ok(tensors)
+    }
+
+    /// The parameters, by their keys, of what a file holds: its tensors, unless it trains in another form than it saves and
+    /// can have that back ([`Method::file_tensors`]).
+    fn own_tensors(&self, tensors: Named) -> Result<Named> {
         Ok(tensors)
     }
 

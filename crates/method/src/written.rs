@@ -7,6 +7,24 @@ use crate::Stored;
 use crate::assemble::{Chosen, Named};
 use crate::names::{kept, prefix};
 
+/// The tensors of a file in the form in which each method trains its own.
+pub(crate) fn as_trained(mut tensors: Named, methods: &[Chosen]) -> Result<Named> {
+    for (number, (method, _)) in methods.iter().enumerate() {
+        let before = prefix(methods, number);
+        let (mut mine, mut others) = (Named::new(), Named::new());
+        for (key, value) in tensors {
+            match key.strip_prefix(&before) {
+                Some(own) => mine.push((own.to_owned(), value)),
+                None => others.push((key, value)),
+            }
+        }
+        let mine = method.own_tensors(mine)?;
+        others.extend(mine.into_iter().map(|(key, value)| (format!("{before}{key}"), value)));
+        tensors = others;
+    }
+    Ok(tensors)
+}
+
 /// The tensors of the file by the names of parameters, in the form in which each method saves its own.
 pub(crate) fn written(adapter: &Adapter, methods: &[Chosen]) -> Result<Named> {
     let of = |saved: bool| adapter.params().iter().filter(move |p| p.saved == saved);

@@ -1,6 +1,7 @@
 //! Trained rows before tokens, or before keys and values.
 
 pub(crate) mod apt;
+pub(crate) mod cartridge;
 pub(crate) mod dept;
 pub(crate) mod idpg;
 pub(crate) mod llama_adapter;

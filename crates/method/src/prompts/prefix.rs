@@ -192,29 +192,9 @@ impl Method for Prefix {
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         absent(self.at.as_deref().unwrap_or_default(), b.sites())?;
-        let all = b.sites().of_kind(|k| matches!(k, Kind::KeyValue { .. }));
-        let wanted = all.filter(|s| Place::of(s).is_none_or(|place| self.places().contains(&place)));
-        let places: Vec<(&Site, usize, usize)> = wanted
-            .filter_map(|s| match s.kind {
-                Kind::KeyValue { heads, dim } => Some((s, heads, dim)),
-                _ => None,
-            })
-            .collect();
-        let Some((first, ..)) = places.first() else {
-            let message =
-                "prefix tuning needs attention to put its prefix before, and this model has none there";
-            return Err(Error::Unsupported(message.into()));
-        };
-        let round = first.stack != Stack::Only && !self.is_own_form();
-        let widths: Vec<usize> = places.iter().flat_map(|(_, heads, dim)| [heads * dim; 2]).collect();
-        let source = Arc::new(self.source(b, &widths)?);
-        for (i, &(site, heads, dim)) in places.iter().enumerate() {
-            let first = if round { 4 * i % widths.len() } else { 2 * i };
-            let (dropout, count) = (self.dropout, self.tokens);
-            let rows = Rows { source: source.clone(), first, count, heads, dim, dropout, site: site.id };
-            b.patch(site.id, Patch::KeyValue(Box::new(rows)))?;
-        }
-        Ok(())
+        let places = Places::of(b.sites(), self.places())?;
+        let source = self.source(b, &places.widths())?;
+        places.attach(b, source, self.tokens, self.dropout, !self.is_own_form())
     }
 
     fn peft_type(&self) -> &'static str {
@@ -273,16 +253,13 @@ impl Prefix {
     fn places(&self) -> &[Place] {
         self.at.as_deref().unwrap_or(&[Place::Decoder])
     }
-}
 
-impl Prefix {
     /// Where the parts of P, of these widths, come from.
     fn source(&self, b: &mut Builder<'_>, widths: &[usize]) -> Result<Source> {
         let (Some(inner), false) = (self.projection, self.saved) else {
             let init = if self.zero { Init::Zeros } else { Init::Normal(1.0) };
             let whole = b.param("prompt_embeddings", &[self.tokens, widths.iter().sum()], init)?;
-            let starts = widths.iter().scan(0, |at, width| Some(std::mem::replace(at, *at + width)));
-            return Ok(Source::Whole(whole, starts.collect()));
+            return Ok(Source::whole(vec![whole], widths));
         };
         let width = widths.first().copied().unwrap_or(0);
         let mut parts = Part::embedding(ROWS, self.tokens, width);
@@ -305,11 +282,68 @@ fn projected(get: &Lookup<'_>, part: usize) -> Result<Tensor> {
     layer(get, &format!("{LAST}.{part}"), &inside)
 }
 
+/// Attentions that have a prefix, in model order, with their heads and the width of one.
+pub(super) struct Places<'s>(Vec<(&'s Site, usize, usize)>);
+
+impl<'s> Places<'s> {
+    /// Those of the decoder in a model that has one, as `peft` has them.
+    pub fn of_decoder(sites: &'s Sites) -> Result<Places<'s>> {
+        Places::of(sites, &[Place::Decoder])
+    }
+
+    fn of(sites: &'s Sites, wanted: &[Place]) -> Result<Places<'s>> {
+        let wanted = |s: &Site| Place::of(s).is_none_or(|place| wanted.contains(&place));
+        let found = sites.iter().filter(|s| wanted(s)).filter_map(|s| match s.kind {
+            Kind::KeyValue { heads, dim } => Some((s, heads, dim)),
+            _ => None,
+        });
+        let places: Vec<_> = found.collect();
+        if places.is_empty() {
+            let message =
+                "prefix tuning needs attention to put its prefix before, and this model has none there";
+            return Err(Error::Unsupported(message.into()));
+        }
+        Ok(Places(places))
+    }
+
+    /// The widths of the parts of P: keys and values in turn.
+    pub fn widths(&self) -> Vec<usize> {
+        self.0.iter().flat_map(|(_, heads, dim)| [heads * dim; 2]).collect()
+    }
+
+    /// Puts `count` rows of `source` everywhere; `as_peft` in the order in which `peft` reads them in a decoder.
+    pub fn attach(
+        &self,
+        b: &mut Builder<'_>,
+        source: Source,
+        count: usize,
+        dropout: f32,
+        as_peft: bool,
+    ) -> Result<()> {
+        let (source, parts) = (Arc::new(source), 2 * self.0.len());
+        for (i, &(site, heads, dim)) in self.0.iter().enumerate() {
+            let round = site.stack != Stack::Only && as_peft;
+            let first = if round { 4 * i % parts } else { 2 * i };
+            let rows = Rows { source: source.clone(), first, count, heads, dim, dropout, site: site.id };
+            b.patch(site.id, Patch::KeyValue(Box::new(rows)))?;
+        }
+        Ok(())
+    }
+}
+
 /// Where the rows come from.
-enum Source {
-    /// P, and the columns at which its parts begin.
-    Whole(Param, Vec<usize>),
+pub(super) enum Source {
+    /// The rows of P in pieces, one below the other, and the columns at which its parts begin.
+    Whole(Vec<Param>, Vec<usize>),
     Projection(Network),
+}
+
+impl Source {
+    /// P in pieces, of parts of these widths.
+    pub fn whole(pieces: Vec<Param>, widths: &[usize]) -> Source {
+        let starts = widths.iter().scan(0, |at, width| Some(std::mem::replace(at, *at + width)));
+        Source::Whole(pieces, starts.collect())
+    }
 }
 
 /// The keys and values of one attention.
@@ -328,7 +362,14 @@ impl Rows {
     /// [count, heads, dim], or as much for each sequence where some is dropped.
     fn part(&self, part: usize, cx: &Pass) -> Result<Tensor> {
         let rows = match &*self.source {
-            Source::Whole(whole, starts) => whole.get().narrow(1, starts[part], self.heads * self.dim)?,
+            Source::Whole(pieces, starts) => {
+                let width = self.heads * self.dim;
+                let own = pieces.iter().map(|piece| Ok(piece.get().narrow(1, starts[part], width)?));
+                match &own.collect::<Result<Vec<Tensor>>>()?[..] {
+                    [one] => one.clone(),
+                    several => cat(&several.iter().collect::<Vec<_>>(), 0)?,
+                }
+            }
             Source::Projection(network) => projected(&|name| network.get(name), part)?,
         };
         let mut all = self.count;

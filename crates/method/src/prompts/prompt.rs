@@ -28,7 +28,23 @@ pub(super) struct Prompt {
     /// Times that the file holds `tokens` rows, of which the first are used; `None` is what `peft` makes for the model.
     pub submodules: Option<usize>,
     pub start: Start,
+    /// Whether the file is one of CPT.
+    pub context: bool,
 }
+
+/// Context-aware prompt tuning (Blau et al. 2024, arXiv:2410.17222): a prompt that was trained near to the examples it began
+/// as, on their labels too. Its file is that of a prompt, with these keys of how it was made.
+const CONTEXT: &str = "CPT";
+const CONTEXT_KEYS: [&str; 8] = [
+    "cpt_mask",
+    "cpt_token_ids",
+    "cpt_tokens_type_mask",
+    "opt_loss_decay_factor",
+    "opt_projection_epsilon",
+    "opt_projection_format_epsilon",
+    "opt_weighted_loss_type",
+    "tokenizer_name_or_path",
+];
 
 /// How P starts.
 #[derive(Clone)]
@@ -114,7 +130,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
             (_, Some(transfer)) => Start::Saved(transfer),
             (start, None) => start,
         };
-        Prompt { tokens, submodules: None, start }
+        Prompt { tokens, submodules: None, start, context: false }
     })
 }
 
@@ -141,16 +157,27 @@ pub(crate) fn read_start(r: &mut Reader<'_>) -> Start {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
+    let context = peft::is_type(config, CONTEXT);
+    let Some(map) = config.as_object().filter(|_| context || peft::is_type(config, INFO.peft_type)) else {
         return Ok(None);
     };
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let (tokens, submodules) = read_prompt_keys(&mut r);
     // The rows come from the file; how they started is only written back.
-    let start = kept_start(&mut r);
+    let start = match context {
+        true => {
+            let kept = CONTEXT_KEYS.map(|key| (key.to_owned(), r.value(key).cloned().unwrap_or(Value::Null)));
+            Start::Kept(Map::from_iter(kept))
+        }
+        false => kept_start(&mut r),
+    };
+    if context && config.get("task_type") != Some(&json!("CAUSAL_LM")) {
+        r.problem("`task_type`: expected CAUSAL_LM, as peft has CPT for nothing else");
+    }
     r.finish()?;
-    Ok(Some(Loaded { method: Box::new(Prompt { tokens, submodules, start }), targets: None, train_also }))
+    let method = Prompt { tokens, submodules, start, context };
+    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
 }
 
 /// A prompt of a form of our own from its file, which names no targets.
@@ -268,7 +295,7 @@ pub(crate) fn prompt_file_name(name: &str) -> String {
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Prompt { tokens: 3, submodules: None, start: Start::Given(vec![5, 7]) })
+    Box::new(Prompt { tokens: 3, submodules: None, start: Start::Given(vec![5, 7]), context: false })
 }
 
 impl Method for Prompt {
@@ -293,6 +320,19 @@ impl Method for Prompt {
         let mut map = own.as_object().cloned().unwrap_or_default();
         map.extend(self.start.origin(model.base_model));
         map
+    }
+
+    fn peft_type(&self) -> &'static str {
+        if self.context { CONTEXT } else { INFO.peft_type }
+    }
+
+    fn trains_on(&self) -> Result<()> {
+        if self.context {
+            let message = "CPT trains on the labels of its own examples, which are part of the prompt, and keeps its rows near to \
+                           them; here its files can be used and not trained on: train it in peft, or start a `prompt`";
+            return Err(Error::Unsupported(message.into()));
+        }
+        Ok(())
     }
 
     fn file_name(&self, name: &str) -> String {
@@ -389,6 +429,29 @@ mod tests {
         ] {
             assert!(from_settings(bad.as_object().unwrap()).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_prompt_of_cpt_is_used_and_not_trained_on() {
+        let (sites, info) = toy();
+        let methods = [chosen("prompt", json!({ "tokens": 2, "init": "random" }))];
+        let a = attached(&methods, &[]);
+        let (plain, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        let mut cpt = with(
+            plain,
+            json!({ "peft_type": "CPT", "task_type": "CAUSAL_LM", "cpt_token_ids": [3, 4], "cpt_mask": [1, 1],
+                "cpt_tokens_type_mask": [1, 4], "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.9,
+                "opt_projection_epsilon": 0.2, "opt_projection_format_epsilon": 0.1 }),
+        );
+        for key in ["prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs"] {
+            cpt.as_object_mut().unwrap().remove(key);
+        }
+        let loaded = crate::load_adapter(&cpt, tensors.clone(), &sites, &info).unwrap();
+        assert!(loaded.methods[0].0.trains_on().is_err());
+        let (written, again) =
+            crate::save_adapter(&loaded.adapter, &loaded.methods, &[], "b", &sites, &info).unwrap();
+        assert_eq!((written, again.len()), (cpt.clone(), 1));
+        assert!(from_file(&with(cpt, json!({ "task_type": null }))).is_err());
     }
 
     #[test]

@@ -224,7 +224,7 @@ impl Method for XPrompt {
             (_, Some(rows)) => rows.value().dim(0),
             _ => self.tokens,
         };
-        Prompt { tokens, submodules: Some(1), start: self.start.clone() }.config(model)
+        Prompt { tokens, submodules: Some(1), start: self.start.clone(), context: false }.config(model)
     }
 
     fn file_name(&self, name: &str) -> String {

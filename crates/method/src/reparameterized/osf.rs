@@ -170,7 +170,7 @@ impl Method for Osf {
             let (out, inn) = matrices::linear(site, INFO.title)?;
             let is_held = self.held.as_ref().is_none_or(|held| held.contains(&site.path));
             if matches!(site.kind, Kind::Linear { transposed: true, .. }) && !is_held {
-                let message = "peft's OSF passes over matrices that files store transposed (GPT-2's `Conv1D`): this file holds nothing \
+                let message = "peft's OSF passes over matrices that files store transposed (`Conv1D`): this file holds nothing \
                                of it, and the model in peft was trained without it; leave it out of `target_modules` to read what \
                                else there is, or train `osf` here, where such matrices can be adapted";
                 return Err(Error::Site { path: site.path.clone(), message: message.into() });

@@ -132,13 +132,12 @@ impl Lora {
         // `peft` takes such a start off the tensor, and so off all that share it.
         let shared = |site: &&&Site| tied::sharing(b.sites(), site).nth(1).is_some();
         let started = |site: &&&Site| !matches!(site.kind, Kind::Embedding { .. }) || self.is_parameter(site);
-        if self.from_file && self.start.is_taken_off() {
-            if let Some(site) = targets.iter().filter(started).find(shared) {
-                let message = "its tensor is another module's too, and peft takes this `init_lora_weights` off both: such an adapter \
-                               fits only a base that was changed; save it in peft with `path_initial_model_for_weight_conversion` \
-                               first";
-                return Err(at(site, message));
-            }
+        let taken_off = self.from_file && self.start.is_taken_off();
+        if let Some(site) = targets.iter().filter(|_| taken_off).filter(started).find(shared) {
+            let message = "its tensor is another module's too, and peft takes this `init_lora_weights` off both: such an adapter \
+                           fits only a base that was changed; save it in peft with `path_initial_model_for_weight_conversion` \
+                           first";
+            return Err(at(site, message));
         }
         Ok(())
     }
@@ -182,10 +181,12 @@ mod tests {
             (json!([]), json!(["attn.v.weight", "attn.q.weight"]), Value::Null),
             (json!(["attn.q"]), json!(["attn.v.weight"]), Value::Null),
             (json!([]), json!(["attn.q.weight", "attn.v.weight"]), json!([5])),
-            (json!(["attn.q"]), json!(["0.attn.v.weight"]), json!(0)),
+            (json!(["attn.q"]), json!(["attn.v.weight"]), json!([0, 1])),
         ] {
+            let list = if layers.is_null() { Value::Null } else { json!("layers") };
             let config = file(json!({
-                "target_modules": modules, "target_parameters": parameters, "layers_to_transform": layers
+                "target_modules": modules, "target_parameters": parameters, "layers_to_transform": layers,
+                "layers_pattern": list
             }));
             let loaded = crate::load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
             let (written, again) =
@@ -218,8 +219,8 @@ mod tests {
         let product = |b: usize, a: usize| tensors[b].1.matmul(&tensors[a].1).unwrap().scale(scale).unwrap();
         let of = |name: &str| merged.iter().find(|m| m.site.path.contains(name)).unwrap().value.clone();
         close(&of("tok"), &frozen("tok").add(&product(3, 2)).unwrap(), 1e-5);
-        let turned = product(1, 0).t().unwrap();
-        close(&of("c_fc"), &sample(&[5, 6], 8).add(&turned).unwrap(), 1e-5);
+        let stored = sample(&[5, 6], 8).t().unwrap();
+        close(&of("c_fc"), &stored.add(&product(1, 0)).unwrap(), 1e-5);
     }
 
     #[test]
