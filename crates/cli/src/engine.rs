@@ -211,7 +211,7 @@ impl Engine {
                     self.dir.display()
                 ))
             })?;
-        opened.notes.iter().for_each(|note| cx.ui.reason(&format!("note: {note}")));
+        opened.notes.iter().for_each(|note| cx.ui.note(note));
         (self.adapter, self.methods) = (Some(Arc::new(opened.adapter)), opened.methods);
         self.labels = label_names(dir).before_work()?;
         Ok(())

@@ -138,7 +138,6 @@ fn sizes_that_are_moved_or_idle_are_told() {
     let text = notes("name = \"hra\"\nrank = 50");
     assert!(text.contains("reflections make every rotation"), "{text}");
     for (method, expected) in [
-        ("vera\"\nrank = 100", "`rank` is 100, more than the"),
         (
             "lora\"\nrank = 50",
             "`rank` is 50, more than the 48 that model.layers.0.self_attn.q_proj, [48, 48], can have",

@@ -4,7 +4,7 @@ use engraft_nn::{Error, Result};
 use serde_json::Value;
 
 use crate::assemble::{is_union, methods_of};
-use crate::{Method, Settings, from_file};
+use crate::{FieldKind, Info, Method, Settings, from_file};
 
 /// A saved adapter's `config` with `choices` made: settings that its methods leave open ([`Method::chosen_in_use`]), by the names
 /// that they have in recipes.
@@ -27,8 +27,9 @@ pub fn choose(config: &Value, choices: &Settings) -> Result<Value> {
             Some(Value::Array(parts)) if several => parts.iter_mut().collect(),
             _ => vec![&mut config],
         };
-        for (part, key) in parts.into_iter().zip(keys) {
+        for ((part, key), (method, _)) in parts.into_iter().zip(keys).zip(&methods) {
             let (Some(map), Some(key)) = (part.as_object_mut(), key) else { continue };
+            within(method.info(), setting, value)?;
             map.insert(key.into(), value.clone());
             from_file(part).map_err(|error| {
                 let text = error.to_string().replace(&format!("`{key}`"), &format!("`{setting}`"));
@@ -37,6 +38,21 @@ pub fn choose(config: &Value, choices: &Settings) -> Result<Value> {
         }
     }
     Ok(config)
+}
+
+/// An error where a number lies outside the bounds that recipes keep, or is none.
+fn within(info: &Info, setting: &str, value: &Value) -> Result<()> {
+    let Some(field) = info.fields.iter().find(|field| field.name == setting) else { return Ok(()) };
+    let expected = match field.kind {
+        FieldKind::Int { min, max } if !value.as_i64().is_some_and(|v| (min..=max).contains(&v)) => {
+            format!("a whole number from {min} to {max}")
+        }
+        FieldKind::Float { min, max } if !value.as_f64().is_some_and(|v| (min..=max).contains(&v)) => {
+            format!("a number from {min} to {max}")
+        }
+        _ => return Ok(()),
+    };
+    Err(Error::Unsupported(format!("`{setting}`: expected {expected}, found {value}")))
 }
 
 /// What an adapter leaves open where `setting` is none of it.
@@ -74,13 +90,21 @@ mod tests {
         let mut some = 0;
         for entry in METHODS {
             let open = (entry.example)().chosen_in_use();
-            let Some(saved) = (!open.is_empty()).then(|| config(&[chosen(entry.info.name, json!({}))], &[]))
-            else {
+            let Some(saved) = (!open.is_empty()).then(|| config(&[((entry.example)(), None)], &[])) else {
                 continue;
             };
             for (setting, key) in open {
-                assert!(entry.info.fields.iter().any(|field| field.name == *setting), "{setting}");
-                assert!(saved.get(key).is_some(), "{}: {key}", entry.info.name);
+                let kind = entry.info.fields.iter().find(|field| field.name == *setting).unwrap().kind;
+                let (least, less) = match kind {
+                    FieldKind::Int { min, .. } => (json!(min), json!(min - 1)),
+                    FieldKind::Float { min, .. } => (json!(min), json!(min - 1.0)),
+                    _ => panic!("{setting} is no number"),
+                };
+                assert!(choose(&saved, &one(setting, least)).is_ok(), "{}: {key}", entry.info.name);
+                for beyond in [less, json!("x"), Value::Null] {
+                    let error = choose(&saved, &one(setting, beyond)).unwrap_err().to_string();
+                    assert!(error.contains(&format!("`{setting}`: expected")), "{error}");
+                }
                 some += 1;
             }
         }

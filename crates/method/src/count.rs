@@ -29,8 +29,11 @@ impl Entry {
         let usual = Settings::new();
         let [own, shared] = self.factors(&usual)?;
         let roles = self.roles();
-        let at = |role: Role| self.count(role, HELD_BY[2], 1, &usual);
-        if roles.iter().any(|role| at(*role) != at(roles[0])) {
+        let at = |roles: &[Role]| self.count(roles, HELD_BY[2], &usual);
+        let alike =
+            |role: &Role| at(&[*role]) == at(&roles[..1]) && at(&[*role, roles[0]]) == at(&[roles[0]; 2]);
+        // What layers of a kind share is shared by all, or there is no formula for one of them.
+        if !roles.iter().all(alike) {
             return None;
         }
         let mut powers: Vec<Power<'_>> = Vec::new();
@@ -75,7 +78,8 @@ impl Entry {
     fn factors(&self, settings: &Settings) -> Option<[Factors; 2]> {
         let role = self.roles()[0];
         let counted = |sizes| {
-            let (one, two) = (self.count(role, sizes, 1, settings)?, self.count(role, sizes, 2, settings)?);
+            let (one, two) =
+                (self.count(&[role], sizes, settings)?, self.count(&[role; 2], sizes, settings)?);
             Some([two - one, 2 * one - two])
         };
         let counts = FOUND_FROM.map(counted);
@@ -99,17 +103,13 @@ impl Entry {
         self.info.default_roles.filter(|roles| !roles.is_empty()).unwrap_or(&[Role::Q, Role::Down])
     }
 
-    /// Numbers trained at so many linear layers [out, in] of a role.
-    fn count(
-        &self,
-        role: Role,
-        (out, inn): (usize, usize),
-        layers: usize,
-        settings: &Settings,
-    ) -> Option<i64> {
+    /// Numbers trained at linear layers [out, in] of these roles, each in a block of its own.
+    fn count(&self, roles: &[Role], (out, inn): (usize, usize), settings: &Settings) -> Option<i64> {
         let mut sites = Sites::default();
-        let names: Vec<String> = (0..layers).map(|layer| format!("layers.{layer}.w")).collect();
-        for (layer, name) in names.iter().enumerate() {
+        let layers = roles.len();
+        let names: Vec<String> =
+            roles.iter().enumerate().map(|(layer, role)| format!("layers.{layer}.{}", role.name())).collect();
+        for (layer, (name, &role)) in names.iter().zip(roles).enumerate() {
             let weight = Weight::matrix(&Slanted(out, inn), Storage::Dense, Precision::F32).ok()?;
             let bias = Some(Tensor::zeros([out]));
             Linear::declare(&mut sites, (name, name), role, Some(layer), Arc::new(weight), bias);
@@ -119,16 +119,19 @@ impl Entry {
             task: Task::CausalLm,
             width: inn,
             layers,
-            heads: 1,
-            kv_heads: 1,
-            head_dim: inn,
+            heads: 2,
+            kv_heads: 2,
+            head_dim: inn / 2,
             vocabulary: 1,
             outputs: 1,
             max_positions: 1,
             picture: None,
             any_size: None,
         };
-        let methods = [((self.from_settings)(settings).ok()?, Some(Targets::names(names)))];
+        let methods = [(
+            (self.from_settings)(settings).ok()?,
+            Some(Targets::names(roles.iter().map(|role| role.name()))),
+        )];
         let attached = attach(&methods, &[], &Arc::new(sites), &info, 0).ok()?;
         i64::try_from(attached.adapter.trained_count()).ok()
     }
@@ -230,8 +233,8 @@ mod tests {
         }
         // A prompt has no targets, and a share of a weight is rounded.
         assert_eq!((of("prompt"), of("fish")), (None, None));
-        // Keys and values are scaled behind a layer, the MLP before one.
-        assert_eq!(of("ia3"), None);
+        // Keys and values are scaled behind a layer, the MLP before one; a router looks at a head; layers of a kind share experts.
+        assert_eq!([of("ia3"), of("mov"), of("lily")], [None, None, None]);
         let known = METHODS.iter().filter(|entry| entry.trained_formula().is_some()).count();
         assert!(known > 30, "{known}");
     }

@@ -131,7 +131,9 @@ impl Targets {
             |path: &str| matches!(&self.matcher, Matcher::Names(names) if names.iter().any(|n| n == path));
         for site in sites.iter().filter(|s| s.is_weight()) {
             let Some(hit) = self.hit(site, pattern.as_ref()) else { continue };
-            dead.retain(|d| d != &hit);
+            // Several names may name one module, as an end and the whole path do.
+            let named = matches!(&self.matcher, Matcher::Names(_));
+            dead.retain(|d| if named { !names_path(d, &site.path) } else { d != &hit });
             let out = excluded(&site.path) || self.train_also.iter().any(|m| module_contains(m, &site.path));
             // As in `peft`, a module that is named by its whole path is chosen in whichever layer it is.
             if !out && (in_full(&site.path) || layers(&site.path)) {
@@ -322,6 +324,11 @@ mod tests {
         assert_eq!(
             paths(&second.into()),
             ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+        );
+        let twice = Targets::names(["q_proj", "model.layers.0.self_attn.q_proj"]);
+        assert!(
+            twice.resolve(&sites()).unwrap().dead.is_empty(),
+            "an end and a whole path may name one module"
         );
         let mut t = Targets::names(["model.layers.0.mlp.down_proj", "q_proj"]);
         t.layers = Some(LayerChoice { layers: vec![1], ..LayerChoice::default() });

@@ -109,6 +109,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         return Err(Failure::before_work("--choose needs an adapter; give --adapter DIR"));
     }
     let mut session = open_choosing(&recipe, &Packed::default(), &choices(&args.choose)?, cx)?;
+    session.notes.iter().for_each(|note| cx.ui.note(note));
     if let Some(count) = args.drop_layers {
         if !with_adapter {
             return Err(Failure::before_work("--drop-layers needs an adapter; give --adapter DIR"));

@@ -292,6 +292,10 @@ impl Method for Hyperformer {
         self.tasks.suit(run)
     }
 
+    fn chosen_in_use(&self) -> &'static [(&'static str, &'static str)] {
+        &[("task", "task")]
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let all = b.sites().clone();
         let tasks = b.param(

@@ -22,6 +22,8 @@ struct Ia3 {
     feedforward: Feedforward,
     /// What a file says of how the vectors started: `peft` writes it down again.
     starts_as_ones: bool,
+    /// From an `adapter_config.json`, which may name what it does not need.
+    from_file: bool,
 }
 
 /// Which of the targets are scaled at their input.
@@ -61,7 +63,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let mut r = Reader::settings(settings, INFO.fields);
     let feedforward = r.texts("feedforward").map_or(Feedforward::Down, Feedforward::Suffixes);
     r.finish()?;
-    Ok(Box::new(Ia3 { feedforward, starts_as_ones: true }))
+    Ok(Box::new(Ia3 { feedforward, starts_as_ones: true, from_file: false }))
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
@@ -75,7 +77,11 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let feedforward = read_feedforward(&mut r);
     let starts_as_ones = r.flag("init_ia3_weights", true);
     r.finish()?;
-    Ok(Some(Loaded { method: Box::new(Ia3 { feedforward, starts_as_ones }), targets, train_also }))
+    Ok(Some(Loaded {
+        method: Box::new(Ia3 { feedforward, starts_as_ones, from_file: true }),
+        targets,
+        train_also,
+    }))
 }
 
 fn read_feedforward(r: &mut Reader<'_>) -> Feedforward {
@@ -97,7 +103,7 @@ fn read_feedforward(r: &mut Reader<'_>) -> Feedforward {
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Ia3 { feedforward: Feedforward::Down, starts_as_ones: true })
+    Box::new(Ia3 { feedforward: Feedforward::Down, starts_as_ones: true, from_file: false })
 }
 
 impl Method for Ia3 {
@@ -106,7 +112,16 @@ impl Method for Ia3 {
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
-        for site in b.targets() {
+        let targets = b.targets();
+        if let (Feedforward::Suffixes(ends), false) = (&self.feedforward, self.from_file) {
+            let none = |end: &&String| !targets.iter().any(|site| site.path.ends_with(end.as_str()));
+            let none: Vec<&str> = ends.iter().filter(none).map(String::as_str).collect();
+            if !none.is_empty() {
+                let names = none.join(", ");
+                return Err(Error::Unsupported(format!("`feedforward`: no target's name ends in {names}")));
+            }
+        }
+        for site in targets {
             // The shapes of the two vectors, and the inputs that share a number: a channel's, in a convolution.
             let (input, output, shared) = match site.kind {
                 Kind::Linear { out, inn, .. } => (vec![1, inn], vec![out, 1], 1),
@@ -276,5 +291,13 @@ mod tests {
         let (sites, info) = toy();
         let table = [(chosen("ia3", json!({})).0, Some(engraft_nn::Targets::names(["tok"])))];
         assert!(crate::attach(&table, &[], &sites, &info, 0).is_err(), "a table is not rescaled");
+    }
+
+    #[test]
+    fn feedforward_names_that_match_nothing_are_a_mistake() {
+        let (sites, info) = toy();
+        let methods = [chosen("ia3", json!({ "feedforward": ["down", "nosuch"] }))];
+        let error = crate::attach(&methods, &[], &sites, &info, 7).err().unwrap().to_string();
+        assert!(error.contains("no target's name ends in nosuch"), "{error}");
     }
 }

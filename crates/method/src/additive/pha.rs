@@ -300,6 +300,10 @@ impl Method for Pha {
         self.tasks.suit(run)
     }
 
+    fn chosen_in_use(&self) -> &'static [(&'static str, &'static str)] {
+        &[("task", "task")]
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let all = b.sites().clone();
         let is_mlp = |s: &&Site| s.role == Role::Mlp && matches!(s.kind, Kind::Sublayer { .. });

@@ -16,7 +16,6 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::reparameterized::vera::{Direction, Shape};
 use crate::shared::places;
-use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 14;
@@ -101,10 +100,6 @@ fn example() -> Box<dyn Method> {
 impl Method for Dvora {
     fn info(&self) -> &'static Info {
         &INFO
-    }
-
-    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
-        sizes::beyond_rank(targets, |_| self.0.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -110,6 +110,10 @@ impl Method for Poly {
         sizes::beyond_rank(targets, |_| self.rank)
     }
 
+    fn chosen_in_use(&self) -> &'static [(&'static str, &'static str)] {
+        &[("task", "engraft_task")]
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let Poly { rank, tasks, skills, splits, .. } = *self;
         for site in b.targets() {

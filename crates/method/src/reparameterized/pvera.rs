@@ -18,7 +18,6 @@ use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::shared::places;
 use crate::shared::projection::{corner, kaiming_pair};
-use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -143,10 +142,6 @@ fn example() -> Box<dyn Method> {
 impl Method for Pvera {
     fn info(&self) -> &'static Info {
         &INFO
-    }
-
-    fn doubts(&self, targets: &[&Site]) -> Vec<String> {
-        sizes::beyond_rank(targets, |_| self.rank)
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

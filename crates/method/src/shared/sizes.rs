@@ -60,8 +60,9 @@ mod tests {
     use crate::testing::toy;
     use serde_json::{Map, json};
 
-    /// Methods whose rank is none of a product, or is refused where it is too large.
-    const OTHERS: [&str; 3] = ["peanut", "shira", "osf"];
+    /// Methods whose rank is none of a product, that reach more changes with every rank (a diagonal between fixed projections), or that
+    /// refuse a rank that is too large.
+    const OTHERS: [&str; 6] = ["peanut", "shira", "vera", "dvora", "pvera", "osf"];
 
     #[test]
     fn a_rank_that_no_weight_can_have_is_told_or_refused() {

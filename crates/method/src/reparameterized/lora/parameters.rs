@@ -28,6 +28,9 @@ pub(super) fn read(r: &mut Reader<'_>) -> Vec<String> {
     named
 }
 
+const CHANGED_BASE: &str = "its tensor is another module's too, and peft takes this `init_lora_weights` off both: such an adapter fits \
+                            only a base that was changed; save it in peft with `path_initial_model_for_weight_conversion` first";
+
 fn at(site: &Site, message: &str) -> Error {
     Error::Site { path: site.path.clone(), message: message.into() }
 }
@@ -133,11 +136,14 @@ impl Lora {
         let shared = |site: &&&Site| tied::sharing(b.sites(), site).nth(1).is_some();
         let started = |site: &&&Site| !matches!(site.kind, Kind::Embedding { .. }) || self.is_parameter(site);
         let taken_off = self.from_file && self.start.is_taken_off();
+        // The table's own module may be none that the model reads, as T5's `shared`.
+        let own = |site: &Site| tied::own_name(b.sites(), site).map(|name| (site.path.clone(), name));
+        let named = |(_, name): &(String, String)| self.parameters.iter().any(|own| means(own, name));
+        if let Some((path, _)) = b.sites().iter().filter(|_| taken_off).filter_map(own).find(named) {
+            return Err(Error::Site { path, message: CHANGED_BASE.into() });
+        }
         if let Some(site) = targets.iter().filter(|_| taken_off).filter(started).find(shared) {
-            let message = "its tensor is another module's too, and peft takes this `init_lora_weights` off both: such an adapter \
-                           fits only a base that was changed; save it in peft with `path_initial_model_for_weight_conversion` \
-                           first";
-            return Err(at(site, message));
+            return Err(at(site, CHANGED_BASE));
         }
         Ok(())
     }

@@ -64,6 +64,24 @@ pub(super) struct Pair {
     pub taken: Option<(Init, Init)>,
 }
 
+impl Start {
+    /// An error where a matrix [out, in] has not so many directions as this start takes from it, or from its data.
+    fn has_ranks(&self, site: &Site, [out, inn]: [usize; 2], rank: usize) -> Result<()> {
+        let most = match self {
+            Start::Pissa(_) | Start::Olora | Start::Mica | Start::Corda => out.min(inn),
+            // B takes the second half of the directions.
+            Start::LoraGa => out.min(inn) / 2,
+            Start::Eva => inn,
+            Start::Kaiming | Start::Gaussian | Start::Random | Start::Orthogonal => return Ok(()),
+        };
+        if rank <= most {
+            return Ok(());
+        }
+        let message = format!("this `init` has at most {most} ranks here, not {rank}");
+        Err(Error::Site { path: site.path.clone(), message })
+    }
+}
+
 impl Lora {
     /// The start at a matrix [out, in] with scale `s`.
     pub(super) fn pair(
@@ -90,10 +108,7 @@ impl Lora {
             true => Ok::<_, Error>(site_weight(site)?.t()?),
             false => site_weight(site),
         };
-        if matches!(self.start, Start::Pissa(_) | Start::Olora | Start::Mica) && rank > out.min(inn) {
-            let message = format!("this `init` has at most {} ranks here, not {rank}", out.min(inn));
-            return Err(Error::Site { path: site.path.clone(), message });
-        }
+        self.start.has_ranks(site, [out, inn], rank)?;
         match self.start {
             Start::Kaiming => plain(Init::kaiming(inn), Init::Zeros),
             Start::Gaussian => plain(Init::Normal(1.0 / rank as f32), Init::Zeros),

@@ -170,7 +170,9 @@ fn starts_change_nothing_and_are_saved_as_plain_lora() {
     let (sites, info) = toy();
     for init in ["gaussian", "orthogonal", "pissa", "olora", "mica", "eva", "corda", "lora-ga"] {
         for dora in [false, true] {
-            let settings = json!({ "rank": 2, "alpha": 3, "init": init, "dora": dora, "rank_pattern": { "1.attn.v": 4 },
+            // LoRA-GA takes twice as many directions as ranks.
+            let of_v = if init == "lora-ga" { 2 } else { 4 };
+            let settings = json!({ "rank": 2, "alpha": 3, "init": init, "dora": dora, "rank_pattern": { "1.attn.v": of_v },
                 "alpha_pattern": { "0.attn.q": 5.0 } });
             let a = attached(&[chosen("lora", settings.clone())], &[]);
             let x = sample(&[5, 6], 3);
@@ -196,7 +198,7 @@ fn starts_change_nothing_and_are_saved_as_plain_lora() {
             let by = if ["gaussian", "orthogonal", "mica"].contains(&init) { 1 } else { 2 };
             assert_eq!(
                 (rank(Q), rank("layers.1.attn.v")),
-                (2 * by, (4 * by).min(if init == "eva" { 6 } else { 8 }))
+                (2 * by, (of_v * by).min(if init == "eva" { 6 } else { 8 }))
             );
             if init == "pissa" {
                 assert_eq!((&config["r"], &config["lora_alpha"]), (&json!(4), &json!(6)));
@@ -468,5 +470,18 @@ fn blocks_are_saved_alone_and_multiply_their_own_part() {
     ] {
         let error = crate::attach(&[chosen("lora", bad)], &[], &sites, &info, 0).err().unwrap();
         assert!(error.to_string().contains("do not divide"), "{error}");
+    }
+}
+
+#[test]
+fn a_start_has_no_more_ranks_than_directions() {
+    let (sites, info) = toy();
+    for (init, most) in [("pissa", 4), ("corda", 4), ("eva", 6), ("lora-ga", 2)] {
+        let of = |rank: usize| {
+            let methods = [chosen("lora", json!({ "rank": rank, "init": init }))];
+            crate::attach(&methods, &[], &sites, &info, 7).map(|_| ()).map_err(|e| e.to_string())
+        };
+        assert_eq!(of(most), Ok(()), "{init}");
+        assert!(of(most + 1).unwrap_err().contains(&format!("at most {most} ranks here, not {}", most + 1)));
     }
 }

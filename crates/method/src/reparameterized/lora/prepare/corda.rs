@@ -5,7 +5,7 @@
 //! B₀ = U·√(Σ/s) of the r largest singular values where the data show what is to be learned (`ipm`), of the r smallest where
 //! they show what is to be kept (`kpm`).
 
-use engraft_nn::{Error, Result};
+use engraft_nn::Result;
 use engraft_tensor::Tensor;
 use engraft_tensor::linalg::{solve_positive, svd};
 
@@ -35,10 +35,6 @@ impl Lora {
     fn corda_start(&self, place: &Place<'_>, c: &Tensor) -> Result<()> {
         let w = site_weight(place.site)?;
         let most = w.dim(0).min(w.dim(1));
-        if place.rank > most {
-            let message = format!("`init = \"corda\"` has at most {most} ranks here, not {}", place.rank);
-            return Err(Error::Site { path: place.site.path.clone(), message });
-        }
         let svd = svd(&w.matmul(c)?)?;
         let from = match self.search.prior {
             Prior::Instruction => 0,

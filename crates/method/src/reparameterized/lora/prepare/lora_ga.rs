@@ -4,7 +4,7 @@
 //! B₀ = κ·(the next r columns of U), κ = out^(1/4)/√γ; the paper takes s = α/√r (`rslora`). `peft` multiplies B₀ by singular
 //! values and scales it alone; this follows the paper and its authors' program.
 
-use engraft_nn::{Error, Result};
+use engraft_nn::Result;
 use engraft_tensor::Tensor;
 use engraft_tensor::cpu::random::Key;
 use engraft_tensor::linalg::svd_lowrank;
@@ -23,14 +23,6 @@ impl Lora {
             let (a, b) = (place.a.value(), place.b.value());
             [b.dim(0), a.len() / a.dim(0).max(1)]
         };
-        for place in places {
-            let most = sizes(place)[0].min(sizes(place)[1]) / 2;
-            if place.rank > most {
-                let message =
-                    format!("`init = \"lora-ga\"` has at most {most} ranks here, not {}", place.rank);
-                return Err(Error::Site { path: place.site.path.clone(), message });
-            }
-        }
         let numbers = |place: &Place<'_>| sizes(place).iter().product();
         summed(places, &all, numbers, (base, self.search.batches, true), gradient, |at, sum, _| {
             let place = &places[at];
