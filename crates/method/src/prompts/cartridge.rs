@@ -59,11 +59,10 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    let mut r = Reader::settings(settings, INFO.fields);
-    let tokens = r.count("tokens", 20, TOKENS_MAX);
-    let method = read(&mut r, tokens);
-    r.finish()?;
-    Ok(Box::new(method))
+    peft::own_settings(&INFO, settings, |r| {
+        let tokens = r.count("tokens", 20, TOKENS_MAX);
+        read(r, tokens)
+    })
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
