@@ -182,6 +182,7 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
         Some(name) => TaskName::Is(name.to_owned()),
         None => TaskName::None,
     });
+    attached.adapter.set_empty_keys(peft::empty_keys(config, &methods));
     let dead = attached.dead_targets.into_iter().chain(attached.dead_modules).collect();
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
 }
@@ -266,6 +267,7 @@ pub fn save_adapter(
                 peft::write_header(UNION, base_model, peft::task_type(adapter, info), &train_also);
             let configs = several.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
             union.insert("methods".into(), json!(configs));
+            peft::keep_empty(&mut union, adapter, "");
             union
         }
     };
@@ -337,6 +339,7 @@ fn config(
         }
         peft::agree_on_feedforward(&mut map, sites, &chosen);
     }
+    peft::keep_empty(&mut map, adapter, prefix);
     Ok((map, chosen))
 }
 
