@@ -111,7 +111,7 @@ fn build(
         b.set_prefix(prefix(methods, number));
         if let Some(targets) = targets.clone().or_else(|| method.default_targets(sites)) {
             let targets = Targets { train_also: train_also.to_vec(), ..targets };
-            let found = method.resolve(&targets, sites)?;
+            let found = tied::resolve(method.as_ref(), &targets, sites)?;
             dead_targets.extend(found.dead);
             b.set_targets(found.sites);
             b.set_choice(Some(targets));
@@ -311,7 +311,7 @@ pub(crate) fn chosen_by(
     let targets = targets.cloned().or_else(|| method.default_targets(sites));
     let targets = targets.map(|targets| Targets { train_also: train_also.to_vec(), ..targets });
     let chosen = match &targets {
-        Some(targets) => method.resolve(targets, sites)?.sites,
+        Some(targets) => tied::resolve(method, targets, sites)?.sites,
         None => Vec::new(),
     };
     Ok((targets, chosen))
