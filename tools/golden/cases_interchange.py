@@ -20,7 +20,7 @@ import trajectories
 import zoo
 from adapters_io import fill_adapter, save_adapter
 from common import TRAJECTORIES as PLACE
-from common import CASES, INPUTS, MODELS, TOLERANCE, forward, forward_both, fresh, logits_mask, relative, tensors_of, write_json, write_logits
+from common import CASES, INPUTS, MODELS, TOLERANCE, forward, forward_both, fresh, logits_mask, relative, rng, tensors_of, write_json, write_logits
 from rows import case, lora
 
 NO_TASK = dict(task_type=None)
@@ -32,6 +32,13 @@ TABLE = [
     lora("t5", "shared_head", "its copy beside the head's", merge=False, target_modules=["shared", "lm_head"]),
     case("t5", "hira", "shared", "the module that nothing reads", False, target_modules=["q", "k", "v", "o", "wi", "wo", "shared"], r=4),
     case("t5", "oft", "shared", "the module that nothing reads", False, target_modules=["q", "shared"], r=4, oft_block_size=0),
+    lora("t5", "shared_alone", "nothing but the module that nothing reads", merge=False, target_modules=["shared"]),
+    lora("t5", "parameters_shared_alone", "nothing but its matrix", merge=False, target_modules=[], target_parameters=["shared.weight"]),
+    lora("t5", "parameters_shared", "its matrix beside a module", merge=False, target_modules=["q"], target_parameters=["shared.weight"]),
+    lora("t5", "whole_shared", "trained as a whole beside a module", merge=False, target_modules=["v"], modules_to_save=["shared"]),
+    lora("t5", "tokens_shared", "rows of the table by its name", merge=False, target_modules=["v"], trainable_token_indices={"shared": [5, 40]}),
+    case("t5", "hira", "shared_alone", "nothing but the module that nothing reads", False, target_modules=["shared"], r=4),
+    case("t5", "trainable_tokens", "shared", "rows of the table by its name", False, target_modules=["shared"], token_indices=[5, 40]),
     lora("gpt2", "table_head", "both are copied, since the head is called so", merge=False, target_modules=["wte", "lm_head"]),
     lora("llama", "pattern_of_tables", "a pattern that does not say the name it matches", target_modules=r".*(embed_\w+|q_proj)"),
     lora("llama", "excluded_table", "excluded, and yet no other is", target_modules=r".*(lm_\w+|embed_tokens)",
@@ -55,6 +62,10 @@ TABLE = [
     lora("bert", "features", "a task that the model's class does not have", target_modules=["query"], task_type="FEATURE_EXTRACTION"),
     lora("qwen2", "look_around", "patterns that look ahead and back", target_modules=r"model\.layers\.(?!0)\d+\.self_attn\.(q|k)_proj",
          rank_pattern={r"(?<!x)\.q_proj|q_proj": 2}, exclude_modules=r".*(?=k_proj)k_\w+"),
+    lora("qwen2", "empty", "lists and tables that are given and empty", target_modules=["q_proj"], exclude_modules=[], modules_to_save=[],
+         layers_to_transform=[], layers_pattern=[], target_parameters=[], rank_pattern={}),
+    case("llama", "osf", "empty", "lists and tables that are given and empty", effective_rank=10, target_modules=["k_proj"],
+         modules_to_save=[], rank_pattern={}),
     lora("qwen2", "one_layer", "a number and a text in the place of lists", target_modules=["q_proj"], layers_to_transform=1,
          layers_pattern="layers"),
     lora("qwen2", "layer_list", "a list of one name; a module named in full in another layer", target_modules=["q_proj",
@@ -71,6 +82,9 @@ TABLE = [
     lora("bert", "tokens", "a table named, under a classifier", target_modules=["query"], trainable_token_indices={"word_embeddings": [60, 7]}),
     case("llama", "trainable_tokens", "twice", "of a row that is named twice the last counts", token_indices=[30, 9, 30]),
     # Other methods.
+    case("llama", "oft", "ones", "blocks of one input turn nothing and have no numbers", r=0, oft_block_size=4, target_modules=["q_proj", "down_proj"]),
+    case("llama", "oft", "ones_shared", "blocks of one input that share what they do not have", r=0, oft_block_size=1, block_share=True,
+         use_cayley_neumann=False, target_modules=["k_proj"], modules_to_save=["lm_head"]),
     case("vit", "boft", "convolution", "the windows of a convolution are turned", target_modules=["projection", "q_proj"],
          boft_block_size=4, modules_to_save=["classifier"], **NO_TASK),
     case("llama", "boft", "one_of_two", "two factors asked for, one made", boft_n_butterfly_factor=2, boft_block_size=4,
@@ -96,6 +110,14 @@ TABLE = [
          save_precomputed_indices=False, target_modules=["query", "key", "value"]),
     case("vit", "supertuning", None, "a classifier trained whole", sparsity=0.7, modules_to_save=["classifier"], target_modules=["q_proj", "fc1"]),
     case("t5", "supertuning", "supra", "encoder and decoder", sparsity=0.9, r=2),
+]
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Starts that change the base, which `peft` rounds to the base's type: logits of `peft` computing in bf16.
+HALF = [
+    lora("llama_bf16", "pissa_half", "a base without its largest directions", False, r=8, lora_alpha=8, init_lora_weights="pissa", target_modules=ALL),
+    lora("llama_bf16", "olora_half", "a base without a share of itself", False, r=8, lora_alpha=16, init_lora_weights="olora", target_modules=ALL),
+    lora("llama_bf16", "kasa_half", "a base without its smallest directions", False, r=8, lora_alpha=8, kasa_config=peft.KasaConfig(), target_modules=ALL),
+    case("llama_bf16", "osf", "half", "a base in two parts", False, effective_rank=16, target_modules=ALL),
 ]
 # name -> (model, kind of batches, options of training, method and its settings), as in trajectories.py
 TRAJECTORIES = {
@@ -155,10 +177,40 @@ def write_case(c):
         meta["self_check"]["reload_rel"] = relative(forward(model, inputs)[keep], logits[keep])
         assert meta["self_check"]["reload_rel"] < 1e-6, meta
     assert rel < 1e-5, meta
-    assert 0.01 < meta["effect_rel"], meta
+    assert (0.01 < meta["effect_rel"]) != name.endswith("shared_alone"), meta
     if c["merge"]:
         write_logits(out / "merged_logits.safetensors", cases.merged(read, c, logits, inputs, meta), inputs)
     write_logits(out / "logits.safetensors", logits, inputs)
+    write_json(out / "case.json", meta)
+    print(f"{name}: effect {meta['effect_rel']:.2f}, {meta['self_check']}", flush=True)
+
+
+def write_half(c):
+    """Logits of `peft` in the base's own type. They may be off by 1.5 times what the same changed base gives in f32."""
+    name, out = cases.label(c), fresh(CASES / cases.label(c))
+    inputs = tensors_of(INPUTS / c["model"] / "inputs.safetensors")
+    base = tensors_of(INPUTS / c["model"] / "base_logits.safetensors")["logits"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = peft.get_peft_model(base_of(c["model"], True), CONFIGS[c["method"]](task_type="CAUSAL_LM", **copy.deepcopy(c["config"])))
+        for key, p in model.named_parameters():
+            if p.requires_grad:  # near the start, as after training
+                off = torch.from_numpy(rng("adapter", name, key).uniform(-1, 1, tuple(p.shape))).float()
+                p.data = (p.data.float() + 0.15 * max(float(p.data.float().std()), 0.02) * off).to(p.dtype)
+        save_adapter(model, out / "adapter", c["model"])
+        read = lambda own: peft.PeftModel.from_pretrained(base_of(c["model"], own), out / "adapter").eval()  # noqa: E731
+        half, rounded, exact = (forward(m, inputs).float() for m in (read(True), read(True).float(), read(False)))
+    keep = logits_mask(half, inputs).bool()
+    for t in (half, rounded, exact):
+        t[~keep] = 0.0
+    noise = relative(rounded, half)
+    meta = {"case": name, "model": c["model"], "method": c["method"], "variant": c["variant"], "checks": c["checks"], "merge": False,
+            "tolerance": 1.5 * noise, "num_virtual_tokens": 0, "inputs": None, "effect_rel": relative(exact, base),
+            "peft": peft.__version__, "transformers": transformers.__version__,
+            "self_check": {"bf16_f32_rel": noise, "base_not_rounded_rel": relative(exact, half), "rounding_rel": relative(exact, rounded)}}
+    assert meta["effect_rel"] > 0.01, meta
+    write_logits(out / "logits.safetensors", half, inputs)
     write_json(out / "case.json", meta)
     print(f"{name}: effect {meta['effect_rel']:.2f}, {meta['self_check']}", flush=True)
 
@@ -170,6 +222,9 @@ def make(only=""):
     for c in TABLE:
         if only in cases.label(c):
             write_case(c)
+    for c in HALF:
+        if only in cases.label(c):
+            write_half(c)
     for name in TRAJECTORIES:
         if only in name and not any(trajectories.attempt(name, fresh(PLACE / name), salt) for salt in ("", "#1", "#2", "#3", "#4")):
             raise SystemExit(f"{name}: no well-posed batches found")

@@ -2,8 +2,8 @@
 
 - X-LoRA (arXiv:2402.07148): `peft`'s XLoraModel around adapters that it makes itself instead of loading them. It saves its router
   alone; here A and B of all adapters lie in one file (`ENGRAFT_XLORA`), one adapter after another: A [experts * r, in],
-  B [out, experts * r], `xlora_classifier.N` the N-th linear layer of the router. With `scalings` "sequence", or where a model is a
-  classifier of sequences, the router reads what the head reads of the sequence: BERT's pooled first token, a causal model's last.
+  B [out, experts * r], `xlora_classifier.N` the N-th linear layer of the router. With `scalings` "sequence" the
+  router reads what the head reads of the sequence: BERT's pooled first token, a causal model's last.
 - GLoRA (arXiv:2306.07967): W' = W + W * A + B, b' = b + b * D + E + W C, each of the five of its own kind (`ENGRAFT_GLORA`).
 """
 
@@ -65,7 +65,6 @@ def xlora(base, c, targets):
     model.config.use_cache = False
     own = {k: v for k, v in c.items() if k not in ("r", "lora_alpha", "lora_dropout", "experts", "scalings")}
     config = peft.XLoraConfig(hidden_size=model.config.hidden_size, adapters={str(i): "" for i in range(c["experts"])},
-                              use_trainable_adapters=True,
                               task_type=None if "Token" in zoo.MODELS_TABLE[base]["cls"] else task_of(base), **own)
     loading, xlora_model._load_adapter_into_lora_model = xlora_model._load_adapter_into_lora_model, make
     try:
@@ -73,11 +72,13 @@ def xlora(base, c, targets):
     finally:
         xlora_model._load_adapter_into_lora_model = loading
     for name, p in whole.named_parameters():
-        p.requires_grad = any(part in name for part in (".lora_A.", ".lora_B.", "internal_xlora_classifier"))
+        own = ("internal_xlora_classifier", *((".lora_A.", ".lora_B.") if c["use_trainable_adapters"] else ()))
+        p.requires_grad = any(part in name for part in own)
     router = whole.base_model.internal_xlora_classifier
-    if "Sequence" in zoo.MODELS_TABLE[base]["cls"]:
-        router.layers = OfSequence(router.layers, model.bert.pooler)
-        for p in model.bert.pooler.parameters():
+    if "Sequence" in zoo.MODELS_TABLE[base]["cls"] and c["scalings"] == "sequence":
+        pooler = model.bert.pooler if hasattr(model, "bert") else None
+        router.layers = OfSequence(router.layers, pooler)
+        for p in pooler.parameters() if pooler is not None else ():
             p.requires_grad = False
     elif c["scalings"] == "sequence":
         router.layers = OfSequence(router.layers)
@@ -184,7 +185,7 @@ def xlora_run(name, out, salt):
 
 XLORA = dict(r=2, lora_alpha=4, lora_dropout=0.0, experts=3, scalings="token", layerwise_scalings=False, xlora_depth=1, xlora_size=8,
              xlora_dropout_p=0.0, enable_softmax=True, softmax_temperature=1.0, top_k_lora=None, enable_softmax_topk=False,
-             global_scaling_weight=1.0)
+             global_scaling_weight=1.0, use_trainable_adapters=True)
 XLORA_CASES = [
     ("llama", None, {}, QV, "one scaling for all layers"),
     ("qwen3", "layerwise", dict(layerwise_scalings=True, xlora_depth=3, softmax_temperature=0.5, global_scaling_weight=1.5),
@@ -192,14 +193,27 @@ XLORA_CASES = [
     ("gpt2", "top", dict(top_k_lora=2, experts=4), ["c_attn", "c_proj"], "the two largest, stored transposed"),
     ("qwen2", "softmax_top", dict(top_k_lora=2, enable_softmax=False, enable_softmax_topk=True, layerwise_scalings=True), QV,
      "a softmax over the two largest"),
-    ("bert", None, dict(experts=2, r=3, xlora_depth=2), ["query", "value"], "scalings of sequences, from the pooled token"),
+    ("bert", None, dict(experts=2, r=3, xlora_depth=2), ["query", "value"], "a classifier, scalings of tokens"),
+    ("bert", "sequence", dict(scalings="sequence", xlora_depth=2), ["query", "value"], "scalings of sequences, from the pooled token"),
     ("llama_bias", "sequence", dict(scalings="sequence", layerwise_scalings=True), ["q_proj", "o_proj"], "scalings of the last token"),
     ("bert_token", None, dict(enable_softmax=False), ["query", "value"], "no softmax, rows of tokens"),
+    ("gpt2", "layerwise", dict(layerwise_scalings=True, xlora_depth=3, softmax_temperature=2.0, use_trainable_adapters=False), ["c_attn", "c_fc"],
+     "three layers and a warm softmax, adapters at rest"),
+    ("gpt2_cls", "top", dict(top_k_lora=1, softmax_temperature=0.4, xlora_depth=3), ["c_attn", "c_proj"],
+     "a classifier that reads the last token, one adapter of three for each"),
+    ("bert", "layerwise_top", dict(layerwise_scalings=True, xlora_depth=3, top_k_lora=2, softmax_temperature=0.3),
+     ["query", "key", "attention.output.dense"], "a classifier, the two largest of each layer"),
+    ("roberta_token", "softmax_top", dict(top_k_lora=2, experts=4, enable_softmax=False, enable_softmax_topk=True, use_trainable_adapters=False),
+     ["query", "value"], "a softmax over the two largest for each token, adapters at rest"),
+    ("mistral", "layerwise", dict(layerwise_scalings=True, softmax_temperature=0.1, top_k_lora=2, global_scaling_weight=0.5),
+     ["q_proj", "k_proj", "gate_proj"], "one layer and a cold softmax"),
 ]
 XLORA_RUNS = {
     "llama__xlora": ("llama", "padded", {}, QV, {}),
     "qwen2__xlora_layerwise": ("qwen2", "full", dict(layerwise_scalings=True, softmax_temperature=0.5), QV,
                                dict(learning_rate=5e-3, max_grad_norm=0.5)),
+    "gpt2__xlora_router": ("gpt2", "padded", dict(xlora_depth=3, top_k_lora=2, use_trainable_adapters=False), ["c_attn", "c_proj"], {}),
+    "bert__xlora": ("bert", "padded", dict(layerwise_scalings=True, softmax_temperature=0.7), ["query", "value"], {}),
 }
 
 

@@ -111,7 +111,7 @@ fn build(
         b.set_prefix(prefix(methods, number));
         if let Some(targets) = targets.clone().or_else(|| method.default_targets(sites)) {
             let targets = Targets { train_also: train_also.to_vec(), ..targets };
-            let found = method.resolve(&targets, sites)?;
+            let found = tied::resolve(method.as_ref(), &targets, sites)?;
             dead_targets.extend(found.dead);
             b.set_targets(found.sites);
             b.set_choice(Some(targets));
@@ -182,6 +182,7 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
         Some(name) => TaskName::Is(name.to_owned()),
         None => TaskName::None,
     });
+    attached.adapter.set_empty_keys(peft::empty_keys(config, &methods));
     let dead = attached.dead_targets.into_iter().chain(attached.dead_modules).collect();
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
 }
@@ -266,6 +267,7 @@ pub fn save_adapter(
                 peft::write_header(UNION, base_model, peft::task_type(adapter, info), &train_also);
             let configs = several.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
             union.insert("methods".into(), json!(configs));
+            peft::keep_empty(&mut union, adapter, "");
             union
         }
     };
@@ -309,7 +311,7 @@ pub(crate) fn chosen_by(
     let targets = targets.cloned().or_else(|| method.default_targets(sites));
     let targets = targets.map(|targets| Targets { train_also: train_also.to_vec(), ..targets });
     let chosen = match &targets {
-        Some(targets) => method.resolve(targets, sites)?.sites,
+        Some(targets) => tied::resolve(method, targets, sites)?.sites,
         None => Vec::new(),
     };
     Ok((targets, chosen))
@@ -337,6 +339,7 @@ fn config(
         }
         peft::agree_on_feedforward(&mut map, sites, &chosen);
     }
+    peft::keep_empty(&mut map, adapter, prefix);
     Ok((map, chosen))
 }
 

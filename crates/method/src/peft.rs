@@ -6,9 +6,11 @@ use engraft_nn::{
 };
 use serde_json::{Map, Value, json};
 
+use crate::assemble::is_union;
+use crate::names::prefix;
 use crate::read::{Reader, texts};
 use crate::shared::parameters::means;
-use crate::{Info, Loaded, Method, tied};
+use crate::{Chosen, Info, Loaded, Method, tied};
 
 /// The version whose keys are written.
 const VERSION: &str = "0.21.2";
@@ -333,6 +335,37 @@ pub(crate) fn task_type<'a>(adapter: &'a Adapter, info: &ModelInfo) -> Option<&'
     }
 }
 
+/// Whether a key is given and holds nothing.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Array(list) => list.is_empty(),
+        Value::Object(table) => table.is_empty(),
+        Value::String(text) => text.is_empty(),
+        _ => false,
+    }
+}
+
+/// What a configuration leaves empty, by its keys; those of one of several methods behind what precedes its parameters.
+pub(crate) fn empty_keys(config: &Value, methods: &[Chosen]) -> Map<String, Value> {
+    let parts = config.get("methods").and_then(Value::as_array).filter(|_| is_union(config));
+    let parts = parts.into_iter().flatten().enumerate().map(|(number, part)| (prefix(methods, number), part));
+    let of = |(before, part): (String, &Value)| {
+        let empty = part.as_object().into_iter().flatten().filter(|(_, value)| is_empty(value));
+        empty.map(|(key, value)| (format!("{before}{key}"), value.clone())).collect::<Vec<_>>()
+    };
+    parts.chain([(String::new(), config)]).flat_map(of).collect()
+}
+
+/// Leaves what the file of `adapter` left empty as it was, where there still is nothing to write: `peft` keeps it too.
+pub(crate) fn keep_empty(map: &mut Map<String, Value>, adapter: &Adapter, prefix: &str) {
+    for (key, empty) in adapter.empty_keys() {
+        let own = key.strip_prefix(prefix).and_then(|key| map.get_mut(key));
+        if let Some(value) = own.filter(|value| value.is_null()) {
+            *value = empty.clone();
+        }
+    }
+}
+
 /// The keys of every configuration.
 pub(crate) fn write_header(
     peft_type: &str,
@@ -350,4 +383,41 @@ pub(crate) fn write_header(
         map.remove("modules_to_save");
     }
     map
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{attached, chosen, toy};
+    use crate::{load_adapter, save_adapter};
+
+    #[test]
+    fn what_a_file_leaves_empty_stays_as_it_is_written() {
+        let (sites, info) = toy();
+        let lists = ["modules_to_save", "exclude_modules", "layers_to_transform", "target_parameters"];
+        let emptied = |mut config: Value| {
+            lists.iter().for_each(|key| config[*key] = json!([]));
+            (config["layers_pattern"], config["rank_pattern"]) = (json!(""), json!({}));
+            config
+        };
+        let one = [chosen("lora", json!({}))];
+        let several = [chosen("prompt", json!({})), chosen("lora", json!({}))];
+        for methods in [&one[..], &several] {
+            let a = attached(methods, &[]);
+            let (mut config, tensors) = save_adapter(&a.adapter, methods, &[], "b", &sites, &info).unwrap();
+            match config["methods"].is_array() {
+                true => {
+                    config["modules_to_save"] = json!([]);
+                    config["methods"][1] = emptied(config["methods"][1].take());
+                }
+                false => config = emptied(config),
+            }
+            let loaded = load_adapter(&config, tensors, &sites, &info).unwrap();
+            let save = |also: &[String]| {
+                save_adapter(&loaded.adapter, &loaded.methods, also, "b", &sites, &info).unwrap().0
+            };
+            assert_eq!(save(&[]), config);
+            assert_eq!(save(&["head".into()])["modules_to_save"], json!(["head"]));
+        }
+    }
 }

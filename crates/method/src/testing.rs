@@ -94,6 +94,11 @@ pub fn attached(methods: &[Chosen], train_also: &[&str]) -> Attached {
     attach(methods, &train_also, &sites, &info, 7).unwrap()
 }
 
+/// How many numbers a method trains at the sites that it takes by default.
+pub fn trained(name: &str, settings: Json) -> usize {
+    attached(&[chosen(name, settings)], &[]).adapter.trained_count()
+}
+
 /// Moves every trained tensor off its start, by up to `by`.
 pub fn stir(a: &Attached, by: f32) {
     for (number, p) in a.adapter.trainable().enumerate() {

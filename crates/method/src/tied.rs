@@ -3,11 +3,13 @@
 //! `peft` keeps one pair of factors (or one copy of the table) for both and writes it twice: at the table, and at the head,
 //! the factors changed over and transposed, since the head's ΔW = (B·A)ᵀ = Aᵀ·Bᵀ.
 
-use engraft_nn::{Builder, Error, Patch, Replacement, Result, Role, Site, SiteId, Sites};
+use engraft_nn::{
+    Builder, Error, Patch, Replacement, Resolution, Result, Role, Site, SiteId, Sites, TargetError, Targets,
+};
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value};
 
-use crate::Named;
+use crate::{Method, Named};
 
 /// The heads that share the tensor of the table `site`. `peft` ties what hangs on a table of this name and no other.
 pub(crate) fn heads<'s>(sites: &'s Sites, table: &'s Site) -> impl Iterator<Item = &'s Site> {
@@ -59,6 +61,21 @@ pub(crate) fn chosen_by_own_name(b: &Builder<'_>, table: &Site) -> Option<String
     let mut modules = Sites::default();
     modules.add(name.clone(), table.role, table.layer, table.kind.clone());
     b.choice()?.resolve(&modules).is_ok().then_some(name)
+}
+
+/// The sites that `targets` choose: none where they name nothing but modules that the model does not read, as `peft` lets them.
+pub(crate) fn resolve(method: &dyn Method, targets: &Targets, sites: &Sites) -> Result<Resolution> {
+    let mut unread = Sites::default();
+    for table in sites.iter() {
+        let name = own_name(sites, table).filter(|name| unread.iter().all(|known| known.path != *name));
+        name.into_iter().for_each(|name| _ = unread.add(name, table.role, table.layer, table.kind.clone()));
+    }
+    match method.resolve(targets, sites) {
+        Err(Error::Targets(TargetError::Dead { names, .. })) if method.resolve(targets, &unread).is_ok() => {
+            Ok(Resolution { sites: vec![], dead: names })
+        }
+        found => found,
+    }
 }
 
 /// Takes out of the tensors of a file those at a module that is none of the sites because the model does not read it (LoRA on

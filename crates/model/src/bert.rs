@@ -433,7 +433,7 @@ impl Model for Bert {
             h = cx.block(&self.sites, layer.site, &h, move |h, cx| this.forward(h, &sites, cx))?;
         }
         if !self.info.task.per_sequence() {
-            return Ok(Output { features: h, pass: cx });
+            return Ok(Output { features: h, states: None, pass: cx });
         }
         // The first row of each sequence, virtual or not, stands for it.
         let rows: Vec<i64> = cx.layout().sequences().iter().map(|s| s.start as i64).collect();
@@ -447,7 +447,7 @@ impl Model for Bert {
             Top::Mean => pooling::means(&h, cx.layout(), 0)?,
             _ => first(&h)?,
         };
-        Ok(Output { features, pass })
+        Ok(Output { features, states: Some(h), pass })
     }
 
     fn logits(&self, features: &Tensor, cx: &Pass) -> engraft_nn::Result<Tensor> {

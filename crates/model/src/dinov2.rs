@@ -231,7 +231,8 @@ impl Model for Dinov2 {
         let rows = token_rows(cx.layout(), 0);
         let (pass, count) = (cx.select(&rows)?, rows.len());
         let class = h.gather(&Tensor::from_i64(rows, [count])?)?;
-        Ok(Output { features: cat(&[&class, &means(&h, cx.layout(), tokens)?], 1)?, pass })
+        let features = cat(&[&class, &means(&h, cx.layout(), tokens)?], 1)?;
+        Ok(Output { features, states: None, pass })
     }
 
     fn logits(&self, features: &Tensor, cx: &Pass) -> engraft_nn::Result<Tensor> {

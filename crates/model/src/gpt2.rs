@@ -241,7 +241,7 @@ impl Model for Gpt2 {
         if self.info.task.per_sequence() {
             pooling::lasts(&features, &cx)
         } else {
-            Ok(Output { features, pass: cx })
+            Ok(Output { features, states: None, pass: cx })
         }
     }
 

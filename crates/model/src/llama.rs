@@ -427,7 +427,7 @@ impl Model for Llama {
         }
         let features = self.norm.forward(&h, &cx)?;
         if !self.info.task.per_sequence() {
-            return Ok(Output { features, pass: cx });
+            return Ok(Output { features, states: None, pass: cx });
         }
         pooling::lasts(&features, &cx)
     }

@@ -7,7 +7,8 @@ use engraft_tensor::Tensor;
 pub(crate) fn lasts(h: &Tensor, cx: &Pass) -> engraft_nn::Result<Output> {
     let rows: Vec<i64> = cx.layout().sequences().iter().map(|s| s.end as i64 - 1).collect();
     let (pass, count) = (cx.select(&rows)?, rows.len());
-    Ok(Output { features: h.gather(&Tensor::from_i64(rows, [count])?)?, pass })
+    let features = h.gather(&Tensor::from_i64(rows, [count])?)?;
+    Ok(Output { features, states: Some(h.clone()), pass })
 }
 
 /// The mean of each sequence's real rows but the first `skipped`: h [rows, width] → [sequences, width].

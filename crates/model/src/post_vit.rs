@@ -163,7 +163,7 @@ impl Model for PostVit {
         let h = self.norm.forward(&h, &cx)?;
         // One row for each picture, whichever it is: the pass tells whose they are.
         let pass = cx.select(&token_rows(cx.layout(), 0))?;
-        Ok(Output { features: means(&h, cx.layout(), 0)?, pass })
+        Ok(Output { features: means(&h, cx.layout(), 0)?, states: None, pass })
     }
 
     fn logits(&self, features: &Tensor, cx: &Pass) -> engraft_nn::Result<Tensor> {

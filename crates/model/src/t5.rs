@@ -428,13 +428,14 @@ impl Model for T5 {
                 let cx = cx.over(target.layout.clone())?;
                 let (h, pass) = decoder.forward(&target.ids, memory.as_ref(), &self.sites, &cx)?;
                 let features = if *scale == 1.0 { h } else { h.scale(*scale)? };
-                Ok(Output { features, pass })
+                Ok(Output { features, states: None, pass })
             }
             (None, Some(memory)) => {
                 let rows: Vec<i64> =
                     memory.pass.layout().sequences().iter().map(|s| s.start as i64).collect();
                 let pass = memory.pass.select(&rows)?;
-                Ok(Output { features: pooling::means(&memory.states, memory.pass.layout(), 0)?, pass })
+                let features = pooling::means(&memory.states, memory.pass.layout(), 0)?;
+                Ok(Output { features, states: Some(memory.states.clone()), pass })
             }
             (None, None) => {
                 let message = "a bare encoder has nothing to continue; run it without a cache";

@@ -202,7 +202,7 @@ impl Model for Vit {
             Top::Class(_) => class,
             Top::Both { .. } => cat(&[&class, &normed(1)?.0], 1)?,
         };
-        Ok(Output { features, pass })
+        Ok(Output { features, states: None, pass })
     }
 
     fn logits(&self, features: &Tensor, cx: &Pass) -> engraft_nn::Result<Tensor> {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use engraft_tensor::{Param, Tensor};
+use serde_json::{Map, Value};
 
 use crate::{Error, Names, Patch, Result, SiteId, Sites};
 
@@ -38,6 +39,7 @@ pub struct Adapter {
     params: Vec<NamedParam>,
     names: Names,
     task: TaskName,
+    empty: Map<String, Value>,
 }
 
 impl Adapter {
@@ -59,6 +61,17 @@ impl Adapter {
     /// Says what its file calls its task.
     pub fn set_task(&mut self, task: TaskName) {
         self.task = task;
+    }
+
+    /// Keys that its file gives and leaves empty, each with the list, table or text that stands there: as good as none, and
+    /// written as it was.
+    pub fn empty_keys(&self) -> &Map<String, Value> {
+        &self.empty
+    }
+
+    /// Says which keys its file leaves empty.
+    pub fn set_empty_keys(&mut self, empty: Map<String, Value>) {
+        self.empty = empty;
     }
 
     /// The patches at a site, in the order they were attached.

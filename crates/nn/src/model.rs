@@ -179,6 +179,9 @@ impl Inputs {
 pub struct Output {
     /// [rows, width].
     pub features: Tensor,
+    /// What the last block gave of all rows, normed where the head reads it so, in models of text whose features are those of
+    /// sequences.
+    pub states: Option<Tensor>,
     /// The rows; `layout().real_rows()` are those of real tokens.
     pub pass: Pass,
 }

@@ -210,9 +210,7 @@ fn configs_differ(old: &Value, new: &Value) -> Vec<String> {
     let free = ["auto_mapping", "model_class", "model_name"];
     // Written as the choice it stands for, with the same meaning.
     let same = |a: &Value, b: &Value| {
-        a == b
-            || a.as_array().is_some_and(Vec::is_empty) && b.is_null()
-            || a.as_f64().is_some() && a.as_f64() == b.as_f64()
+        a == b || a.as_f64().is_some() && a.as_f64() == b.as_f64()
     };
     let differs = |(key, value): (&String, &Value)| {
         let equal = free.contains(&key.as_str()) || same(value, &new[key]);

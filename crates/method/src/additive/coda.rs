@@ -224,6 +224,16 @@ mod tests {
     }
 
     #[test]
+    fn trained_numbers() {
+        let (sites, mut info) = crate::testing::toy();
+        info.task = engraft_nn::Task::SequenceClassification;
+        let methods = [crate::testing::chosen("coda", json!({ "reduction": 2 }))];
+        let adapter = crate::attach(&methods, &[], &sites, &info, 1).unwrap().adapter;
+        // A router, and an adapter of width 3 with its biases, in two blocks.
+        assert_eq!(adapter.trained_count(), 2 * (6 + (3 * 6 + 3) + (6 * 3 + 6)));
+    }
+
+    #[test]
     fn the_block_runs_on_the_chosen_tokens_alone() {
         let (sites, _) = crate::testing::toy();
         let site = sites.iter().next().unwrap();

@@ -241,6 +241,12 @@ mod tests {
     use engraft_tensor::testing::{close, sample};
 
     #[test]
+    fn trained_numbers() {
+        // Outputs of k and v, inputs of the MLP's second matrix.
+        assert_eq!(trained("ia3", json!({})), 2 * (4 + 4 + 8));
+    }
+
+    #[test]
     fn scales_outputs_with_their_bias_and_feedforward_inputs() {
         let a = attached(&[chosen("ia3", json!({}))], &[]);
         let x = sample(&[5, 6], 3);

@@ -367,6 +367,15 @@ mod tests {
     use engraft_tensor::testing::{check_gradients, close, sample};
 
     #[test]
+    fn trained_numbers() {
+        let count = |more: Value| crate::testing::trained("reft", more);
+        // W, b and P of each unit in two blocks; one for the first positions and one for the last, or one for both.
+        let unit = |rank: usize| rank * (6 + 1 + 6);
+        assert_eq!(count(json!({ "rank": 2, "prefix": 2, "suffix": 1 })), 2 * 2 * unit(2));
+        assert_eq!(count(json!({ "rank": 3, "prefix": 2, "suffix": 1, "tied": true })), 2 * unit(3));
+    }
+
+    #[test]
     fn reflections_keep_rows_orthonormal() {
         let (base, _) = linalg::qr(&sample(&[6, 6], 3)).unwrap();
         let start = orthonormal(&diagonal(2, 6, -1.0).unwrap(), &base).unwrap();

@@ -307,6 +307,13 @@ mod tests {
     }
 
     #[test]
+    fn trained_numbers() {
+        // What the masks take out is attached, and rests at zero.
+        let count = trained("sparse_adapter", json!({ "reduction": 2 }));
+        assert_eq!(count, 2 * ((3 * 6 + 3) + (6 * 3 + 6)));
+    }
+
+    #[test]
     fn what_is_taken_out_is_zero_and_counted() {
         for score in ["random", "magnitude"] {
             let found = masks(json!({ "reduction": 2, "score": score, "sparsity": 0.7 }));

@@ -369,6 +369,9 @@ mod tests {
     fn layers_have_what_their_group_has() {
         let settings = json!({ "budget": 0.2, "strategies": ["AL", "AL", "PB", "PB"] });
         let a = attached(&[chosen("s4", settings)], &[]);
+        // A fifth of 407 numbers, to a unit of each kind.
+        let (count, budget) = (a.adapter.trained_count() as f64, 0.2 * 407.0);
+        assert!((count - budget).abs() < 13.0, "{count} of {budget}");
         let has = |part: &str| names(&a).iter().any(|name| name.contains(part));
         assert!(has("layers.0.output_adapters.adapters.") && has("layers.0.attn.q.lora_A"));
         assert!(!has("layers.1.output_adapters.adapters.") && !has("layers.1.attn.q.lora_A"));

@@ -385,6 +385,11 @@ mod tests {
     use engraft_tensor::testing::close;
 
     #[test]
+    fn trained_numbers() {
+        assert_eq!(trained("prompt", json!({ "tokens": 3 })), 3 * 6);
+    }
+
+    #[test]
     fn rows_start_as_the_tokens_they_are_given() {
         let a = attached(&[chosen("prompt", json!({ "tokens": 3, "init_ids": [5, 7] }))], &[]);
         let ids = Tensor::from_i64(vec![5, 7, 5], [3]).unwrap();

@@ -206,6 +206,12 @@ mod tests {
     use engraft_tensor::testing::{close, sample};
 
     #[test]
+    fn trained_numbers() {
+        let count = |deep| trained("vpt", json!({ "tokens": 3, "deep": deep }));
+        assert_eq!([count(false), count(true)], [3 * 6, 2 * 3 * 6], "in every block");
+    }
+
+    #[test]
     fn shallow_is_prompt_tuning() {
         let a = attached(&[chosen("vpt", json!({ "tokens": 3 }))], &[]);
         assert_eq!(names(&a), ["prompt_embeddings"]);

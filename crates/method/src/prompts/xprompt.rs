@@ -346,6 +346,11 @@ mod tests {
     }
 
     #[test]
+    fn trained_numbers() {
+        assert_eq!(trained("xprompt", json!({ "tokens": 4, "pieces": 3 })), 4 * 6);
+    }
+
+    #[test]
     fn rows_then_parts_of_least_importance_go() {
         let settings = json!({
             "tokens": 4, "pieces": 3, "prune_tokens": 0.25, "prune_pieces": 0.34, "prompt_share": 0.25,

@@ -394,6 +394,14 @@ mod tests {
     use engraft_tensor::testing::{close, sample};
 
     #[test]
+    fn trained_numbers() {
+        let count = |rank| trained("lokr", json!({ "rank": rank }));
+        // q is (2·3)×(2·3), v (2·2)×(2·3), of two layers; a thin second factor has rank·(3 + 3) and rank·(2 + 3) numbers.
+        assert_eq!(count(2), 2 * ((2 * 2 + 3 * 3) + (2 * 2 + 2 * 3)));
+        assert_eq!(count(1), 2 * ((2 * 2 + (3 + 3)) + (2 * 2 + (2 + 3))));
+    }
+
+    #[test]
     fn divisors_multiply_to_the_size_and_the_first_is_as_large_as_may_be() {
         let cases = [
             (256, -1, 16, 16),

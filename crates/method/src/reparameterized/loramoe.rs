@@ -103,6 +103,13 @@ mod tests {
     use serde_json::json;
 
     #[test]
+    fn trained_numbers() {
+        // A and B of every expert, and a router, at [6, 8] of two layers.
+        let count = |experts, rank| trained("loramoe", json!({ "experts": experts, "rank": rank }));
+        assert_eq!([count(3, 2), count(5, 1)], [2 * 3 * (2 * (6 + 8) + 8), 2 * 5 * (6 + 8 + 8)]);
+    }
+
+    #[test]
     fn configurations() {
         survives_saving(&[chosen("loramoe", json!({ "experts": 3 }))], &["head"]);
         let good = config(&[chosen("loramoe", json!({}))], &[]);

@@ -78,6 +78,15 @@ mod tests {
     use serde_json::json;
 
     #[test]
+    fn trained_numbers() {
+        let count = |experts, rank| trained("molora", json!({ "experts": experts, "rank": rank }));
+        // A and B of every expert, and a router, at q [6, 6] and v [4, 6] of two layers.
+        let own = |experts: usize, rank: usize, out: usize| experts * (rank * (out + 6) + 6);
+        assert_eq!(count(3, 2), 2 * (own(3, 2, 6) + own(3, 2, 4)));
+        assert_eq!(count(5, 1), 2 * (own(5, 1, 6) + own(5, 1, 4)));
+    }
+
+    #[test]
     fn configurations() {
         survives_saving(&[chosen("molora", json!({ "experts": 3, "dropout": 0.1 }))], &["head"]);
         let good = config(&[chosen("molora", json!({}))], &[]);

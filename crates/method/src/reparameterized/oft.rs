@@ -238,17 +238,16 @@ impl Method for Oft {
                 _ => (matrices::linear(site, INFO.title)?.1, "oft_R", false),
             };
             let size = self.size.of(turned);
-            if size < 2 {
-                let message = format!(
-                    "the {turned} inputs cannot be cut into blocks of at least 2; choose another size"
-                );
-                return Err(Error::Site { path: site.path.clone(), message });
-            }
             let blocks = if self.share { 1 } else { turned / size };
             let start = if self.init_weights { Init::Zeros } else { Init::Normal(0.1) };
             let group = if self.constrained { CONSTRAINED } else { "" };
-            let shape = [blocks, size * (size - 1) / 2];
-            let q = b.param_in_group(&format!("{}.{name}.weight", site.path), &shape, start, group)?;
+            let (name, shape) = (format!("{}.{name}.weight", site.path), [blocks, size * (size - 1) / 2]);
+            if size == 1 {
+                // One input cannot be turned. `peft` has a tensor without numbers there.
+                b.fixed(&name, &shape, Init::Values(Tensor::zeros(shape)))?;
+                continue;
+            }
+            let q = b.param_in_group(&name, &shape, start, group)?;
             let eps = self.constrained.then_some(self.eps as f32);
             let patch =
                 Turned { q, size, series: self.series, eps, dropout: self.dropout, table, kept: Kept::new() };
@@ -265,7 +264,10 @@ impl Method for Oft {
         let moved = |_: &Site, (_, inn): (usize, usize)| !inn.is_multiple_of(asked);
         let Some((site, (_, inn), more)) = sizes::first_of(targets, moved) else { return vec![] };
         let path = &site.path;
-        let size = self.size.of(inn);
+        let size = match self.size.of(inn) {
+            1 => "1, and nothing is trained there".to_owned(),
+            size => size.to_string(),
+        };
         vec![format!(
             "`{key}` is {asked}, which does not divide the {inn} inputs of {path}{more}: blocks there have the nearest size, {size}"
         )]
@@ -436,6 +438,25 @@ mod tests {
         close(&both_ways(&free, "layers.0.attn.q", &x).0, &before, 1e-6);
         // Zero stays zero.
         close(&projected(&Tensor::zeros([2, 3]), 0.01).unwrap(), &Tensor::zeros([2, 3]), 0.0);
+    }
+
+    #[test]
+    fn blocks_of_one_input_turn_nothing() {
+        // Six inputs of the queries, eight of the other matrix.
+        let targets = Some(Targets::names(["attn.q", "mlp.down"]));
+        let methods = [(chosen("oft", json!({ "blocks": 6 })).0, targets)];
+        let a = attached(&methods, &[]);
+        let shape = |at: usize| a.adapter.params()[at].param.value().shape().to_vec();
+        let (q, down) = (shape(0), shape(1));
+        assert_eq!((&names(&a)[0][..], q), ("layers.0.attn.q.oft_R.weight", vec![6, 0]));
+        assert!(down[1] > 0 && a.adapter.trained_count() > 0, "{down:?}");
+        stir(&a, 0.5);
+        let (x, w) = (sample(&[5, 6], 3), frozen("layers.0.attn.q"));
+        close(&x.matmul_t(&w).unwrap(), &both_ways(&a, "layers.0.attn.q", &x).0, 1e-6);
+        survives_saving(&methods, &[]);
+        let mut file = config(&methods, &[]);
+        (file["r"], file["oft_block_size"]) = (json!(0), json!(1));
+        assert!(from_file(&file).unwrap().is_some());
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! X-LoRA: a router that reads what the frozen model says of the text scales several LoRAs, token by token.
 //!
-//! y = x·Wᵀ + λ·α/r·Σ_e s_e·(drop(x)·A_eᵀ)·B_eᵀ. A first pass without the adapter gives the states h that the head would
-//! read; s = softmax(R(h)/T), one row for every token or, where the model says one thing of a sequence or the setting asks for
-//! it, for every sequence. R is one linear layer, or several with ReLU and dropout between them; it gives `experts` numbers for
-//! all layers together or, with `layerwise_scalings`, for each. Of these the `top_k_lora` largest stay, as they are or in a softmax of
-//! their own. A is Kaiming-uniform noise, B zero, so the base is unchanged at the start.
+//! y = x·Wᵀ + λ·α/r·Σ_e s_e·(drop(x)·A_eᵀ)·B_eᵀ. A first pass without the adapter gives the states h of the last block, as
+//! a head reads them; s = softmax(R(h)/T), one row for every token or, in models of pictures and where the setting asks for
+//! it, for every sequence, from what the head reads of it. R is one linear layer, or several with ReLU and dropout between them;
+//! it gives `experts` numbers for all layers together or, with `layerwise_scalings`, for each. Of these the `top_k_lora`
+//! largest stay, as they are or in a softmax of their own. A is Kaiming-uniform noise, B zero, so the base is unchanged at the
+//! start.
 //!
 //! Buehler & Buehler 2024, arXiv:2402.07148; the settings are those of `peft`'s XLoraConfig. In the paper the adapters were
-//! trained before and rest; here they start anew and are trained with the router. `peft` saves the router alone, so the form
-//! of the file is our own.
+//! trained before and rest; here they start anew and are trained with the router, and rest where a file says so
+//! (`use_trainable_adapters`). `peft` saves the router alone, so the form of the file is our own.
 //!
 //! A [experts·rank, in], B [out, experts·rank] of each target, one expert after another; `xlora_classifier.N.weight`
 //! [size, in] and `.bias` `[size]`, the last of them [layers·experts, …] where layerwise.
@@ -54,6 +55,8 @@ struct XLora {
     softmax_of_top_k: bool,
     /// λ.
     weight: f64,
+    /// Whether A and B are trained with the router: in files that were made so they rest.
+    trainable: bool,
 }
 
 static INFO: Info = Info {
@@ -118,6 +121,7 @@ fn read(r: &mut Reader<'_>, names: [&'static str; 3]) -> XLora {
         top_k,
         softmax_of_top_k: r.flag("enable_softmax_topk", false),
         weight: r.float("global_scaling_weight", 1.0),
+        trainable: r.flag("use_trainable_adapters", true),
     }
 }
 
@@ -147,6 +151,7 @@ fn example() -> Box<dyn Method> {
         top_k: None,
         softmax_of_top_k: false,
         weight: 1.5,
+        trainable: true,
     })
 }
 
@@ -180,8 +185,13 @@ impl Method for XLora {
             }
             let wide = self.sizes.experts * self.sizes.rank;
             let experts = Experts {
-                a: b.param(&format!("{}.lora_A.weight", site.path), &[wide, inn], Init::kaiming(inn))?,
-                b: b.param(&format!("{}.lora_B.weight", site.path), &[out, wide], Init::Zeros)?,
+                a: self.factor(
+                    b,
+                    &format!("{}.lora_A.weight", site.path),
+                    [wide, inn],
+                    Init::kaiming(inn),
+                )?,
+                b: self.factor(b, &format!("{}.lora_B.weight", site.path), [out, wide], Init::Zeros)?,
                 router: router.clone(),
                 layer: if self.layerwise { layer } else { 0 },
             };
@@ -202,8 +212,10 @@ impl Method for XLora {
         }
         let out = no_grad(first)?;
         let features = out.features.detach();
-        if features.dim(0) == cx.layout().tokens() {
-            cx.put(STATES, features.clone());
+        match &out.states {
+            Some(states) => cx.put(STATES, states.detach()),
+            None if features.dim(0) == cx.layout().tokens() => cx.put(STATES, features.clone()),
+            None => {}
         }
         let per_sequence = features.dim(0) == cx.layout().sequences().len();
         for summary in [Summary::First, Summary::Last] {
@@ -224,7 +236,7 @@ impl Method for XLora {
             "global_scaling_weight": number(self.weight), "layerwise_scalings": self.layerwise,
             "scalings": if self.by_sequence { "sequence" } else { "token" }, "softmax_temperature": number(self.temperature),
             "top_k_lora": self.top_k, "xlora_depth": self.depth, "xlora_dropout_p": as_written(self.dropout),
-            "xlora_size": self.size,
+            "use_trainable_adapters": self.trainable, "xlora_size": self.size,
         });
         keys.extend(own.as_object().cloned().unwrap_or_default());
         keys
@@ -232,6 +244,10 @@ impl Method for XLora {
 }
 
 impl XLora {
+    fn factor(&self, b: &mut Builder<'_>, name: &str, shape: [usize; 2], init: Init) -> Result<Param> {
+        if self.trainable { b.param(name, &shape, init) } else { b.fixed(name, &shape, init) }
+    }
+
     /// The router of an adapter with so many targets.
     fn router(&self, b: &mut Builder<'_>, targets: usize) -> Result<Router> {
         let task = b.info().task;
@@ -247,7 +263,10 @@ impl XLora {
             Kind::Head { inn, .. } => Some(inn),
             _ => None,
         };
-        let read = b.sites().iter().find_map(of_head).unwrap_or(b.info().width);
+        // A classifier of pictures has rows of its own that no token is behind.
+        let by_token = !self.by_sequence && task != Task::ImageClassification;
+        let of_head = b.sites().iter().find_map(of_head).filter(|_| !by_token);
+        let read = of_head.unwrap_or(b.info().width);
         let layers = if self.layerwise { targets } else { 1 };
         let mut steps = Vec::new();
         for number in 0..self.depth {
@@ -261,12 +280,8 @@ impl XLora {
             steps,
             method: self.clone(),
             layers,
-            by_token: !self.by_sequence && !task.per_sequence(),
-            states: if self.by_sequence || task.per_sequence() {
-                said(Summary::usual(task))
-            } else {
-                STATES.into()
-            },
+            by_token,
+            states: if by_token { STATES.into() } else { said(Summary::usual(task)) },
             scalings: format!("{}xlora.scalings", b.prefix()),
             site: block.id,
         })
@@ -421,5 +436,32 @@ impl WeightPatch for Experts {
 
     fn mergeable(&self) -> bool {
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+
+    #[test]
+    fn trained_numbers() {
+        let count = |more: Value| trained("xlora", with(json!({ "experts": 3, "rank": 2 }), more));
+        // A and B of every expert at q [6, 6] and v [4, 6] of two layers, and the router.
+        let factors = 2 * 3 * 2 * ((6 + 6) + (4 + 6));
+        assert_eq!(count(json!({})), factors + 3 * (6 + 1));
+        assert_eq!(count(json!({ "layerwise_scalings": true })), factors + 4 * 3 * (6 + 1));
+        let deep = json!({ "xlora_depth": 3, "xlora_size": 5 });
+        assert_eq!(count(deep), factors + 5 * (6 + 1) + 5 * (5 + 1) + 3 * (5 + 1));
+    }
+
+    #[test]
+    fn adapters_rest_where_a_file_says_so() {
+        let saved = config(&[chosen("xlora", json!({ "experts": 3, "rank": 2 }))], &[]);
+        assert_eq!(saved["use_trainable_adapters"], true);
+        let loaded = from_file(&with(saved, json!({ "use_trainable_adapters": false }))).unwrap().unwrap();
+        let methods = [(loaded.method, loaded.targets)];
+        assert_eq!(attached(&methods, &[]).adapter.trained_count(), 3 * (6 + 1));
+        survives_saving(&methods, &[]);
     }
 }

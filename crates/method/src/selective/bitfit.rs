@@ -109,6 +109,12 @@ mod tests {
     use serde_json::json;
 
     #[test]
+    fn trained_numbers() {
+        // q, k, down and the norm of two layers, and the head.
+        assert_eq!(trained("bitfit", json!({})), 2 * (6 + 4 + 6 + 6) + 3);
+    }
+
+    #[test]
     fn trains_every_bias_or_those_of_the_targets() {
         let a = attached(&[chosen("bitfit", json!({}))], &[]);
         assert_eq!(names(&a).len(), 2 * 4 + 1);

@@ -134,6 +134,13 @@ mod tests {
     use engraft_tensor::testing::close;
 
     #[test]
+    fn trained_numbers() {
+        let count = |variant| trained("child_tuning", json!({ "variant": variant, "share": 0.25 }));
+        let all = 2 * (36 + 24 + 24 + 48);
+        assert_eq!([count("F"), count("D")], [all, all / 4]);
+    }
+
+    #[test]
     fn the_mean_of_masked_gradients_is_the_gradient() {
         let path = "layers.0.attn.q";
         let method = chosen("child_tuning", json!({ "variant": "F", "share": 0.4 })).0;

@@ -281,6 +281,13 @@ mod tests {
     }
 
     #[test]
+    fn trained_numbers() {
+        // w and its gates of all matrices in the first stage, one more gate each where structured, ⌊0.1·264⌋ values in the second.
+        let count = |structured| trained("diff_pruning", json!({ "density": 0.1, "structured": structured }));
+        assert_eq!([count("none"), count("product")], [2 * 264 + 26, 2 * 264 + 8 + 26]);
+    }
+
+    #[test]
     fn gates_lie_between_zero_and_one_and_open_as_often_as_is_said() {
         for a in [-1.0f32, 0.0, 1.0, 3.0] {
             let shape = [200, 200];

@@ -99,6 +99,12 @@ mod tests {
     use crate::testing::*;
 
     #[test]
+    fn trained_numbers() {
+        // All linear layers but the head have 2·(36 + 24 + 24 + 48) entries.
+        assert_eq!(trained("fish", json!({ "density": 0.1 })), 26);
+    }
+
+    #[test]
     fn squares_are_taken_a_sequence() {
         let path = "layers.0.attn.q";
         let method = chosen("fish", json!({ "density": 0.2, "samples": 2 })).0;

@@ -142,6 +142,14 @@ mod tests {
     use serde_json::json;
 
     #[test]
+    fn trained_numbers() {
+        // Table, linear layers with their biases and norms of two layers, and the head.
+        let layer = (36 + 6) + (24 + 4) + 24 + (48 + 6) + (6 + 6);
+        assert_eq!(trained("full", json!({})), 11 * 6 + 2 * layer + (3 * 6 + 3));
+        assert_eq!(trained("head", json!({})), 3 * 6 + 3);
+    }
+
+    #[test]
     fn trains_all_the_targets_or_the_head() {
         let a = attached(&[chosen("full", json!({}))], &[]);
         assert_eq!(names(&a).len(), 1 + 2 * (4 + 3 + 2) + 2, "every tensor once");

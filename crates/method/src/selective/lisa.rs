@@ -263,6 +263,12 @@ mod tests {
     }
 
     #[test]
+    fn trained_numbers() {
+        // Everything, of which a few blocks are awake at a time.
+        assert_eq!(trained("lisa", json!({})), trained("full", json!({})));
+    }
+
+    #[test]
     fn every_block_is_drawn_equally_often_and_stays_for_an_interval() {
         let d = draw(3, 12);
         let (mut visits, periods) = (vec![0; 12], 4000);

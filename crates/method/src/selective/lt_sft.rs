@@ -189,6 +189,12 @@ mod tests {
     }
 
     #[test]
+    fn trained_numbers() {
+        // Δ of all matrices in the first stage, ⌊0.1·264⌋ values in the second.
+        assert_eq!(trained("lt_sft", json!({ "density": 0.1 })), 2 * (36 + 24 + 24 + 48) + 26);
+    }
+
+    #[test]
     fn the_first_stage_is_full_tuning() {
         let (_, base, adapter) = moved(json!({ "density": 0.1 }));
         let merged = engraft_nn::merged_tensors(base.sites(), &adapter).unwrap();

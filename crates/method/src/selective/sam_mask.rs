@@ -102,6 +102,12 @@ mod tests {
     use crate::testing::*;
 
     #[test]
+    fn trained_numbers() {
+        // A share of each matrix: [6, 6], two [4, 6] and [6, 8] of two layers.
+        assert_eq!(trained("sam_mask", json!({ "density": 0.2 })), 2 * (7 + 4 + 4 + 9));
+    }
+
+    #[test]
     fn gradients_are_summed_with_their_signs() {
         let paths = ["layers.0.attn.q", "layers.0.attn.v"];
         let method = chosen("sam_mask", json!({ "density": 0.2, "burn_in": 3 })).0;

@@ -99,6 +99,12 @@ mod tests {
     use crate::testing::*;
 
     #[test]
+    fn trained_numbers() {
+        // A share of each matrix and one more: [6, 6], two [4, 6] and [6, 8] of two layers.
+        assert_eq!(trained("sift", json!({ "density": 0.2 })), 2 * (8 + 5 + 5 + 10));
+    }
+
+    #[test]
     fn the_first_gradient_decides() {
         let path = "layers.0.attn.v";
         let method = chosen("sift", json!({ "density": 0.2 })).0;

@@ -346,6 +346,13 @@ mod tests {
     const PATHS: [&str; 3] = ["layers.0.attn.q", "layers.0.attn.v", "layers.1.mlp.down"];
 
     #[test]
+    fn trained_numbers() {
+        // ⌊0.25·264⌋ entries, and room for a product of rank 1 at every matrix, of which `prepare` leaves one kind.
+        let products = 2 * ((6 + 6) + (4 + 6) + (4 + 6) + (6 + 8));
+        assert_eq!(trained("spt", json!({ "budget": 0.25, "rank": 1 })), 66 + products);
+    }
+
+    #[test]
     fn the_plan_is_the_largest_within_the_budget() {
         let spt = Spt { budget: 0.3, rank: 1, alpha: 2.0, batches: 1, fixed: None };
         let matrices = [Matrix { first: 0, out: 4, inn: 2 }, Matrix { first: 8, out: 5, inn: 5 }];

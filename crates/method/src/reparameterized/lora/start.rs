@@ -9,7 +9,8 @@
 //! - `eva`, `corda`, `lora-ga`: from what the base makes of the training data (`prepare`).
 //!
 //! Where B₀·A₀ is not zero it is taken off the weight, so that W′ = W at the start. `peft` changes the base for that; a file
-//! that it wrote without conversion is read by making A₀ and B₀ again, where they follow from the base alone.
+//! that it wrote without conversion is read by making A₀ and B₀ again, where they follow from the base alone. On a base in bf16
+//! `peft` rounds what is left; here nothing is rounded, as in its own conversion (docs/tutorial.md has the difference in numbers).
 
 use engraft_nn::{Builder, Error, Init, Kind, Result, Site};
 use engraft_tensor::cpu::random::Key;
