@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::prefix::{INNER_MAX, Prefix};
 use super::union::{Adapters, Union};
 use crate::prompts::prompt::TOKENS_MAX;
-use crate::shared::fields::{float, int};
+use crate::shared::fields::{extra_tokens, float, int};
 use crate::{Entry, Info, Loaded, Method, read::Reader};
 
 static INFO: Info = Info {
@@ -29,7 +29,7 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_MAM",
     fields: &[
-        int("tokens", (1, TOKENS_MAX as i64), Some("30"), "Number of extra keys and values in a layer."),
+        extra_tokens("30"),
         int(
             "projection",
             (0, INNER_MAX as i64),

@@ -39,7 +39,7 @@ pub(crate) fn read_file(config: &Value, info: &Info, has_phm: bool) -> Result<Op
 }
 
 /// The adapter of such a file.
-pub(crate) fn saved(config: &Value, info: &Info, has_phm: bool) -> Result<Option<Bottleneck>> {
+fn saved(config: &Value, info: &Info, has_phm: bool) -> Result<Option<Bottleneck>> {
     let Some((inner, name)) = from_adapter_hub(config, info) else { return Ok(None) };
     let ours = peft::is_type(config, info.peft_type);
     if inner.get("architecture").is_some_and(|kind| kind == "union") && !ours {
