@@ -145,6 +145,7 @@ mod tests {
                 adapter: None,
                 methods: Vec::new(),
                 labels: None,
+                tasks: Vec::new(),
                 new_tensors: Vec::new(),
             };
             let most = expected["max_new_tokens"].as_u64().unwrap() as usize;

@@ -10,7 +10,7 @@ use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Site, Task};
 use engraft_store::{AdapterFiles, read_adapter, read_config};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
-use engraft_train::{label_names, open_adapter_choosing};
+use engraft_train::{label_names, open_adapter_choosing, task_names, task_number};
 use serde_json::Value;
 
 use crate::context::Context;
@@ -124,6 +124,8 @@ pub struct Engine {
     pub methods: Vec<Chosen>,
     /// The names of the classes that the adapter was trained on.
     pub labels: Option<Vec<String>>,
+    /// The names of the tasks that it was trained on, by their numbers.
+    pub tasks: Vec<String>,
     /// Tensors of a head that the files do not hold in the size that is asked for.
     pub new_tensors: Vec<String>,
 }
@@ -185,6 +187,7 @@ impl Engine {
             adapter: None,
             methods: Vec::new(),
             labels: None,
+            tasks: Vec::new(),
             new_tensors: loaded.new_tensors,
         })
     }
@@ -203,18 +206,35 @@ impl Engine {
 
     /// Takes the adapter of a directory.
     fn attach(&mut self, dir: &Path, choices: &Settings, cx: &Context) -> Outcome {
-        let opened =
-            open_adapter_choosing(self.model.as_ref(), dir, &cx.limits, choices).map_err(|error| {
-                Failure::before_work(format!(
-                    "{} does not fit {}:\n{error}",
+        let opened = open_adapter_choosing(self.model.as_ref(), dir, &cx.limits, choices).map_err(
+            |error| match error {
+                engraft_train::Error::Choice(text) => Failure::before_work(format!("--choose: {text}")),
+                other => Failure::before_work(format!(
+                    "{} does not fit {}:\n{other}",
                     dir.display(),
                     self.dir.display()
-                ))
-            })?;
+                )),
+            },
+        )?;
         opened.notes.iter().for_each(|note| cx.ui.note(note));
         (self.adapter, self.methods) = (Some(Arc::new(opened.adapter)), opened.methods);
         self.labels = label_names(dir).before_work()?;
+        self.tasks = task_names(dir).before_work()?;
         Ok(())
+    }
+
+    /// The number of the task that `given` names, or is.
+    ///
+    /// # Errors
+    /// A name that the adapter does not know.
+    pub fn task(&self, given: &str) -> Outcome<usize> {
+        match (given.parse(), self.tasks.is_empty()) {
+            (Ok(number), _) => Ok(number),
+            (Err(_), false) => task_number(&self.tasks, given).before_work(),
+            (Err(_), true) => Err(Failure::before_work(format!(
+                "--task {given}: the adapter knows no tasks by name; give a number, from 0"
+            ))),
+        }
     }
 
     /// Tokens → logits of the real tokens [tokens, outputs], or [sequences, outputs].

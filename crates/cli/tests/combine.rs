@@ -314,8 +314,8 @@ fn directories_above_the_result_are_made_and_none_is_where_it_cannot_be() {
 }
 
 /// A copy of the model of the tests, one of whose numbers is no number.
-fn broken(dir: &Path) -> PathBuf {
-    let (model, to) = (golden().join("models/llama"), dir.join("broken"));
+fn broken(dir: &Path, tensor: &str, value: f32) -> PathBuf {
+    let (model, to) = (golden().join("models/llama"), dir.join(tensor));
     fs::create_dir_all(&to).unwrap();
     for entry in fs::read_dir(&model).unwrap() {
         let path = entry.unwrap().path();
@@ -324,10 +324,9 @@ fn broken(dir: &Path) -> PathBuf {
     let file = to.join("model.safetensors");
     let mut bytes = fs::read(&file).unwrap();
     let weights = Weights::open_file(&file, &Limits::default()).unwrap();
-    let q = "model.layers.0.self_attn.q_proj.weight";
-    let raw = weights.get(q).unwrap().bytes().to_vec();
+    let raw = weights.get(tensor).unwrap().bytes().to_vec();
     let at = bytes.windows(raw.len()).position(|window| window == raw).unwrap();
-    bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    bytes[at..at + 16].copy_from_slice(&[value; 4].map(f32::to_le_bytes).concat());
     drop(weights);
     fs::write(&file, bytes).unwrap();
     to
@@ -350,7 +349,9 @@ fn weights_beyond_32_bits_and_units_that_are_none_are_refused() {
 #[test]
 fn numbers_that_are_none_are_bad_input() {
     let (root, dir) = (golden(), tempfile::tempdir().unwrap());
-    let (model, broken, out) = (root.join("models/llama"), broken(dir.path()), dir.path().join("out"));
+    let (model, out) = (root.join("models/llama"), dir.path().join("out"));
+    let huge = broken(dir.path(), "model.norm.weight", 3e38);
+    let broken = broken(dir.path(), "model.layers.0.self_attn.q_proj.weight", f32::NAN);
     for (before, after) in [(&model, &broken), (&broken, &model)] {
         let said =
             refused(&["extract", "--model", text(before), "--tuned", text(after), "--out", text(&out)]);
@@ -361,6 +362,15 @@ fn numbers_that_are_none_are_bad_input() {
     let said = refused(&["merge", "--model", text(&broken), "--adapter", text(&a), "--out", text(&out)]);
     assert!(said.contains("is NaN"), "{said}");
     assert!(!out.exists());
+    // Weights of which every one is a number, and logits that are none.
+    let args = ["merge", "--model", text(&huge), "--adapter", text(&a), "--out", text(&out)];
+    let done = Command::new(env!("CARGO_BIN_EXE_engraft")).args(args).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert_eq!(done.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("are not finite; those of the base with the adapter beside it are not either"),
+        "{said}"
+    );
 }
 
 #[test]

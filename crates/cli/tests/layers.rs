@@ -34,7 +34,8 @@ fn all_layers_dropped_are_the_base() {
         assert_eq!(with(layers), base, "{case}");
         assert_eq!(with(0), whole, "{case}");
         assert!(with(1) != base && with(1) != whole, "{case}");
-        let out = tempfile::tempdir().unwrap().path().join("o");
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("o");
         let more = (layers + 1).to_string();
         let refused = logits(model, &out, &["--adapter", adapter, "--drop-layers", &more]);
         assert_eq!(refused.status.code(), Some(2));
@@ -44,7 +45,8 @@ fn all_layers_dropped_are_the_base() {
 
 #[test]
 fn an_adapter_without_layers_has_none_to_drop() {
-    let out = tempfile::tempdir().unwrap().path().join("o");
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("o");
     let adapter = golden().join("cases/llama__prompt/adapter");
     let refused = logits("llama", &out, &["--adapter", adapter.to_str().unwrap(), "--drop-layers", "1"]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
@@ -100,7 +102,8 @@ fn what_an_adapter_leaves_open_is_chosen_in_use() {
 
 #[test]
 fn what_is_not_open_is_told() {
-    let out = tempfile::tempdir().unwrap().path().join("o");
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("o");
     for (case, choice, expected) in [
         ("llama__dylora", "eval_rank=5", "`eval_rank`: expected at most the rank 4, found 5"),
         ("llama__dylora", "eval_rank=few", "`eval_rank`: expected a whole number"),
@@ -112,6 +115,18 @@ fn what_is_not_open_is_told() {
         let refused = logits("llama", &out, &["--adapter", adapter.to_str().unwrap(), "--choose", choice]);
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert_eq!(refused.status.code(), Some(2), "{said}");
-        assert!(said.contains(expected), "{said}");
+        assert!(said.contains(expected) && !said.contains("does not fit"), "{said}");
+    }
+}
+
+#[test]
+fn a_place_that_cannot_be_written_is_told_before_any_work() {
+    let dir = tempfile::tempdir().unwrap();
+    for out in [Path::new("/proc/x/y"), &dir.path().join("no/such/o"), dir.path()] {
+        // A model that is not there would be the next mistake.
+        let refused = logits("no_such_model", out, &[]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(2), "{said}");
+        assert!(said.contains(out.to_str().unwrap()) && !said.contains("no_such_model"), "{said}");
     }
 }

@@ -77,6 +77,12 @@ fn tasks_that_the_method_was_not_told_of_are_refused_and_spare_ones_told() {
     let refused = engraft(&["eval", four.to_str().unwrap(), "--adapter", &adapter]);
     let error = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(2), "{error}");
+    assert!(error.contains("there is no task `task 2`; the adapter knows `first`, `second task`"), "{error}");
+    // One that has no names says how many.
+    fs::remove_file(format!("{adapter}/task_names.json")).unwrap();
+    let refused = engraft(&["eval", four.to_str().unwrap(), "--adapter", &adapter]);
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{error}");
     assert!(error.contains("the data have rows of 4 tasks"), "{error}");
 }
 
@@ -114,10 +120,51 @@ fn rows_are_answered_and_scored_under_their_tasks() {
         text
     };
     assert!((0..2).any(|i| text(0, i) != text(1, i)), "tasks answer alike");
+    by_names(&file, run, &found, &begun);
     let refused = engraft(&[&begun[..], &["--prompt", "t5", "--task", "2"]].concat());
     assert!(!refused.status.success());
     let error = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(error.contains("task 2") && error.contains("knows 2 tasks"), "{error}");
+}
+
+/// Tasks keep the numbers that training gave their names: in data of another order, and where one is chosen by its name.
+fn by_names(file: &Path, run: &str, scored: &Value, generate: &[&str]) {
+    let adapter = format!("{run}/adapter");
+    let names = fs::read_to_string(format!("{adapter}/task_names.json")).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&names).unwrap(), json!(["first", "second task"]));
+    let text = fs::read_to_string(file).unwrap();
+    let (first, second) = (text.find("[[data.tasks]]").unwrap(), text.rfind("[[data.tasks]]").unwrap());
+    let (before, end) = (&text[..first], text.find("[train]").unwrap());
+    let turned = [before, &text[second..end], &text[first..second], &text[end..]].concat();
+    let other = file.with_file_name("turned.toml");
+    fs::write(&other, &turned).unwrap();
+    let eval = |more: &[&str]| {
+        let args = ["eval", other.to_str().unwrap(), "--adapter", &adapter, "--json"];
+        engraft(&[&args[..], more].concat())
+    };
+    let output = eval(&[]);
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{errors}");
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for name in ["first.loss", "second_task.loss"] {
+        let of = |found: &Value| found["metrics"][name].as_f64().unwrap();
+        assert!((of(&found) - of(scored)).abs() < 1e-9, "{name}");
+    }
+    let written = |more: &[&str]| {
+        let args = [generate, &["--json", "--prompt", "t12 t22"], more].concat();
+        result(&args)["text"].as_str().unwrap().to_owned()
+    };
+    let second = written(&["--task", "1"]);
+    assert_eq!(written(&["--task", "second task"]), second);
+    assert_eq!(written(&["--choose", "task=second task"]), second);
+    fs::write(&other, turned.replace("name = \"first\"", "name = \"frist\"")).unwrap();
+    let generate = |more: &[&str]| engraft(&[generate, &["--prompt", "t5"], more].concat());
+    for refused in [eval(&[]), generate(&["--task", "frist"]), generate(&["--choose", "task=frist"])] {
+        let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(2), "{error}");
+        assert!(error.contains("no task `frist`; the adapter knows `first`, `second task`"), "{error}");
+        assert!(!error.contains("does not fit"), "{error}");
+    }
 }
 
 /// A label that training has not seen is the one mistake that is told: the adapter's head is not measured by a guessed one.

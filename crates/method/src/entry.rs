@@ -33,6 +33,20 @@ pub struct Info {
     pub fields: &'static [Field],
 }
 
+impl Info {
+    /// The usual roles as targets, where they are of this model.
+    pub(crate) fn usual_targets(&self, sites: &Sites) -> Option<Targets> {
+        let roles = self.default_roles?;
+        let has = |role: Role| sites.iter().any(|s| s.role == role);
+        let parts = [Role::Q, Role::K, Role::V];
+        let fused = !parts.iter().any(|&part| has(part)) && has(Role::Qkv);
+        let own = |role: &Role| if fused && parts.contains(role) { Role::Qkv } else { *role };
+        let mut found: Vec<Role> = roles.iter().map(own).filter(|&role| has(role)).collect();
+        found.dedup();
+        Some(Targets::roles(if found.is_empty() { roles } else { &found }))
+    }
+}
+
 /// One setting of a method.
 #[derive(Clone, Copy, Debug)]
 pub struct Field {

@@ -34,8 +34,8 @@ mod written;
 use std::sync::Arc;
 
 use engraft_nn::{
-    Adapter, Builder, Error, Inputs, Model, ModelInfo, Output, Pass, Resolution, Result, Role, Site, SiteId,
-    Sites, Targets, Task,
+    Adapter, Builder, Error, Inputs, Model, ModelInfo, Output, Pass, Resolution, Result, Site, SiteId, Sites,
+    Targets, Task,
 };
 use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
@@ -216,6 +216,11 @@ pub trait Method: Send + Sync {
         Ok(())
     }
 
+    /// How many tasks its adapter tells apart, for methods that have something of each.
+    fn tasks(&self) -> Option<usize> {
+        None
+    }
+
     /// What to tell of settings that can be had at the sites `targets` and are hardly what was meant. A method that has no targets is
     /// given every site.
     fn doubts(&self, _targets: &[&Site]) -> Vec<String> {
@@ -232,6 +237,12 @@ pub trait Method: Send + Sync {
     /// does not come here.
     fn prepare(&self, _adapter: &Arc<Adapter>, _base: &dyn Calibration) -> Result<()> {
         Ok(())
+    }
+
+    /// How many of the trained numbers of a new adapter, those of the method's parameters behind `prefix`, are room that
+    /// [`Method::prepare`] deals out and leaves empty in the end.
+    fn spare(&self, _adapter: &Adapter, _prefix: &str) -> usize {
+        0
     }
 
     /// A scalar added to the loss.
@@ -302,14 +313,7 @@ pub trait Method: Send + Sync {
     /// queries, keys and values are one matrix, that matrix stands for each of them; roles that the model does not have (a
     /// gate) are left out.
     fn default_targets(&self, sites: &Sites) -> Option<Targets> {
-        let roles = self.info().default_roles?;
-        let has = |role: Role| sites.iter().any(|s| s.role == role);
-        let parts = [Role::Q, Role::K, Role::V];
-        let fused = !parts.iter().any(|&part| has(part)) && has(Role::Qkv);
-        let own = |role: &Role| if fused && parts.contains(role) { Role::Qkv } else { *role };
-        let mut found: Vec<Role> = roles.iter().map(own).filter(|&role| has(role)).collect();
-        found.dedup();
-        Some(Targets::roles(if found.is_empty() { roles } else { &found }))
+        self.info().usual_targets(sites)
     }
 
     /// The sites that `targets` choose for this method: weights, unless it lives elsewhere.

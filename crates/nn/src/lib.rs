@@ -51,5 +51,5 @@ pub use patch::{
 pub use pattern::Pattern;
 pub use replace::Replacement;
 pub use site::{Kind, Names, Numbers, Role, Site, SiteId, Sites, Stack, Value};
-pub use targets::{LayerChoice, Matcher, Resolution, TargetError, Targets};
+pub use targets::{LayerChoice, Matcher, Resolution, TargetError, Targets, few};
 pub use weight::Weight;

@@ -31,7 +31,7 @@ pub fn write_atomic_on(disk: &dyn Disk, path: &Path, body: &Body) -> Result<()> 
 }
 
 /// The file to replace: `path`, or what it links to. A device, a directory or a pipe is never replaced by a file.
-fn replaceable(path: &Path) -> Result<PathBuf> {
+pub(crate) fn replaceable(path: &Path) -> Result<PathBuf> {
     let Ok(meta) = path.symlink_metadata() else { return Ok(path.to_owned()) };
     let target = match meta.is_symlink() {
         true => path.canonicalize().map_err(|e| Error::io("follow the link", path, e))?,

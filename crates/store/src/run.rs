@@ -3,7 +3,7 @@
 //! One process at a time: it holds an advisory lock on `run.lock`, which the system releases with the
 //! process, however that ends. Who comes second changes nothing.
 
-use crate::atomic::{parent, random_name, write_atomic};
+use crate::atomic::{parent, random_name, replaceable, write_atomic};
 use crate::checkpoint::{self, require_space};
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
@@ -176,6 +176,12 @@ fn whole_lines(file: &mut File) -> std::io::Result<u64> {
 pub fn require_writable(path: &Path) -> Result<()> {
     let above = above_that_exists(path)?;
     probe(above, above)
+}
+
+/// An error where the file `path` could not be written. Nothing is left behind.
+pub fn require_place(path: &Path) -> Result<()> {
+    let path = &replaceable(path)?;
+    probe(parent(path), path)
 }
 
 /// The nearest directory to `path` that exists, itself included.

@@ -12,8 +12,9 @@ use engraft_recipe::{MethodTable, Problem, Recipe};
 use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
 use serde_json::{Value, json};
 
-use crate::Result;
+use crate::task_names::numbered;
 use crate::wanted::{dead_module, dead_targets, idle, partly_dead, targets, unheeded};
+use crate::{Error, Result};
 
 /// An adapter with what made it.
 pub struct AttachedAdapter {
@@ -54,7 +55,8 @@ pub fn open_adapter_choosing(
     choices: &Settings,
 ) -> Result<AttachedAdapter> {
     let files = read_adapter(dir, limits)?;
-    let config = choose(&files.config, choices)?;
+    let made = numbered(choices, dir).and_then(|choices| Ok(choose(&files.config, &choices)?));
+    let config = made.map_err(|error| Error::Choice(error.to_string()))?;
     let loaded = load_adapter(&config, adapter_tensors(&files)?, model.sites(), model.info())?;
     let note =
         |name: &String| format!("{}: `{name}` is named and matches nothing in this model", dir.display());
@@ -182,7 +184,10 @@ fn saved(
     }
     let Some(from) = &table.from else { return Err(recipe.problem_at(&at, "`from` is missing")) };
     let problem = |text: String| recipe.problem_at(&at, text);
-    open_adapter_choosing(model, &from.value, &Limits::default(), choices).map_err(|e| problem(e.to_string()))
+    open_adapter_choosing(model, &from.value, &Limits::default(), choices).map_err(|error| match error {
+        Error::Choice(text) => Problem::new(text),
+        other => problem(other.to_string()),
+    })
 }
 
 /// A method with its targets, all of which exist.

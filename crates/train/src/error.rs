@@ -29,6 +29,9 @@ pub enum Error {
     /// The files fit neither each other nor what was asked.
     #[error("{0}")]
     Setup(String),
+    /// A choice that a saved adapter does not leave open, or that it cannot have.
+    #[error("{0}")]
+    Choice(String),
     /// A checkpoint, or the run it belongs to, is not that of this recipe.
     #[error("{0}")]
     Resume(String),

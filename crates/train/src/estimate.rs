@@ -67,7 +67,7 @@ pub fn estimate(session: &Session) -> Estimate {
     let tokens = largest_batch(session).map_or(0, |(_, tokens)| tokens);
     Estimate {
         sites: by_module,
-        trained,
+        trained: session.trained_count(),
         base_parameters,
         base_bytes: session.model_bytes.resident() as u64,
         adapter_bytes: (4 * all + 12 * trained) as u64,

@@ -35,10 +35,10 @@ pub(crate) fn write_adapter(session: &Session, dir: &Path) -> Result<()> {
         session.model.info(),
     )?;
     write_adapter_files(dir, &config, &tensors, &session.methods, session.model.sites())?;
-    match &session.labels {
-        Some(names) => crate::labels::write_label_names(dir, names),
-        None => Ok(()),
+    if let Some(names) = &session.labels {
+        crate::labels::write_label_names(dir, names)?;
     }
+    session.tasks.write(dir, &session.methods)
 }
 
 /// Writes the directory of an adapter of `methods` for the model that has `sites`.

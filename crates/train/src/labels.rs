@@ -15,8 +15,7 @@ const BYTES_MAX: u64 = 4 << 20;
 
 /// Writes the names, in the order of the classes' numbers.
 pub fn write_label_names(dir: &Path, names: &[String]) -> Result<()> {
-    let text = serde_json::to_string_pretty(names).unwrap_or_default() + "\n";
-    Ok(write_atomic(&dir.join(FILE), text.as_bytes())?)
+    write_names(&dir.join(FILE), names)
 }
 
 /// The names beside an adapter; none where it has no such file.
@@ -24,15 +23,25 @@ pub fn write_label_names(dir: &Path, names: &[String]) -> Result<()> {
 /// # Errors
 /// A file that is not a list of texts.
 pub fn label_names(dir: &Path) -> Result<Option<Vec<String>>> {
-    let path = dir.join(FILE);
+    names_in(&dir.join(FILE), "class names")
+}
+
+/// Writes a list of names.
+pub(crate) fn write_names(path: &Path, names: &[String]) -> Result<()> {
+    let text = serde_json::to_string_pretty(names).unwrap_or_default() + "\n";
+    Ok(write_atomic(path, text.as_bytes())?)
+}
+
+/// The list of names, which are called `what`, of a file; none where there is no such file.
+pub(crate) fn names_in(path: &Path, what: &str) -> Result<Option<Vec<String>>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let bytes = json::read_capped(&path, "config_json", BYTES_MAX)?;
-    let value = json::parse_json(&path, &bytes, Limits::default().json_depth)?;
+    let bytes = json::read_capped(path, "config_json", BYTES_MAX)?;
+    let value = json::parse_json(path, &bytes, Limits::default().json_depth)?;
     let names: Option<Vec<String>> =
         value.as_array().and_then(|list| list.iter().map(|name| name.as_str().map(str::to_owned)).collect());
-    let wrong = || Error::Setup(format!("{}: expected a list of class names", path.display()));
+    let wrong = || Error::Setup(format!("{}: expected a list of {what}", path.display()));
     names.map(Some).ok_or_else(wrong)
 }
 

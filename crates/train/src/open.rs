@@ -25,6 +25,7 @@ use crate::read::{Examples, Reading, config_classes, decide_task, known_labels};
 use crate::session::{Session, feed_options};
 use crate::sizes;
 use crate::target::Shift;
+use crate::task_names::TaskNames;
 
 /// What a session needs of its surroundings.
 pub struct SessionOptions<'a> {
@@ -61,10 +62,11 @@ impl Session {
         classes_only(recipe, task, &config)?;
         let (tokenizer, max_length) = tokenizer(recipe, &model_dir, &config)?;
         let known_labels = known_labels(&config);
-        let data = with_labels_of_adapter(recipe, task)?;
+        let (data, tasks) = (with_labels_of_adapter(recipe, task)?, TaskNames::of(recipe)?);
         let reading = Reading {
             task,
             data: &data,
+            tasks: &tasks,
             tokenizer: tokenizer.as_ref(),
             max_length,
             seed: recipe.train.seed,
@@ -89,7 +91,7 @@ impl Session {
         let made = attached(recipe, methods, &loaded, tokenizer.as_ref(), (&options.choices, guessed));
         let attached = keep(made, &mut problems);
         if let Some(examples) = &examples {
-            problems.extend(misfits(recipe, examples, &loaded, (plan.as_ref(), attached.as_ref())));
+            problems.extend(misfits(recipe, examples, &loaded, (plan.as_ref(), attached.as_ref(), &tasks)));
         }
         let sound = problems.is_empty();
         let (Some(examples), Some(plan), Some(attached), true) = (examples, plan, attached, sound) else {
@@ -114,6 +116,7 @@ impl Session {
             train: examples.train,
             eval: examples.eval,
             labels: examples.labels,
+            tasks,
             fingerprint,
             notes,
         };
@@ -405,7 +408,7 @@ fn misfits(
     recipe: &Recipe,
     examples: &Examples,
     loaded: &Loaded,
-    (plan, attached): (Option<&Plan>, Option<&AttachedAdapter>),
+    (plan, attached, names): (Option<&Plan>, Option<&AttachedAdapter>, &TaskNames),
 ) -> Vec<Problem> {
     let info = loaded.model.info();
     let mut problems: Vec<Problem> =
@@ -413,7 +416,10 @@ fn misfits(
     if let (Some(plan), Some(attached)) = (plan, attached) {
         let tasks = examples.train.examples.iter().filter_map(|e| e.task).max().map(|last| last + 1);
         let ahead = Ahead { steps: plan.steps, task: info.task, tasks };
-        problems.extend(unsuited(recipe, &plan.methods, &attached.methods, &ahead));
+        match names.without_place(recipe, &attached.methods) {
+            Some(problem) => problems.push(problem),
+            None => problems.extend(unsuited(recipe, &plan.methods, &attached.methods, &ahead)),
+        }
     }
     let parts = [("data.path", Some(&examples.train)), ("data.eval_path", examples.eval.as_ref())];
     for (key, data) in parts.into_iter().filter_map(|(key, data)| Some((key, data?))) {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use engraft_data::{Dataset, Order, Tokenizer};
-use engraft_method::Chosen;
+use engraft_method::{Chosen, prefix};
 use engraft_nn::{Adapter, Model};
 use engraft_recipe::{Data, Plan, Train};
 
@@ -13,6 +13,7 @@ use crate::evaluate::Evaluated;
 use crate::fingerprint::Fingerprint;
 use crate::objective::Objective;
 use crate::target::Shift;
+use crate::task_names::TaskNames;
 use crate::{Error, Result};
 
 /// What a recipe means on this machine. [`Session::open`] makes one; nothing has been written yet.
@@ -43,6 +44,8 @@ pub struct Session {
     pub eval: Option<Dataset>,
     /// Names of the classes, in the order of their numbers.
     pub labels: Option<Vec<String>>,
+    /// Names of the tasks, where the data have several.
+    pub tasks: TaskNames,
     /// What is minimised.
     pub objective: Objective,
     /// How the labels of targets become decoder inputs, for encoder–decoder models.
@@ -60,6 +63,15 @@ impl Session {
             self.methods.iter().try_for_each(|(method, _)| method.trains_on())?;
         }
         Ok(())
+    }
+
+    /// How many numbers are trained; ranks that are yet to be dealt out count as they will be.
+    pub fn trained_count(&self) -> usize {
+        let of = |(number, (method, _)): (usize, &Chosen)| {
+            method.spare(&self.adapter, &prefix(&self.methods, number))
+        };
+        let spare: usize = if self.goes_on { 0 } else { self.methods.iter().enumerate().map(of).sum() };
+        self.adapter.trained_count() - spare
     }
 
     /// How the training examples are batched.
@@ -108,7 +120,7 @@ impl Session {
             batch_size: self.plan.train.batch_size,
             masking: self.masking()?,
             shift: self.shift,
-            tasks: self.plan.data.tasks.iter().map(|task| task.name.as_str()).collect(),
+            tasks: self.tasks.names(),
         })
     }
 }

@@ -209,9 +209,7 @@ fn configs_differ(old: &Value, new: &Value) -> Vec<String> {
     // How a task without a name in peft is called, and what AdapterHub says of the model.
     let free = ["auto_mapping", "model_class", "model_name"];
     // Written as the choice it stands for, with the same meaning.
-    let same = |a: &Value, b: &Value| {
-        a == b || a.as_f64().is_some() && a.as_f64() == b.as_f64()
-    };
+    let same = |a: &Value, b: &Value| a == b || a.as_f64().is_some() && a.as_f64() == b.as_f64();
     let differs = |(key, value): (&String, &Value)| {
         let equal = free.contains(&key.as_str()) || same(value, &new[key]);
         (!equal).then(|| format!("`{key}` was {value} and is {}", new[key]))

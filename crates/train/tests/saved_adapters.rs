@@ -49,3 +49,50 @@ fn what_cannot_be_fused_is_told_before_the_start() {
     assert!(message(&["bert__seq_bn", "bert__double_seq_bn"]).contains("sits elsewhere"));
     assert!(message(&[]).contains("adapters"));
 }
+
+#[test]
+fn saved_loras_are_scaled_by_a_router_and_rest() {
+    let cases = ["llama__lora", "llama__lora_rslora_patterns"];
+    let place = |case: &str| golden().join("cases").join(case).join("adapter");
+    let paths: Vec<String> =
+        cases.iter().map(|case| format!("{:?}", place(case).to_string_lossy())).collect();
+    let method = format!("name = \"xlora\"\nadapters = [{}]", paths.join(", "));
+    let trajectory = golden().join("trajectories/llama__xlora");
+    let recipe = |method: &str| {
+        recipe_of(method, &trajectory, &golden().join("models/llama"), "steps = 2\nbatch_size = 2", "")
+    };
+    let session = session(&recipe(&method)).unwrap();
+    let run = tempfile::tempdir().unwrap();
+    let options = RunOptions { out: run.path().join("run"), ..RunOptions::default() };
+    train(&session, &options, &mut Log::default()).unwrap();
+    let limits = Limits::default();
+    let found = read_adapter(&options.out.join("adapter"), &limits).unwrap();
+    assert_eq!(
+        [&found.config["r"], &found.config["experts"], &found.config["use_trainable_adapters"]],
+        [&serde_json::json!(9), &serde_json::json!(2), &serde_json::json!(false)]
+    );
+    // A of the first has four rows, and nine of the larger rank are kept for it; so has B columns, times its scale over the common one.
+    let sources = cases.map(|case| read_adapter(&place(case), &limits).unwrap());
+    let scales = [8.0 / 4.0, 8.0 / 9.0f32.sqrt()];
+    let common = found.config["lora_alpha"].as_f64().unwrap() as f32 / 9.0;
+    for (number, (source, scale)) in sources.iter().zip(scales).enumerate() {
+        let key = |end: &str| format!("base_model.model.model.layers.1.self_attn.q_proj.lora_{end}.weight");
+        let of = |files: &engraft_store::AdapterFiles, end: &str| {
+            let raw = files.weights.get(&key(end)).unwrap();
+            (raw.to_f32().unwrap(), raw.shape.clone())
+        };
+        let ((own, _), (packed, shape)) = (of(source, "A"), of(&found, "A"));
+        assert_eq!(shape[0], 18);
+        assert_eq!(packed[9 * number * shape[1]..][..own.len()], own[..]);
+        let ((own, ranks), (packed, shape)) = (of(source, "B"), of(&found, "B"));
+        for (row, own) in own.chunks(ranks[1]).enumerate() {
+            let packed = &packed[row * shape[1] + 9 * number..][..own.len()];
+            assert!(own.iter().zip(packed).all(|(own, found)| (own * scale - found * common).abs() < 1e-5));
+        }
+    }
+    assert_eq!(session.adapter.trained_count(), 48 * 2 + 2, "the router of two adapters");
+    open_adapter(session.model.as_ref(), &options.out.join("adapter"), &limits).unwrap();
+    let refused = common::session(&recipe(&method.replace("llama__lora_rslora_patterns", "llama__ia3")));
+    let error = refused.map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("is no LoRA (its peft_type is IA3)"), "{error}");
+}

@@ -65,8 +65,11 @@ fn starts_from_data_equal_those_made_elsewhere() {
         let own = session(&recipe(model, &dir, size, &method, "")).unwrap();
         let loss = first_loss(&own);
         let targets = &start["settings"]["targets"];
-        let plain = session(&recipe(model, &dir, size, &format!("name = \"lora\"\ntargets = {targets}"), ""));
-        let base = first_loss(&plain.unwrap());
+        let rank = start["settings"]["rank"].as_u64().unwrap_or(8);
+        let plain = format!("name = \"lora\"\nrank = {rank}\ntargets = {targets}");
+        let plain = session(&recipe(model, &dir, size, &plain, "")).unwrap();
+        let base = first_loss(&plain);
+        assert_eq!(own.trained_count(), plain.trained_count(), "{name}: numbers that are trained");
         assert!(
             (loss - base).abs() < 1e-4 * base,
             "{name}: the start changes the loss from {base} to {loss}"

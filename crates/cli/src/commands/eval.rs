@@ -109,6 +109,9 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
         return Err(Failure::before_work("--choose needs an adapter; give --adapter DIR"));
     }
     let mut session = open_choosing(&recipe, &Packed::default(), &choices(&args.choose)?, cx)?;
+    if let Some(problem) = session.tasks.not_known(&recipe).filter(|_| with_adapter) {
+        return Err(Failure::problems(recipe.problems(vec![problem])));
+    }
     session.notes.iter().for_each(|note| cx.ui.note(note));
     if let Some(count) = args.drop_layers {
         if !with_adapter {
@@ -206,7 +209,7 @@ fn answered(
 ) -> Outcome<BTreeMap<String, f64>> {
     let Some(tokenizer) = &session.tokenizer else { return Ok(BTreeMap::new()) };
     let config = read_config(&session.model_dir.join("config.json"), &cx.limits).before_work()?;
-    let tasks: Vec<&str> = session.plan.data.tasks.iter().map(|task| task.name.as_str()).collect();
+    let tasks = session.tasks.names();
     let engine = Engine {
         dir: session.model_dir,
         config,
@@ -214,6 +217,7 @@ fn answered(
         adapter: with_adapter.then_some(session.adapter),
         methods: if with_adapter { session.methods } else { Vec::new() },
         labels: None,
+        tasks: Vec::new(),
         new_tensors: Vec::new(),
     };
     let by = Search { beams: texts.beams as usize, length_penalty: 1.0, early_stopping: false };

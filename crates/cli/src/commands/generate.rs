@@ -45,9 +45,9 @@ pub struct Args {
     /// The system message of the chat
     #[arg(long, value_name = "TEXT", requires = "chat")]
     system: Option<String>,
-    /// The task that the prompt is of, from 0, for an adapter of several; without it the adapter's own
-    #[arg(long, value_name = "N", requires = "adapter")]
-    task: Option<usize>,
+    /// The task that the prompt is of, by its name or its number from 0, for an adapter of several; without it the adapter's own
+    #[arg(long, value_name = "TASK", requires = "adapter")]
+    task: Option<String>,
     /// Most tokens to write
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
@@ -105,7 +105,7 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     if args.beams > 1 {
         return by_beams(args, &engine, &tokenizer, &prompt, most, &ends, cx);
     }
-    let read = Prompt { ids: &prompt, task: args.task };
+    let read = Prompt { ids: &prompt, task: task(args, &engine)? };
     let choice = Choice { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p };
     let mut sampler = Sampler::new(choice, args.seed);
 
@@ -147,6 +147,11 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     Ok(())
 }
 
+/// The task of the prompt.
+fn task(args: &Args, engine: &Engine) -> Outcome<Option<usize>> {
+    args.task.as_ref().map(|given| engine.task(given)).transpose()
+}
+
 /// The best text of a beam search, shown when it is found.
 fn by_beams(
     args: &Args,
@@ -163,7 +168,7 @@ fn by_beams(
         early_stopping: args.early_stopping,
     };
     let started = Instant::now();
-    let read = Prompt { ids: prompt, task: args.task };
+    let read = Prompt { ids: prompt, task: task(args, engine)? };
     let found = write(engine, tokenizer, read, Writing { most, by: Some(by) }, ends)?;
     let mut stops = Stops::new(&args.stop);
     let (mut shown, stopped) = stops.push(&found.text);

@@ -98,6 +98,13 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     drop(engine);
     let merged = Engine::open(&args.out, &LoadOptions { task: Some(task), ..options }, cx)?;
     let merged = probes.measure(&merged)?;
+    if !merged.largest().is_finite() {
+        let before = if adapted.largest().is_finite() { "are" } else { "are not either" };
+        return Err(Failure::running(format!(
+            "the logits of {} are not finite; those of the base with the adapter beside it {before}",
+            args.out.display()
+        )));
+    }
     let change = largest_difference(&adapted.logits, &merged.logits);
     let perplexity = |measured: &Measured| measured.loss.map(f64::exp);
     if args.json {

@@ -174,7 +174,7 @@ pub(super) fn introduce(session: &Session, cx: &Context) {
         info.architecture,
         info.task.name(),
         session.plan.model,
-        session.adapter.trained_count()
+        session.trained_count()
     ));
     let report = &session.train.report;
     let cut = match report.truncated_rows {

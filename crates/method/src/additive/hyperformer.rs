@@ -288,6 +288,10 @@ impl Method for Hyperformer {
         &INFO
     }
 
+    fn tasks(&self) -> Option<usize> {
+        Some(self.tasks.count)
+    }
+
     fn suits(&self, run: &Ahead) -> Result<()> {
         self.tasks.suit(run)
     }

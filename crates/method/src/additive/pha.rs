@@ -296,6 +296,10 @@ impl Method for Pha {
         &INFO
     }
 
+    fn tasks(&self) -> Option<usize> {
+        Some(self.tasks.count)
+    }
+
     fn suits(&self, run: &Ahead) -> Result<()> {
         self.tasks.suit(run)
     }

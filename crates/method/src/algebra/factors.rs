@@ -85,7 +85,7 @@ pub(super) struct Found {
 }
 
 /// Ranks, and alpha over rank, as each configuration counts them.
-pub(super) struct Scales {
+pub(crate) struct Scales {
     rank: usize,
     ranks: Vec<Pattern>,
     alpha: f64,
@@ -123,7 +123,8 @@ impl Scales {
         pattern_name(&self.parameters, path)
     }
 
-    fn at(&self, path: &str, rank: usize) -> f64 {
+    /// What the product of a module with so many ranks is multiplied by.
+    pub fn at(&self, path: &str, rank: usize) -> f64 {
         let alpha = Pattern::find(&self.alphas, &self.name(path)).unwrap_or(self.alpha);
         alpha / if self.root { (rank as f64).sqrt() } else { rank as f64 }
     }

@@ -29,6 +29,8 @@ use serde_json::Value;
 
 use crate::{Chosen, Named};
 pub use alike::same_base;
+pub(crate) use factors::Scales;
+
 use config::lora_config;
 use factors::{Factors, Module, modules};
 pub use hub::{Found, Search, search};

@@ -104,6 +104,10 @@ impl Method for Mpt {
         &INFO
     }
 
+    fn tasks(&self) -> Option<usize> {
+        Some(self.tasks)
+    }
+
     fn suits(&self, run: &Ahead) -> Result<()> {
         enough(self.tasks, run)?;
         match run.tasks {

@@ -117,11 +117,19 @@ impl Method for Lora {
         sizes::beyond_rank(targets, |path| self.scale_at(path).0)
     }
 
+    fn spare(&self, adapter: &Adapter, prefix: &str) -> usize {
+        self.spare_ranks(adapter, prefix)
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         // Before the product's own bias, which is added to what stands in the layer's.
         self.bias.attach(b)?;
         self.tokens.attach(b)?;
         self.form.begin(b)?;
+        // `peft` passes over them.
+        if let Some(blocks) = self.blocks.as_ref().filter(|_| !self.from_file) {
+            blocks.check(&b.targets())?;
+        }
         let modules: Vec<SiteId> =
             b.targets().iter().filter(|site| !self.is_parameter(site)).map(|site| site.id).collect();
         let tied = if self.tied { tied::follow(b, &modules)? } else { vec![] };

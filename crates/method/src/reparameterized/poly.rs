@@ -102,6 +102,10 @@ impl Method for Poly {
         &INFO
     }
 
+    fn tasks(&self) -> Option<usize> {
+        Some(self.tasks.count)
+    }
+
     fn suits(&self, run: &Ahead) -> Result<()> {
         self.tasks.suit(run)
     }

@@ -8,29 +8,32 @@
 //! start.
 //!
 //! Buehler & Buehler 2024, arXiv:2402.07148; the settings are those of `peft`'s XLoraConfig. In the paper the adapters were
-//! trained before and rest; here they start anew and are trained with the router, and rest where a file says so
-//! (`use_trainable_adapters`). `peft` saves the router alone, so the form of the file is our own.
+//! trained before and rest, as `adapters` are here that are given; else they start anew and are trained with the router
+//! (`use_trainable_adapters`). `peft` saves the router alone; here A and B lie in the file too, so its form is our own.
 //!
 //! A [experts·rank, in], B [out, experts·rank] of each target, one expert after another; `xlora_classifier.N.weight`
 //! [size, in] and `.bias` `[size]`, the last of them [layers·experts, …] where layerwise.
+
+mod saved;
 
 use std::sync::Arc;
 
 use engraft_nn::{
     Adapter, Base, BlockPatch, Builder, Error, Init, Kind, Output, Pass, Patch, Result, Role, Site, SiteId,
-    Task, WeightPatch,
+    Sites, Targets, Task, WeightPatch,
 };
 use engraft_tensor::ops::Unary;
 use engraft_tensor::{Param, Tensor, no_grad};
 use serde_json::{Map, Value, json};
 
+use self::saved::Packed;
 use crate::read::{Reader, as_written, number};
 use crate::shared::fields::{alpha, choice, dropout, flag, float, int, rank};
 use crate::shared::low_rank::linear;
 use crate::shared::mixture::{EXPERTS_MAX, Mixture};
 use crate::shared::sequences::Summary;
 use crate::shared::sizes;
-use crate::{Described, Entry, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, SavedAdapter, peft};
 
 const DEPTH_MAX: usize = 64;
 const SIZE_MAX: usize = 1 << 20;
@@ -55,8 +58,10 @@ struct XLora {
     softmax_of_top_k: bool,
     /// λ.
     weight: f64,
-    /// Whether A and B are trained with the router: in files that were made so they rest.
+    /// Whether A and B are trained with the router.
     trainable: bool,
+    /// The adapters that are given.
+    given: Option<Arc<Packed>>,
 }
 
 static INFO: Info = Info {
@@ -74,7 +79,24 @@ static INFO: Info = Info {
         rank("8"),
         alpha("16"),
         dropout("0"),
-        int("experts", (1, EXPERTS_MAX as i64), Some("4"), "LoRAs at each matrix."),
+        int(
+            "experts",
+            (1, EXPERTS_MAX as i64),
+            Some("4"),
+            "LoRAs at each matrix, where no `adapters` are given.",
+        ),
+        Field {
+            name: "adapters",
+            kind: FieldKind::Adapters,
+            default: None,
+            doc: "Directories of saved LoRAs that are scaled, with their own ranks, scales and targets; new ones without it.",
+        },
+        Field {
+            name: "use_trainable_adapters",
+            kind: FieldKind::Bool,
+            default: None,
+            doc: "Train the adapters with the router: usually those that are new, and not those that are given.",
+        },
         choice("scalings", &["token", "sequence"], "\"token\"", "What has scalings of its own."),
         flag("layerwise_scalings", "false", "Scalings of its own for each layer, not the same in all."),
         int("xlora_depth", (1, DEPTH_MAX as i64), Some("1"), "Linear layers of the router."),
@@ -99,7 +121,7 @@ pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example
 fn read(r: &mut Reader<'_>, names: [&'static str; 3]) -> XLora {
     let sizes = Mixture::read(r, names, &USUAL);
     let top_k = r.value("top_k_lora").is_some().then(|| r.count("top_k_lora", 1, EXPERTS_MAX));
-    if top_k.is_some_and(|k| k > sizes.experts) {
+    if top_k.is_some_and(|k| k > sizes.experts) && !r.gives("adapters") {
         r.problem(format!("`top_k_lora`: there are {} experts to choose from", sizes.experts));
     }
     let temperature = r.float("softmax_temperature", 1.0);
@@ -122,11 +144,29 @@ fn read(r: &mut Reader<'_>, names: [&'static str; 3]) -> XLora {
         softmax_of_top_k: r.flag("enable_softmax_topk", false),
         weight: r.float("global_scaling_weight", 1.0),
         trainable: r.flag("use_trainable_adapters", true),
+        given: None,
     }
 }
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
-    peft::own_settings(&INFO, settings, |r| read(r, ["rank", "alpha", "dropout"]))
+    peft::own_settings(&INFO, settings, |r| {
+        let mut method = read(r, ["rank", "alpha", "dropout"]);
+        let given = r.texts("adapters").map_or(0, |paths| paths.len());
+        if given == 0 && !method.trainable {
+            r.problem("`use_trainable_adapters`: expected `adapters` that rest, or true");
+        }
+        if given > 0 && ![USUAL.experts, given].contains(&method.sizes.experts) {
+            r.problem(format!("`experts`: there are {given} `adapters`, so leave it out"));
+        }
+        if given > 0 {
+            method.sizes.experts = given;
+            method.trainable = r.flag("use_trainable_adapters", false);
+            if method.top_k.is_some_and(|k| k > given) {
+                r.problem(format!("`top_k_lora`: there are {given} adapters to choose from"));
+            }
+        }
+        method
+    })
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
@@ -152,6 +192,7 @@ fn example() -> Box<dyn Method> {
         softmax_of_top_k: false,
         weight: 1.5,
         trainable: true,
+        given: None,
     })
 }
 
@@ -165,6 +206,20 @@ impl Method for XLora {
         &INFO
     }
 
+    fn take_adapters(&mut self, _setting: &str, adapters: Vec<SavedAdapter>) -> Result<()> {
+        let packed = Packed::of(adapters)?;
+        (self.sizes.rank, self.sizes.alpha) = (packed.rank, packed.alpha);
+        self.given = Some(Arc::new(packed));
+        Ok(())
+    }
+
+    fn default_targets(&self, sites: &Sites) -> Option<Targets> {
+        match &self.given {
+            Some(given) => Some(given.targets()),
+            None => INFO.usual_targets(sites),
+        }
+    }
+
     fn doubts(&self, targets: &[&Site]) -> Vec<String> {
         sizes::beyond_rank(targets, |_| self.sizes.rank)
     }
@@ -176,6 +231,9 @@ impl Method for XLora {
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let targets = b.targets();
+        if let Some(given) = &self.given {
+            given.check(&targets)?;
+        }
         let router = Arc::new(self.router(b, targets.len())?);
         for (layer, site) in targets.into_iter().enumerate() {
             let (out, inn) = linear(site, INFO.title)?;
@@ -184,14 +242,13 @@ impl Method for XLora {
                 return Err(Error::Site { path: site.path.clone(), message: message.into() });
             }
             let wide = self.sizes.experts * self.sizes.rank;
+            let [down, up] = match &self.given {
+                Some(given) => given.at(site, [out, inn])?,
+                None => [Init::kaiming(inn), Init::Zeros],
+            };
             let experts = Experts {
-                a: self.factor(
-                    b,
-                    &format!("{}.lora_A.weight", site.path),
-                    [wide, inn],
-                    Init::kaiming(inn),
-                )?,
-                b: self.factor(b, &format!("{}.lora_B.weight", site.path), [out, wide], Init::Zeros)?,
+                a: self.factor(b, &format!("{}.lora_A.weight", site.path), [wide, inn], down)?,
+                b: self.factor(b, &format!("{}.lora_B.weight", site.path), [out, wide], up)?,
                 router: router.clone(),
                 layer: if self.layerwise { layer } else { 0 },
             };
@@ -440,28 +497,4 @@ impl WeightPatch for Experts {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::*;
-
-    #[test]
-    fn trained_numbers() {
-        let count = |more: Value| trained("xlora", with(json!({ "experts": 3, "rank": 2 }), more));
-        // A and B of every expert at q [6, 6] and v [4, 6] of two layers, and the router.
-        let factors = 2 * 3 * 2 * ((6 + 6) + (4 + 6));
-        assert_eq!(count(json!({})), factors + 3 * (6 + 1));
-        assert_eq!(count(json!({ "layerwise_scalings": true })), factors + 4 * 3 * (6 + 1));
-        let deep = json!({ "xlora_depth": 3, "xlora_size": 5 });
-        assert_eq!(count(deep), factors + 5 * (6 + 1) + 5 * (5 + 1) + 3 * (5 + 1));
-    }
-
-    #[test]
-    fn adapters_rest_where_a_file_says_so() {
-        let saved = config(&[chosen("xlora", json!({ "experts": 3, "rank": 2 }))], &[]);
-        assert_eq!(saved["use_trainable_adapters"], true);
-        let loaded = from_file(&with(saved, json!({ "use_trainable_adapters": false }))).unwrap().unwrap();
-        let methods = [(loaded.method, loaded.targets)];
-        assert_eq!(attached(&methods, &[]).adapter.trained_count(), 3 * (6 + 1));
-        survives_saving(&methods, &[]);
-    }
-}
+mod tests;

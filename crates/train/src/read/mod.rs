@@ -16,6 +16,7 @@ use engraft_recipe::{Data, Recipe, Task, Template};
 use engraft_store::{Limits, Weights, json};
 use serde_json::Value;
 
+use crate::task_names::TaskNames;
 use crate::{Error, Result};
 
 const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
@@ -137,6 +138,7 @@ fn data_task(task: Task, data: &Data) -> Result<DataTask> {
 pub(crate) struct Reading<'a> {
     pub task: Task,
     pub data: &'a Data,
+    pub tasks: &'a TaskNames,
     pub tokenizer: Option<&'a Tokenizer>,
     pub max_length: usize,
     pub seed: u64,
@@ -158,7 +160,9 @@ impl Reading<'_> {
             let read = Reading { data: &task.data, ..*self }.one_set();
             read.map_err(|fault| Fault { key: self.data.key(index, &fault.key), ..fault })
         });
-        at("data.tasks", tasks::joined(sets.collect::<Read<Vec<_>>>()?, self.task))
+        let numbers = self.data.tasks.iter().map(|task| self.tasks.number(&task.name));
+        let numbers: Vec<usize> = numbers.enumerate().map(|(index, known)| known.unwrap_or(index)).collect();
+        at("data.tasks", tasks::joined(sets.collect::<Read<Vec<_>>>()?, &numbers, self.task))
     }
 
     fn one_set(&self) -> Read<Examples> {

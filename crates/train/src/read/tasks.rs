@@ -6,8 +6,8 @@ use engraft_recipe::Task;
 use super::Examples;
 use crate::{Error, Result};
 
-/// The data sets of tasks 0, 1, … one after another. Classes of one name are one class.
-pub(super) fn joined(sets: Vec<Examples>, task: Task) -> Result<Examples> {
+/// The data sets of the tasks of these numbers one after another. Classes of one name are one class.
+pub(super) fn joined(sets: Vec<Examples>, numbers: &[usize], task: Task) -> Result<Examples> {
     if sets.iter().any(|set| set.train.images.is_some()) {
         let text = "several tasks of pictures in one run are not there yet; give one data set";
         return Err(Error::Setup(text.into()));
@@ -16,14 +16,14 @@ pub(super) fn joined(sets: Vec<Examples>, task: Task) -> Result<Examples> {
     let mut names: Vec<String> = Vec::new();
     let mut known = true;
     let (mut train, mut eval, mut classes) = (Dataset::default(), Dataset::default(), None);
-    for (index, mut set) in sets.into_iter().enumerate() {
+    for (mut set, &of) in sets.into_iter().zip(numbers) {
         let of_names: Option<Vec<u32>> =
             set.labels.as_ref().map(|own| own.iter().map(|name| number(&mut names, name)).collect());
         known &= of_names.is_some();
         for example in
             set.train.examples.iter_mut().chain(set.eval.iter_mut().flat_map(|eval| &mut eval.examples))
         {
-            example.task = Some(index);
+            example.task = Some(of);
             if let Some(numbers) = &of_names {
                 renumber(&mut example.labels, numbers);
             }
@@ -98,6 +98,7 @@ mod tests {
     fn classes_are_counted_over_all_tasks() {
         let all = joined(
             vec![set(&["no", "yes"], &[1, 0]), set(&["maybe", "no"], &[0, 1])],
+            &[1, 0],
             Task::SequenceClassification,
         )
         .unwrap();
@@ -107,7 +108,7 @@ mod tests {
         let class = Labels::Class;
         assert_eq!(
             found,
-            [(Some(0), class(1)), (Some(0), class(0)), (Some(1), class(2)), (Some(1), class(0))]
+            [(Some(1), class(1)), (Some(1), class(0)), (Some(0), class(2)), (Some(0), class(0))]
         );
         assert!(all.eval.is_none());
     }

@@ -10,6 +10,7 @@ mod tokens;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use engraft_store::run::require_place;
 use engraft_store::{Entry, Weights, write_safetensors};
 
 use crate::context::Context;
@@ -46,6 +47,7 @@ type Logits = (Vec<f32>, Vec<usize>);
 
 /// Computes and writes the logits.
 pub fn run(args: &Args, cx: &Context) -> Outcome {
+    require_place(&args.out).before_work()?;
     let given = Given::read(&args.inputs, cx).before_work()?;
     let engine = Engine::load(&args.model, cx)?;
     let (values, shape) = given.logits(&args.inputs, &engine)?;

@@ -8,7 +8,7 @@
 //! BD-LoRA (arXiv:2510.23346): A, or B, is block-diagonal, so that each part of a matrix that is served in n parts has factors
 //! of its own. Saved are the blocks alone, below one another: A [rank, in/n], or B [out, rank/n].
 
-use engraft_nn::{Adapter, Builder, Error, Init, Kind, Result, Site};
+use engraft_nn::{Adapter, Builder, Error, Init, Kind, Result, Site, few};
 use engraft_tensor::linalg::svd;
 use engraft_tensor::ops::{Unary, cat};
 use engraft_tensor::{Param, Tensor, no_grad};
@@ -89,6 +89,22 @@ impl Blocks {
                 None
             }
         }
+    }
+
+    /// An error where a part of a name is that of no module.
+    pub fn check(&self, targets: &[&Site]) -> Result<()> {
+        for (key, names) in [("blocks_of_a", &self.of_a), ("blocks_of_b", &self.of_b)] {
+            let dead = |name: &&String| !targets.iter().any(|site| site.module().contains(name.as_str()));
+            let Some(name) = names.iter().find(dead) else { continue };
+            let mut modules: Vec<String> = targets.iter().map(|site| site.module().to_owned()).collect();
+            modules.sort();
+            modules.dedup();
+            return Err(Error::Unsupported(format!(
+                "`{key}`: `{name}` is part of the name of no target; these are {}",
+                few(&modules)
+            )));
+        }
+        Ok(())
     }
 
     /// Blocks of A and of B at a module; one is a whole matrix.

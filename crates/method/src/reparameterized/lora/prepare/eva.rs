@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use engraft_nn::{Error, Result};
+use engraft_nn::{Adapter, Error, NamedParam, Result};
 use engraft_tensor::Tensor;
 use engraft_tensor::cpu::random::Key;
 use engraft_tensor::linalg::svd_lowrank;
@@ -19,6 +19,7 @@ use engraft_tensor::ops::cat;
 
 use super::{Place, ids, locked, same_inputs};
 use crate::reparameterized::lora::Lora;
+use crate::reparameterized::lora::start::Start;
 use crate::{Calibration, Seen, observe};
 
 /// Rounds of the randomised decomposition, and the seed of its numbers.
@@ -26,6 +27,24 @@ const ROUNDS: usize = 4;
 const SEED: u64 = 42;
 
 impl Lora {
+    /// The numbers of ranks beyond those that are dealt out, counted as if every weight got its own.
+    pub(in crate::reparameterized::lora) fn spare_ranks(&self, adapter: &Adapter, prefix: &str) -> usize {
+        if self.start != Start::Eva || self.from_file {
+            return 0;
+        }
+        let spare = |p: &NamedParam| {
+            let (module, end) = p.name.strip_prefix(prefix)?.rsplit_once(".lora_")?;
+            let (value, own) = (p.param.value(), self.scale_at(module).0);
+            let most = match end {
+                "A.weight" => value.dim(0),
+                "B.weight" => value.dim(1),
+                _ => return None,
+            };
+            Some(value.len() / most * most.saturating_sub(own))
+        };
+        adapter.trainable().filter_map(spare).sum()
+    }
+
     pub(super) fn eva(&self, places: &[Place<'_>], base: &dyn Calibration) -> Result<()> {
         let first = same_inputs(places, base)?;
         let most: Vec<usize> = places.iter().map(|p| p.a.value().dim(0)).collect();
