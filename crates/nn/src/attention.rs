@@ -105,16 +105,18 @@ impl Attend {
         keys_and_values: impl FnOnce(&Memory) -> Result<(Tensor, Tensor)>,
         cx: &Pass,
     ) -> Result<Tensor> {
-        let kept = cx.cache().and_then(|cache| cache.source(self.layer));
+        let own = cx.first_sequence()..cx.first_sequence() + cx.layout().sequences().len();
+        let kept = cx.cache().and_then(|cache| cache.source(self.layer, own.start));
         let found = match (kept, memory) {
             (Some(kept), _) => kept,
             (None, Some(memory)) => {
-                let (k, v) = keys_and_values(memory)?;
-                // Of the whole batch, also where `cx` is one of its routes: a cache keeps it for all.
+                // Of these sequences alone: where blocks go route by route, gates of others have not seen their queries yet.
+                let memory = memory.of(&own)?;
+                let (k, v) = keys_and_values(&memory)?;
                 let prefixes = memory.pass.prefixes(self.site, &memory.states)?;
                 let found = gathered(&k, &v, memory.pass.layout(), &prefixes, &memory.pass)?;
                 if let Some(mut cache) = cx.cache() {
-                    cache.keep_source(self.layer, found.clone());
+                    cache.keep_source(self.layer, own.start, found.clone());
                 }
                 found
             }
@@ -123,8 +125,6 @@ impl Attend {
                 return Err(crate::Error::Unsupported(message.into()));
             }
         };
-        let own = cx.first_sequence()..cx.first_sequence() + cx.layout().sequences().len();
-        let found = Attended { seen: found.seen[own].to_vec(), ..found };
         let spans = spans_of(&found, cx.layout());
         let y = attention(&Attention { spans, spec: self.spec, bias: None }, q, &found.keys, &found.values)?;
         self.gated(x, q, y, cx)
@@ -179,6 +179,21 @@ pub struct Memory {
     pub states: Tensor,
     /// The encoder's pass.
     pub pass: Pass,
+}
+
+impl Memory {
+    /// What the sequences `own` read: all of them, or those of one route.
+    fn of(&self, own: &Range<usize>) -> Result<Memory> {
+        if *own == (0..self.pass.layout().sequences().len()) {
+            return Ok(self.clone());
+        }
+        let Some(route) = self.pass.routes().iter().find(|route| route.sequences == *own) else {
+            let message = "cross-attention reads sequences that are no route of the source";
+            return Err(crate::Error::Unsupported(message.into()));
+        };
+        let (states, pass) = self.pass.rows_of_route(route, &self.states)?;
+        Ok(Memory { states, pass })
+    }
 }
 
 /// The queries of each sequence of `layout` over the keys it sees.
