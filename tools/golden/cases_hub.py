@@ -1,4 +1,4 @@
-"""Prefixes, LoRA and (IA)³ by the library `adapters`, each alone in a file; MAM adapters and UniPELT on encoders with decoders;
+"""Prefixes, prompts, LoRA and (IA)³ by the library `adapters`, each alone in a file; MAM adapters and UniPELT on encoders with decoders;
 invertible adapters; fusions as setups.
 
 In AdapterHub's file form; runs in the environment of requirements-adapters.txt. A T5 of the library counts the rows of a prefix
@@ -11,7 +11,7 @@ import warnings
 import torch
 import transformers
 from adapters import (CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig, DoubleSeqBnInvConfig, IA3Config, LoRAConfig,
-                      PrefixTuningConfig, SeqBnConfig, SeqBnInvConfig)
+                      PrefixTuningConfig, PromptTuningConfig, SeqBnConfig, SeqBnInvConfig)
 
 from adapters.composition import Fuse
 
@@ -37,6 +37,12 @@ TABLE = [
     ("t5", "prefix", "hub", prefix(), "", "encoder, decoder and cross-attention, a set of tensors each"),
     ("t5_flan", "prefix", "hub_decoder", prefix(encoder_prefix=False, cross_prefix=False), "_left", "the decoder's own attention"),
     ("t5_uneven", "prefix", "hub_gated", prefix(use_gating=True), "full", "gates; that of cross-attention sees the queries"),
+    ("roberta", "prefix", "hub_relu", prefix(non_linearity="relu"), "", "another function in its network"),
+    ("llama", "prefix", "hub_two_gates", prefix(use_gating=True, shared_gating=False), "full", "a gate for keys and one for values"),
+    ("bert", "prompt", "hub", PromptTuningConfig(prompt_length=3), "", "rows behind the embeddings; the first of them is classified"),
+    ("bert", "prompt", "hub_after_bos", PromptTuningConfig(prompt_length=4, combine="prefix_after_bos"), "", "rows behind the first token"),
+    ("roberta_token", "prompt", "hub_left", PromptTuningConfig(prompt_length=3), "_left", "a token head, padding on the left"),
+    ("vit", "prompt", "hub", PromptTuningConfig(prompt_length=2), "", "a picture"),
     ("t5", "mam", None, hybrid.mam(), "", "both stacks"),
     ("t5_flan", "mam", "flat_left", hybrid.mam(flat=True), "_left", "gated MLPs; the encoder's padding on the left"),
     ("t5", "unipelt", None, hybrid.unipelt(), "full", "gates in both stacks and between them"),

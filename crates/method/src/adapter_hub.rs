@@ -58,7 +58,7 @@ pub fn adapter_hub(config: &Value, tensors: Named, (model_type, width): (&str, u
         let kind = map.get("peft_type").and_then(Value::as_str).unwrap_or("none");
         return Err(Error::Unsupported(format!(
             "AdapterHub has no form for this adapter (its peft_type is {kind}); it has one for bottleneck adapters, Compacter, \
-             ReFT, UniPELT, MAM adapters, fusions, and for prefixes, LoRA and (IA)³ that were read from its files"
+             ReFT, UniPELT, MAM adapters, fusions, and for prefixes, prompts, LoRA and (IA)³ that were read from its files"
         )));
     }
     let directory = HubDirectory {

@@ -99,6 +99,19 @@ mod tests {
     }
 
     #[test]
+    fn prefixes_of_adapter_hub_are_seen_from_everywhere() {
+        let (sites, info) = toy();
+        let methods = [chosen("mam", json!({ "tokens": 3, "projection": 4, "reduction": 2 }))];
+        let a = attached(&methods, &[]);
+        let (own, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        for (config, stays) in [(own.clone(), false), (with(own, json!({ "peft_type": null })), true)] {
+            let loaded = crate::load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
+            let [Patch::KeyValue(p)] = loaded.adapter.at(site_id(&sites, "layers.1.attn")) else { panic!() };
+            assert_eq!(p.stays_in_view(), stays);
+        }
+    }
+
+    #[test]
     fn configurations() {
         survives_saving(&[chosen("mam", json!({}))], &["head"]);
         survives_saving(&[chosen("mam", json!({ "projection": 0, "tokens": 2 }))], &[]);

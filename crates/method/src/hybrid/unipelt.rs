@@ -158,8 +158,8 @@ mod tests {
             changed
         };
         for bad in [
-            part(0, json!({ "non_linearity": "mish" })),
-            part(0, json!({ "shared_gating": false })),
+            part(0, json!({ "non_linearity": "odd" })),
+            part(0, json!({ "sharpness": 2 })),
             part(1, json!({ "ln_after": true })),
             part(2, json!({ "use_dora": true })),
             part(2, json!({ "attn_matrices": ["o"] })),

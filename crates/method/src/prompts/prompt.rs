@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 
 use super::projector::{self, PROJECTOR, Projector};
 use super::transfer::{self, Transfer};
+use crate::hybrid::{Alone, alone};
 use crate::read::{Reader, Tokens};
 use crate::shared::fields::{choice, int};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
@@ -161,6 +162,9 @@ pub(crate) fn read_start(r: &mut Reader<'_>) -> Start {
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let context = peft::is_type(config, CONTEXT);
+    if !context && !peft::is_type(config, INFO.peft_type) {
+        return alone(config, &INFO, Alone::Prompt);
+    }
     peft::file_without_targets(if context { CONTEXT } else { INFO.peft_type }, config, |r| {
         let (tokens, submodules) = read_prompt_keys(r);
         // The rows come from the file; how they started is only written back.

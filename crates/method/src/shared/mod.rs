@@ -7,6 +7,7 @@ pub(crate) mod bilevel;
 pub(crate) mod bits;
 pub(crate) mod branch;
 pub(crate) mod branches;
+pub(crate) mod carried;
 pub(crate) mod clusters;
 pub(crate) mod dense;
 pub(crate) mod divisors;

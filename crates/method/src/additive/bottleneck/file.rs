@@ -47,9 +47,9 @@ fn saved(config: &Value, info: &Info, has_phm: bool) -> Result<Option<Bottleneck
     }
     if !inner.contains_key("reduction_factor") {
         return match inner.get("architecture").and_then(Value::as_str) {
-            Some("reft" | "lora" | "prefix_tuning") => Ok(None),
+            Some("reft" | "lora" | "prefix_tuning" | "prompt_tuning") => Ok(None),
             kind => Err(Error::Unsupported(format!(
-                "this AdapterHub adapter is of kind `{}`; readable are bottleneck adapters, ReFT, prefixes, LoRA and (IA)³, and their unions",
+                "this AdapterHub adapter is of kind `{}`; readable are bottleneck adapters, ReFT, prefixes, prompts, LoRA and (IA)³, and their unions",
                 kind.unwrap_or("unknown")
             ))),
         };
