@@ -21,8 +21,8 @@ use serde_json::{Map, Value, json};
 use crate::additive::bottleneck::{self, Bottleneck, Form, around};
 use crate::read::{Reader, number};
 use crate::shared::activations::{ACTIVATIONS, Activation, NAMES};
-use crate::shared::fields::{flag, float, int};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::shared::fields::{choice, flag, float, int};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const EXPERTS_MAX: usize = 1024;
 /// What the experts but the first have in their names.
@@ -54,12 +54,7 @@ static INFO: Info = Info {
         flag("share_down", "false", "One W_d for all experts."),
         flag("share_up", "true", "One W_u for all experts."),
         float("reduction", (0.01, 1e6), "16", "Width of the model over width of a bottleneck."),
-        Field {
-            name: "activation",
-            kind: FieldKind::OneOf(NAMES),
-            default: Some("\"gelu\""),
-            doc: "Function in the middle.",
-        },
+        choice("activation", NAMES, "\"gelu\"", "Function in the middle."),
         float(
             "consistency",
             (0.0, 1e6),

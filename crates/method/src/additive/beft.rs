@@ -12,8 +12,9 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::flag;
 use crate::shared::matrices;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 struct Beft {
     init_weights: bool,
@@ -30,12 +31,7 @@ static INFO: Info = Info {
     identity_at_init: true,
     default_roles: Some(&[Role::V]),
     peft_type: "BEFT",
-    fields: &[Field {
-        name: "init_weights",
-        kind: FieldKind::Bool,
-        default: Some("true"),
-        doc: "Start as zero; otherwise the vectors are drawn.",
-    }],
+    fields: &[flag("init_weights", "true", "Start as zero; otherwise the vectors are drawn.")],
 };
 
 /// In the registry.

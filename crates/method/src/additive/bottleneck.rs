@@ -33,7 +33,7 @@ use crate::additive::compacter;
 use crate::read::Reader;
 use crate::shared::activations::{ACTIVATIONS, NAMES};
 use crate::shared::branches::Branches;
-use crate::shared::fields::{float, int};
+use crate::shared::fields::{choice, flag, float, int};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method};
 use settings::{FORMS, Scaling, Start};
 
@@ -49,12 +49,12 @@ pub(crate) static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_BOTTLENECK",
     fields: &[
-        Field {
-            name: "form",
-            kind: FieldKind::OneOf(&["pfeiffer", "houlsby", "residual", "parallel"]),
-            default: Some("\"pfeiffer\""),
-            doc: "After the MLP, after attention and MLP, after the layer with a norm of its own, or beside the MLP.",
-        },
+        choice(
+            "form",
+            &["pfeiffer", "houlsby", "residual", "parallel"],
+            "\"pfeiffer\"",
+            "After the MLP, after attention and MLP, after the layer with a norm of its own, or beside the MLP.",
+        ),
         Field {
             name: "reduction",
             kind: FieldKind::Float { min: 0.01, max: 1e6 },
@@ -73,43 +73,30 @@ pub(crate) static INFO: Info = Info {
             default: None,
             doc: "Factor on what is added; 1, and 4 for parallel.",
         },
-        Field {
-            name: "learned_scaling",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Train the factor, from 1, instead.",
-        },
+        flag("learned_scaling", "false", "Train the factor, from 1, instead."),
         float("dropout", (0.0, 0.999), "0", "Dropout on what is added, while training."),
-        Field {
-            name: "zero_init",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Start with W_u = 0, so that nothing changes at first; always so for parallel.",
-        },
+        flag(
+            "zero_init",
+            "false",
+            "Start with W_u = 0, so that nothing changes at first; always so for parallel.",
+        ),
         Field {
             name: "ln_before",
             kind: FieldKind::Bool,
             default: None,
             doc: "A trained layer norm before W_d; true for residual.",
         },
-        Field {
-            name: "ln_after",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "A trained layer norm on what is added.",
-        },
-        Field {
-            name: "gating",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Times the mean of a trained gate σ(w·x + b) over the tokens of the sequence.",
-        },
-        Field {
-            name: "invertible",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "An invertible adapter behind the embeddings too (MAD-X), each of its two networks half as wide inside.",
-        },
+        flag("ln_after", "false", "A trained layer norm on what is added."),
+        flag(
+            "gating",
+            "false",
+            "Times the mean of a trained gate σ(w·x + b) over the tokens of the sequence.",
+        ),
+        flag(
+            "invertible",
+            "false",
+            "An invertible adapter behind the embeddings too (MAD-X), each of its two networks half as wide inside.",
+        ),
         DROP,
         ROBUST_DROP,
     ],
@@ -124,12 +111,11 @@ pub(crate) const DROP: Field = int(
 );
 
 /// AdapterDrop, robust.
-pub(crate) const ROBUST_DROP: Field = Field {
-    name: "robust_drop",
-    kind: FieldKind::Bool,
-    default: Some("false"),
-    doc: "AdapterDrop: in every batch leave out the adapters of the first m layers, m drawn evenly from 0 to all but one.",
-};
+pub(crate) const ROBUST_DROP: Field = flag(
+    "robust_drop",
+    "false",
+    "AdapterDrop: in every batch leave out the adapters of the first m layers, m drawn evenly from 0 to all but one.",
+);
 
 /// In the registry.
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };

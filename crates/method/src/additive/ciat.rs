@@ -19,8 +19,8 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::shared::activations::Activation;
 use crate::shared::branch::{Branch, Norm, glorot, zero_up};
-use crate::shared::fields::float;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::shared::fields::{flag, float};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 struct Ciat {
     reduction: f64,
@@ -42,12 +42,7 @@ static INFO: Info = Info {
     fields: &[
         float("reduction", (0.01, 1e6), "2", "Width of the model over width of the bottlenecks."),
         float("dropout", (0.0, 0.999), "0.3", "Dropout in the middle of the bottlenecks while training."),
-        Field {
-            name: "zero_init",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Start with W_u = 0, so that nothing changes at first.",
-        },
+        flag("zero_init", "false", "Start with W_u = 0, so that nothing changes at first."),
     ],
 };
 

@@ -16,8 +16,8 @@ use serde_json::{Map, Value};
 use super::bottleneck::{Bottleneck, DROP, Form, Phm, ROBUST_DROP, read_file};
 use crate::read::Reader;
 use crate::shared::activations::{ACTIVATIONS, Activation, NAMES};
-use crate::shared::fields::{float, int};
-use crate::{Entry, Field, FieldKind, Info, Loaded, Method};
+use crate::shared::fields::{choice, flag, float, int};
+use crate::{Entry, Info, Loaded, Method};
 
 const COUNT_MAX: usize = 1 << 10;
 
@@ -33,32 +33,17 @@ pub(super) static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_COMPACTER",
     fields: &[
-        Field {
-            name: "form",
-            kind: FieldKind::OneOf(&["compacter", "compacter++"]),
-            default: Some("\"compacter\""),
-            doc: "After attention and MLP, or after the MLP alone.",
-        },
-        Field {
-            name: "reduction",
-            kind: FieldKind::Float { min: 0.01, max: 1e6 },
-            default: Some("32"),
-            doc: "Width of the model over width of the bottleneck.",
-        },
+        choice(
+            "form",
+            &["compacter", "compacter++"],
+            "\"compacter\"",
+            "After attention and MLP, or after the MLP alone.",
+        ),
+        float("reduction", (0.01, 1e6), "32", "Width of the model over width of the bottleneck."),
         int("n", (1, COUNT_MAX as i64), Some("4"), "Number n of products, a divisor of both widths."),
         int("rank", (1, COUNT_MAX as i64), Some("1"), "Rank of the right factors."),
-        Field {
-            name: "activation",
-            kind: FieldKind::OneOf(NAMES),
-            default: Some("\"gelu\""),
-            doc: "Function in the middle.",
-        },
-        Field {
-            name: "share_factors",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Let all layers share the right factors too.",
-        },
+        choice("activation", NAMES, "\"gelu\"", "Function in the middle."),
+        flag("share_factors", "false", "Let all layers share the right factors too."),
         float("dropout", (0.0, 0.999), "0", "Dropout on what is added, while training."),
         DROP,
         ROBUST_DROP,

@@ -17,9 +17,9 @@ use serde_json::{Map, Value, json};
 use crate::read::{Reader, as_written, number};
 use crate::reparameterized::krona::middle;
 use crate::shared::branches::{Branch, Branches, Form, Reads};
-use crate::shared::fields::{float, int};
+use crate::shared::fields::{flag, float, int};
 use crate::shared::kronecker;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, foreign, peft};
+use crate::{Described, Entry, Info, Loaded, Method, foreign, peft};
 
 const SIZE_MAX: usize = 1 << 20;
 
@@ -59,12 +59,7 @@ static INFO: Info = Info {
         ),
         float("scale", (0.0, 1e9), "1", "Factor s on the product."),
         float("dropout", (0.0, 0.999), "0", "Dropout on the input of the product while training."),
-        Field {
-            name: "residual",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Add the input times a trained number, from zero (KronA^B_res).",
-        },
+        flag("residual", "false", "Add the input times a trained number, from zero (KronA^B_res)."),
     ],
 };
 

@@ -22,7 +22,7 @@ use super::bottleneck::{around, from_adapter_hub};
 use crate::adapter_hub::hub_name;
 use crate::read::{Reader, as_written};
 use crate::shared::activations::{ACTIVATIONS, Activation, NAMES};
-use crate::shared::fields::{choice, float, int};
+use crate::shared::fields::{choice, flag, float, int};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1024;
@@ -71,12 +71,7 @@ static INFO: Info = Info {
             default: None,
             doc: "Numbers of the blocks, an encoder's before a decoder's; all by default.",
         },
-        Field {
-            name: "tied",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "One intervention for first and last positions.",
-        },
+        flag("tied", "false", "One intervention for first and last positions."),
         Field {
             name: "activation",
             kind: FieldKind::OneOf(NAMES),

@@ -16,8 +16,8 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
-use crate::shared::fields::choice;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::shared::fields::{choice, flag};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 struct Ssf {
     /// Whether norms are scaled and shifted too.
@@ -50,12 +50,7 @@ static INFO: Info = Info {
     ]),
     peft_type: "ENGRAFT_SSF",
     fields: &[
-        Field {
-            name: "norms",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Scale and shift behind all norms too.",
-        },
+        flag("norms", "true", "Scale and shift behind all norms too."),
         choice(
             "init",
             &["normal", "identity"],

@@ -25,10 +25,10 @@ use serde_json::{Map, Value, json};
 
 use super::prompt::{TOKENS_MAX, prompt_site};
 use crate::read::{Reader, as_written};
-use crate::shared::fields::{choice, float, int};
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::kronecker::multiply_full;
 use crate::shared::sequences::{self, Summary, is_prompted, with_first_rows};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const SIZE_MAX: usize = 1 << 20;
 
@@ -59,12 +59,7 @@ static INFO: Info = Info {
         choice("generator", &["phm", "dense"], "\"phm\"", "Sums of Kronecker products, or matrices."),
         int("phm_dim", (1, 1024), Some("16"), "Products in the sum, and the size of their left factors."),
         int("bottleneck", (1, SIZE_MAX as i64), None, "Inner size of the generator; 16, and 256 for dense."),
-        Field {
-            name: "deep",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Give every block rows of its own.",
-        },
+        flag("deep", "true", "Give every block rows of its own."),
         sequences::field(
             None,
             "Which token's state stands for a sequence; last for causal language models, else first.",

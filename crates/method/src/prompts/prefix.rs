@@ -24,7 +24,7 @@ use serde_json::{Map, Value, json};
 use super::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
 use crate::hybrid::{Alone, alone};
 use crate::read::{Reader, as_written};
-use crate::shared::fields::extra_tokens;
+use crate::shared::fields::{choice, extra_tokens, float, int};
 use crate::shared::network::{Lookup, Network, Part, layer, named};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
 
@@ -81,24 +81,14 @@ static INFO: Info = Info {
     peft_type: "PREFIX_TUNING",
     fields: &[
         extra_tokens("20"),
-        Field {
-            name: "init",
-            kind: FieldKind::OneOf(&["random", "zero"]),
-            default: Some("\"random\""),
-            doc: "Start as noise or as zeros.",
-        },
-        Field {
-            name: "projection",
-            kind: FieldKind::Int { min: 1, max: INNER_MAX as i64 },
-            default: None,
-            doc: "Width inside two layers that make the rows (the paper takes 512); trained directly, as in P-tuning v2, if absent.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on keys and values while training.",
-        },
+        choice("init", &["random", "zero"], "\"random\"", "Start as noise or as zeros."),
+        int(
+            "projection",
+            (1, INNER_MAX as i64),
+            None,
+            "Width inside two layers that make the rows (the paper takes 512); trained directly, as in P-tuning v2, if absent.",
+        ),
+        float("dropout", (0.0, 0.999), "0", "Dropout on keys and values while training."),
         Field {
             name: "at",
             kind: FieldKind::TextList,

@@ -17,8 +17,9 @@ use serde_json::{Map, Value, json};
 
 use super::prompt::{TOKENS_MAX, expect_tokens};
 use crate::read::Reader;
+use crate::shared::fields::{choice, flag, int};
 use crate::shared::sequences::with_first_rows;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 struct Vpt {
     tokens: usize,
@@ -47,24 +48,14 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_VPT",
     fields: &[
-        Field {
-            name: "tokens",
-            kind: FieldKind::Int { min: 1, max: TOKENS_MAX as i64 },
-            default: Some("10"),
-            doc: "Number of rows, of each block where deep.",
-        },
-        Field {
-            name: "deep",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Give every block rows of its own.",
-        },
-        Field {
-            name: "init",
-            kind: FieldKind::OneOf(&["uniform", "normal"]),
-            default: Some("\"uniform\""),
-            doc: "Start uniform, by the sizes of patch and stream, or normal with deviation 0.02.",
-        },
+        int("tokens", (1, TOKENS_MAX as i64), Some("10"), "Number of rows, of each block where deep."),
+        flag("deep", "false", "Give every block rows of its own."),
+        choice(
+            "init",
+            &["uniform", "normal"],
+            "\"uniform\"",
+            "Start uniform, by the sizes of patch and stream, or normal with deviation 0.02.",
+        ),
     ],
 };
 

@@ -30,11 +30,12 @@ use serde_json::{Map, Value, json};
 use crate::assemble::Named;
 use crate::read::{Reader, number};
 use crate::shared::clusters::clusters;
+use crate::shared::fields::{flag, float, int};
 use crate::shared::kept::Kept;
 use crate::shared::matrices;
 use crate::shared::sizes;
 use crate::shared::torch_random::Generator;
-use crate::{Described, Entry, Field, FieldKind, Forget, Info, Loaded, Method, Step, peft};
+use crate::{Described, Entry, Forget, Info, Loaded, Method, Step, peft};
 
 mod allocation;
 mod patch;
@@ -78,90 +79,40 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "ADAMSS",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: MOST as i64 },
-            default: Some("100"),
-            doc: "Singular directions r that changes may use; less than a target has outputs.",
-        },
-        Field {
-            name: "num_subspaces",
-            kind: FieldKind::Int { min: 1, max: MOST as i64 },
-            default: Some("5"),
-            doc: "Clusters of outputs.",
-        },
-        Field {
-            name: "subspace_rank",
-            kind: FieldKind::Int { min: 1, max: MOST as i64 },
-            default: Some("1"),
-            doc: "Rank of the change of a cluster.",
-        },
-        Field {
-            name: "use_dynamic_rank",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Give clusters with few large singular values a smaller rank.",
-        },
-        Field {
-            name: "svd_threshold",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.1"),
-            doc: "Share of the largest squared singular value above which others count for such a rank.",
-        },
-        Field {
-            name: "random_seed",
-            kind: FieldKind::Int { min: 0, max: u32::MAX as i64 },
-            default: Some("0"),
-            doc: "Seed of the decomposition, as PyTorch draws from it.",
-        },
-        Field {
-            name: "use_asa",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Drop unimportant clusters while training.",
-        },
-        Field {
-            name: "asa_target_subspaces",
-            kind: FieldKind::Int { min: 1, max: 1 << 30 },
-            default: Some("50"),
-            doc: "Clusters of all targets together that are left at the end.",
-        },
-        Field {
-            name: "init_warmup",
-            kind: FieldKind::Int { min: 0, max: 1 << 40 },
-            default: Some("50"),
-            doc: "Steps before clusters are dropped.",
-        },
-        Field {
-            name: "final_warmup",
-            kind: FieldKind::Int { min: 0, max: 1 << 40 },
-            default: Some("1000"),
-            doc: "Step after which none are dropped.",
-        },
-        Field {
-            name: "mask_interval",
-            kind: FieldKind::Int { min: 1, max: 1 << 40 },
-            default: Some("100"),
-            doc: "Steps between two choices.",
-        },
-        Field {
-            name: "asa_importance_beta",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.85"),
-            doc: "How slowly the average of the importance changes.",
-        },
-        Field {
-            name: "asa_uncertainty_beta",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.85"),
-            doc: "How slowly the average of its changes changes.",
-        },
-        Field {
-            name: "asa_schedule_exponent",
-            kind: FieldKind::Float { min: 1e-6, max: 1e3 },
-            default: Some("3"),
-            doc: "Power with which the number of clusters falls.",
-        },
+        int(
+            "rank",
+            (1, MOST as i64),
+            Some("100"),
+            "Singular directions r that changes may use; less than a target has outputs.",
+        ),
+        int("num_subspaces", (1, MOST as i64), Some("5"), "Clusters of outputs."),
+        int("subspace_rank", (1, MOST as i64), Some("1"), "Rank of the change of a cluster."),
+        flag("use_dynamic_rank", "false", "Give clusters with few large singular values a smaller rank."),
+        float(
+            "svd_threshold",
+            (0.0, 1.0),
+            "0.1",
+            "Share of the largest squared singular value above which others count for such a rank.",
+        ),
+        int(
+            "random_seed",
+            (0, u32::MAX as i64),
+            Some("0"),
+            "Seed of the decomposition, as PyTorch draws from it.",
+        ),
+        flag("use_asa", "false", "Drop unimportant clusters while training."),
+        int(
+            "asa_target_subspaces",
+            (1, 1 << 30),
+            Some("50"),
+            "Clusters of all targets together that are left at the end.",
+        ),
+        int("init_warmup", (0, 1 << 40), Some("50"), "Steps before clusters are dropped."),
+        int("final_warmup", (0, 1 << 40), Some("1000"), "Step after which none are dropped."),
+        int("mask_interval", (1, 1 << 40), Some("100"), "Steps between two choices."),
+        float("asa_importance_beta", (0.0, 1.0), "0.85", "How slowly the average of the importance changes."),
+        float("asa_uncertainty_beta", (0.0, 1.0), "0.85", "How slowly the average of its changes changes."),
+        float("asa_schedule_exponent", (1e-6, 1e3), "3", "Power with which the number of clusters falls."),
     ],
 };
 

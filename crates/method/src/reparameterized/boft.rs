@@ -17,10 +17,11 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::kept::Kept;
 use crate::shared::orthogonal::{self, Side};
 use crate::shared::{divisors, matrices};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
+use crate::{Described, Entry, Info, Loaded, Method, Named, peft};
 
 const SIZE_MAX: usize = 1 << 16;
 /// What stands for the biases of the targets.
@@ -50,42 +51,27 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "BOFT",
     fields: &[
-        Field {
-            name: "block_size",
-            kind: FieldKind::Int { min: 2, max: SIZE_MAX as i64 },
-            default: None,
-            doc: "Size b of the blocks, 4 unless `blocks` is given; must divide the inputs.",
-        },
-        Field {
-            name: "blocks",
-            kind: FieldKind::Int { min: 1, max: SIZE_MAX as i64 },
-            default: None,
-            doc: "Number of blocks, instead of their size.",
-        },
-        Field {
-            name: "butterfly_factors",
-            kind: FieldKind::Int { min: 1, max: 16 },
-            default: Some("1"),
-            doc: "Number m of factors; with more than one, sizes and numbers of blocks must be even.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Share of the blocks of a factor that is left out while training.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OWN]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start as the base; otherwise P and s are drawn.",
-        },
+        int(
+            "block_size",
+            (2, SIZE_MAX as i64),
+            None,
+            "Size b of the blocks, 4 unless `blocks` is given; must divide the inputs.",
+        ),
+        int("blocks", (1, SIZE_MAX as i64), None, "Number of blocks, instead of their size."),
+        int(
+            "butterfly_factors",
+            (1, 16),
+            Some("1"),
+            "Number m of factors; with more than one, sizes and numbers of blocks must be even.",
+        ),
+        float(
+            "dropout",
+            (0.0, 0.999),
+            "0",
+            "Share of the blocks of a factor that is left out while training.",
+        ),
+        choice("bias", &["none", "all", OWN], "\"none\"", "Which biases of the model are trained too."),
+        flag("init_weights", "true", "Start as the base; otherwise P and s are drawn."),
     ],
 };
 

@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Pattern, Reader};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, int};
 use crate::shared::{divisors, places};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
@@ -58,24 +59,24 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "C3A",
     fields: &[
-        Field {
-            name: "block_size",
-            kind: FieldKind::Int { min: 1, max: SIZE_MAX as i64 },
-            default: Some("256"),
-            doc: "Size b of the blocks, a divisor of the targets' inputs and outputs; they train in·out/b numbers.",
-        },
-        Field {
-            name: "init",
-            kind: FieldKind::OneOf(&["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"]),
-            default: Some("\"xavier_uniform\""),
-            doc: "How the vectors start; all but zeros change the model from the start.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OF_TARGETS]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
+        int(
+            "block_size",
+            (1, SIZE_MAX as i64),
+            Some("256"),
+            "Size b of the blocks, a divisor of the targets' inputs and outputs; they train in·out/b numbers.",
+        ),
+        choice(
+            "init",
+            &["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"],
+            "\"xavier_uniform\"",
+            "How the vectors start; all but zeros change the model from the start.",
+        ),
+        choice(
+            "bias",
+            &["none", "all", OF_TARGETS],
+            "\"none\"",
+            "Which biases of the model are trained too.",
+        ),
         Field {
             name: "block_size_pattern",
             kind: FieldKind::IntMap,

@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::matrices;
 use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -55,54 +56,24 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "DEFT",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: 1024 },
-            default: Some("8"),
-            doc: "Dimension r of the subspace.",
-        },
-        Field {
-            name: "decomposition_method",
-            kind: FieldKind::OneOf(&["relu", "qr"]),
-            default: Some("\"relu\""),
-            doc: "How the projection is made of P: P·relu(P)ᵀ, or orthogonal by QR.",
-        },
+        int("rank", (1, 1024), Some("8"), "Dimension r of the subspace."),
+        choice(
+            "decomposition_method",
+            &["relu", "qr"],
+            "\"relu\"",
+            "How the projection is made of P: P·relu(P)ᵀ, or orthogonal by QR.",
+        ),
         Field {
             name: "alpha",
             kind: FieldKind::Float { min: 0.0, max: 1e9 },
             default: None,
             doc: "What is put in is scaled by alpha/rank; left out, not at all.",
         },
-        Field {
-            name: "para",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "PaRa: only take the subspace out; changes the model from the start.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of R while training.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OWN]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start R so that nothing changes; otherwise it is drawn.",
-        },
-        Field {
-            name: "init_scale",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("1"),
-            doc: "Factor on the deviation 0.02 of an R that is drawn.",
-        },
+        flag("para", "false", "PaRa: only take the subspace out; changes the model from the start."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of R while training."),
+        choice("bias", &["none", "all", OWN], "\"none\"", "Which biases of the model are trained too."),
+        flag("init_weights", "true", "Start R so that nothing changes; otherwise it is drawn."),
+        float("init_scale", (0.0, 1e9), "1", "Factor on the deviation 0.02 of an R that is drawn."),
     ],
 };
 

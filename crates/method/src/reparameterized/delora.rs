@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Pattern, Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::matrices;
 use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -47,24 +48,9 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "DELORA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: 1024 },
-            default: Some("8"),
-            doc: "Number r of rank-one parts.",
-        },
-        Field {
-            name: "lambda",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("15"),
-            doc: "Start of the learned bound λ on the length of the change.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of A while training.",
-        },
+        int("rank", (1, 1024), Some("8"), "Number r of rank-one parts."),
+        float("lambda", (0.0, 1e9), "15", "Start of the learned bound λ on the length of the change."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of A while training."),
         Field {
             name: "rank_pattern",
             kind: FieldKind::IntMap,
@@ -77,18 +63,8 @@ static INFO: Info = Info {
             default: Some("{}"),
             doc: "Other bounds for modules that a pattern matches.",
         },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OWN]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start B as zero; otherwise B is drawn too.",
-        },
+        choice("bias", &["none", "all", OWN], "\"none\"", "Which biases of the model are trained too."),
+        flag("init_weights", "true", "Start B as zero; otherwise B is drawn too."),
     ],
 };
 

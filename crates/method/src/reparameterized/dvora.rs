@@ -15,8 +15,9 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::reparameterized::vera::{Direction, Shape};
+use crate::shared::fields::{float, int};
 use crate::shared::places;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 14;
 
@@ -34,30 +35,15 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "ENGRAFT_DVORA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
-            default: Some("1024"),
-            doc: "Rows r of the shared A; a module trains r + 2·out numbers.",
-        },
-        Field {
-            name: "d_initial",
-            kind: FieldKind::Float { min: -1e3, max: 1e3 },
-            default: Some("0.1"),
-            doc: "What d starts as.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of A while training.",
-        },
-        Field {
-            name: "projection_prng_key",
-            kind: FieldKind::Int { min: 0, max: u32::MAX as i64 },
-            default: Some("0"),
-            doc: "Seed of A and B.",
-        },
+        int(
+            "rank",
+            (1, RANK_MAX as i64),
+            Some("1024"),
+            "Rows r of the shared A; a module trains r + 2·out numbers.",
+        ),
+        float("d_initial", (-1e3, 1e3), "0.1", "What d starts as."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of A while training."),
+        int("projection_prng_key", (0, u32::MAX as i64), Some("0"), "Seed of A and B."),
     ],
 };
 

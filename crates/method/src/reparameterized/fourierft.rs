@@ -18,6 +18,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Pattern, Reader, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, float, int};
 use crate::shared::places;
 use crate::shared::torch_random::Generator;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -46,36 +47,31 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "FOURIERFT",
     fields: &[
-        Field {
-            name: "n_frequency",
-            kind: FieldKind::Int { min: 1, max: COUNT_MAX as i64 },
-            default: Some("1000"),
-            doc: "Number N of frequencies, which are what a module trains.",
-        },
-        Field {
-            name: "scaling",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("150"),
-            doc: "Factor α on the change.",
-        },
-        Field {
-            name: "random_loc_seed",
-            kind: FieldKind::Int { min: 0, max: u32::MAX as i64 },
-            default: Some("777"),
-            doc: "Seed of the places of the frequencies, as PyTorch draws from it.",
-        },
-        Field {
-            name: "init",
-            kind: FieldKind::OneOf(&["normal", "zeros"]),
-            default: Some("\"normal\""),
-            doc: "How the coefficients start; normal noise changes the model from the start.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OF_TARGETS]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
+        int(
+            "n_frequency",
+            (1, COUNT_MAX as i64),
+            Some("1000"),
+            "Number N of frequencies, which are what a module trains.",
+        ),
+        float("scaling", (0.0, 1e9), "150", "Factor α on the change."),
+        int(
+            "random_loc_seed",
+            (0, u32::MAX as i64),
+            Some("777"),
+            "Seed of the places of the frequencies, as PyTorch draws from it.",
+        ),
+        choice(
+            "init",
+            &["normal", "zeros"],
+            "\"normal\"",
+            "How the coefficients start; normal noise changes the model from the start.",
+        ),
+        choice(
+            "bias",
+            &["none", "all", OF_TARGETS],
+            "\"none\"",
+            "Which biases of the model are trained too.",
+        ),
         Field {
             name: "n_frequency_pattern",
             kind: FieldKind::IntMap,

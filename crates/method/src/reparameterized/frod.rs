@@ -30,10 +30,11 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, float, int};
 use crate::shared::kept::Kept;
 use crate::shared::matrices;
 use crate::shared::torch_random::Generator;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 mod basis;
 
@@ -73,36 +74,31 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "FROD",
     fields: &[
-        Field {
-            name: "sparse_rate",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.01"),
-            doc: "Share of the entries beside the diagonal that are trained.",
-        },
-        Field {
-            name: "regularization_alpha",
-            kind: FieldKind::Float { min: 1e-9, max: 1e3 },
-            default: Some("0.001"),
-            doc: "What keeps the inverses of the decomposition finite.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of the change while training.",
-        },
-        Field {
-            name: "projection_prng_key",
-            kind: FieldKind::Int { min: 0, max: u32::MAX as i64 },
-            default: Some("0"),
-            doc: "Seed of the places of S, as PyTorch draws from it.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OF_TARGETS]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
+        float(
+            "sparse_rate",
+            (0.0, 1.0),
+            "0.01",
+            "Share of the entries beside the diagonal that are trained.",
+        ),
+        float(
+            "regularization_alpha",
+            (1e-9, 1e3),
+            "0.001",
+            "What keeps the inverses of the decomposition finite.",
+        ),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of the change while training."),
+        int(
+            "projection_prng_key",
+            (0, u32::MAX as i64),
+            Some("0"),
+            "Seed of the places of S, as PyTorch draws from it.",
+        ),
+        choice(
+            "bias",
+            &["none", "all", OF_TARGETS],
+            "\"none\"",
+            "Which biases of the model are trained too.",
+        ),
     ],
 };
 

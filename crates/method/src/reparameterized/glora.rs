@@ -23,6 +23,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, int};
 use crate::shared::matrices;
 use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -71,18 +72,13 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "GLORA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: 1024 },
-            default: Some("8"),
-            doc: "Rank of what is a low-rank product.",
-        },
-        Field {
-            name: "config_A_B",
-            kind: FieldKind::OneOf(&["lora", "vector", "constant", "none"]),
-            default: Some("\"lora\""),
-            doc: "What scales and shifts the weight.",
-        },
+        int("rank", (1, 1024), Some("8"), "Rank of what is a low-rank product."),
+        choice(
+            "config_A_B",
+            &["lora", "vector", "constant", "none"],
+            "\"lora\"",
+            "What scales and shifts the weight.",
+        ),
         choice_or(
             "config_A",
             &["lora", "vector", "constant", "none"],
@@ -93,32 +89,17 @@ static INFO: Info = Info {
             &["lora", "vector", "constant", "none"],
             "What shifts the weight, if not `config_A_B`.",
         ),
-        Field {
-            name: "config_C",
-            kind: FieldKind::OneOf(&["lora", "vector", "none"]),
-            default: Some("\"lora\""),
-            doc: "What the weight adds to the bias.",
-        },
-        Field {
-            name: "config_D_E",
-            kind: FieldKind::OneOf(&["constant", "vector", "none"]),
-            default: Some("\"constant\""),
-            doc: "What scales and shifts the bias.",
-        },
+        choice("config_C", &["lora", "vector", "none"], "\"lora\"", "What the weight adds to the bias."),
+        choice(
+            "config_D_E",
+            &["constant", "vector", "none"],
+            "\"constant\"",
+            "What scales and shifts the bias.",
+        ),
         choice_or("config_D", &["constant", "vector", "none"], "What scales the bias, if not `config_D_E`."),
         choice_or("config_E", &["constant", "vector", "none"], "What shifts the bias, if not `config_D_E`."),
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OWN]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start as zero; otherwise all is drawn.",
-        },
+        choice("bias", &["none", "all", OWN], "\"none\"", "Which biases of the model are trained too."),
+        flag("init_weights", "true", "Start as zero; otherwise all is drawn."),
     ],
 };
 

@@ -17,9 +17,10 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::matrices;
 use crate::shared::sizes;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
 /// What stands for the biases of the targets.
@@ -48,48 +49,18 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "GRALORA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: 1024 },
-            default: Some("32"),
-            doc: "Rank r of a strip, a multiple of `k`; each block has rank r/k.",
-        },
-        Field {
-            name: "hybrid_rank",
-            kind: FieldKind::Int { min: 0, max: 1024 },
-            default: Some("0"),
-            doc: "Rank of a usual LoRA beside the blocks.",
-        },
-        Field {
-            name: "alpha",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("64"),
-            doc: "The change is scaled by alpha/(rank + hybrid_rank).",
-        },
-        Field {
-            name: "k",
-            kind: FieldKind::Int { min: 1, max: 64 },
-            default: Some("2"),
-            doc: "Strips that inputs and outputs are cut into; 2 up to rank 32, 4 from 64 on.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of A while training.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OWN]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start B as zero; otherwise B is drawn too.",
-        },
+        int("rank", (1, 1024), Some("32"), "Rank r of a strip, a multiple of `k`; each block has rank r/k."),
+        int("hybrid_rank", (0, 1024), Some("0"), "Rank of a usual LoRA beside the blocks."),
+        float("alpha", (0.0, 1e9), "64", "The change is scaled by alpha/(rank + hybrid_rank)."),
+        int(
+            "k",
+            (1, 64),
+            Some("2"),
+            "Strips that inputs and outputs are cut into; 2 up to rank 32, 4 from 64 on.",
+        ),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of A while training."),
+        choice("bias", &["none", "all", OWN], "\"none\"", "Which biases of the model are trained too."),
+        flag("init_weights", "true", "Start B as zero; otherwise B is drawn too."),
     ],
 };
 

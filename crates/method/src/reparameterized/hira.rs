@@ -15,8 +15,9 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written};
+use crate::shared::fields::{choice, float, int};
 use crate::shared::sizes;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 #[derive(Clone)]
 struct Hira {
@@ -53,24 +54,14 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "HIRA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: 1024 },
-            default: Some("32"),
-            doc: "Inner size r of the product.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of the changed part while training.",
-        },
-        Field {
-            name: "init",
-            kind: FieldKind::OneOf(&["kaiming", "gaussian", "random"]),
-            default: Some("\"kaiming\""),
-            doc: "How A starts; random starts B too.",
-        },
+        int("rank", (1, 1024), Some("32"), "Inner size r of the product."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of the changed part while training."),
+        choice(
+            "init",
+            &["kaiming", "gaussian", "random"],
+            "\"kaiming\"",
+            "How A starts; random starts B too.",
+        ),
     ],
 };
 

@@ -15,9 +15,10 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::{choice, int};
 use crate::shared::matrices;
 use crate::shared::sizes;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 #[derive(Clone, Copy)]
 struct Hiwi {
@@ -49,24 +50,19 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Up, Role::Down]),
     peft_type: "ENGRAFT_HIWI",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: 4096 },
-            default: Some("16"),
-            doc: "Width r of the bottleneck.",
-        },
-        Field {
-            name: "of",
-            kind: FieldKind::OneOf(&["bias", "weight"]),
-            default: Some("\"bias\""),
-            doc: "What it works on: the biases of the targets, or the rows of their weights.",
-        },
-        Field {
-            name: "activation",
-            kind: FieldKind::OneOf(&["relu", "gelu", "silu", "tanh"]),
-            default: Some("\"relu\""),
-            doc: "The activation between the two matrices.",
-        },
+        int("rank", (1, 4096), Some("16"), "Width r of the bottleneck."),
+        choice(
+            "of",
+            &["bias", "weight"],
+            "\"bias\"",
+            "What it works on: the biases of the targets, or the rows of their weights.",
+        ),
+        choice(
+            "activation",
+            &["relu", "gelu", "silu", "tanh"],
+            "\"relu\"",
+            "The activation between the two matrices.",
+        ),
     ],
 };
 

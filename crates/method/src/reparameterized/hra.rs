@@ -16,9 +16,10 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::sizes;
 use crate::shared::{matrices, orthogonal};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Step, peft};
+use crate::{Described, Entry, Info, Loaded, Method, Step, peft};
 
 #[derive(Clone, Copy)]
 struct Hra {
@@ -46,36 +47,21 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "HRA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: 1024 },
-            default: Some("8"),
-            doc: "Number r of reflections; an odd one changes the model from the start.",
-        },
-        Field {
-            name: "gram_schmidt",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Make the vectors orthonormal; changes the model from the start.",
-        },
-        Field {
-            name: "orthogonality",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("0"),
-            doc: "Weight λ of a penalty on vectors that are not orthonormal, such as 1e-4.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OWN]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start in pairs that undo each other; otherwise all vectors are drawn.",
-        },
+        int(
+            "rank",
+            (1, 1024),
+            Some("8"),
+            "Number r of reflections; an odd one changes the model from the start.",
+        ),
+        flag("gram_schmidt", "false", "Make the vectors orthonormal; changes the model from the start."),
+        float(
+            "orthogonality",
+            (0.0, 1e9),
+            "0",
+            "Weight λ of a penalty on vectors that are not orthonormal, such as 1e-4.",
+        ),
+        choice("bias", &["none", "all", OWN], "\"none\"", "Which biases of the model are trained too."),
+        flag("init_weights", "true", "Start in pairs that undo each other; otherwise all vectors are drawn."),
     ],
 };
 

@@ -13,9 +13,10 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
+use crate::shared::fields::{float, int};
 use crate::shared::sizes;
 use crate::shared::{divisors, kronecker, places};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const COUNT_MAX: usize = 1 << 12;
 
@@ -38,30 +39,15 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "ENGRAFT_KADAPTATION",
     fields: &[
-        Field {
-            name: "n",
-            kind: FieldKind::Int { min: 1, max: COUNT_MAX as i64 },
-            default: Some("32"),
-            doc: "Number N of products and size of their left factors, a divisor of the targets' inputs and outputs.",
-        },
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: COUNT_MAX as i64 },
-            default: Some("1"),
-            doc: "Rank r of both factors.",
-        },
-        Field {
-            name: "scale",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("160"),
-            doc: "Factor s on the sum.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of the sum while training.",
-        },
+        int(
+            "n",
+            (1, COUNT_MAX as i64),
+            Some("32"),
+            "Number N of products and size of their left factors, a divisor of the targets' inputs and outputs.",
+        ),
+        int("rank", (1, COUNT_MAX as i64), Some("1"), "Rank r of both factors."),
+        float("scale", (0.0, 1e9), "160", "Factor s on the sum."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of the sum while training."),
     ],
 };
 

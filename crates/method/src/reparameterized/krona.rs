@@ -12,8 +12,9 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
+use crate::shared::fields::{float, int};
 use crate::shared::{kronecker, places};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const SIZE_MAX: usize = 1 << 20;
 
@@ -37,30 +38,20 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "ENGRAFT_KRONA",
     fields: &[
-        Field {
-            name: "a1",
-            kind: FieldKind::Int { min: 1, max: SIZE_MAX as i64 },
-            default: None,
-            doc: "Rows of A, a divisor of the outputs; by default the largest one up to their root.",
-        },
-        Field {
-            name: "a2",
-            kind: FieldKind::Int { min: 1, max: SIZE_MAX as i64 },
-            default: None,
-            doc: "Columns of A, a divisor of the inputs; by default the largest one up to their root.",
-        },
-        Field {
-            name: "scale",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("1"),
-            doc: "Factor s on the product.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of the product while training.",
-        },
+        int(
+            "a1",
+            (1, SIZE_MAX as i64),
+            None,
+            "Rows of A, a divisor of the outputs; by default the largest one up to their root.",
+        ),
+        int(
+            "a2",
+            (1, SIZE_MAX as i64),
+            None,
+            "Columns of A, a divisor of the inputs; by default the largest one up to their root.",
+        ),
+        float("scale", (0.0, 1e9), "1", "Factor s on the product."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of the product while training."),
     ],
 };
 

@@ -21,9 +21,10 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
+use crate::shared::fields::{flag, float, int};
 use crate::shared::matrices;
 use crate::shared::sizes;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 struct Lily {
     rank: usize,
@@ -55,36 +56,11 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "LILY",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: 1024 },
-            default: Some("32"),
-            doc: "Inner size r of the products.",
-        },
-        Field {
-            name: "stride_A",
-            kind: FieldKind::Int { min: 1, max: 1 << 16 },
-            default: Some("1"),
-            doc: "Neighbouring layers that share an A.",
-        },
-        Field {
-            name: "num_B",
-            kind: FieldKind::Int { min: 2, max: 1024 },
-            default: Some("2"),
-            doc: "Experts B that all layers of one kind share.",
-        },
-        Field {
-            name: "scaling",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("1"),
-            doc: "Factor s on the change.",
-        },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start B as zero; otherwise B is drawn too.",
-        },
+        int("rank", (1, 1024), Some("32"), "Inner size r of the products."),
+        int("stride_A", (1, 1 << 16), Some("1"), "Neighbouring layers that share an A."),
+        int("num_B", (2, 1024), Some("2"), "Experts B that all layers of one kind share."),
+        float("scaling", (0.0, 1e9), "1", "Factor s on the change."),
+        flag("init_weights", "true", "Start B as zero; otherwise B is drawn too."),
     ],
 };
 

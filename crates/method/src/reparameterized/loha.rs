@@ -16,6 +16,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Pattern, Reader, as_written, number};
+use crate::shared::fields::{flag, float, int};
 use crate::shared::places;
 use crate::shared::sizes;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -47,36 +48,25 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "LOHA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RECIPE_RANK_MAX as i64 },
-            default: Some("8"),
-            doc: "Inner size r of each of the two products.",
-        },
-        Field {
-            name: "alpha",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("8"),
-            doc: "The change is scaled by alpha/rank.",
-        },
-        Field {
-            name: "rank_dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Share of outputs left out of the change while training, the others scaled up.",
-        },
-        Field {
-            name: "module_dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "How often a module goes without its change while training.",
-        },
-        Field {
-            name: "use_effective_conv2d",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Give the windows of convolutions a core tensor instead of long rows.",
-        },
+        int("rank", (1, RECIPE_RANK_MAX as i64), Some("8"), "Inner size r of each of the two products."),
+        float("alpha", (0.0, 1e9), "8", "The change is scaled by alpha/rank."),
+        float(
+            "rank_dropout",
+            (0.0, 0.999),
+            "0",
+            "Share of outputs left out of the change while training, the others scaled up.",
+        ),
+        float(
+            "module_dropout",
+            (0.0, 0.999),
+            "0",
+            "How often a module goes without its change while training.",
+        ),
+        flag(
+            "use_effective_conv2d",
+            "false",
+            "Give the windows of convolutions a core tensor instead of long rows.",
+        ),
         Field {
             name: "rank_pattern",
             kind: FieldKind::IntMap,

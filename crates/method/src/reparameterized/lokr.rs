@@ -18,6 +18,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Pattern, Reader, as_written, number};
 use crate::reparameterized::loha::cored;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::sizes;
 use crate::shared::{kronecker, places};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -61,60 +62,39 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "LOKR",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RECIPE_RANK_MAX as i64 },
-            default: Some("8"),
-            doc: "Inner size r of a factor; factors whose sizes are at most 2r stay whole.",
-        },
-        Field {
-            name: "alpha",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("8"),
-            doc: "The change is scaled by alpha/rank.",
-        },
-        Field {
-            name: "decompose_factor",
-            kind: FieldKind::Int { min: -1, max: FACTOR_MAX },
-            default: Some("-1"),
-            doc: "Size of the first factor; -1 takes the divisors closest to each other.",
-        },
-        Field {
-            name: "decompose_both",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Give the first factor a low rank too.",
-        },
-        Field {
-            name: "use_effective_conv2d",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Give the windows of convolutions a core tensor instead of long rows.",
-        },
-        Field {
-            name: "rank_dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Share of outputs left out of the change while training.",
-        },
-        Field {
-            name: "rank_dropout_scale",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Scale up the outputs that rank dropout keeps.",
-        },
-        Field {
-            name: "module_dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "How often a module goes without its change while training.",
-        },
-        Field {
-            name: "init",
-            kind: FieldKind::OneOf(&["default", "lycoris"]),
-            default: Some("\"default\""),
-            doc: "Which factor starts as zero: the first, or as in LyCORIS the second.",
-        },
+        int(
+            "rank",
+            (1, RECIPE_RANK_MAX as i64),
+            Some("8"),
+            "Inner size r of a factor; factors whose sizes are at most 2r stay whole.",
+        ),
+        float("alpha", (0.0, 1e9), "8", "The change is scaled by alpha/rank."),
+        int(
+            "decompose_factor",
+            (-1, FACTOR_MAX),
+            Some("-1"),
+            "Size of the first factor; -1 takes the divisors closest to each other.",
+        ),
+        flag("decompose_both", "false", "Give the first factor a low rank too."),
+        flag(
+            "use_effective_conv2d",
+            "false",
+            "Give the windows of convolutions a core tensor instead of long rows.",
+        ),
+        float("rank_dropout", (0.0, 0.999), "0", "Share of outputs left out of the change while training."),
+        flag("rank_dropout_scale", "false", "Scale up the outputs that rank dropout keeps."),
+        float(
+            "module_dropout",
+            (0.0, 0.999),
+            "0",
+            "How often a module goes without its change while training.",
+        ),
+        choice(
+            "init",
+            &["default", "lycoris"],
+            "\"default\"",
+            "Which factor starts as zero: the first, or as in LyCORIS the second.",
+        ),
         Field {
             name: "rank_pattern",
             kind: FieldKind::IntMap,

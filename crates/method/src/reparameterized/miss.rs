@@ -15,8 +15,9 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, float, int};
 use crate::shared::{divisors, places};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
 const OF_TARGETS: &str = "MiSS_only";
@@ -51,36 +52,26 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "MISS",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
-            default: Some("64"),
-            doc: "Rows r of the block.",
-        },
-        Field {
-            name: "form",
-            kind: FieldKind::OneOf(&["plain", "bat", "mini"]),
-            default: Some("\"plain\""),
-            doc: "One block, blocks that multiply the weight too, or a block repeated along the outputs as well.",
-        },
-        Field {
-            name: "mini_r",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
-            default: Some("1"),
-            doc: "Columns of the block in the form mini.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of the block while training; the form bat has none.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OF_TARGETS]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
+        int("rank", (1, RANK_MAX as i64), Some("64"), "Rows r of the block."),
+        choice(
+            "form",
+            &["plain", "bat", "mini"],
+            "\"plain\"",
+            "One block, blocks that multiply the weight too, or a block repeated along the outputs as well.",
+        ),
+        int("mini_r", (1, RANK_MAX as i64), Some("1"), "Columns of the block in the form mini."),
+        float(
+            "dropout",
+            (0.0, 0.999),
+            "0",
+            "Dropout on the input of the block while training; the form bat has none.",
+        ),
+        choice(
+            "bias",
+            &["none", "all", OF_TARGETS],
+            "\"none\"",
+            "Which biases of the model are trained too.",
+        ),
     ],
 };
 

@@ -16,10 +16,11 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
+use crate::shared::fields::{float, int};
 use crate::shared::kept::Kept;
 use crate::shared::places;
 use crate::shared::sizes;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1024;
 const BASES_MAX: usize = 1 << 16;
@@ -44,36 +45,16 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "ENGRAFT_NOLA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
-            default: Some("8"),
-            doc: "Inner size r of the product; trains nothing more.",
-        },
-        Field {
-            name: "alpha",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("16"),
-            doc: "The product is scaled by alpha/rank.",
-        },
-        Field {
-            name: "num_basis",
-            kind: FieldKind::Int { min: 1, max: BASES_MAX as i64 },
-            default: Some("1024"),
-            doc: "Number k of random matrices for each factor; a target trains 2k numbers.",
-        },
-        Field {
-            name: "basis_seed",
-            kind: FieldKind::Int { min: 0, max: u32::MAX as i64 },
-            default: Some("0"),
-            doc: "Seed of the random matrices.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of A while training.",
-        },
+        int("rank", (1, RANK_MAX as i64), Some("8"), "Inner size r of the product; trains nothing more."),
+        float("alpha", (0.0, 1e9), "16", "The product is scaled by alpha/rank."),
+        int(
+            "num_basis",
+            (1, BASES_MAX as i64),
+            Some("1024"),
+            "Number k of random matrices for each factor; a target trains 2k numbers.",
+        ),
+        int("basis_seed", (0, u32::MAX as i64), Some("0"), "Seed of the random matrices."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of A while training."),
     ],
 };
 

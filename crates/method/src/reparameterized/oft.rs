@@ -19,11 +19,12 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::kept::Kept;
 use crate::shared::orthogonal::{self, Side};
 use crate::shared::sizes;
 use crate::shared::{divisors, matrices};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Step, peft};
+use crate::{Described, Entry, Info, Loaded, Method, Step, peft};
 
 const SIZE_MAX: usize = 1 << 16;
 /// What stands for the biases of the targets.
@@ -65,66 +66,25 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "OFT",
     fields: &[
-        Field {
-            name: "block_size",
-            kind: FieldKind::Int { min: 2, max: SIZE_MAX as i64 },
-            default: None,
-            doc: "Size b of the blocks, 32 unless `blocks` is given; where it does not divide the inputs, the nearest size that does.",
-        },
-        Field {
-            name: "blocks",
-            kind: FieldKind::Int { min: 1, max: SIZE_MAX as i64 },
-            default: None,
-            doc: "Number of blocks, instead of their size.",
-        },
-        Field {
-            name: "use_cayley_neumann",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "The first terms of a series (OFTv2) instead of the exact Cayley transform.",
-        },
-        Field {
-            name: "num_cayley_neumann_terms",
-            kind: FieldKind::Int { min: 1, max: 64 },
-            default: Some("5"),
-            doc: "Terms of the series.",
-        },
-        Field {
-            name: "module_dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Probability of leaving a block out while training.",
-        },
-        Field {
-            name: "block_share",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "One block for all.",
-        },
-        Field {
-            name: "coft",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Hold the blocks near the identity.",
-        },
-        Field {
-            name: "eps",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("6e-5"),
-            doc: "How far from the identity coft lets all blocks together go.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OWN]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start Q as zero; otherwise it is drawn.",
-        },
+        int(
+            "block_size",
+            (2, SIZE_MAX as i64),
+            None,
+            "Size b of the blocks, 32 unless `blocks` is given; where it does not divide the inputs, the nearest size that does.",
+        ),
+        int("blocks", (1, SIZE_MAX as i64), None, "Number of blocks, instead of their size."),
+        flag(
+            "use_cayley_neumann",
+            "true",
+            "The first terms of a series (OFTv2) instead of the exact Cayley transform.",
+        ),
+        int("num_cayley_neumann_terms", (1, 64), Some("5"), "Terms of the series."),
+        float("module_dropout", (0.0, 0.999), "0", "Probability of leaving a block out while training."),
+        flag("block_share", "false", "One block for all."),
+        flag("coft", "false", "Hold the blocks near the identity."),
+        float("eps", (0.0, 1e9), "6e-5", "How far from the identity coft lets all blocks together go."),
+        choice("bias", &["none", "all", OWN], "\"none\"", "Which biases of the model are trained too."),
+        flag("init_weights", "true", "Start Q as zero; otherwise it is drawn."),
     ],
 };
 

@@ -21,6 +21,7 @@ use engraft_tensor::{Gradients, Param, Tensor, linalg, no_grad};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::flag;
 use crate::shared::matrices;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, Step, peft};
 
@@ -70,12 +71,7 @@ static INFO: Info = Info {
             default: Some("{}"),
             doc: "Other numbers or shares for modules in whose path a pattern is found.",
         },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start as the decomposition; otherwise what is trained is drawn.",
-        },
+        flag("init_weights", "true", "Start as the decomposition; otherwise what is trained is drawn."),
     ],
 };
 

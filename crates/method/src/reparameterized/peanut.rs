@@ -16,8 +16,9 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
 use crate::shared::activations::{ALL, ALL_NAMES, Activation};
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::matrices;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 #[derive(Clone)]
 struct Peanut {
@@ -41,36 +42,11 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "PEANUT",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: 1024 },
-            default: Some("32"),
-            doc: "Width r of the network.",
-        },
-        Field {
-            name: "depth",
-            kind: FieldKind::Int { min: 0, max: 64 },
-            default: Some("0"),
-            doc: "Hidden layers on each side.",
-        },
-        Field {
-            name: "act_fn",
-            kind: FieldKind::OneOf(ALL_NAMES),
-            default: Some("\"relu\""),
-            doc: "The activation.",
-        },
-        Field {
-            name: "scaling",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("1"),
-            doc: "Factor on the change.",
-        },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start B as zero; otherwise B is drawn too.",
-        },
+        int("rank", (1, 1024), Some("32"), "Width r of the network."),
+        int("depth", (0, 64), Some("0"), "Hidden layers on each side."),
+        choice("act_fn", ALL_NAMES, "\"relu\"", "The activation."),
+        float("scaling", (0.0, 1e9), "1", "Factor on the change."),
+        flag("init_weights", "true", "Start B as zero; otherwise B is drawn too."),
     ],
 };
 

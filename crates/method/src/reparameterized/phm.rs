@@ -13,8 +13,9 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::reparameterized::kadaptation::{Rules, Sum};
+use crate::shared::fields::{float, int};
 use crate::shared::sizes;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const COUNT_MAX: usize = 1 << 10;
 
@@ -37,30 +38,15 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "ENGRAFT_PHM",
     fields: &[
-        Field {
-            name: "n",
-            kind: FieldKind::Int { min: 1, max: COUNT_MAX as i64 },
-            default: Some("4"),
-            doc: "Number N of products and size of their left factors, a divisor of the targets' inputs and outputs.",
-        },
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: COUNT_MAX as i64 },
-            default: Some("1"),
-            doc: "Rank r of the right factors.",
-        },
-        Field {
-            name: "scale",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("1"),
-            doc: "Factor s on the sum.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of the sum while training.",
-        },
+        int(
+            "n",
+            (1, COUNT_MAX as i64),
+            Some("4"),
+            "Number N of products and size of their left factors, a divisor of the targets' inputs and outputs.",
+        ),
+        int("rank", (1, COUNT_MAX as i64), Some("1"), "Rank r of the right factors."),
+        float("scale", (0.0, 1e9), "1", "Factor s on the sum."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of the sum while training."),
     ],
 };
 

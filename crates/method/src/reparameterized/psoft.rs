@@ -19,6 +19,7 @@ use engraft_tensor::{Param, Tensor, linalg};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::{matrices, orthogonal};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
@@ -65,72 +66,36 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "ENGRAFT_PSOFT",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 2, max: 1024 },
-            default: Some("32"),
-            doc: "Number r of singular directions, and size of R.",
-        },
-        Field {
-            name: "alpha",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("32"),
-            doc: "A and B are held apart by the factor alpha/rank; the change itself does not depend on it at the start.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of A while training.",
-        },
-        Field {
-            name: "ab_svd_init",
-            kind: FieldKind::OneOf(&["psoft_init", "pissa_init"]),
-            default: Some("\"psoft_init\""),
-            doc: "Singular values all in B, or their roots in A and B.",
-        },
-        Field {
-            name: "psoft_orth",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Keep R orthogonal but for its scales.",
-        },
-        Field {
-            name: "psoft_mag_a",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Scale R at its input.",
-        },
-        Field {
-            name: "psoft_mag_b",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Scale R at its output.",
-        },
-        Field {
-            name: "use_cayley_neumann",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "The first terms of a series instead of the exact Cayley transform.",
-        },
-        Field {
-            name: "num_cayley_neumann_terms",
-            kind: FieldKind::Int { min: 1, max: 64 },
-            default: Some("5"),
-            doc: "Terms of the series.",
-        },
+        int("rank", (2, 1024), Some("32"), "Number r of singular directions, and size of R."),
+        float(
+            "alpha",
+            (0.0, 1e9),
+            "32",
+            "A and B are held apart by the factor alpha/rank; the change itself does not depend on it at the start.",
+        ),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of A while training."),
+        choice(
+            "ab_svd_init",
+            &["psoft_init", "pissa_init"],
+            "\"psoft_init\"",
+            "Singular values all in B, or their roots in A and B.",
+        ),
+        flag("psoft_orth", "true", "Keep R orthogonal but for its scales."),
+        flag("psoft_mag_a", "true", "Scale R at its input."),
+        flag("psoft_mag_b", "true", "Scale R at its output."),
+        flag(
+            "use_cayley_neumann",
+            "false",
+            "The first terms of a series instead of the exact Cayley transform.",
+        ),
+        int("num_cayley_neumann_terms", (1, 64), Some("5"), "Terms of the series."),
         Field {
             name: "cayley_neumann_eps",
             kind: FieldKind::Float { min: 0.0, max: 1.0 },
             default: None,
             doc: "The longest Q of a series; longer ones are shortened.",
         },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start as the base; otherwise Q is drawn.",
-        },
+        flag("init_weights", "true", "Start as the base; otherwise Q is drawn."),
     ],
 };
 

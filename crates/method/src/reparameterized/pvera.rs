@@ -16,9 +16,10 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::places;
 use crate::shared::projection::{corner, kaiming_pair};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
 const OF_TARGETS: &str = "pvera_only";
@@ -49,42 +50,31 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "PVERA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: 1 << 14 },
-            default: Some("256"),
-            doc: "Number r of inner variables; a module trains 2r + out numbers.",
-        },
-        Field {
-            name: "d_initial",
-            kind: FieldKind::Float { min: -1e3, max: 1e3 },
-            default: Some("0.1"),
-            doc: "What d starts as.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of A while training.",
-        },
-        Field {
-            name: "projection_prng_key",
-            kind: FieldKind::Int { min: 0, max: u32::MAX as i64 },
-            default: Some("0"),
-            doc: "Seed of A and B, as PyTorch draws from it.",
-        },
-        Field {
-            name: "save_projection",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Put A and B into the adapter's file; without them it holds their seed alone.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OF_TARGETS]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
+        int(
+            "rank",
+            (1, 1 << 14),
+            Some("256"),
+            "Number r of inner variables; a module trains 2r + out numbers.",
+        ),
+        float("d_initial", (-1e3, 1e3), "0.1", "What d starts as."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of A while training."),
+        int(
+            "projection_prng_key",
+            (0, u32::MAX as i64),
+            Some("0"),
+            "Seed of A and B, as PyTorch draws from it.",
+        ),
+        flag(
+            "save_projection",
+            "true",
+            "Put A and B into the adapter's file; without them it holds their seed alone.",
+        ),
+        choice(
+            "bias",
+            &["none", "all", OF_TARGETS],
+            "\"none\"",
+            "Which biases of the model are trained too.",
+        ),
     ],
 };
 

@@ -17,11 +17,12 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::places;
 use crate::shared::projection::largest;
 use crate::shared::sizes;
 use crate::shared::torch_random::Generator;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
 const OF_TARGETS: &str = "randlora_only";
@@ -59,48 +60,37 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "RANDLORA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
-            default: Some("32"),
-            doc: "Rank r of one random product; smaller ones train more numbers.",
-        },
-        Field {
-            name: "alpha",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("640"),
-            doc: "The change is scaled by alpha/rank.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of the change while training.",
-        },
-        Field {
-            name: "projection_prng_key",
-            kind: FieldKind::Int { min: 0, max: u32::MAX as i64 },
-            default: Some("0"),
-            doc: "Seed of A and B, as PyTorch draws from it.",
-        },
-        Field {
-            name: "save_projection",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Put A and B into the adapter's file; without them it holds their seed alone.",
-        },
-        Field {
-            name: "bases",
-            kind: FieldKind::OneOf(&["uniform", "sparse", "very_sparse"]),
-            default: Some("\"uniform\""),
-            doc: "What A and B hold: uniform noise, or -1, 0 and 1 with a third or 1/√min of them not zero.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OF_TARGETS]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
+        int(
+            "rank",
+            (1, RANK_MAX as i64),
+            Some("32"),
+            "Rank r of one random product; smaller ones train more numbers.",
+        ),
+        float("alpha", (0.0, 1e9), "640", "The change is scaled by alpha/rank."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of the change while training."),
+        int(
+            "projection_prng_key",
+            (0, u32::MAX as i64),
+            Some("0"),
+            "Seed of A and B, as PyTorch draws from it.",
+        ),
+        flag(
+            "save_projection",
+            "true",
+            "Put A and B into the adapter's file; without them it holds their seed alone.",
+        ),
+        choice(
+            "bases",
+            &["uniform", "sparse", "very_sparse"],
+            "\"uniform\"",
+            "What A and B hold: uniform noise, or -1, 0 and 1 with a third or 1/√min of them not zero.",
+        ),
+        choice(
+            "bias",
+            &["none", "all", OF_TARGETS],
+            "\"none\"",
+            "Which biases of the model are trained too.",
+        ),
     ],
 };
 

@@ -16,8 +16,9 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::{choice, flag, int};
 use crate::shared::matrices;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 #[derive(Clone, Copy)]
 struct Road {
@@ -49,24 +50,19 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "ROAD",
     fields: &[
-        Field {
-            name: "variant",
-            kind: FieldKind::OneOf(&["road_1", "road_2", "road_4"]),
-            default: Some("\"road_1\""),
-            doc: "One angle and stretch a pair of outputs (road_1), an output (road_2) or an entry of the 2×2 matrix (road_4).",
-        },
-        Field {
-            name: "group_size",
-            kind: FieldKind::Int { min: 2, max: 1 << 20 },
-            default: Some("64"),
-            doc: "Outputs in a group, an even number that divides all of them; partners lie half a group apart.",
-        },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start as the base; otherwise angles and stretches are drawn.",
-        },
+        choice(
+            "variant",
+            &["road_1", "road_2", "road_4"],
+            "\"road_1\"",
+            "One angle and stretch a pair of outputs (road_1), an output (road_2) or an entry of the 2×2 matrix (road_4).",
+        ),
+        int(
+            "group_size",
+            (2, 1 << 20),
+            Some("64"),
+            "Outputs in a group, an even number that divides all of them; partners lie half a group apart.",
+        ),
+        flag("init_weights", "true", "Start as the base; otherwise angles and stretches are drawn."),
     ],
 };
 

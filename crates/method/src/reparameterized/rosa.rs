@@ -20,10 +20,11 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
+use crate::shared::fields::{float, int};
 use crate::shared::scores::{Best, Data, Score, choose};
 use crate::shared::sizes;
 use crate::shared::sparse::{Budget, Delta, Mask, expect_whole_gradient, shape};
-use crate::{Ahead, Calibration, Described, Entry, Field, FieldKind, Forget, Info, Method, Step, peft};
+use crate::{Ahead, Calibration, Described, Entry, Forget, Info, Method, Step, peft};
 
 const RANK_MAX: usize = 1024;
 const BATCHES_MAX: usize = 1 << 20;
@@ -57,36 +58,21 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "ENGRAFT_ROSA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
-            default: Some("16"),
-            doc: "Inner size r of the product.",
-        },
-        Field {
-            name: "alpha",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("16"),
-            doc: "The product is scaled by alpha/rank.",
-        },
-        Field {
-            name: "density",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.006"),
-            doc: "Share of each matrix that S has values for.",
-        },
-        Field {
-            name: "batches",
-            kind: FieldKind::Int { min: 1, max: BATCHES_MAX as i64 },
-            default: Some("1"),
-            doc: "Micro-batches whose squared gradients choose the places, where there is no warm-up.",
-        },
-        Field {
-            name: "warmup",
-            kind: FieldKind::Int { min: 0, max: 1 << 40 },
-            default: Some("64"),
-            doc: "First steps, in which the product is trained alone; the last of them chooses the places. The paper: 64.",
-        },
+        int("rank", (1, RANK_MAX as i64), Some("16"), "Inner size r of the product."),
+        float("alpha", (0.0, 1e9), "16", "The product is scaled by alpha/rank."),
+        float("density", (0.0, 1.0), "0.006", "Share of each matrix that S has values for."),
+        int(
+            "batches",
+            (1, BATCHES_MAX as i64),
+            Some("1"),
+            "Micro-batches whose squared gradients choose the places, where there is no warm-up.",
+        ),
+        int(
+            "warmup",
+            (0, 1 << 40),
+            Some("64"),
+            "First steps, in which the product is trained alone; the last of them chooses the places. The paper: 64.",
+        ),
     ],
 };
 

@@ -19,8 +19,9 @@ use engraft_tensor::{Param, Tensor, checkpoint};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::int;
 use crate::shared::places;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const DIMENSION_MAX: usize = 1 << 24;
 const Z: &str = "said_z";
@@ -42,18 +43,13 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "ENGRAFT_SAID",
     fields: &[
-        Field {
-            name: "dimension",
-            kind: FieldKind::Int { min: 1, max: DIMENSION_MAX as i64 },
-            default: Some("20000"),
-            doc: "Length d of the vector that everything is made from.",
-        },
-        Field {
-            name: "projection_seed",
-            kind: FieldKind::Int { min: 0, max: u32::MAX as i64 },
-            default: Some("0"),
-            doc: "Seed of the random projections.",
-        },
+        int(
+            "dimension",
+            (1, DIMENSION_MAX as i64),
+            Some("20000"),
+            "Length d of the vector that everything is made from.",
+        ),
+        int("projection_seed", (0, u32::MAX as i64), Some("0"), "Seed of the random projections."),
     ],
 };
 

@@ -17,10 +17,11 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::matrices;
 use crate::shared::sizes;
 use crate::shared::torch_random::Generator;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft, tied};
+use crate::{Described, Entry, Info, Loaded, Method, peft, tied};
 
 const SIZE_MAX: usize = 1 << 16;
 /// What stands for the biases of the targets.
@@ -61,60 +62,34 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "TINYLORA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: SIZE_MAX as i64 },
-            default: Some("2"),
-            doc: "Singular values that are kept.",
-        },
-        Field {
-            name: "u",
-            kind: FieldKind::Int { min: 1, max: SIZE_MAX as i64 },
-            default: Some("64"),
-            doc: "Numbers that a group of targets trains.",
-        },
-        Field {
-            name: "weight_tying",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0"),
-            doc: "How far targets share these numbers: 0 not at all, 1 all of them.",
-        },
-        Field {
-            name: "projection_seed",
-            kind: FieldKind::Int { min: 0, max: u32::MAX as i64 },
-            default: Some("42"),
-            doc: "Seed of the matrices P, as PyTorch draws from it.",
-        },
-        Field {
-            name: "save_projection",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Put P into the adapter's file; without them it holds their seed alone.",
-        },
-        Field {
-            name: "init",
-            kind: FieldKind::OneOf(&["zeros", "uniform"]),
-            default: Some("\"zeros\""),
-            doc: "How v starts.",
-        },
-        Field {
-            name: "init_v_bound",
-            kind: FieldKind::Float { min: 0.0, max: 1e3 },
-            default: Some("0.02"),
-            doc: "Bound of a uniform start.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of A while training.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OF_TARGETS]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
+        int("rank", (1, SIZE_MAX as i64), Some("2"), "Singular values that are kept."),
+        int("u", (1, SIZE_MAX as i64), Some("64"), "Numbers that a group of targets trains."),
+        float(
+            "weight_tying",
+            (0.0, 1.0),
+            "0",
+            "How far targets share these numbers: 0 not at all, 1 all of them.",
+        ),
+        int(
+            "projection_seed",
+            (0, u32::MAX as i64),
+            Some("42"),
+            "Seed of the matrices P, as PyTorch draws from it.",
+        ),
+        flag(
+            "save_projection",
+            "true",
+            "Put P into the adapter's file; without them it holds their seed alone.",
+        ),
+        choice("init", &["zeros", "uniform"], "\"zeros\"", "How v starts."),
+        float("init_v_bound", (0.0, 1e3), "0.02", "Bound of a uniform start."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of A while training."),
+        choice(
+            "bias",
+            &["none", "all", OF_TARGETS],
+            "\"none\"",
+            "Which biases of the model are trained too.",
+        ),
     ],
 };
 

@@ -16,11 +16,12 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::kept::Kept;
 use crate::shared::numpy_random::Generator;
 use crate::shared::places;
 use crate::shared::sizes;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Stored, peft};
+use crate::{Described, Entry, Info, Loaded, Method, Stored, peft};
 
 const RANK_MAX: usize = 1 << 16;
 const LENGTH_MAX: usize = 1 << 24;
@@ -51,48 +52,32 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "UNILORA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
-            default: Some("4"),
-            doc: "Inner size r of the products.",
-        },
-        Field {
-            name: "theta_d_length",
-            kind: FieldKind::Int { min: 1, max: LENGTH_MAX as i64 },
-            default: Some("256"),
-            doc: "Number d of trained numbers, of all targets together.",
-        },
-        Field {
-            name: "proj_seed",
-            kind: FieldKind::Int { min: 0, max: u32::MAX as i64 },
-            default: Some("42"),
-            doc: "Seed of who reads which number, as NumPy draws from it.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of A while training.",
-        },
-        Field {
-            name: "init_theta_d_bound",
-            kind: FieldKind::Float { min: 0.0, max: 1e3 },
-            default: Some("0.02"),
-            doc: "The numbers start uniform up to this.",
-        },
-        Field {
-            name: "save_indices",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Put into the adapter's file who reads which number; without that it holds the seed alone.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OF_TARGETS]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
+        int("rank", (1, RANK_MAX as i64), Some("4"), "Inner size r of the products."),
+        int(
+            "theta_d_length",
+            (1, LENGTH_MAX as i64),
+            Some("256"),
+            "Number d of trained numbers, of all targets together.",
+        ),
+        int(
+            "proj_seed",
+            (0, u32::MAX as i64),
+            Some("42"),
+            "Seed of who reads which number, as NumPy draws from it.",
+        ),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of A while training."),
+        float("init_theta_d_bound", (0.0, 1e3), "0.02", "The numbers start uniform up to this."),
+        flag(
+            "save_indices",
+            "false",
+            "Put into the adapter's file who reads which number; without that it holds the seed alone.",
+        ),
+        choice(
+            "bias",
+            &["none", "all", OF_TARGETS],
+            "\"none\"",
+            "Which biases of the model are trained too.",
+        ),
     ],
 };
 

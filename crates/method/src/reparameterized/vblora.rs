@@ -17,9 +17,10 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::sizes;
 use crate::shared::{divisors, places};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, Stored, peft};
+use crate::{Described, Entry, Info, Loaded, Method, Named, Stored, peft};
 
 const RANK_MAX: usize = 1 << 16;
 const BANK_MAX: usize = 1 << 24;
@@ -53,60 +54,34 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "VBLORA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
-            default: Some("4"),
-            doc: "Inner size r of the product.",
-        },
-        Field {
-            name: "num_vectors",
-            kind: FieldKind::Int { min: 1, max: BANK_MAX as i64 },
-            default: Some("256"),
-            doc: "Number h of vectors in the bank.",
-        },
-        Field {
-            name: "vector_length",
-            kind: FieldKind::Int { min: 1, max: BANK_MAX as i64 },
-            default: Some("256"),
-            doc: "Length v of the vectors, a divisor of the targets' inputs and outputs.",
-        },
-        Field {
-            name: "topk",
-            kind: FieldKind::Int { min: 1, max: BANK_MAX as i64 },
-            default: Some("2"),
-            doc: "Number k of vectors that are mixed to a piece.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of A while training.",
-        },
-        Field {
-            name: "init_vector_bank_bound",
-            kind: FieldKind::Float { min: 0.0, max: 1e3 },
-            default: Some("0.02"),
-            doc: "The bank starts uniform up to this.",
-        },
-        Field {
-            name: "init_logits_std",
-            kind: FieldKind::Float { min: 0.0, max: 1e3 },
-            default: Some("0.1"),
-            doc: "Deviation of the normal noise that the logits start as.",
-        },
-        Field {
-            name: "save_only_topk_weights",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Save the k largest logits of a piece alone: a small file that cannot be trained on.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OF_TARGETS]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
+        int("rank", (1, RANK_MAX as i64), Some("4"), "Inner size r of the product."),
+        int("num_vectors", (1, BANK_MAX as i64), Some("256"), "Number h of vectors in the bank."),
+        int(
+            "vector_length",
+            (1, BANK_MAX as i64),
+            Some("256"),
+            "Length v of the vectors, a divisor of the targets' inputs and outputs.",
+        ),
+        int("topk", (1, BANK_MAX as i64), Some("2"), "Number k of vectors that are mixed to a piece."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of A while training."),
+        float("init_vector_bank_bound", (0.0, 1e3), "0.02", "The bank starts uniform up to this."),
+        float(
+            "init_logits_std",
+            (0.0, 1e3),
+            "0.1",
+            "Deviation of the normal noise that the logits start as.",
+        ),
+        flag(
+            "save_only_topk_weights",
+            "false",
+            "Save the k largest logits of a piece alone: a small file that cannot be trained on.",
+        ),
+        choice(
+            "bias",
+            &["none", "all", OF_TARGETS],
+            "\"none\"",
+            "Which biases of the model are trained too.",
+        ),
     ],
 };
 

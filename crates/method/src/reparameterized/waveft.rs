@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Pattern, Reader, number};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::torch_random::Generator;
 use crate::shared::{places, wavelets};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -51,54 +52,43 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "WAVEFT",
     fields: &[
-        Field {
-            name: "n_frequency",
-            kind: FieldKind::Int { min: 1, max: COUNT_MAX as i64 },
-            default: Some("2592"),
-            doc: "Number N of wavelets, whose coefficients are what a module trains.",
-        },
-        Field {
-            name: "scaling",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("25"),
-            doc: "Factor λ on the change.",
-        },
+        int(
+            "n_frequency",
+            (1, COUNT_MAX as i64),
+            Some("2592"),
+            "Number N of wavelets, whose coefficients are what a module trains.",
+        ),
+        float("scaling", (0.0, 1e9), "25", "Factor λ on the change."),
         Field {
             name: "wavelet_family",
             kind: FieldKind::Text,
             default: Some("\"db1\""),
             doc: "Which wavelets: db1 (Haar) to db10, sym2 to sym10, coif1 to coif3.",
         },
-        Field {
-            name: "use_idwt",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Make the change of wavelets; otherwise each coefficient changes one number.",
-        },
-        Field {
-            name: "random_loc_seed",
-            kind: FieldKind::Int { min: 0, max: u32::MAX as i64 },
-            default: Some("777"),
-            doc: "Seed of the places of the wavelets, as PyTorch draws from it.",
-        },
-        Field {
-            name: "proportional_parameters",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Share the coefficients of all modules out by their sizes.",
-        },
-        Field {
-            name: "init",
-            kind: FieldKind::OneOf(&["zeros", "normal"]),
-            default: Some("\"zeros\""),
-            doc: "How the coefficients start; small normal noise changes the model from the start.",
-        },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", OF_TARGETS]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
+        flag(
+            "use_idwt",
+            "true",
+            "Make the change of wavelets; otherwise each coefficient changes one number.",
+        ),
+        int(
+            "random_loc_seed",
+            (0, u32::MAX as i64),
+            Some("777"),
+            "Seed of the places of the wavelets, as PyTorch draws from it.",
+        ),
+        flag("proportional_parameters", "false", "Share the coefficients of all modules out by their sizes."),
+        choice(
+            "init",
+            &["zeros", "normal"],
+            "\"zeros\"",
+            "How the coefficients start; small normal noise changes the model from the start.",
+        ),
+        choice(
+            "bias",
+            &["none", "all", OF_TARGETS],
+            "\"none\"",
+            "Which biases of the model are trained too.",
+        ),
         Field {
             name: "n_frequency_pattern",
             kind: FieldKind::IntMap,

@@ -16,9 +16,10 @@ use engraft_tensor::Gradients;
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::{choice, float};
 use crate::shared::scores::{Data, Score, choose};
 use crate::shared::sparse::{Budget, Mask, shape};
-use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Method, Step, peft};
+use crate::{Calibration, Described, Entry, Info, Method, Step, peft};
 
 struct ChildTuning {
     driven: bool,
@@ -40,18 +41,13 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_CHILD_TUNING",
     fields: &[
-        Field {
-            name: "variant",
-            kind: FieldKind::OneOf(&["D", "F"]),
-            default: Some("\"D\""),
-            doc: "D: a fixed child, chosen by the task; F: another random one in every step.",
-        },
-        Field {
-            name: "share",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.3"),
-            doc: "Share of the entries in the child: p_D or p_F.",
-        },
+        choice(
+            "variant",
+            &["D", "F"],
+            "\"D\"",
+            "D: a fixed child, chosen by the task; F: another random one in every step.",
+        ),
+        float("share", (0.0, 1.0), "0.3", "Share of the entries in the child: p_D or p_F."),
     ],
 };
 

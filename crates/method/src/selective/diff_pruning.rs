@@ -20,9 +20,10 @@ use engraft_tensor::{Param, Tensor, no_grad};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::{choice, float};
 use crate::shared::sparse::{Budget, Mask, shape};
 use crate::shared::staged::{self, Change, DENSE};
-use crate::{Described, Entry, Field, FieldKind, Forget, Info, Method, Step, peft};
+use crate::{Described, Entry, Forget, Info, Method, Step, peft};
 
 /// Ends of the stretched gate.
 const LOW: f32 = -1.5;
@@ -65,36 +66,26 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_DIFF_PRUNING",
     fields: &[
-        Field {
-            name: "density",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.005"),
-            doc: "Share of the targets that is changed in the end.",
-        },
-        Field {
-            name: "gated_share",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.5"),
-            doc: "Share of the steps in which the gates are trained.",
-        },
-        Field {
-            name: "penalty",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("1.25e-7"),
-            doc: "Factor λ of the expected number of open gates; it belongs to the size of the model.",
-        },
-        Field {
-            name: "gate_rate",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("10000"),
-            doc: "What multiplies the learning rate for the gates; the authors take 0.1 for gates and 1e-5 for w.",
-        },
-        Field {
-            name: "structured",
-            kind: FieldKind::OneOf(&["none", "product", "sum"]),
-            default: Some("\"none\""),
-            doc: "Whether each matrix has a gate too, counted as the paper says (product) or as the authors' code does (sum).",
-        },
+        float("density", (0.0, 1.0), "0.005", "Share of the targets that is changed in the end."),
+        float("gated_share", (0.0, 1.0), "0.5", "Share of the steps in which the gates are trained."),
+        float(
+            "penalty",
+            (0.0, 1e9),
+            "1.25e-7",
+            "Factor λ of the expected number of open gates; it belongs to the size of the model.",
+        ),
+        float(
+            "gate_rate",
+            (0.0, 1e9),
+            "10000",
+            "What multiplies the learning rate for the gates; the authors take 0.1 for gates and 1e-5 for w.",
+        ),
+        choice(
+            "structured",
+            &["none", "product", "sum"],
+            "\"none\"",
+            "Whether each matrix has a gate too, counted as the paper says (product) or as the authors' code does (sum).",
+        ),
     ],
 };
 

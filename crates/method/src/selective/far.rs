@@ -18,10 +18,11 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::{flag, float};
 use crate::shared::scores::Best;
 use crate::shared::sparse::{Budget, Mask, shape, whole_rows};
 use crate::shared::staged::{self, Change, DENSE};
-use crate::{Described, Entry, Field, FieldKind, Forget, Info, Method, Step, peft};
+use crate::{Described, Entry, Forget, Info, Method, Step, peft};
 
 struct Far {
     nodes: f64,
@@ -42,24 +43,9 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Gate, Role::Up, Role::Down]),
     peft_type: "ENGRAFT_FAR",
     fields: &[
-        Field {
-            name: "nodes",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.1"),
-            doc: "Share of the nodes of each matrix that go on learning.",
-        },
-        Field {
-            name: "priming_share",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.1"),
-            doc: "Share of the steps in which all nodes learn.",
-        },
-        Field {
-            name: "rewind",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Put the nodes back to the pretrained numbers after priming.",
-        },
+        float("nodes", (0.0, 1.0), "0.1", "Share of the nodes of each matrix that go on learning."),
+        float("priming_share", (0.0, 1.0), "0.1", "Share of the steps in which all nodes learn."),
+        flag("rewind", "false", "Put the nodes back to the pretrained numbers after priming."),
     ],
 };
 

@@ -14,9 +14,10 @@ use engraft_nn::{Adapter, Builder, Matcher, Result, Sites, Targets};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::{float, int};
 use crate::shared::scores::{Data, Score, choose};
 use crate::shared::sparse::{Budget, Mask};
-use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Method, peft};
+use crate::{Calibration, Described, Entry, Info, Method, peft};
 
 struct Fish {
     density: f64,
@@ -37,18 +38,13 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_FISH",
     fields: &[
-        Field {
-            name: "density",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.005"),
-            doc: "Share of the targets that is trained.",
-        },
-        Field {
-            name: "samples",
-            kind: FieldKind::Int { min: 1, max: SAMPLES_MAX as i64 },
-            default: Some("1024"),
-            doc: "Training sequences that the information is summed over, one epoch at most.",
-        },
+        float("density", (0.0, 1.0), "0.005", "Share of the targets that is trained."),
+        int(
+            "samples",
+            (1, SAMPLES_MAX as i64),
+            Some("1024"),
+            "Training sequences that the information is summed over, one epoch at most.",
+        ),
     ],
 };
 

@@ -18,10 +18,11 @@ use engraft_tensor::{Gradients, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
+use crate::shared::fields::{choice, float, int};
 use crate::shared::scores::{Data, Score, choose};
 use crate::shared::sizes;
 use crate::shared::sparse::{Budget, Mask};
-use crate::{Ahead, Calibration, Described, Entry, Field, FieldKind, Info, Method, peft};
+use crate::{Ahead, Calibration, Described, Entry, Info, Method, peft};
 
 const INPUTS_MAX: usize = 1 << 20;
 const BATCHES_MAX: usize = 1 << 20;
@@ -45,30 +46,20 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_GPS",
     fields: &[
-        Field {
-            name: "inputs",
-            kind: FieldKind::Int { min: 1, max: INPUTS_MAX as i64 },
-            default: Some("1"),
-            doc: "Entries trained in every row (K).",
-        },
-        Field {
-            name: "loss",
-            kind: FieldKind::OneOf(&["contrastive", "task"]),
-            default: Some("\"contrastive\""),
-            doc: "Whose gradient chooses: a contrastive loss of the features, which needs a class for every sequence, or the task's.",
-        },
-        Field {
-            name: "temperature",
-            kind: FieldKind::Float { min: 1e-3, max: 1e3 },
-            default: Some("0.1"),
-            doc: "τ of the contrastive loss.",
-        },
-        Field {
-            name: "batches",
-            kind: FieldKind::Int { min: 1, max: BATCHES_MAX as i64 },
-            default: Some("16"),
-            doc: "Micro-batches that the gradient is summed over.",
-        },
+        int("inputs", (1, INPUTS_MAX as i64), Some("1"), "Entries trained in every row (K)."),
+        choice(
+            "loss",
+            &["contrastive", "task"],
+            "\"contrastive\"",
+            "Whose gradient chooses: a contrastive loss of the features, which needs a class for every sequence, or the task's.",
+        ),
+        float("temperature", (1e-3, 1e3), "0.1", "τ of the contrastive loss."),
+        int(
+            "batches",
+            (1, BATCHES_MAX as i64),
+            Some("16"),
+            "Micro-batches that the gradient is summed over.",
+        ),
     ],
 };
 

@@ -23,8 +23,9 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::int;
 use crate::shared::sparse::drawn;
-use crate::{Described, Entry, Field, FieldKind, Info, Method, peft};
+use crate::{Described, Entry, Info, Method, peft};
 
 const BLOCKS_MAX: usize = 1 << 16;
 const INTERVAL_MAX: usize = 1 << 30;
@@ -46,18 +47,13 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_LISA",
     fields: &[
-        Field {
-            name: "active_blocks",
-            kind: FieldKind::Int { min: 1, max: BLOCKS_MAX as i64 },
-            default: Some("2"),
-            doc: "Blocks trained at a time (γ); all of them where there are not so many.",
-        },
-        Field {
-            name: "interval",
-            kind: FieldKind::Int { min: 1, max: INTERVAL_MAX as i64 },
-            default: Some("20"),
-            doc: "Steps until others are drawn (K).",
-        },
+        int(
+            "active_blocks",
+            (1, BLOCKS_MAX as i64),
+            Some("2"),
+            "Blocks trained at a time (γ); all of them where there are not so many.",
+        ),
+        int("interval", (1, INTERVAL_MAX as i64), Some("20"), "Steps until others are drawn (K)."),
     ],
 };
 

@@ -16,9 +16,10 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::float;
 use crate::shared::sparse::{Budget, Mask, shape};
 use crate::shared::staged::{self, Change, DENSE};
-use crate::{Described, Entry, Field, FieldKind, Forget, Info, Method, Step, peft};
+use crate::{Described, Entry, Forget, Info, Method, Step, peft};
 
 struct LtSft {
     density: f64,
@@ -39,24 +40,14 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_LT_SFT",
     fields: &[
-        Field {
-            name: "density",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.08"),
-            doc: "Share of the targets that is trained in the second stage.",
-        },
-        Field {
-            name: "full_share",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.5"),
-            doc: "Share of the steps in which all is tuned.",
-        },
-        Field {
-            name: "l1",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("0"),
-            doc: "Factor λ of the penalty λ·mean|W′ − W|; the authors take 0.1 for languages and 0 for tasks.",
-        },
+        float("density", (0.0, 1.0), "0.08", "Share of the targets that is trained in the second stage."),
+        float("full_share", (0.0, 1.0), "0.5", "Share of the steps in which all is tuned."),
+        float(
+            "l1",
+            (0.0, 1e9),
+            "0",
+            "Factor λ of the penalty λ·mean|W′ − W|; the authors take 0.1 for languages and 0 for tasks.",
+        ),
     ],
 };
 

@@ -14,9 +14,10 @@ use engraft_nn::{Adapter, Builder, Matcher, Result, Sites, Targets};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::{choice, float};
 use crate::shared::scores::{Data, Score, choose};
 use crate::shared::sparse::{Budget, Mask};
-use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Method, peft};
+use crate::{Calibration, Described, Entry, Info, Method, peft};
 
 struct PaFi {
     density: f64,
@@ -35,18 +36,13 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_PAFI",
     fields: &[
-        Field {
-            name: "density",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.005"),
-            doc: "Share of the targets that is trained.",
-        },
-        Field {
-            name: "scope",
-            kind: FieldKind::OneOf(&["global", "tensor"]),
-            default: Some("\"global\""),
-            doc: "Whether all targets compete, or the entries of each matrix.",
-        },
+        float("density", (0.0, 1.0), "0.005", "Share of the targets that is trained."),
+        choice(
+            "scope",
+            &["global", "tensor"],
+            "\"global\"",
+            "Whether all targets compete, or the entries of each matrix.",
+        ),
     ],
 };
 

@@ -12,8 +12,9 @@ use engraft_tensor::Param;
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::{float, int};
 use crate::shared::sparse::{Budget, Delta, Mask, drawn, shape};
-use crate::{Described, Entry, Field, FieldKind, Info, Method, peft};
+use crate::{Described, Entry, Info, Method, peft};
 
 struct RandomMask {
     density: f64,
@@ -32,18 +33,8 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "ENGRAFT_RANDOM_MASK",
     fields: &[
-        Field {
-            name: "density",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.001"),
-            doc: "Share of each matrix that is trained.",
-        },
-        Field {
-            name: "mask_seed",
-            kind: FieldKind::Int { min: 0, max: i64::MAX },
-            default: Some("0"),
-            doc: "What the places are drawn from, with the matrix's path.",
-        },
+        float("density", (0.0, 1.0), "0.001", "Share of each matrix that is trained."),
+        int("mask_seed", (0, i64::MAX), Some("0"), "What the places are drawn from, with the matrix's path."),
     ],
 };
 

@@ -15,9 +15,10 @@ use engraft_nn::{Adapter, Builder, Matcher, Result, Sites, Targets};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::{float, int};
 use crate::shared::scores::{Data, Score, choose};
 use crate::shared::sparse::{Budget, Mask};
-use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Method, peft};
+use crate::{Calibration, Described, Entry, Info, Method, peft};
 
 struct SamMask {
     density: f64,
@@ -38,18 +39,13 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_SAM_MASK",
     fields: &[
-        Field {
-            name: "density",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.005"),
-            doc: "Share of each matrix that is trained.",
-        },
-        Field {
-            name: "burn_in",
-            kind: FieldKind::Int { min: 1, max: BURN_IN_MAX as i64 },
-            default: Some("500"),
-            doc: "Micro-batches whose gradients are summed before training; at most those of an epoch.",
-        },
+        float("density", (0.0, 1.0), "0.005", "Share of each matrix that is trained."),
+        int(
+            "burn_in",
+            (1, BURN_IN_MAX as i64),
+            Some("500"),
+            "Micro-batches whose gradients are summed before training; at most those of an epoch.",
+        ),
     ],
 };
 

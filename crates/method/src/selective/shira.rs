@@ -16,10 +16,11 @@ use engraft_nn::{Adapter, Builder, Error, Kind, Result, Role};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::{choice, int};
 use crate::shared::scores::{Data, Score, choose};
 use crate::shared::sparse::{Budget, Group, Mask, Places, shape};
 use crate::shared::torch_random::{DEFAULT_SEED, Generator};
-use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Calibration, Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
 
@@ -62,30 +63,25 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "SHIRA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
-            default: Some("32"),
-            doc: "The rank of a LoRA that has as many values; it does not bound the rank of S.",
-        },
-        Field {
-            name: "mask",
-            kind: FieldKind::OneOf(&["random", "struct", "magnitude", "gradient", "snip"]),
-            default: Some("\"random\""),
-            doc: "At random; diagonal, rows and columns; or the entries with the largest |W|, |g|, |W·g|.",
-        },
-        Field {
-            name: "random_seed",
-            kind: FieldKind::Int { min: 0, max: i64::MAX },
-            default: None,
-            doc: "Seed of a random mask; PyTorch's default where it is left out.",
-        },
-        Field {
-            name: "batches",
-            kind: FieldKind::Int { min: 1, max: 1 << 20 },
-            default: Some("16"),
-            doc: "Micro-batches that g is summed over.",
-        },
+        int(
+            "rank",
+            (1, RANK_MAX as i64),
+            Some("32"),
+            "The rank of a LoRA that has as many values; it does not bound the rank of S.",
+        ),
+        choice(
+            "mask",
+            &["random", "struct", "magnitude", "gradient", "snip"],
+            "\"random\"",
+            "At random; diagonal, rows and columns; or the entries with the largest |W|, |g|, |W·g|.",
+        ),
+        int(
+            "random_seed",
+            (0, i64::MAX),
+            None,
+            "Seed of a random mask; PyTorch's default where it is left out.",
+        ),
+        int("batches", (1, 1 << 20), Some("16"), "Micro-batches that g is summed over."),
     ],
 };
 

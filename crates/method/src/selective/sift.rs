@@ -14,9 +14,10 @@ use engraft_nn::{Adapter, Builder, Matcher, Result, Sites, Targets};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
+use crate::shared::fields::{float, int};
 use crate::shared::scores::{Data, Score, choose};
 use crate::shared::sparse::{Budget, Mask};
-use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Method, peft};
+use crate::{Calibration, Described, Entry, Info, Method, peft};
 
 struct Sift {
     density: f64,
@@ -37,18 +38,13 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_SIFT",
     fields: &[
-        Field {
-            name: "density",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.01"),
-            doc: "Share of each matrix that is trained.",
-        },
-        Field {
-            name: "batches",
-            kind: FieldKind::Int { min: 1, max: BATCHES_MAX as i64 },
-            default: Some("1"),
-            doc: "Micro-batches of the first gradient; set it to `gradient_accumulation` to take those of a whole step.",
-        },
+        float("density", (0.0, 1.0), "0.01", "Share of each matrix that is trained."),
+        int(
+            "batches",
+            (1, BATCHES_MAX as i64),
+            Some("1"),
+            "Micro-batches of the first gradient; set it to `gradient_accumulation` to take those of a whole step.",
+        ),
     ],
 };
 

@@ -20,10 +20,11 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
+use crate::shared::fields::{float, int};
 use crate::shared::scores::{Best, Data, Score, each_score};
 use crate::shared::sizes;
 use crate::shared::sparse::{Delta, shape};
-use crate::{Calibration, Described, Entry, Field, FieldKind, Info, Method, peft};
+use crate::{Calibration, Described, Entry, Info, Method, peft};
 
 const RANK_MAX: usize = 1024;
 const BATCHES_MAX: usize = 1 << 20;
@@ -52,30 +53,20 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_SPT",
     fields: &[
-        Field {
-            name: "budget",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.005"),
-            doc: "Numbers trained at most, as a share of the targets.",
-        },
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
-            default: Some("8"),
-            doc: "Inner size r of a product.",
-        },
-        Field {
-            name: "alpha",
-            kind: FieldKind::Float { min: 1e-3, max: 1e6 },
-            default: Some("10"),
-            doc: "A matrix gets a product when it has 1/alpha as many sensitive entries as the product has numbers.",
-        },
-        Field {
-            name: "batches",
-            kind: FieldKind::Int { min: 1, max: BATCHES_MAX as i64 },
-            default: Some("8"),
-            doc: "Micro-batches whose squared gradients are summed.",
-        },
+        float("budget", (0.0, 1.0), "0.005", "Numbers trained at most, as a share of the targets."),
+        int("rank", (1, RANK_MAX as i64), Some("8"), "Inner size r of a product."),
+        float(
+            "alpha",
+            (1e-3, 1e6),
+            "10",
+            "A matrix gets a product when it has 1/alpha as many sensitive entries as the product has numbers.",
+        ),
+        int(
+            "batches",
+            (1, BATCHES_MAX as i64),
+            Some("8"),
+            "Micro-batches whose squared gradients are summed.",
+        ),
     ],
 };
 

@@ -18,6 +18,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
+use crate::shared::fields::{flag, float, int};
 use crate::shared::kept::Kept;
 use crate::shared::{matrices, sizes, topk};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
@@ -47,48 +48,22 @@ static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "SUPERTUNING",
     fields: &[
-        Field {
-            name: "sparsity",
-            kind: FieldKind::Float { min: 0.0, max: 0.999_999_999 },
-            default: Some("0.99"),
-            doc: "Share of the entries that stay as they are.",
-        },
-        Field {
-            name: "select_top",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Train the largest entries rather than the smallest.",
-        },
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RANK_MAX as i64 },
-            default: None,
-            doc: "Rank of a LoRA beside them (Supra); none if left out.",
-        },
+        float("sparsity", (0.0, 0.999_999_999), "0.99", "Share of the entries that stay as they are."),
+        flag("select_top", "true", "Train the largest entries rather than the smallest."),
+        int("rank", (1, RANK_MAX as i64), None, "Rank of a LoRA beside them (Supra); none if left out."),
         Field {
             name: "alpha",
             kind: FieldKind::Float { min: -1e9, max: 1e9 },
             default: None,
             doc: "Its α, twice the rank if left out.",
         },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of its A while training.",
-        },
-        Field {
-            name: "init_weights",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Start as the base; otherwise values and B are drawn.",
-        },
-        Field {
-            name: "save_precomputed_indices",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Put the chosen places into the adapter's file; without them they are found again in the base.",
-        },
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of its A while training."),
+        flag("init_weights", "true", "Start as the base; otherwise values and B are drawn."),
+        flag(
+            "save_precomputed_indices",
+            "true",
+            "Put the chosen places into the adapter's file; without them they are found again in the base.",
+        ),
     ],
 };
 

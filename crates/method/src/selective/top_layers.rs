@@ -14,7 +14,8 @@ use engraft_nn::{Builder, Error, Result, Role, Site, SiteId, Sites, Stack, Value
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
-use crate::{Described, Entry, Field, FieldKind, Info, Method, peft};
+use crate::shared::fields::{flag, int};
+use crate::{Described, Entry, Info, Method, peft};
 
 struct TopLayers {
     blocks: usize,
@@ -35,18 +36,17 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_TOP_LAYERS",
     fields: &[
-        Field {
-            name: "blocks",
-            kind: FieldKind::Int { min: 1, max: BLOCKS_MAX as i64 },
-            default: Some("2"),
-            doc: "Number of blocks that are trained, from the last one down.",
-        },
-        Field {
-            name: "head",
-            kind: FieldKind::Bool,
-            default: Some("true"),
-            doc: "Train what comes after the blocks too: the last norm, a pooler, a head of its own.",
-        },
+        int(
+            "blocks",
+            (1, BLOCKS_MAX as i64),
+            Some("2"),
+            "Number of blocks that are trained, from the last one down.",
+        ),
+        flag(
+            "head",
+            "true",
+            "Train what comes after the blocks too: the last norm, a pooler, a head of its own.",
+        ),
     ],
 };
 

@@ -13,6 +13,7 @@ use super::{Lora, Mixer};
 use super::{alora, monteclora, velora};
 use crate::read::{Pattern, Reader};
 use crate::shared::biases::Biases;
+use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::token_indices::Tokens;
 use crate::{Field, FieldKind, Info, Method};
 
@@ -42,36 +43,11 @@ pub(super) static INFO: Info = Info {
     default_roles: Some(&[Role::Q, Role::V]),
     peft_type: "LORA",
     fields: &[
-        Field {
-            name: "rank",
-            kind: FieldKind::Int { min: 1, max: RECIPE_RANK_MAX as i64 },
-            default: Some("8"),
-            doc: "Inner size r of the product.",
-        },
-        Field {
-            name: "alpha",
-            kind: FieldKind::Float { min: 0.0, max: 1e9 },
-            default: Some("16"),
-            doc: "The product is scaled by alpha/rank.",
-        },
-        Field {
-            name: "dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "Dropout on the input of A while training.",
-        },
-        Field {
-            name: "rslora",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Scale by alpha/√rank instead.",
-        },
-        Field {
-            name: "dora",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Train the rows' magnitudes apart from their directions.",
-        },
+        int("rank", (1, RECIPE_RANK_MAX as i64), Some("8"), "Inner size r of the product."),
+        float("alpha", (0.0, 1e9), "16", "The product is scaled by alpha/rank."),
+        float("dropout", (0.0, 0.999), "0", "Dropout on the input of A while training."),
+        flag("rslora", "false", "Scale by alpha/√rank instead."),
+        flag("dora", "false", "Train the rows' magnitudes apart from their directions."),
         Field {
             name: "rank_pattern",
             kind: FieldKind::IntMap,
@@ -84,60 +60,44 @@ pub(super) static INFO: Info = Info {
             default: Some("{}"),
             doc: "Other alphas for modules that a pattern matches.",
         },
-        Field {
-            name: "bias",
-            kind: FieldKind::OneOf(&["none", "all", "lora_only"]),
-            default: Some("\"none\""),
-            doc: "Which biases of the model are trained too.",
-        },
-        Field {
-            name: "lora_bias",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "Give the product a bias of its own.",
-        },
-        Field {
-            name: "lr_ratio",
-            kind: FieldKind::Float { min: 1e-3, max: 1e3 },
-            default: Some("1"),
-            doc: "LoRA+: the learning rate of B over that of A; its authors advise 16. Tables keep the rate.",
-        },
-        Field {
-            name: "freeze_a",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "LoRA-FA: train B alone; inputs of layers need not be kept for backward.",
-        },
-        Field {
-            name: "mixer",
-            kind: FieldKind::OneOf(&["none", "kaiming", "orthogonal"]),
-            default: Some("\"none\""),
-            doc: "MoSLoRA: a trained matrix between B and A, and how it starts; saved folded into A.",
-        },
-        Field {
-            name: "kasa",
-            kind: FieldKind::Bool,
-            default: Some("false"),
-            doc: "KaSA: take the smallest singular values off the weight and give the product values of its own.",
-        },
-        Field {
-            name: "kasa_beta",
-            kind: FieldKind::Float { min: 0.0, max: 1e3 },
-            default: Some("1e-4"),
-            doc: "KaSA: weight of the squares of these values in the loss.",
-        },
-        Field {
-            name: "kasa_gamma",
-            kind: FieldKind::Float { min: 0.0, max: 1e3 },
-            default: Some("1e-3"),
-            doc: "KaSA: weight of how far the factors are from orthonormal in the loss.",
-        },
-        Field {
-            name: "blocks",
-            kind: FieldKind::Int { min: 1, max: BLOCKS_MAX as i64 },
-            default: Some("1"),
-            doc: "BD-LoRA: number of blocks on the diagonal of A or B, so that parts of a matrix are served apart.",
-        },
+        choice(
+            "bias",
+            &["none", "all", "lora_only"],
+            "\"none\"",
+            "Which biases of the model are trained too.",
+        ),
+        flag("lora_bias", "false", "Give the product a bias of its own."),
+        float(
+            "lr_ratio",
+            (1e-3, 1e3),
+            "1",
+            "LoRA+: the learning rate of B over that of A; its authors advise 16. Tables keep the rate.",
+        ),
+        flag("freeze_a", "false", "LoRA-FA: train B alone; inputs of layers need not be kept for backward."),
+        choice(
+            "mixer",
+            &["none", "kaiming", "orthogonal"],
+            "\"none\"",
+            "MoSLoRA: a trained matrix between B and A, and how it starts; saved folded into A.",
+        ),
+        flag(
+            "kasa",
+            "false",
+            "KaSA: take the smallest singular values off the weight and give the product values of its own.",
+        ),
+        float("kasa_beta", (0.0, 1e3), "1e-4", "KaSA: weight of the squares of these values in the loss."),
+        float(
+            "kasa_gamma",
+            (0.0, 1e3),
+            "1e-3",
+            "KaSA: weight of how far the factors are from orthonormal in the loss.",
+        ),
+        int(
+            "blocks",
+            (1, BLOCKS_MAX as i64),
+            Some("1"),
+            "BD-LoRA: number of blocks on the diagonal of A or B, so that parts of a matrix are served apart.",
+        ),
         Field {
             name: "blocks_of_a",
             kind: FieldKind::TextList,
@@ -150,21 +110,21 @@ pub(super) static INFO: Info = Info {
             default: Some("[]"),
             doc: "BD-LoRA: parts of the names of modules whose B has blocks; usually queries, keys, values, gate and up.",
         },
-        Field {
-            name: "structured_dropout",
-            kind: FieldKind::Float { min: 0.0, max: 0.999 },
-            default: Some("0"),
-            doc: "LoRA Dropout: share of columns of A and of rows of B left out while training.",
-        },
-        Field {
-            name: "dropout_masks",
-            kind: FieldKind::Int { min: 1, max: MASKS_MAX as i64 },
-            default: Some("4"),
-            doc: "Number of masks of structured_dropout that the sequences of a batch are dealt to.",
-        },
-        Field {
-            name: "init",
-            kind: FieldKind::OneOf(&[
+        float(
+            "structured_dropout",
+            (0.0, 0.999),
+            "0",
+            "LoRA Dropout: share of columns of A and of rows of B left out while training.",
+        ),
+        int(
+            "dropout_masks",
+            (1, MASKS_MAX as i64),
+            Some("4"),
+            "Number of masks of structured_dropout that the sequences of a batch are dealt to.",
+        ),
+        choice(
+            "init",
+            &[
                 "kaiming",
                 "gaussian",
                 "random",
@@ -175,46 +135,36 @@ pub(super) static INFO: Info = Info {
                 "eva",
                 "corda",
                 "lora-ga",
-            ]),
-            default: Some("\"kaiming\""),
-            doc: "How A and B start: at random, from the weight, or from what the base makes of the training data.",
-        },
-        Field {
-            name: "pissa_niter",
-            kind: FieldKind::Int { min: 0, max: ROUNDS_MAX as i64 },
-            default: None,
-            doc: "Rounds of random projections for pissa (4 is usual); left out, the decomposition is exact.",
-        },
-        Field {
-            name: "init_batches",
-            kind: FieldKind::Int { min: 1, max: BATCHES_MAX as i64 },
-            default: Some("32"),
-            doc: "Most batches that eva, corda and lora-ga look at.",
-        },
-        Field {
-            name: "eva_rho",
-            kind: FieldKind::Float { min: 1.0, max: 64.0 },
-            default: Some("2"),
-            doc: "Ranks are dealt out by explained variance, up to so many times rank; 1 deals none.",
-        },
-        Field {
-            name: "eva_tau",
-            kind: FieldKind::Float { min: 0.0, max: 1.0 },
-            default: Some("0.99"),
-            doc: "EVA stops once directions of two batches have this cosine.",
-        },
-        Field {
-            name: "corda_method",
-            kind: FieldKind::OneOf(&["ipm", "kpm"]),
-            default: Some("\"ipm\""),
-            doc: "CorDA: ipm adapts what the data use most, kpm what they use least, to keep it.",
-        },
-        Field {
-            name: "lora_ga_gamma",
-            kind: FieldKind::Float { min: 1e-3, max: 1e6 },
-            default: Some("16"),
-            doc: "LoRA-GA: γ of the size out^(1/4)/√γ of the start.",
-        },
+            ],
+            "\"kaiming\"",
+            "How A and B start: at random, from the weight, or from what the base makes of the training data.",
+        ),
+        int(
+            "pissa_niter",
+            (0, ROUNDS_MAX as i64),
+            None,
+            "Rounds of random projections for pissa (4 is usual); left out, the decomposition is exact.",
+        ),
+        int(
+            "init_batches",
+            (1, BATCHES_MAX as i64),
+            Some("32"),
+            "Most batches that eva, corda and lora-ga look at.",
+        ),
+        float(
+            "eva_rho",
+            (1.0, 64.0),
+            "2",
+            "Ranks are dealt out by explained variance, up to so many times rank; 1 deals none.",
+        ),
+        float("eva_tau", (0.0, 1.0), "0.99", "EVA stops once directions of two batches have this cosine."),
+        choice(
+            "corda_method",
+            &["ipm", "kpm"],
+            "\"ipm\"",
+            "CorDA: ipm adapts what the data use most, kpm what they use least, to keep it.",
+        ),
+        float("lora_ga_gamma", (1e-3, 1e6), "16", "LoRA-GA: γ of the size out^(1/4)/√γ of the start."),
         velora::FIELDS[0],
         velora::FIELDS[1],
         velora::FIELDS[2],
