@@ -23,34 +23,34 @@ use crate::reader::Reader;
 pub struct Args {
     /// The Python that has the peers (bench/requirements.txt)
     #[arg(long, default_value = "python3")]
-    python: PathBuf,
+    pub python: PathBuf,
     /// Where models of random weights and recipes are put
     #[arg(long, default_value = "target/bench/generation")]
-    folder: PathBuf,
+    pub folder: PathBuf,
     /// The shapes to measure: small (23 M), middle (137 M), large (1.1 B)
     #[arg(long, value_delimiter = ',', default_value = "small,middle")]
-    shapes: Vec<String>,
+    pub shapes: Vec<String>,
     /// Texts written at once
     #[arg(long, value_delimiter = ',', default_value = "1,8")]
-    sequences: Vec<usize>,
+    pub sequences: Vec<usize>,
     /// Types of the engine's computation
     #[arg(long, value_delimiter = ',', default_value = "f32,bf16")]
-    dtypes: Vec<String>,
+    pub dtypes: Vec<String>,
     /// Peers: f32, bf16, or none
     #[arg(long, value_delimiter = ',', default_value = "f32,bf16")]
-    peers: Vec<String>,
+    pub peers: Vec<String>,
     /// Rounds
     #[arg(long, default_value_t = 5)]
-    rounds: usize,
+    pub rounds: usize,
     /// Tokens a round
     #[arg(long, default_value_t = 32)]
-    tokens: usize,
+    pub tokens: usize,
     /// Threads of everyone
     #[arg(long, default_value_t = 2)]
-    threads: usize,
+    pub threads: usize,
     /// Write the results here too
     #[arg(long)]
-    json: Option<PathBuf>,
+    pub json: Option<PathBuf>,
 }
 
 const SHAPES: &[(&str, Llama)] = &[
@@ -72,7 +72,7 @@ struct Racer {
 }
 
 /// Measures every shape and number of texts.
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(args: &Args) -> Result<Vec<Value>> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads).build()?;
     println!("| model | texts | | tokens/s | memory, GB/s | share of it | engraft's best over it |");
     println!("| --- | ---: | --- | ---: | ---: | ---: | ---: |");
@@ -87,7 +87,7 @@ pub fn run(args: &Args) -> Result<()> {
         std::fs::write(path, format!("{all:#}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    Ok(())
+    Ok(lines)
 }
 
 /// Bytes a second that all threads read together, the best of three: much more than the caches hold.

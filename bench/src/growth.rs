@@ -256,15 +256,18 @@ pub fn answer(threads: usize, recipes: &[PathBuf]) -> Result<()> {
     for line in stdin().lock().lines() {
         let request: Value = serde_json::from_str(&line?)?;
         let steps = request["steps"].as_u64().context("expected steps")?;
+        let mut losses = vec![0.0; trainers.len()];
         let started = Instant::now();
         for _ in 0..steps {
             number += 1;
-            for trainer in &mut trainers {
-                trainer.step(number)?;
+            for (trainer, loss) in trainers.iter_mut().zip(&mut losses) {
+                *loss = trainer.step(number)?.event.loss;
             }
         }
         let seconds = started.elapsed().as_secs_f64();
-        say(&json!({ "seconds": seconds, "peak_bytes": engraft_store::process::peak_memory_bytes() }))?;
+        say(
+            &json!({ "seconds": seconds, "losses": losses, "peak_bytes": engraft_store::process::peak_memory_bytes() }),
+        )?;
     }
     Ok(())
 }

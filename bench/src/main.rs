@@ -11,6 +11,8 @@ mod open;
 mod peer;
 mod reader;
 mod step;
+mod targets;
+mod together;
 
 use std::path::PathBuf;
 
@@ -25,6 +27,8 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Every kind of work beside its peers and its target
+    Targets(targets::Args),
     /// Products with a frozen matrix, beside PyTorch's F.linear
     Matmul(matmul::Args),
     /// Training steps, beside peft
@@ -52,12 +56,13 @@ enum Command {
 
 fn main() -> anyhow::Result<()> {
     match Args::parse().command {
+        Command::Targets(args) => targets::run(&args),
         Command::Matmul(args) => matmul::run(&args),
-        Command::Step(args) => step::run(&args),
+        Command::Step(args) => step::run(&args).map(drop),
         Command::Methods(args) => methods::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Inference(args) => inference::run(&args),
-        Command::Generation(args) => generation::run(&args),
+        Command::Generation(args) => generation::run(&args).map(drop),
         Command::Growth(args) => growth::run(&args),
         Command::Grower { threads, recipes } => growth::answer(threads, &recipes),
         Command::Writer { recipe, sequences, threads } => generation::answer(&recipe, sequences, threads),

@@ -44,7 +44,7 @@ def attach(base, form, configs, case):
     for key, p in model.named_parameters():
         fusion = ".adapter_fusion_layer." in key
         p.requires_grad = fusion
-        if not fusion and ".adapters." not in key:
+        if not fusion and ".adapters." not in key and "shared_parameters." not in key:
             continue
         width = 0.25 if p.ndim == 1 else (3.0 / p.shape[1]) ** 0.5 * (0.4 if fusion else 1.0)
         value = torch.from_numpy(rng("adapter", case, key).uniform(-width, width, tuple(p.shape))).float()

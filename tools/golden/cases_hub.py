@@ -1,4 +1,4 @@
-"""Prefixes, LoRA and (IA)³ by the library `adapters`, each alone in a file; MAM adapters and UniPELT on encoders with decoders;
+"""Prefixes, prompts, LoRA and (IA)³ by the library `adapters`, each alone in a file; MAM adapters and UniPELT on encoders with decoders;
 invertible adapters; fusions as setups.
 
 In AdapterHub's file form; runs in the environment of requirements-adapters.txt. A T5 of the library counts the rows of a prefix
@@ -10,8 +10,8 @@ import warnings
 
 import torch
 import transformers
-from adapters import (DoubleSeqBnConfig, DoubleSeqBnInvConfig, IA3Config, LoRAConfig, PrefixTuningConfig, SeqBnConfig,
-                      SeqBnInvConfig)
+from adapters import (CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig, DoubleSeqBnInvConfig, IA3Config, LoRAConfig,
+                      PrefixTuningConfig, PromptTuningConfig, SeqBnConfig, SeqBnInvConfig)
 
 from adapters.composition import Fuse
 
@@ -37,6 +37,12 @@ TABLE = [
     ("t5", "prefix", "hub", prefix(), "", "encoder, decoder and cross-attention, a set of tensors each"),
     ("t5_flan", "prefix", "hub_decoder", prefix(encoder_prefix=False, cross_prefix=False), "_left", "the decoder's own attention"),
     ("t5_uneven", "prefix", "hub_gated", prefix(use_gating=True), "full", "gates; that of cross-attention sees the queries"),
+    ("roberta", "prefix", "hub_relu", prefix(non_linearity="relu"), "", "another function in its network"),
+    ("llama", "prefix", "hub_two_gates", prefix(use_gating=True, shared_gating=False), "full", "a gate for keys and one for values"),
+    ("bert", "prompt", "hub", PromptTuningConfig(prompt_length=3), "", "rows behind the embeddings; the first of them is classified"),
+    ("bert", "prompt", "hub_after_bos", PromptTuningConfig(prompt_length=4, combine="prefix_after_bos"), "", "rows behind the first token"),
+    ("roberta_token", "prompt", "hub_left", PromptTuningConfig(prompt_length=3), "_left", "a token head, padding on the left"),
+    ("vit", "prompt", "hub", PromptTuningConfig(prompt_length=2), "", "a picture"),
     ("t5", "mam", None, hybrid.mam(), "", "both stacks"),
     ("t5_flan", "mam", "flat_left", hybrid.mam(flat=True), "_left", "gated MLPs; the encoder's padding on the left"),
     ("t5", "unipelt", None, hybrid.unipelt(), "full", "gates in both stacks and between them"),
@@ -82,6 +88,10 @@ FUSIONS = [
     ("roberta", "hub_houlsby", "dynamic", HOULSBY, "_left", "after both sublayers, padding on the left"),
     ("t5_flan", "hub_houlsby", "dynamic", HOULSBY, "", "encoder and decoder"),
     ("vit", "hub", "dynamic", cases_fusion.PAIR, "", "a picture"),
+    ("bert", "hub_compacter", "dynamic", [CompacterConfig(reduction_factor=4), DoubleSeqBnConfig(reduction_factor=8, non_linearity="gelu")], "",
+     "Compacter beside plain matrices"),
+    ("gpt2", "hub_compacter", "static", [CompacterPlusPlusConfig(reduction_factor=4), CompacterPlusPlusConfig(
+        reduction_factor=8, shared_phm_rule=False, phm_dim=2, factorized_phm_W=False)], "_left", "a shared rule and rules by layer"),
 ]
 
 
@@ -90,7 +100,9 @@ def save_setup(model, path, base, names):
     for file in path.rglob("*head*"):
         file.unlink()
     for file in path.rglob("*.safetensors"):
-        write_tensors(file, tensors_of(file))
+        # Compacter's shared tensors, which the library leaves out of files.
+        shared = {k: p for k, p in model.named_parameters() if f"shared_parameters.{file.parent.name}." in k}
+        write_tensors(file, {**tensors_of(file), **shared})
     for file in path.rglob("*.json"):
         c = json.loads(file.read_text())
         write_json(file, {**c, "model_name": f"models/{base}"} if "model_name" in c else c)
@@ -106,6 +118,8 @@ def write_fusion(base, variant, form, configs, side, checks):
     save_setup(model, out / "adapter", base, [n for n, _ in model.configs])
     again = load(base)
     again.load_adapter_setup(str(out / "adapter"), set_active=True, use_safetensors=True)
+    saved = {k: v for file in (out / "adapter").rglob("*.safetensors") for k, v in tensors_of(file).items()}
+    again.load_state_dict({k: v for k, v in saved.items() if "shared_parameters." in k}, strict=False)
     keep = logits_mask(logits, inputs).bool()
     meta = {"case": name, "model": base, "method": "adapter_fusion", "variant": variant, "checks": checks, "task_type": task_of(base),
             "merge": False, "tolerance": TOLERANCE, "format": "adapterhub", "effect_rel": relative(logits, before), "adapters": "1.3.0",

@@ -37,6 +37,7 @@ GROUPS = {
     "adamix": ("adamix", "peft"),
     "prompts": ("cases_prompts", "peft"),
     "prompts-own": ("prompts_own", "peft"),
+    "transfer": ("cases_transfer", "peft"),
     "tokens": ("cases_selective", "peft"),
     "masks": ("masks", "peft"),
     "multiplicative": ("cases_multiplicative", "peft"),

@@ -7,7 +7,7 @@ pub const BUDGETS: &[&str] = &["1 %", "0.2 %"];
 pub struct Entry {
     pub name: &'static str,
     pub class: &'static str,
-    /// The middle one of the three learning rates that are tried; the others are a third and three times of it.
+    /// The middle one of the three learning rates that are tried first; the others are a third and three times of it.
     pub learning_rate: f64,
     /// Settings below `[method]` for each of [`BUDGETS`]; `None` where the method has no such size.
     pub settings: [Option<&'static str>; 2],

@@ -1,7 +1,7 @@
 //! `engraft-bench compare`: methods of all classes at equal budgets, on three data sets, over several seeds.
 //!
-//! MiniLM, the classifier trained in all. The learning rate of a method at a budget is the one of three with the lowest loss on
-//! held-out training rows of TREC; it then holds for all data sets. A run is one epoch of batches of 16 and is scored once, on the
+//! MiniLM, the classifier trained in all. The learning rate of a method at a budget is the one with the lowest loss on held-out
+//! training rows of TREC, of three and of further ones where the best is the last; it then holds for all data sets. A run is one epoch of batches of 16 and is scored once, on the
 //! test part, after its last step. Small batches leave most of a second core idle, so that several runs go side by side with one
 //! thread each: a run's bits do not depend on it. Every result is put into the JSON file as it comes, and a command that finds
 //! results there goes on after them, so that hours of runs need not be taken at once.
@@ -51,6 +51,9 @@ pub struct Args {
     #[arg(long, default_value = "bench/results/compare.json")]
     json: PathBuf,
 }
+
+/// Learning rates of a method at most.
+const MOST_RATES: usize = 6;
 
 /// What a finished run is known by, and its result.
 #[derive(Serialize, Deserialize, Clone, PartialEq)]
@@ -149,18 +152,15 @@ impl Compare<'_> {
     fn all(&self) -> Result<()> {
         let sets = data::prepare(&self.args.data, &self.folder.join("data"))?;
         let entrants = entrants(self.args.only.as_deref());
-        let choosing = entrants.iter().flat_map(|entrant| {
-            let middle = entrant.entry.learning_rate;
-            let data = &sets[0];
-            [middle / 3.0, middle, 3.0 * middle].map(|rate| Run {
-                entrant,
-                data,
-                seed: 0,
-                rate,
-                held_out: true,
-            })
-        });
-        self.side_by_side(choosing.collect())?;
+        loop {
+            let run = |entrant, rate| Run { entrant, data: &sets[0], seed: 0, rate, held_out: true };
+            let untried = |entrant| self.untried(entrant).into_iter().map(move |rate| run(entrant, rate));
+            let choosing: Vec<Run<'_>> = entrants.iter().flat_map(untried).collect();
+            if choosing.is_empty() {
+                break;
+            }
+            self.side_by_side(choosing)?;
+        }
         let rates = entrants.iter().map(|entrant| self.best_rate(entrant)).collect::<Result<Vec<_>>>()?;
         let mut runs = Vec::new();
         for seed in 0..self.args.seeds {
@@ -171,12 +171,38 @@ impl Compare<'_> {
         self.side_by_side(runs)
     }
 
+    /// Learning rates that are still to be tried: the middle one, a third and three times of it, then further ones on the side where
+    /// the best so far is the last.
+    fn untried(&self, entrant: &Entrant) -> Vec<f64> {
+        let mut tried = self.tried(entrant);
+        let middle = entrant.entry.learning_rate;
+        let first = [middle / 3.0, middle, 3.0 * middle];
+        let is = |rate: f64| move |o: &Outcome| (o.learning_rate / rate - 1.0).abs() < 1e-9;
+        let left: Vec<f64> = first.into_iter().filter(|rate| !tried.iter().any(is(*rate))).collect();
+        if !left.is_empty() || tried.len() >= MOST_RATES {
+            return left;
+        }
+        tried.sort_by(|a, b| a.learning_rate.total_cmp(&b.learning_rate));
+        let best = (0..tried.len()).min_by(|a, b| tried[*a].loss.total_cmp(&tried[*b].loss));
+        match best {
+            Some(0) => vec![tried[0].learning_rate / 3.0],
+            Some(last) if last + 1 == tried.len() => vec![3.0 * tried[last].learning_rate],
+            _ => Vec::new(),
+        }
+    }
+
+    /// What learning rates gave so far on held-out rows.
+    fn tried(&self, entrant: &Entrant) -> Vec<Outcome> {
+        let of = |o: &&Outcome| o.held_out && o.method == entrant.entry.name && o.budget == entrant.budget;
+        self.outcomes().iter().filter(of).cloned().collect()
+    }
+
     /// The tried learning rate with the lowest loss on held-out rows.
     fn best_rate(&self, entrant: &Entrant) -> Result<f64> {
-        self.outcomes()
+        self.tried(entrant)
             .iter()
-            .filter(|o| o.held_out && o.method == entrant.entry.name && o.budget == entrant.budget)
-            .filter(|o| o.loss.is_finite())
+            // Of a run that diverged.
+            .filter(|o| o.loss < f64::MAX)
             .min_by(|a, b| a.loss.total_cmp(&b.loss))
             .map(|o| o.learning_rate)
             .with_context(|| format!("{}: no learning rate gave a finite loss", entrant.entry.name))

@@ -13,47 +13,47 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 pub use engine::answer;
+pub use table::{Line, Rate};
 
 use crate::peer::Peer;
-use table::{Line, Rate};
 use work::{WORKS, Work};
 
 #[derive(clap::Args)]
 pub struct Args {
     /// The Python that has the peers (bench/requirements.txt)
     #[arg(long, default_value = "python3")]
-    python: PathBuf,
+    pub python: PathBuf,
     /// The folder of models and data beside this repository
     #[arg(long, default_value = "../shared/data")]
-    shared: PathBuf,
+    pub shared: PathBuf,
     /// Where models with random weights and the examples are put
     #[arg(long, default_value = "target/bench")]
-    folder: PathBuf,
+    pub folder: PathBuf,
     /// The works to measure, all if left out: llama, long, checkpointed, minilm, uneven, vocabulary
     #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
+    pub only: Vec<String>,
     /// Rounds, each of some steps of the engine and of every peer
     #[arg(long, default_value_t = 3)]
-    rounds: usize,
+    pub rounds: usize,
     /// Steps of a round
     #[arg(long, default_value_t = 2)]
-    steps: usize,
+    pub steps: usize,
     /// Types of the engine's computation
     #[arg(long, value_delimiter = ',', default_value = "f32,bf16")]
-    dtypes: Vec<String>,
+    pub dtypes: Vec<String>,
     /// Peers: f32, bf16, compiled (bf16 under torch.compile), or none
     #[arg(long, value_delimiter = ',', default_value = "f32,bf16,compiled")]
-    peers: Vec<String>,
+    pub peers: Vec<String>,
     /// Threads of everyone
     #[arg(long, default_value_t = 2)]
-    threads: usize,
+    pub threads: usize,
     /// Write the results here too
     #[arg(long)]
-    json: Option<PathBuf>,
+    pub json: Option<PathBuf>,
 }
 
-/// Measures every work and prints the table.
-pub fn run(args: &Args) -> Result<()> {
+/// Measures the works and prints the table.
+pub fn run(args: &Args) -> Result<Vec<Line>> {
     let unknown = args.only.iter().find(|name| !WORKS.iter().any(|work| work.name == name.as_str()));
     if let Some(name) = unknown {
         let known: Vec<&str> = WORKS.iter().map(|work| work.name).collect();
@@ -72,7 +72,7 @@ pub fn run(args: &Args) -> Result<()> {
         std::fs::write(path, format!("{all:#}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    Ok(())
+    Ok(lines)
 }
 
 fn measure(args: &Args, work: &Work, peak: (f64, f64)) -> Result<Line> {

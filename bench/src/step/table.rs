@@ -52,17 +52,26 @@ pub fn head(threads: usize, (f32_peak, bf16_peak): (f64, f64)) {
     );
 }
 
+impl Rate {
+    /// How many times as fast as `other`: the median of the rounds' ratios.
+    pub fn over(&self, other: &Rate) -> f64 {
+        crate::median(&mut self.rounds.iter().zip(&other.rounds).map(|(a, b)| a / b).collect::<Vec<_>>())
+    }
+}
+
 impl Line {
-    pub fn print(&self) {
+    /// The engine in its faster type.
+    pub fn best(&self) -> Option<&Rate> {
         let engines = self.rates.iter().filter(|rate| rate.name.starts_with("engraft"));
-        let best = engines.max_by(|a, b| a.tokens_per_second.total_cmp(&b.tokens_per_second));
+        engines.max_by(|a, b| a.tokens_per_second.total_cmp(&b.tokens_per_second))
+    }
+
+    pub fn print(&self) {
+        let best = self.best();
         for (number, rate) in self.rates.iter().enumerate() {
             let (ratio, memory) = match best {
                 Some(best) if best.name != rate.name => {
-                    let mut pairs: Vec<f64> =
-                        best.rounds.iter().zip(&rate.rounds).map(|(a, b)| a / b).collect();
-                    let memory = best.peak_bytes / rate.peak_bytes;
-                    (format!("{:.2}", crate::median(&mut pairs)), format!("{memory:.2}"))
+                    (format!("{:.2}", best.over(rate)), format!("{:.2}", best.peak_bytes / rate.peak_bytes))
                 }
                 _ => ("".into(), "".into()),
             };

@@ -44,6 +44,17 @@ fn loralib(case: &str, to: &Path) {
     write_safetensors(to, &entries, &BTreeMap::new()).unwrap();
 }
 
+/// Two files hold the same logits, to 2e-4 of the largest.
+fn close(found: &Path, expected: &Path) {
+    let read = |path: &Path| {
+        Weights::open_file(path, &Limits::default()).unwrap().get("logits").unwrap().to_f32().unwrap()
+    };
+    let (found, expected) = (read(found), read(expected));
+    let largest = expected.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+    let off = found.iter().zip(&expected).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
+    assert!(found.len() == expected.len() && off < 2e-4 * largest, "off by {off}");
+}
+
 #[test]
 fn names_of_loralib_become_peft_s() {
     let dir = tempfile::tempdir().unwrap();
@@ -66,13 +77,7 @@ fn names_of_loralib_become_peft_s() {
     let inputs = text(&golden("inputs/roberta/inputs.safetensors"));
     let to = text(&logits);
     succeeds(&["logits", "--model", &model, "--adapter", &out, "--inputs", &inputs, "--out", &to]);
-    let read = |path: &Path| {
-        Weights::open_file(path, &Limits::default()).unwrap().get("logits").unwrap().to_f32().unwrap()
-    };
-    let (found, expected) = (read(&logits), read(&case.join("logits.safetensors")));
-    let largest = expected.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-    let off = found.iter().zip(&expected).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
-    assert!(found.len() == expected.len() && off < 2e-4 * largest, "off by {off}");
+    close(&logits, &case.join("logits.safetensors"));
     assert!(refused(&[&convert[..], &["--alpha", &alpha]].concat()).contains("not an empty directory"));
 }
 
@@ -92,6 +97,31 @@ fn the_weights_of_peft_need_only_their_alpha() {
         weights.iter().map(|(name, raw)| (name.to_owned(), raw.to_f32().unwrap())).collect::<BTreeMap<_, _>>()
     };
     assert_eq!(read(out.join("adapter_model.safetensors")), read(case.join("adapter_model.safetensors")));
+}
+
+#[test]
+fn the_first_ranks_of_a_dylora_become_a_lora() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    let (adapter, model) = (text(&golden("cases/llama__dylora/adapter")), text(&golden("models/llama")));
+    let lora = text(&dir.path().join("lora"));
+    fn words<'a>(adapter: &'a str, model: &'a str, out: &'a str, rank: &'a str) -> [&'a str; 8] {
+        ["convert", adapter, "--model", model, "--out", out, "--rank", rank]
+    }
+    assert!(refused(&words(&adapter, &model, &lora, "5")).contains("ranks 1 to 4, not 5"));
+    let other = text(&golden("cases/llama__lora/adapter"));
+    assert!(refused(&words(&other, &model, &lora, "2")).contains("only the ranks of a DyLoRA"));
+    succeeds(&words(&adapter, &model, &lora, "2"));
+    let inputs = text(&golden("inputs/llama/inputs.safetensors"));
+    let logits = |adapter: &str, to: &str, chosen: &[&str]| {
+        let to = dir.path().join(to);
+        let words =
+            ["logits", "--model", &model, "--adapter", adapter, "--inputs", &inputs, "--out", &text(&to)];
+        succeeds(&[&words, chosen].concat());
+        to
+    };
+    let chosen = logits(&adapter, "chosen.safetensors", &["--choose", "eval_rank=2"]);
+    close(&logits(&lora, "lora.safetensors", &[]), &chosen);
 }
 
 #[test]

@@ -58,7 +58,7 @@ pub fn adapter_hub(config: &Value, tensors: Named, (model_type, width): (&str, u
         let kind = map.get("peft_type").and_then(Value::as_str).unwrap_or("none");
         return Err(Error::Unsupported(format!(
             "AdapterHub has no form for this adapter (its peft_type is {kind}); it has one for bottleneck adapters, Compacter, \
-             ReFT, UniPELT, MAM adapters, fusions, and for prefixes, LoRA and (IA)³ that were read from its files"
+             ReFT, UniPELT, MAM adapters, fusions, and for prefixes, prompts, LoRA and (IA)³ that were read from its files"
         )));
     }
     let directory = HubDirectory {
@@ -76,6 +76,16 @@ fn setup(
     (model_type, width): (&str, usize),
 ) -> Result<Vec<HubDirectory>> {
     let adapters = map.get("adapters").and_then(Value::as_array).cloned().unwrap_or_default();
+    for adapter in &adapters {
+        let inner = adapter.get("config");
+        let is_other = inner.is_some_and(|config| config.get("peft_type").is_some());
+        if is_other || inner.and_then(|config| config.get("is_parallel")) == Some(&Value::Bool(true)) {
+            return Err(Error::Unsupported(format!(
+                "`{}` is no serial bottleneck adapter, and AdapterHub fuses no others as the paper does",
+                adapter.get("name").and_then(Value::as_str).unwrap_or_default()
+            )));
+        }
+    }
     let names: Vec<&str> = adapters.iter().filter_map(|a| a.get("name").and_then(Value::as_str)).collect();
     let joined = names.join(",");
     let name = map.get("name").and_then(Value::as_str).unwrap_or(&joined);
@@ -94,21 +104,25 @@ fn setup(
     });
     let mut directories =
         vec![HubDirectory { name: String::new(), config: ("adapter_setup.json", plan), weights: None }];
-    let of =
-        |part: &str| -> Named { tensors.iter().filter(|(key, _)| key.contains(part)).cloned().collect() };
+    let of = |parts: &[String]| -> Named {
+        tensors.iter().filter(|(key, _)| parts.iter().any(|part| key.contains(part))).cloned().collect()
+    };
     for adapter in &adapters {
         let own = adapter.get("name").and_then(Value::as_str).unwrap_or_default();
         directories.push(HubDirectory {
             name: own.into(),
             config: ("adapter_config.json", around(adapter.clone())),
-            weights: Some(("adapter.safetensors", of(&format!(".adapters.{own}.")))),
+            weights: Some((
+                "adapter.safetensors",
+                of(&[format!(".adapters.{own}."), format!("shared_parameters.{own}.")]),
+            )),
         });
     }
     let fusion = json!({ "adapter_names": names, "config": map.get("fusion_config"), "name": name });
     directories.push(HubDirectory {
         name: name.into(),
         config: ("adapter_fusion_config.json", around(fusion)),
-        weights: Some(("model_adapter_fusion.safetensors", of(&format!(".adapter_fusion_layer.{name}.")))),
+        weights: Some(("model_adapter_fusion.safetensors", of(&[format!(".adapter_fusion_layer.{name}.")]))),
     });
     Ok(directories)
 }

@@ -71,6 +71,7 @@ pub use neurons::{active_neurons, overlap};
 pub use prompts::transfer::prompt_similarity;
 pub use read::pattern;
 pub use reparameterized::dylora::sliced_dylora;
+pub use shared::branches::{Branch, Branches, Form, Reads};
 pub use transposed::not_in_peft;
 
 /// Every method, in the order of the documentation.
@@ -291,6 +292,11 @@ pub trait Method: Send + Sync {
     /// After the update: may change parameters (proximal steps, pruning of ranks) and forget their moments.
     fn after_step(&self, _adapter: &Adapter, _moments: &mut dyn Forget, _step: Step) -> Result<()> {
         Ok(())
+    }
+
+    /// The adapter as one whose outputs at sublayers can be mixed with others', where it has such.
+    fn branches(&self) -> Option<Box<dyn Branches>> {
+        None
     }
 
     /// Whether training can go on from a saved adapter: an error where its file holds only what a forward needs.

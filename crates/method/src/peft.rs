@@ -79,6 +79,20 @@ pub(crate) fn file_of<M: Method + 'static>(
     Ok(Some(Loaded { method: Box::new(method), targets, train_also }))
 }
 
+/// A method from its file of `peft_type`, which names no targets: the method has sites of its own.
+pub(crate) fn file_without_targets<M: Method + 'static>(
+    peft_type: &str,
+    config: &Value,
+    read: impl FnOnce(&mut Reader<'_>) -> M,
+) -> Result<Option<Loaded>> {
+    let Some(map) = config.as_object().filter(|_| is_type(config, peft_type)) else { return Ok(None) };
+    let mut r = Reader::file(map);
+    let train_also = read_header(&mut r);
+    let method = read(&mut r);
+    r.finish()?;
+    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+}
+
 /// Marks the keys of every configuration as known, and gives `modules_to_save`.
 pub(crate) fn read_header(r: &mut Reader<'_>) -> Vec<String> {
     let header =

@@ -117,8 +117,8 @@ impl Adapter {
     /// Rows that a cache needs beside the tokens of a sequence, in its fullest layer.
     pub fn cache_rows(&self) -> usize {
         let late = |patch: &Patch| if let Patch::Block(block) = patch { block.rows_before() } else { 0 };
-        let late: usize = self.patches.values().flatten().map(late).sum();
-        self.prompt_rows() + late
+        let late = self.patches.values().map(|site| site.iter().map(late).sum::<usize>());
+        self.prompt_rows() + late.max().unwrap_or(0)
     }
 
     /// The adapter without its patches in the first `count` blocks of the model, an encoder's before a decoder's

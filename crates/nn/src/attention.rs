@@ -66,6 +66,21 @@ impl Attend {
         })
     }
 
+    /// An error where a window hides rows that are to be seen from everywhere.
+    fn expect_in_view(&self, cx: &Pass) -> Result<()> {
+        let Some(window) = self.spec.window else { return Ok(()) };
+        let rows = cx.most_still(self.site, |p| p.stays_in_view());
+        let last = cx.layout().positions().iter().copied().max().unwrap_or(0) as usize;
+        if rows == 0 || last + rows < window {
+            return Ok(());
+        }
+        Err(crate::Error::Unsupported(format!(
+            "this prefix in AdapterHub's form is seen by every token, which a window of {window} positions does not let those from \
+             {} on do; shorten the texts, or train a `prefix` here",
+            window.saturating_sub(rows)
+        )))
+    }
+
     fn attended(
         &self,
         x: &Tensor,
@@ -73,6 +88,7 @@ impl Attend {
         bias: Option<RelativeBias>,
         cx: &Pass,
     ) -> Result<Tensor> {
+        self.expect_in_view(cx)?;
         let prefixes = if cx.continues() { Vec::new() } else { cx.prefixes(self.site, x)? };
         let (keys, values, spans) = cx.seen(self.layer, k, v, &prefixes)?;
         let y = attention(&Attention { spans, spec: self.spec, bias }, q, &keys, &values)?;
@@ -89,16 +105,18 @@ impl Attend {
         keys_and_values: impl FnOnce(&Memory) -> Result<(Tensor, Tensor)>,
         cx: &Pass,
     ) -> Result<Tensor> {
-        let kept = cx.cache().and_then(|cache| cache.source(self.layer));
+        let own = cx.first_sequence()..cx.first_sequence() + cx.layout().sequences().len();
+        let kept = cx.cache().and_then(|cache| cache.source(self.layer, own.start));
         let found = match (kept, memory) {
             (Some(kept), _) => kept,
             (None, Some(memory)) => {
-                let (k, v) = keys_and_values(memory)?;
-                // Of the whole batch, also where `cx` is one of its routes: a cache keeps it for all.
+                // Of these sequences alone: where blocks go route by route, gates of others have not seen their queries yet.
+                let memory = memory.of(&own)?;
+                let (k, v) = keys_and_values(&memory)?;
                 let prefixes = memory.pass.prefixes(self.site, &memory.states)?;
                 let found = gathered(&k, &v, memory.pass.layout(), &prefixes, &memory.pass)?;
                 if let Some(mut cache) = cx.cache() {
-                    cache.keep_source(self.layer, found.clone());
+                    cache.keep_source(self.layer, own.start, found.clone());
                 }
                 found
             }
@@ -107,8 +125,6 @@ impl Attend {
                 return Err(crate::Error::Unsupported(message.into()));
             }
         };
-        let own = cx.first_sequence()..cx.first_sequence() + cx.layout().sequences().len();
-        let found = Attended { seen: found.seen[own].to_vec(), ..found };
         let spans = spans_of(&found, cx.layout());
         let y = attention(&Attention { spans, spec: self.spec, bias: None }, q, &found.keys, &found.values)?;
         self.gated(x, q, y, cx)
@@ -163,6 +179,21 @@ pub struct Memory {
     pub states: Tensor,
     /// The encoder's pass.
     pub pass: Pass,
+}
+
+impl Memory {
+    /// What the sequences `own` read: all of them, or those of one route.
+    fn of(&self, own: &Range<usize>) -> Result<Memory> {
+        if *own == (0..self.pass.layout().sequences().len()) {
+            return Ok(self.clone());
+        }
+        let Some(route) = self.pass.routes().iter().find(|route| route.sequences == *own) else {
+            let message = "cross-attention reads sequences that are no route of the source";
+            return Err(crate::Error::Unsupported(message.into()));
+        };
+        let (states, pass) = self.pass.rows_of_route(route, &self.states)?;
+        Ok(Memory { states, pass })
+    }
 }
 
 /// The queries of each sequence of `layout` over the keys it sees.
@@ -338,7 +369,45 @@ mod tests {
     use engraft_tensor::testing::{close, sample};
 
     use super::*;
-    use crate::KvCache;
+    use crate::{Adapter, KeyValues, KvCache};
+
+    /// Two rows, to be seen from everywhere or not.
+    struct Two(bool);
+
+    impl KeyValuePatch for Two {
+        fn count(&self) -> usize {
+            2
+        }
+        fn rows(&self, _: &Tensor, _: &Pass) -> Result<KeyValues> {
+            Ok(KeyValues { keys: sample(&[2, 2, 3], 8), values: sample(&[2, 2, 3], 9) })
+        }
+        fn moves(&self) -> bool {
+            false
+        }
+        fn stays_in_view(&self) -> bool {
+            self.0
+        }
+    }
+
+    #[test]
+    fn a_window_that_hides_what_is_to_be_seen_is_refused() {
+        let mut sites = Sites::default();
+        let declared =
+            AttentionSpec { heads: 2, kv_heads: 2, dim: 3, scale: 0.5, causal: true, window: None };
+        let attend = Attend::declare(&mut sites, "attn", 0, declared);
+        let (x, qkv) = (sample(&[5, 6], 1), [1, 2, 3].map(|seed| sample(&[5, 2, 3], seed)));
+        let run = |stays: bool, window: Option<usize>| {
+            let patch = Patch::KeyValue(Box::new(Two(stays)));
+            let adapter = Arc::new(Adapter::default().with_patches(vec![(attend.site(), patch)]));
+            let cx = Pass::new(Layout::counted(&[5]).unwrap(), Some(adapter));
+            let [q, k, v] = &qkv;
+            let spec = AttentionSpec { window, ..declared };
+            Attend { spec, ..attend.clone() }.forward(&x, [q, k, v], &cx)
+        };
+        assert!(run(true, None).is_ok() && run(true, Some(7)).is_ok() && run(false, Some(6)).is_ok());
+        let error = run(true, Some(6)).unwrap_err().to_string();
+        assert!(error.contains("window of 6 positions"), "{error}");
+    }
 
     #[test]
     fn attention_of_a_patch_goes_on_from_a_cache() {

@@ -15,8 +15,8 @@ pub struct KvCache {
     capacity: usize,
     sequences: usize,
     layers: Vec<CachedLayer>,
-    /// What cross-attention reads in each layer: made once, the same for every step.
-    sources: Vec<Option<Attended>>,
+    /// What cross-attention reads in each layer, by the first of the sequences that it is for: made once, the same for every step.
+    sources: HashMap<(usize, usize), Attended>,
     /// What patches found in the first pass, by route and key: the first of its sequences, a row for each.
     kept: HashMap<Key, (usize, Tensor)>,
     /// What the model without an adapter read of the same tokens, for methods that look at it at every one.
@@ -54,7 +54,7 @@ impl KvCache {
             capacity,
             sequences,
             layers: vec![CachedLayer::default(); layers],
-            sources: vec![None; layers],
+            sources: HashMap::new(),
             kept: HashMap::new(),
             beside: None,
         }
@@ -66,14 +66,14 @@ impl KvCache {
         self.beside.get_or_insert_with(empty).clone()
     }
 
-    /// What cross-attention of `layer` reads, where it was made.
-    pub(crate) fn source(&self, layer: usize) -> Option<Attended> {
-        self.sources[layer].clone()
+    /// What cross-attention of `layer` reads for the sequences from `first` on, where it was made.
+    pub(crate) fn source(&self, layer: usize, first: usize) -> Option<Attended> {
+        self.sources.get(&(layer, first)).cloned()
     }
 
-    /// Keeps what cross-attention of `layer` reads.
-    pub(crate) fn keep_source(&mut self, layer: usize, source: Attended) {
-        self.sources[layer] = Some(source);
+    /// Keeps what cross-attention of `layer` reads for the sequences from `first` on.
+    pub(crate) fn keep_source(&mut self, layer: usize, first: usize, source: Attended) {
+        self.sources.insert((layer, first), source);
     }
 
     /// What [`Pass::once`] made in the first pass.
@@ -91,8 +91,9 @@ impl KvCache {
         for layer in &mut self.layers {
             layer.reorder(order, self.capacity)?;
         }
-        for source in self.sources.iter_mut().flatten() {
-            source.seen = order.iter().map(|&i| source.seen[i].clone()).collect();
+        for ((_, first), source) in &mut self.sources {
+            let own = &order[*first..*first + source.seen.len()];
+            source.seen = own.iter().map(|&i| source.seen[i - *first].clone()).collect();
         }
         if let Some(beside) = &self.beside {
             beside.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).reorder(order)?;

@@ -121,6 +121,11 @@ pub trait KeyValuePatch: Send + Sync {
     fn widens(&self) -> bool {
         false
     }
+    /// Whether rows without a gate, which do not move tokens, are to be seen from everywhere: an attention with a window cannot
+    /// show them to what lies further behind, and says so.
+    fn stays_in_view(&self) -> bool {
+        false
+    }
 }
 
 /// → rows put before the embedded tokens of every sequence of a route.

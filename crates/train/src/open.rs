@@ -388,12 +388,15 @@ fn no_room(
 ) -> Option<Problem> {
     let limit = token_limit(config)?;
     let (is_table, limit) = (limit.is_table, limit.tokens);
-    let rows = attached?.adapter.prompt_rows();
+    let adapter = &attached?.adapter;
+    // Those that enter later have places of their own where positions are turned, and none in a table.
+    let rows = adapter.cache_rows();
     if rows >= limit {
         let title = format!("the prompt takes {rows} positions, and the model has {limit}");
         let help = format!("`tokens` of at most {} leave room for a token", limit.saturating_sub(1));
         return Some(recipe.problem_at("method", title).help(&help));
     }
+    let rows = adapter.prompt_rows();
     let parts = [Some(&examples.train), examples.eval.as_ref()];
     let longest = parts.into_iter().flatten().flat_map(|part| part.lengths()).max().filter(|_| is_table)?;
     let title = format!(

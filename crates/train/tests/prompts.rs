@@ -57,7 +57,7 @@ fn rows_come_from_saved_prompts() {
 
 #[test]
 fn a_prompt_must_leave_room() {
-    for method in ["prompt", "prefix", "p_tuning", "mpt", "dept"] {
+    for method in ["prompt", "prefix", "p_tuning", "mpt", "dept", "lpt"] {
         let text = message(&format!("name = \"{method}\"\ntokens = 4000"));
         assert!(text.contains("positions, and the model has"), "{method}: {text}");
         assert!(message(&format!("name = \"{method}\"\ntokens = 0")).contains("tokens"), "{method}");

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Log, golden, recipe, session};
+use common::{Log, golden, recipe, recipe_of, session};
 use engraft_train::{Event, Observer, Outcome, RunOptions, Session, Status, train};
 
 const TRAIN: &str = "steps = 20\nbatch_size = 3\ngradient_accumulation = 2\nlearning_rate = 2e-3\nweight_decay = 0.01\n\
@@ -87,6 +87,30 @@ fn what_methods_remember_between_steps_goes_on_too() {
             assert!(result(&out, 8) == result(&whole, 8), "{name} stopped after step {step}");
         }
     }
+}
+
+#[test]
+fn a_projector_of_a_saved_prompt_goes_on_and_leaves_a_prompt() {
+    let (dir, source) =
+        (golden().join("trajectories/llama__prompt"), golden().join("cases/bert__prompt/adapter"));
+    let source = source.canonicalize().unwrap();
+    let method = format!("name = \"prompt\"\ntokens = 5\nprojector = 6\nfrom_prompts = [{source:?}]");
+    let train = "steps = 6\nbatch_size = 2\nlearning_rate = 2e-3\n";
+    let open = || session(&recipe_of(&method, &dir, &golden().join("models/llama"), train, "")).unwrap();
+    let to = tempfile::tempdir().unwrap();
+    let whole = to.path().join("whole");
+    go(&open(), &whole, false, 0).unwrap();
+    for step in 1..6 {
+        let out = to.path().join(format!("stopped-{step}"));
+        assert_eq!(go(&open(), &out, false, step).unwrap().step, step);
+        assert_eq!(go(&open(), &out, true, 0).unwrap().step, 6);
+        assert!(result(&out, 6) == result(&whole, 6), "stopped after step {step}");
+    }
+    // What is left is a prompt, and training goes on from it as such.
+    let from = format!("from = {:?}", whole.join("adapter"));
+    let again = session(&recipe_of(&from, &dir, &golden().join("models/llama"), train, "")).unwrap();
+    let names: Vec<&str> = again.adapter.params().iter().map(|p| p.name.as_str()).collect();
+    assert_eq!(names, ["prompt_embeddings"]);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use common::{Log, golden, oracle, recipe, recipe_of, session};
 use engraft_store::{Limits, read_adapter};
 use engraft_tensor::Tensor;
 use engraft_train::{Event, RunOptions, Session, train};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn number(expected: &Value, key: &str, default: f64) -> f64 {
     expected.get(key).and_then(Value::as_f64).unwrap_or(default)
@@ -30,7 +30,14 @@ fn close(what: &str, found: &[f64], expected: &Value, tolerance: f64) -> Vec<Str
 /// for what a recipe says and a file does not.
 fn with_settings(dir: &Path, model: &Path, expected: &Value, train: &str) -> engraft_train::Result<Session> {
     let settings = expected["settings"].as_object().unwrap();
-    let lines = settings.iter().map(|(key, value)| format!("{key} = {value}\n"));
+    // Saved adapters are named from the trajectory's directory.
+    let here = |value: &Value| match value.as_array().map(|list| &list[..]) {
+        Some([Value::String(path)]) if path.starts_with("../") => {
+            json!([dir.join(path).canonicalize().unwrap()])
+        }
+        _ => value.clone(),
+    };
+    let lines = settings.iter().map(|(key, value)| format!("{key} = {}\n", here(value)));
     let method = format!("name = {}\n{}", expected["method"], lines.collect::<String>());
     let session = session(&recipe_of(&method, dir, model, train, ""))?;
     let start = read_adapter(&dir.join("init_adapter"), &Limits::default())?;

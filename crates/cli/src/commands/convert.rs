@@ -1,14 +1,15 @@
-//! `engraft convert`: a LoRA file of another program to an adapter directory in `peft`'s form; an adapter to AdapterHub's.
+//! `engraft convert`: a LoRA file of another program to an adapter directory in `peft`'s form; an adapter to AdapterHub's; the first
+//! ranks of a DyLoRA to a LoRA.
 
 use std::path::PathBuf;
 
 use engraft_method::foreign::convert;
-use engraft_method::{load_adapter, save_adapter};
+use engraft_method::{LoadedAdapter, load_adapter, save_adapter, sliced_dylora};
 use engraft_model::LoadOptions;
 use engraft_nn::Task;
 use engraft_store::Weights;
 use engraft_tensor::Tensor;
-use engraft_train::{adapter_tensors, write_adapter_files, write_hub_files};
+use engraft_train::{adapter_tensors, write_adapter_files, write_hub_files, write_label_names};
 use serde_json::json;
 
 use super::merge::refuse_full;
@@ -23,11 +24,13 @@ Examples:
   engraft convert lora.safetensors --model roberta-base --alpha 16 --out adapter
   engraft inspect lora.safetensors          whose form it is, and what it holds
   engraft convert runs/a/adapter --to adapterhub --model bert-base --out hub
+  engraft convert runs/dylora/adapter --rank 4 --model qwen3-0.6b --out lora-4
 
 Reads the names of loralib, and peft's without their prefix; tensors trained as a whole come along. With --to adapterhub an
-adapter directory is written as AdapterHub's library reads it, a fusion with its adapters as a setup.")]
+adapter directory is written as AdapterHub's library reads it, a fusion with its adapters as a setup. With --rank the first ranks
+of a DyLoRA become a LoRA, which peft reads.")]
 pub struct Args {
-    /// A safetensors file; with --to an adapter directory
+    /// A safetensors file; with --to adapterhub or --rank an adapter directory
     file: PathBuf,
     /// Whose form to write
     #[arg(long, value_enum, default_value_t = Form::Peft)]
@@ -38,6 +41,9 @@ pub struct Args {
     /// Scale times rank, as it was trained with; needed where the file does not hold it
     #[arg(long, value_name = "NUMBER")]
     alpha: Option<f64>,
+    /// The first ranks of a DyLoRA that are taken, as a LoRA
+    #[arg(long, value_name = "N")]
+    rank: Option<usize>,
     /// The adapter directory to write; it must not exist or be empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -58,15 +64,7 @@ enum Form {
 
 /// An adapter directory in AdapterHub's form, read and written on its model: every name and shape is checked.
 fn to_adapter_hub(args: &Args, cx: &Context) -> Outcome {
-    let model = ModelArgs {
-        model: args.model.clone(),
-        adapter: Some(args.file.display().to_string()),
-        drop_layers: None,
-        choose: Vec::new(),
-        dtype: Dtype::F32,
-        quantize: None,
-    };
-    let engine = Engine::load(&model, cx)?;
+    let engine = on_model(args, cx)?;
     let (sites, info) = (engine.model.sites(), engine.model.info());
     let files = engraft_store::read_adapter(&cx.resolve(&args.file.display().to_string())?, &cx.limits);
     let files = files.before_work()?;
@@ -92,16 +90,41 @@ fn to_adapter_hub(args: &Args, cx: &Context) -> Outcome {
     Ok(())
 }
 
+/// The first `rank` ranks of a DyLoRA, as a LoRA.
+fn of_rank(args: &Args, rank: usize, cx: &Context) -> Outcome {
+    let engine = on_model(args, cx)?;
+    let files = engraft_store::read_adapter(&cx.resolve(&args.file.display().to_string())?, &cx.limits);
+    let files = files.before_work()?;
+    let (config, tensors) = sliced_dylora(&files.config, &adapter_tensors(&files)?, rank).before_work()?;
+    let loaded = load_adapter(&config, tensors, engine.model.sites(), engine.model.info()).before_work()?;
+    write(args, &loaded, &engine, cx)?;
+    Ok(engine.labels.iter().try_for_each(|labels| write_label_names(&args.out, labels))?)
+}
+
+/// The model with the adapter of the directory that is converted.
+fn on_model(args: &Args, cx: &Context) -> Outcome<Engine> {
+    let model = ModelArgs {
+        model: args.model.clone(),
+        adapter: Some(args.file.display().to_string()),
+        drop_layers: None,
+        choose: Vec::new(),
+        dtype: Dtype::F32,
+        quantize: None,
+    };
+    Engine::load(&model, cx)
+}
+
 /// Converts, on the model that it belongs to: every name and shape is checked.
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
-    if args.to == Form::AdapterHub {
-        if args.alpha.is_some() {
-            return Err(Failure::before_work(
-                "--alpha is for files without one; an adapter directory has it",
-            ));
-        }
-        return to_adapter_hub(args, cx);
+    let of_directory = args.to == Form::AdapterHub || args.rank.is_some();
+    if of_directory && args.alpha.is_some() {
+        return Err(Failure::before_work("--alpha is for files without one; an adapter directory has it"));
+    }
+    match args.rank {
+        Some(rank) => return of_rank(args, rank, cx),
+        None if args.to == Form::AdapterHub => return to_adapter_hub(args, cx),
+        None => {}
     }
     let weights = Weights::open_file(&args.file, &cx.limits).before_work()?;
     let tensor = |(name, raw): (&str, &engraft_store::RawTensor)| {
@@ -129,13 +152,19 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let mut loaded = load_adapter(&config, tensors, sites, info).before_work()?;
     // The file was none of `peft`'s, which says what an adapter is for.
     loaded.adapter.set_task(engraft_nn::TaskName::OfModel);
+    write(args, &loaded, &engine, cx)
+}
+
+/// A LoRA as an adapter directory, and what it is.
+fn write(args: &Args, lora: &LoadedAdapter, engine: &Engine, cx: &Context) -> Outcome {
+    let (sites, info) = (engine.model.sites(), engine.model.info());
     let (config, tensors) =
-        save_adapter(&loaded.adapter, &loaded.methods, &loaded.train_also, &args.model, sites, info)?;
-    write_adapter_files(&args.out, &config, &tensors, &loaded.methods, sites)?;
+        save_adapter(&lora.adapter, &lora.methods, &lora.train_also, &args.model, sites, info)?;
+    write_adapter_files(&args.out, &config, &tensors, &lora.methods, sites)?;
     if args.json {
         cx.ui.json(json!({
             "out": args.out.display().to_string(), "tensors": tensors.len(), "rank": config["r"], "alpha": config["lora_alpha"],
-            "trained": loaded.adapter.trained_count(),
+            "trained": lora.adapter.trained_count(),
         }));
         return Ok(());
     }

@@ -1,4 +1,4 @@
-//! AdapterFusion: an attention, trained for every token, over bottleneck adapters that were trained apart and stay as they are.
+//! AdapterFusion: an attention, trained for every token, over adapters that were trained apart and stay as they are.
 //!
 //! With x the input of the adapters at a sublayer, z_m the output of adapter m without its residual, and d the width:
 //!   α = softmax_m((Q·x + b_q)·(K·z_m + b_k)), without 1/√d
@@ -6,26 +6,32 @@
 //! and 0.01·Σ‖I − V‖² is added to the loss. Q and K start as N(0, 0.02), their biases as zero, V as I with 10⁻⁶ beside the
 //! diagonal. What is computed is (Kᵀ·q)·z_m + q·b_k and V·Σ_m α_m·z_m: one product of each matrix, however many adapters.
 //!
+//! What is fused are bottleneck adapters, Compacter's too, or others that read something at a sublayer and add to it
+//! (`Method::branches`), alike in what they read: x, and where they sit.
+//!
 //! Pfeiffer et al. 2021, arXiv:2005.00247, section 3; the variants are those of AdapterHub's `adapters` 1.3.
 //!
 //! Of every sublayer with adapters, under adapter_fusion_layer.A,B,… (the adapters' names): query.weight, key.weight,
-//! value.weight [d, d], query.bias, key.bias `[d]`. The adapters' own tensors have the names of bottleneck adapters and lie in
-//! the same file, so that a saved fusion needs nothing else.
+//! value.weight [d, d], query.bias, key.bias `[d]`. The adapters' own tensors lie in the same file, so that a saved fusion needs
+//! nothing else: under their names in AdapterHub's form, those of other methods under fused.NAME.
 
 use engraft_nn::{Adapter, Builder, Error, Init, Kind, Pass, Patch, Result, Site, Sublayer, SublayerPatch};
 use engraft_tensor::ops::{Unary, cat};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::additive::bottleneck::{self, AtSublayer, Bottleneck, Form};
+use crate::additive::bottleneck::{self, Bottleneck};
 use crate::read::{Reader, as_written, number};
 use crate::shared::activations::Activation;
+use crate::shared::branches::{Branch, Branches, Reads};
 use crate::shared::fields::{choice, float};
 use crate::shared::orthogonal::identity;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, SavedAdapter, Step, peft};
 
 /// In the names of what is trained.
 const LAYER: &str = ".adapter_fusion_layer.";
+/// What precedes the names of an adapter's tensors that have no name of it in theirs.
+const FUSED: &str = "fused.";
 /// What V starts as beside the diagonal.
 const BESIDE: f32 = 1e-6;
 
@@ -46,7 +52,8 @@ struct Fusion {
 
 /// A fused adapter.
 struct Source {
-    adapter: Bottleneck,
+    adapter: Box<dyn Branches>,
+    name: String,
     /// Of a new fusion: what its tensors hold, by their names here.
     tensors: Option<Named>,
     /// What the model was that it was trained on.
@@ -66,7 +73,7 @@ static INFO: Info = Info {
     class: "additive",
     sites: "sublayer",
     paper: "arXiv:2005.00247",
-    summary: "attention for every token over saved bottleneck adapters, which stay as they are",
+    summary: "attention for every token over saved adapters at sublayers, which stay as they are",
     mergeable: false,
     identity_at_init: false,
     default_roles: None,
@@ -76,7 +83,7 @@ static INFO: Info = Info {
             name: "adapters",
             kind: FieldKind::Adapters,
             default: None,
-            doc: "Directories of the bottleneck adapters that are fused, all trained on this model.",
+            doc: "Directories of the adapters that are fused, all trained on this model: bottleneck, Compacter, AdaptFormer, KronA^B or sparse adapters.",
         },
         choice(
             "form",
@@ -150,12 +157,17 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     };
     r.finish()?;
     for adapter in &adapters {
-        let Some(adapter) = bottleneck::saved(adapter, &bottleneck::INFO, false)? else {
+        let name = adapter.get("name").and_then(Value::as_str).unwrap_or("engraft").to_owned();
+        // Another method's is told by its type, AdapterHub's by its keys.
+        let inner = adapter.get("config").filter(|config| config.get("peft_type").is_some());
+        let adapter =
+            branches(inner.unwrap_or(adapter)).map_err(|e| Error::Unsupported(format!("`{name}` {e}")))?;
+        if theirs && adapter.form().reads == Reads::Stream {
             return Err(Error::Unsupported(format!(
-                "`adapters` holds what is no bottleneck adapter: {adapter}"
+                "`{name}` is beside its sublayer, where `adapters` adds the stream twice in a fusion; fuse it anew"
             )));
-        };
-        fusion.sources.push(Source { adapter, tensors: None, base: None });
+        }
+        fusion.sources.push(Source { adapter, name, tensors: None, base: None });
     }
     fusion.check()?;
     Ok(Some(Loaded { method: Box::new(fusion), targets: None, train_also }))
@@ -163,9 +175,9 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 
 fn example() -> Box<dyn Method> {
     let source = |name: &str, reduction: f64| {
-        let form = Bottleneck::of(Form::Pfeiffer);
+        let form = Bottleneck::of(bottleneck::Form::Pfeiffer);
         let adapter = Bottleneck { name: name.into(), reduction, activation: Activation::GELU, ..form };
-        Source { adapter, tensors: None, base: None }
+        Source { adapter: Box::new(adapter), name: name.into(), tensors: None, base: None }
     };
     Box::new(Fusion {
         sources: vec![source("a", 4.0), source("b", 8.0)],
@@ -179,38 +191,35 @@ fn example() -> Box<dyn Method> {
     })
 }
 
+/// What the adapter of a file adds at its sublayers; in words what it is, where that cannot be mixed with others.
+fn branches(config: &Value) -> std::result::Result<Box<dyn Branches>, String> {
+    let loaded = crate::from_file(config).map_err(|e| format!("cannot be read: {e}"))?;
+    loaded.method.branches().ok_or_else(|| {
+        let fused = crate::METHODS.iter().filter(|entry| (entry.example)().branches().is_some());
+        let names: Vec<&str> = fused.map(|entry| entry.info.name).collect();
+        let title = loaded.method.info().title;
+        format!(
+            "is of {title}, which adds nothing at sublayers that could be mixed; fuse adapters of {}",
+            names.join(", ")
+        )
+    })
+}
+
 impl Source {
     /// The adapter that `saved` holds, under a name that none of `taken` has.
     fn of(saved: SavedAdapter, taken: &[Source]) -> std::result::Result<Source, String> {
         let SavedAdapter { path, config, tensors } = saved;
-        let mut adapter = match bottleneck::saved(&config, &bottleneck::INFO, false) {
-            Ok(Some(adapter)) => adapter,
-            Ok(None) => {
-                let kind = config.get("peft_type").and_then(Value::as_str).unwrap_or("none");
-                return Err(format!(
-                    "{path} is no bottleneck adapter of plain matrices (its peft_type is {kind}); train it with `bottleneck`"
-                ));
-            }
-            Err(e) => return Err(format!("{path}: {e}")),
-        };
-        let own = adapter.name.clone();
-        let is_free = |name: &String| taken.iter().all(|source| source.adapter.name != *name);
+        let adapter = branches(&config).map_err(|e| format!("{path} {e}"))?;
+        let own = adapter.name().unwrap_or("engraft").to_owned();
+        let is_free = |name: &String| taken.iter().all(|source| source.name != *name);
         let further = (2..).map(|n| format!("{own}_{n}"));
-        adapter.name = std::iter::once(own.clone()).chain(further).find(is_free).unwrap_or_default();
-        // It is not trained here, so that none of its layers is left out by chance.
-        adapter.robust_drop = false;
-        let (before, now) = (format!(".adapters.{own}."), format!(".adapters.{}.", adapter.name));
-        // `adapters` keeps the norm before a bottleneck in two places.
-        let is_copy = |name: &str| adapter.ln_before && name.contains(".adapter_down.0.");
-        let tensors = tensors
-            .into_iter()
-            .filter(|(name, _)| name.contains(&before) && !is_copy(name))
-            .map(|(name, t)| (name.replace(&before, &now), t));
+        let name = std::iter::once(own.clone()).chain(further).find(is_free).unwrap_or_default();
+        let here = |(key, t): (String, Tensor)| Some((adapter.tensor(&key, &name)?, t));
+        let tensors: Named = tensors.into_iter().filter_map(here).collect();
         let word = |key: &str| config.get(key).and_then(Value::as_str).map(str::to_owned);
         let width = config.get("hidden_size").and_then(Value::as_u64).map(|n| n as usize);
-        let tensors = Some(tensors.collect());
         let base = Some(Base { path, architecture: word("model_type"), width });
-        Ok(Source { adapter, tensors, base })
+        Ok(Source { adapter, name, tensors: Some(tensors), base })
     }
 }
 
@@ -218,29 +227,16 @@ impl Fusion {
     /// Whether the adapters can be fused: alike in where they sit and what they read, of a form that has an output of its own.
     fn check(&self) -> Result<()> {
         let mut problems = Vec::new();
-        for Source { adapter: a, .. } in &self.sources {
-            for (is_so, what) in [
-                (a.parallel, "is beside its sublayer"),
-                (a.gating, "has a gate"),
-                (a.ln_after, "has a norm on its output"),
-                (a.phm.is_some(), "has Compacter's layers"),
-                (a.invertible.is_some(), "has an invertible part"),
-            ] {
-                if is_so {
-                    problems
-                        .push(format!("`adapters`: `{}` {what}; fuse serial adapters without it", a.name));
-                }
+        for Source { adapter, name, .. } in &self.sources {
+            for what in adapter.hindrances() {
+                problems.push(format!("`adapters`: `{name}` {what}; fuse adapters without it"));
             }
         }
-        let form = |a: &Bottleneck| {
-            let places = [a.after_attention, a.after_cross_attention, a.after_mlp];
-            (places, a.original_ln_before, a.original_ln_after, a.residual)
-        };
         if let Some((first, rest)) = self.sources.split_first() {
-            for Source { adapter, .. } in rest.iter().filter(|s| form(&s.adapter) != form(&first.adapter)) {
+            for source in rest.iter().filter(|s| s.adapter.form() != first.adapter.form()) {
                 problems.push(format!(
                     "`adapters`: `{}` sits elsewhere or reads something else than `{}`; fuse adapters of one form",
-                    adapter.name, first.adapter.name
+                    source.name, first.name
                 ));
             }
         }
@@ -271,13 +267,13 @@ impl Fusion {
         if let Some(name) = &self.name {
             return name.clone();
         }
-        self.sources.iter().map(|s| s.adapter.name.as_str()).collect::<Vec<_>>().join(",")
+        self.sources.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(",")
     }
 
     /// The adapters at their sublayers, none of them trained.
-    fn adapters<'s>(&self, b: &mut Builder<'s>) -> Result<Vec<(&'s Site, Vec<AtSublayer>)>> {
-        let sublayers: Vec<&Site> = b.sites().of_kind(|k| matches!(k, Kind::Sublayer { .. })).collect();
-        let mut found: Vec<(&Site, Vec<AtSublayer>)> = sublayers.into_iter().map(|s| (s, vec![])).collect();
+    fn adapters<'s>(&self, b: &mut Builder<'s>) -> Result<Vec<(&'s Site, Vec<Box<dyn Branch>>)>> {
+        let sublayers = b.sites().of_kind(|k| matches!(k, Kind::Sublayer { .. }));
+        let mut found: Vec<(&Site, Vec<_>)> = sublayers.map(|site| (site, vec![])).collect();
         for source in &self.sources {
             let problem = |e| match (e, &source.base) {
                 (Error::Mismatch(lines), Some(base)) => Error::Mismatch(
@@ -288,15 +284,19 @@ impl Fusion {
                 ),
                 (e, _) => e,
             };
-            let add = |b: &mut Builder<'s>| {
-                for (site, here) in &mut found {
-                    if source.adapter.wants(site, b.sites().number(site)) {
-                        here.push(AtSublayer::of_matrices(&source.adapter, b, site)?);
-                    }
+            let prefix = b.prefix().to_owned();
+            if source.adapter.name().is_none() {
+                b.set_prefix(format!("{prefix}{FUSED}{}.", source.name));
+            }
+            let parts = b
+                .frozen(source.tensors.clone(), |b| source.adapter.build(b, &source.name))
+                .map_err(problem)?;
+            b.set_prefix(prefix);
+            for (id, part) in parts {
+                if let Some((_, here)) = found.iter_mut().find(|(site, _)| site.id == id) {
+                    here.push(part);
                 }
-                Ok(())
-            };
-            b.frozen(source.tensors.clone(), add).map_err(problem)?;
+            }
         }
         found.retain(|(_, here)| !here.is_empty());
         Ok(found)
@@ -371,7 +371,7 @@ impl Method for Fusion {
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
-        let adapter = |s: &Source| json!({ "config": s.adapter.to_config(), "name": s.adapter.name });
+        let adapter = |s: &Source| json!({ "config": s.adapter.config(), "name": s.name });
         let mut own = json!({
             "adapters": self.sources.iter().map(adapter).collect::<Vec<_>>(),
             "fusion_config": {
@@ -389,8 +389,8 @@ impl Method for Fusion {
     }
 
     fn file_name(&self, name: &str) -> String {
-        let own = name.contains(".adapters.") || name.contains(LAYER);
-        if own { name.into() } else { format!("base_model.model.{name}") }
+        let own = [".adapters.", "shared_parameters.", LAYER].iter().any(|part| name.contains(part));
+        if own || name.starts_with(FUSED) { name.into() } else { format!("base_model.model.{name}") }
     }
 }
 
@@ -402,7 +402,7 @@ fn almost_identity(width: usize) -> Result<Tensor> {
 
 /// The adapters of one sublayer and the attention over them.
 struct Fused {
-    adapters: Vec<AtSublayer>,
+    adapters: Vec<Box<dyn Branch>>,
     query: Option<[Param; 2]>,
     key: Option<[Param; 2]>,
     value: Option<Param>,

@@ -8,15 +8,16 @@
 //! Of each MLP's site: adaptformer.down.weight [size, width], adaptformer.up.weight [width, size], their biases; with a norm,
 //! adaptformer.norm.weight and .bias `[width]`.
 
-use engraft_nn::{Builder, Error, Kind, Pass, Patch, Result, Role, Site, Sublayer, SublayerPatch};
+use engraft_nn::{Builder, Error, Kind, Pass, Patch, Result, Role, Site, SiteId, Sublayer, SublayerPatch};
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::shared::activations::Activation;
-use crate::shared::branch::{Branch, Norm, SIZE_MAX, zero_up};
+use crate::shared::branch::{Branch as Matrices, Norm, SIZE_MAX, zero_up};
+use crate::shared::branches::{Branch, Branches, Form, Reads};
 use crate::shared::fields::{choice, float, int};
-use crate::{Described, Entry, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, foreign, peft};
 
 #[derive(Clone)]
 struct AdaptFormer {
@@ -92,36 +93,72 @@ impl Method for AdaptFormer {
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
-        let mut found = false;
-        for site in b.sites().iter().filter(|s| s.role == Role::Mlp) {
-            let Kind::Sublayer { width } = site.kind else { continue };
-            found = true;
-            let stem = format!("{}.adaptformer", site.path);
-            let norm = match self.norm {
-                Place::None => None,
-                _ => Some(Norm::build(b, &format!("{stem}.norm"), width)?),
-            };
-            let branch = Branch::build(b, &stem, (width, self.size), zero_up(width))?;
-            b.patch(site.id, Patch::Sublayer(Box::new(Beside { branch, norm, config: self.clone() })))?;
+        for (site, part) in self.parts(b)? {
+            b.patch(site, Patch::Sublayer(Box::new(part)))?;
         }
-        if found {
-            Ok(())
-        } else {
-            Err(Error::Unsupported("AdaptFormer needs a model with MLP sublayers".into()))
-        }
+        Ok(())
+    }
+
+    fn branches(&self) -> Option<Box<dyn Branches>> {
+        Some(Box::new(self.clone()))
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
+        self.keys()
+    }
+}
+
+impl AdaptFormer {
+    fn keys(&self) -> Map<String, Value> {
         let norm = PLACES.iter().find(|p| p.1 == self.norm).map_or("none", |p| p.0);
         let own = json!({
             "dropout": as_written(self.dropout), "norm": norm, "scale": number(self.scale), "size": self.size,
         });
         own.as_object().cloned().unwrap_or_default()
     }
+
+    fn parts(&self, b: &mut Builder<'_>) -> Result<Vec<(SiteId, Beside)>> {
+        let mut parts = Vec::new();
+        for site in b.sites().iter().filter(|s| s.role == Role::Mlp) {
+            let Kind::Sublayer { width } = site.kind else { continue };
+            let stem = format!("{}.adaptformer", site.path);
+            let norm = match self.norm {
+                Place::None => None,
+                _ => Some(Norm::build(b, &format!("{stem}.norm"), width)?),
+            };
+            let matrices = Matrices::build(b, &stem, (width, self.size), zero_up(width))?;
+            parts.push((site.id, Beside { matrices, norm, config: self.clone() }));
+        }
+        if parts.is_empty() {
+            return Err(Error::Unsupported("AdaptFormer needs a model with MLP sublayers".into()));
+        }
+        Ok(parts)
+    }
+}
+
+impl Branches for AdaptFormer {
+    fn form(&self) -> Form {
+        Form::beside_mlp(Reads::Stream)
+    }
+
+    fn tensor(&self, key: &str, _name: &str) -> Option<String> {
+        key.strip_prefix(foreign::PREFIX).filter(|name| name.contains(".adaptformer.")).map(str::to_owned)
+    }
+
+    fn config(&self) -> Map<String, Value> {
+        let mut keys = self.keys();
+        keys.insert("peft_type".into(), INFO.peft_type.into());
+        keys
+    }
+
+    fn build(&self, b: &mut Builder<'_>, _name: &str) -> Result<Vec<(SiteId, Box<dyn Branch>)>> {
+        let boxed = |(site, part)| (site, Box::new(part) as Box<dyn Branch>);
+        Ok(self.parts(b)?.into_iter().map(boxed).collect())
+    }
 }
 
 struct Beside {
-    branch: Branch,
+    matrices: Matrices,
     norm: Option<Norm>,
     config: AdaptFormer,
 }
@@ -135,13 +172,22 @@ impl Beside {
     }
 }
 
+impl Branch for Beside {
+    fn read(&self, s: &Sublayer<'_>) -> Result<(Tensor, Tensor)> {
+        Ok((s.residual.clone(), s.output.clone()))
+    }
+
+    fn branch(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let read = self.normed(x.clone(), Place::In)?;
+        let middle = self.matrices.middle(&read, Activation::RELU)?;
+        let middle = cx.dropout(&middle, self.config.dropout, site.id, 1)?;
+        self.normed(self.matrices.up(&middle)?.scale(self.config.scale as f32)?, Place::Out)
+    }
+}
+
 impl SublayerPatch for Beside {
     fn output(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
-        let read = self.normed(s.residual.clone(), Place::In)?;
-        let middle = self.branch.middle(&read, Activation::RELU)?;
-        let middle = cx.dropout(&middle, self.config.dropout, site.id, 1)?;
-        let added = self.normed(self.branch.up(&middle)?.scale(self.config.scale as f32)?, Place::Out)?;
-        Ok(s.output.add(&added)?)
+        Ok(s.output.add(&self.branch(s.residual, site, cx)?)?)
     }
 }
 

@@ -25,14 +25,14 @@ mod tests;
 use engraft_nn::{Adapter, Builder, Error, Kind, Patch, Result};
 use serde_json::{Map, Value};
 
-pub(crate) use file::{around, from_adapter_hub, read_file, saved};
-pub(crate) use layer::AtSublayer;
+pub(crate) use file::{around, from_adapter_hub, read_file};
 pub(crate) use phm::Phm;
 pub(crate) use settings::{Bottleneck, Form};
 
 use crate::additive::compacter;
 use crate::read::Reader;
 use crate::shared::activations::{ACTIVATIONS, NAMES};
+use crate::shared::branches::Branches;
 use crate::shared::fields::{float, int};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method};
 use settings::{FORMS, Scaling, Start};
@@ -203,6 +203,10 @@ impl Method for Bottleneck {
     /// With robust dropping, the first layers rest in many steps.
     fn rests(&self) -> bool {
         self.robust_drop
+    }
+
+    fn branches(&self) -> Option<Box<dyn Branches>> {
+        Some(Box::new(self.clone()))
     }
 
     fn config(&self, model: &Described<'_>) -> Map<String, Value> {

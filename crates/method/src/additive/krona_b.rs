@@ -8,15 +8,18 @@
 //!
 //! Of each MLP's site: krona_A [a₁, a₂], krona_B [width/a₁, width/a₂]; krona_scale (s_res) `[1]`.
 
-use engraft_nn::{Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, Sublayer, SublayerPatch};
+use engraft_nn::{
+    Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, SiteId, Sublayer, SublayerPatch,
+};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, as_written, number};
 use crate::reparameterized::krona::middle;
+use crate::shared::branches::{Branch, Branches, Form, Reads};
 use crate::shared::fields::{float, int};
 use crate::shared::kronecker;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, foreign, peft};
 
 const SIZE_MAX: usize = 1 << 20;
 
@@ -98,10 +101,34 @@ impl Method for KronaB {
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
-        let mut found = false;
+        for (site, part) in self.parts(b)? {
+            b.patch(site, Patch::Sublayer(Box::new(part)))?;
+        }
+        Ok(())
+    }
+
+    fn branches(&self) -> Option<Box<dyn Branches>> {
+        Some(Box::new(self.clone()))
+    }
+
+    fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
+        self.keys()
+    }
+}
+
+impl KronaB {
+    fn keys(&self) -> Map<String, Value> {
+        let own = json!({
+            "a1": self.rows, "a2": self.columns, "dropout": as_written(self.dropout), "residual": self.residual,
+            "scale": number(self.scale),
+        });
+        own.as_object().cloned().unwrap_or_default()
+    }
+
+    fn parts(&self, b: &mut Builder<'_>) -> Result<Vec<(SiteId, Beside)>> {
+        let mut parts = Vec::new();
         for site in b.sites().iter().filter(|s| s.role == Role::Mlp) {
             let Kind::Sublayer { width } = site.kind else { continue };
-            found = true;
             let [a1, a2] = [self.rows, self.columns].map(|size| size.unwrap_or(middle(width)));
             if !width.is_multiple_of(a1) || !width.is_multiple_of(a2) {
                 let message = format!(
@@ -115,21 +142,33 @@ impl Method for KronaB {
                 true => Some(b.param(&format!("{}.krona_scale", site.path), &[1], Init::Zeros)?),
                 false => None,
             };
-            b.patch(site.id, Patch::Sublayer(Box::new(Beside { left, right, own, config: self.clone() })))?;
+            parts.push((site.id, Beside { left, right, own, config: self.clone() }));
         }
-        if found {
-            Ok(())
-        } else {
-            Err(Error::Unsupported("KronA^B needs a model with MLP sublayers; choose krona".into()))
+        if parts.is_empty() {
+            return Err(Error::Unsupported("KronA^B needs a model with MLP sublayers; choose krona".into()));
         }
+        Ok(parts)
+    }
+}
+
+impl Branches for KronaB {
+    fn form(&self) -> Form {
+        Form::beside_mlp(Reads::Input)
     }
 
-    fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
-        let own = json!({
-            "a1": self.rows, "a2": self.columns, "dropout": as_written(self.dropout), "residual": self.residual,
-            "scale": number(self.scale),
-        });
-        own.as_object().cloned().unwrap_or_default()
+    fn tensor(&self, key: &str, _name: &str) -> Option<String> {
+        key.strip_prefix(foreign::PREFIX).filter(|name| name.contains(".krona_")).map(str::to_owned)
+    }
+
+    fn config(&self) -> Map<String, Value> {
+        let mut keys = self.keys();
+        keys.insert("peft_type".into(), INFO.peft_type.into());
+        keys
+    }
+
+    fn build(&self, b: &mut Builder<'_>, _name: &str) -> Result<Vec<(SiteId, Box<dyn Branch>)>> {
+        let boxed = |(site, part)| (site, Box::new(part) as Box<dyn Branch>);
+        Ok(self.parts(b)?.into_iter().map(boxed).collect())
     }
 }
 
@@ -140,15 +179,25 @@ struct Beside {
     config: KronaB,
 }
 
+impl Branch for Beside {
+    fn read(&self, s: &Sublayer<'_>) -> Result<(Tensor, Tensor)> {
+        Ok((s.input.clone(), s.output.clone()))
+    }
+
+    fn branch(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
+        let dropped = cx.dropout(x, self.config.dropout, site.id, 1)?;
+        let left = self.left.get().scale(self.config.scale as f32)?;
+        let y = kronecker::multiply(&dropped, &left, &self.right.get())?;
+        match &self.own {
+            Some(own) => Ok(y.plus(&x.mul(&own.get())?)?),
+            None => Ok(y),
+        }
+    }
+}
+
 impl SublayerPatch for Beside {
     fn output(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
-        let x = cx.dropout(s.input, self.config.dropout, site.id, 1)?;
-        let left = self.left.get().scale(self.config.scale as f32)?;
-        let mut y = s.output.add(&kronecker::multiply(&x, &left, &self.right.get())?)?;
-        if let Some(own) = &self.own {
-            y = y.plus(&s.input.mul(&own.get())?)?;
-        }
-        Ok(y)
+        Ok(s.output.add(&self.branch(s.input, site, cx)?)?)
     }
 }
 

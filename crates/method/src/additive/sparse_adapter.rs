@@ -20,6 +20,7 @@ use serde_json::{Map, Value, json};
 
 use crate::read::{Reader, number};
 use crate::shared::bits::{Bits, MASK, pack, unpack};
+use crate::shared::branches::Branches;
 use crate::shared::fields::{choice, float, int};
 use crate::shared::low_rank::{ending, named};
 use crate::{Calibration, Described, Entry, Info, Loaded, Method, Step, Stored, peft};
@@ -207,6 +208,11 @@ impl Method for SparseAdapter {
             }
         }
         Ok(())
+    }
+
+    /// Without the masks, which have done their work.
+    fn branches(&self) -> Option<Box<dyn Branches>> {
+        self.inner.branches()
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {

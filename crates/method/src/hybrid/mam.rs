@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::prefix::{INNER_MAX, Prefix};
 use super::union::{Adapters, Union};
 use crate::prompts::prompt::TOKENS_MAX;
-use crate::shared::fields::{float, int};
+use crate::shared::fields::{extra_tokens, float, int};
 use crate::{Entry, Info, Loaded, Method, read::Reader};
 
 static INFO: Info = Info {
@@ -29,7 +29,7 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_MAM",
     fields: &[
-        int("tokens", (1, TOKENS_MAX as i64), Some("30"), "Number of extra keys and values in a layer."),
+        extra_tokens("30"),
         int(
             "projection",
             (0, INNER_MAX as i64),
@@ -96,6 +96,19 @@ mod tests {
         let all =
             all.matmul_t(&get("control_trans.2.weight")).unwrap().add(&get("control_trans.2.bias")).unwrap();
         close(&rows.values.reshape([3, 4]).unwrap(), &all.narrow(1, 12, 4).unwrap(), 1e-6);
+    }
+
+    #[test]
+    fn prefixes_of_adapter_hub_are_seen_from_everywhere() {
+        let (sites, info) = toy();
+        let methods = [chosen("mam", json!({ "tokens": 3, "projection": 4, "reduction": 2 }))];
+        let a = attached(&methods, &[]);
+        let (own, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        for (config, stays) in [(own.clone(), false), (with(own, json!({ "peft_type": null })), true)] {
+            let loaded = crate::load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
+            let [Patch::KeyValue(p)] = loaded.adapter.at(site_id(&sites, "layers.1.attn")) else { panic!() };
+            assert_eq!(p.stays_in_view(), stays);
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod lora;
 pub(crate) mod mam;
 mod prefix;
+mod prompt;
 pub(crate) mod propetl;
 pub(crate) mod s4;
 mod union;

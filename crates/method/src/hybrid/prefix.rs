@@ -1,7 +1,7 @@
 //! AdapterHub's prefix: keys and values before those of every attention, trained through a network that makes them of
 //! embeddings, or as they are (flat), times a gate of the sequence or not.
 //!
-//! [P_k; P_v] of layer i = G·(tanh(E·W₁ᵀ + b₁)·W₂ᵀ + b₂), the columns of i. Tokens keep their positions, and the prefix lies
+//! [P_k; P_v] of layer i = G·(σ(E·W₁ᵀ + b₁)·W₂ᵀ + b₂), the columns of i, σ mostly tanh; or a G for keys and one for values. Tokens keep their positions, and the prefix lies
 //! before the first. In models of two stacks the encoder, the decoder and what the decoder reads of the encoder have an E, W and
 //! b each; the gate of the last sees what the queries are made of. A T5 counts the prefix's rows into the distance of a key, not
 //! into that of a query, so that keys seem so much later than they are: AdapterHub's models were trained so.
@@ -10,13 +10,13 @@ use engraft_nn::{
     Base, Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Pass, Patch, Result, Role, Site, SiteId,
     Sites, Stack, WeightPatch,
 };
-use engraft_tensor::ops::Unary;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::adapter_hub::hub_name;
 use crate::prompts::prompt::TOKENS_MAX;
 use crate::read::{Reader, as_written};
+use crate::shared::activations::{ACTIVATIONS, Activation};
 use crate::shared::gate::Gate;
 
 pub(super) const INNER_MAX: usize = 1 << 20;
@@ -35,23 +35,37 @@ pub(super) struct Prefix {
     pub at: [bool; 2],
     /// Whether all self-attentions share one set of tensors, and nothing else has a prefix: no form of AdapterHub's.
     pub one_set: bool,
+    /// Whether AdapterHub made it, where a window of the model does not hide it.
+    pub in_view: bool,
+    /// Between the network's layers.
+    pub activation: Activation,
+    /// Whether keys and values have a gate each.
+    pub two_gates: bool,
 }
 
 impl Prefix {
     pub fn new(length: usize, inner: usize, gated: bool) -> Prefix {
-        let (flat, inner, leave_out) = (inner == 0, inner.max(1), vec![]);
-        Prefix { length, inner, flat, gated, dropout: 0.0, leave_out, at: [true; 2], one_set: false }
+        Prefix {
+            length,
+            inner: inner.max(1),
+            flat: inner == 0,
+            gated,
+            dropout: 0.0,
+            leave_out: vec![],
+            at: [true; 2],
+            one_set: false,
+            in_view: false,
+            activation: Activation::TANH,
+            two_gates: false,
+        }
     }
 
     pub fn read(map: &Map<String, Value>) -> Result<Prefix> {
         let mut r = Reader::file(map);
         r.ignore(&["architecture", "init_weights_seed"]);
-        r.one_of("non_linearity", &[("tanh", ())]);
-        let gated = r.flag("use_gating", false);
-        if gated && !r.flag("shared_gating", true) {
-            r.problem("`shared_gating` is false: one gate for keys and values is there, not two");
-        }
-        r.ignore(&["shared_gating"]);
+        let named = r.value("non_linearity").is_some();
+        let activation = if named { r.one_of("non_linearity", ACTIVATIONS) } else { Activation::TANH };
+        let (gated, shared) = (r.flag("use_gating", false), r.flag("shared_gating", true));
         let prefix = Prefix {
             length: r.count("prefix_length", 30, TOKENS_MAX),
             inner: r.count("bottleneck_size", 512, INNER_MAX),
@@ -61,6 +75,9 @@ impl Prefix {
             leave_out: r.counts("leave_out").unwrap_or_default(),
             at: ["encoder_prefix", "cross_prefix"].map(|key| r.flag(key, true)),
             one_set: false,
+            in_view: false,
+            activation,
+            two_gates: !shared,
         };
         r.finish()?;
         Ok(prefix)
@@ -70,7 +87,8 @@ impl Prefix {
         json!({
             "architecture": "prefix_tuning", "bottleneck_size": self.inner, "cross_prefix": self.at[1],
             "dropout": as_written(self.dropout), "encoder_prefix": self.at[0], "flat": self.flat, "init_weights_seed": null,
-            "leave_out": self.leave_out, "non_linearity": "tanh", "prefix_length": self.length, "shared_gating": true,
+            "leave_out": self.leave_out, "non_linearity": self.activation.name(), "prefix_length": self.length,
+            "shared_gating": !self.two_gates,
             "use_gating": self.gated,
         })
     }
@@ -91,7 +109,7 @@ impl Prefix {
                     .into(),
             ));
         }
-        let stem = format!("{}.prefix_tunings.{name}", pool(&module(sites, first)));
+        let stem = format!("{}prefix_tuning.prefix_tunings.{name}", trunk(&module(sites, first)));
         for part in PARTS {
             let own: Vec<&Place> = places.iter().filter(|p| p.part == part).collect();
             if own.is_empty() {
@@ -125,7 +143,8 @@ impl Prefix {
             return Ok(None);
         }
         let width = b.info().width;
-        let gate = Gate::new(b, &format!("{}.prefix_tuning.prefix_gates.{name}", place.path), (1, width))?;
+        let stem = format!("{}.prefix_tuning.prefix_gates.{name}", place.path);
+        let gate = Gate::new(b, &stem, (if self.two_gates { 2 } else { 1 }, width))?;
         if place.part != CROSS {
             return Ok(Some(Opens::Here(gate)));
         }
@@ -182,11 +201,11 @@ fn module(sites: &Sites, attention: &Site) -> String {
     }
 }
 
-/// Where AdapterHub keeps what all layers share: in the trunk, which a bare encoder is itself.
-fn pool(path: &str) -> String {
+/// What precedes the names of what AdapterHub keeps for all layers: the trunk's, which a bare encoder is itself.
+pub(super) fn trunk(path: &str) -> String {
     match path.split('.').next() {
-        Some(trunk) if !["encoder", "decoder"].contains(&trunk) => format!("{trunk}.prefix_tuning"),
-        _ => "prefix_tuning".into(),
+        Some(trunk) if !["encoder", "decoder"].contains(&trunk) => format!("{trunk}."),
+        _ => String::new(),
     }
 }
 
@@ -265,7 +284,8 @@ impl Rows {
                 Ok(all.reshape([length, all.len() / length])?.narrow(1, self.first, count)?)
             }
             Tensors::Made { table, inner, outer } => {
-                let h = table.get().matmul_t(&inner.0.get())?.plus(&inner.1.get())?.unary(Unary::Tanh)?;
+                let h = table.get().matmul_t(&inner.0.get())?.plus(&inner.1.get())?;
+                let h = self.prefix.activation.apply(h)?;
                 // Only this layer's rows of W₂ are multiplied by.
                 let (weight, bias) = (outer.0.get(), outer.1.get());
                 let end = self.first + count;
@@ -293,18 +313,26 @@ impl KeyValuePatch for Rows {
             })?),
             None => None,
         };
-        let rows = match gates {
-            Some(gates) => own.mul(&gates.reshape([gates.dim(0), 1, 1])?)?,
-            None => own,
+        let part = |number: usize| -> Result<Tensor> {
+            let rows = own.narrow(2, number * width, width)?;
+            let rows = match &gates {
+                Some(gates) => {
+                    let own = gates.narrow(1, number.min(gates.dim(1) - 1), 1)?;
+                    rows.mul(&own.reshape([gates.dim(0), 1, 1])?)?
+                }
+                None => rows,
+            };
+            Ok(rows.reshape([rows.dim(0) * length, heads, dim])?)
         };
-        let count = rows.dim(0) * length;
-        let rows = rows.reshape([count, 2 * width])?;
-        let part = |first: usize| rows.narrow(1, first, width)?.reshape([count, heads, dim]);
-        Ok(KeyValues { keys: part(0)?, values: part(width)? })
+        Ok(KeyValues { keys: part(0)?, values: part(1)? })
     }
 
     fn moves(&self) -> bool {
         false
+    }
+
+    fn stays_in_view(&self) -> bool {
+        self.prefix.in_view
     }
 
     fn widens(&self) -> bool {

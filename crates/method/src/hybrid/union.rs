@@ -1,5 +1,5 @@
-//! AdapterHub's unions (`ConfigUnion`) of a prefix, bottleneck adapters and LoRAs, and their file; and prefixes, LoRAs and (IA)³
-//! alone in a file of AdapterHub.
+//! AdapterHub's unions (`ConfigUnion`) of a prefix, bottleneck adapters, LoRAs and a prompt, and their file; and these without
+//! adapters alone in a file of AdapterHub.
 //!
 //! Adapters are those of the method `bottleneck`, of which nothing is known here but its file; a gate lies around them:
 //! u + g + G·A(x), G of x, the adapter's input.
@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::lora::Lora;
 use super::prefix::Prefix;
+use super::prompt::Prompt;
 use crate::additive::bottleneck::around;
 use crate::read::Reader;
 use crate::shared::gate::Gate;
@@ -26,6 +27,7 @@ const ALONE: &str = "ENGRAFT_ADAPTER_HUB";
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Alone {
     Prefix,
+    Prompt,
     Lora,
     Ia3,
 }
@@ -35,6 +37,7 @@ impl Alone {
     fn of(inner: &Map<String, Value>) -> Option<Alone> {
         match inner.get("architecture").and_then(Value::as_str)? {
             "prefix_tuning" => Some(Alone::Prefix),
+            "prompt_tuning" => Some(Alone::Prompt),
             "lora" if inner.get("composition_mode") == Some(&json!("scale")) => Some(Alone::Ia3),
             "lora" => Some(Alone::Lora),
             _ => None,
@@ -53,7 +56,8 @@ pub(crate) fn alone(config: &Value, info: &'static Info, what: Alone) -> Result<
     let name = config.get("name").and_then(Value::as_str).unwrap_or("engraft");
     let mut union = Union { name: name.into(), alone: true, ..Union::new(info, None, None, None) };
     match what {
-        Alone::Prefix => union.prefix = Some(Prefix::read(inner)?),
+        Alone::Prefix => union.prefix = Some(Prefix { in_view: true, ..Prefix::read(inner)? }),
+        Alone::Prompt => union.prompt = Some(Prompt::read(inner)?),
         Alone::Lora | Alone::Ia3 => union.lora = Some(Lora::read(inner)?),
     }
     let train_also = config.get("modules_to_save").and_then(crate::read::texts).unwrap_or_default();
@@ -68,6 +72,7 @@ pub(super) struct Union {
     pub prefix: Option<Prefix>,
     pub adapter: Option<Adapters>,
     pub lora: Option<Lora>,
+    prompt: Option<Prompt>,
     /// Whether it is one part, and the file no union.
     alone: bool,
     /// The paths of the attentions, as last attached: AdapterHub's file holds the prefix once for each.
@@ -212,7 +217,7 @@ impl Union {
         lora: Option<Lora>,
     ) -> Union {
         let (name, attentions) = ("engraft".into(), Mutex::default());
-        Union { info, name, prefix, adapter, lora, alone: false, attentions }
+        Union { info, name, prefix, adapter, lora, prompt: None, alone: false, attentions }
     }
 
     /// Whether any of its parts is gated.
@@ -240,12 +245,15 @@ impl Union {
         let mut union = Union { name: name.into(), ..Union::new(info, None, None, None) };
         for part in parts.iter().filter_map(Value::as_object) {
             let twice = match part.get("architecture").and_then(Value::as_str) {
-                Some("prefix_tuning") => union.prefix.replace(Prefix::read(part)?).is_some(),
+                Some("prefix_tuning") => {
+                    union.prefix.replace(Prefix { in_view: theirs, ..Prefix::read(part)? }).is_some()
+                }
                 Some("lora") => union.lora.replace(Lora::read(part)?).is_some(),
+                Some("prompt_tuning") => union.prompt.replace(Prompt::read(part)?).is_some(),
                 None => union.adapter.replace(Adapters::read(part, name)?).is_some(),
                 Some(other) => {
                     return Err(Error::Unsupported(format!(
-                        "this union has a part of kind `{other}`; readable are prefixes, bottleneck adapters and LoRAs"
+                        "this union has a part of kind `{other}`; readable are prefixes, prompts, bottleneck adapters and LoRAs"
                     )));
                 }
             };
@@ -272,6 +280,9 @@ impl Method for Union {
         if let Some(adapter) = &self.adapter {
             adapter.attach(b, &self.name)?;
         }
+        if let Some(prompt) = &self.prompt {
+            prompt.attach(b, &self.name)?;
+        }
         self.lora.as_ref().map_or(Ok(()), |lora| lora.attach(b, &self.name))
     }
 
@@ -281,7 +292,9 @@ impl Method for Union {
             own["use_gating"] = a.gated.into();
             own
         });
-        let parts = [self.prefix.as_ref().map(Prefix::config), adapter, self.lora.as_ref().map(Lora::config)];
+        let lora = self.lora.as_ref().map(Lora::config);
+        let prompt = self.prompt.as_ref().map(Prompt::config);
+        let parts = [self.prefix.as_ref().map(Prefix::config), adapter, lora, prompt];
         let mut parts: Vec<Value> = parts.into_iter().flatten().collect();
         let inner = match self.alone {
             true => parts.pop().unwrap_or_default(),
@@ -300,7 +313,7 @@ impl Method for Union {
     }
 
     fn file_name(&self, name: &str) -> String {
-        let own = [".adapters.", ".loras.", ".prefix_gates.", "prefix_tunings."];
+        let own = [".adapters.", ".loras.", ".prefix_gates.", "prefix_tunings.", "prompt_tunings."];
         match own.iter().any(|part| name.contains(part)) {
             true => name.into(),
             false => format!("base_model.model.{name}"),

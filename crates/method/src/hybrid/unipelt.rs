@@ -19,7 +19,7 @@ use super::lora::Lora;
 use super::prefix::{INNER_MAX, Prefix};
 use super::union::{Adapters, Union};
 use crate::prompts::prompt::TOKENS_MAX;
-use crate::shared::fields::{float, int, rank};
+use crate::shared::fields::{extra_tokens, float, int, rank};
 use crate::{Entry, Info, Loaded, Method, read::Reader};
 
 static INFO: Info = Info {
@@ -34,7 +34,7 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_UNIPELT",
     fields: &[
-        int("tokens", (1, TOKENS_MAX as i64), Some("10"), "Number of extra keys and values in a layer."),
+        extra_tokens("10"),
         int(
             "projection",
             (0, INNER_MAX as i64),
@@ -158,8 +158,8 @@ mod tests {
             changed
         };
         for bad in [
-            part(0, json!({ "non_linearity": "mish" })),
-            part(0, json!({ "shared_gating": false })),
+            part(0, json!({ "non_linearity": "odd" })),
+            part(0, json!({ "sharpness": 2 })),
             part(1, json!({ "ln_after": true })),
             part(2, json!({ "use_dora": true })),
             part(2, json!({ "attn_matrices": ["o"] })),

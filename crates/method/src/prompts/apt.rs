@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 
 use super::prompt::TOKENS_MAX;
 use crate::read::Reader;
-use crate::shared::fields::int;
+use crate::shared::fields::extra_tokens;
 use crate::shared::sequences::{self, Summary};
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
@@ -41,7 +41,7 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "ENGRAFT_APT",
     fields: &[
-        int("tokens", (1, TOKENS_MAX as i64), Some("20"), "Number of extra keys and values in a layer."),
+        extra_tokens("20"),
         sequences::field(Some("\"mean\""), "Which token's state stands for a sequence, or their mean."),
     ],
 };

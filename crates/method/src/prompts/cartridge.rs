@@ -16,7 +16,8 @@ use serde_json::{Map, Value, json};
 use super::prefix::{Places, Source};
 use super::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
 use crate::read::Reader;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
+use crate::shared::fields::{extra_tokens, int};
+use crate::{Described, Entry, Info, Loaded, Method, Named, peft};
 
 /// P in the file, and T.
 const WHOLE: &str = "prompt_embeddings";
@@ -40,18 +41,13 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "CARTRIDGE",
     fields: &[
-        Field {
-            name: "tokens",
-            kind: FieldKind::Int { min: 1, max: TOKENS_MAX as i64 },
-            default: Some("20"),
-            doc: "Number of extra keys and values in a layer.",
-        },
-        Field {
-            name: "num_frozen_tokens",
-            kind: FieldKind::Int { min: 0, max: TOKENS_MAX as i64 },
-            default: Some("1"),
-            doc: "How many of them, the first ones, stay as they start.",
-        },
+        extra_tokens("20"),
+        int(
+            "num_frozen_tokens",
+            (0, TOKENS_MAX as i64),
+            Some("1"),
+            "How many of them, the first ones, stay as they start.",
+        ),
     ],
 };
 
@@ -66,15 +62,10 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let (tokens, _) = read_prompt_keys(&mut r);
-    let method = read(&mut r, tokens);
-    r.finish()?;
-    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+    peft::file_without_targets(INFO.peft_type, config, |r| {
+        let (tokens, _) = read_prompt_keys(r);
+        read(r, tokens)
+    })
 }
 
 fn read(r: &mut Reader<'_>, tokens: usize) -> Cartridge {

@@ -18,8 +18,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use super::prompt::{
-    INIT, INIT_BELOW, INIT_IDS, INIT_TEXT, Start, TOKENS_MAX, expect_tokens, kept_start, own_prompt_file,
-    read_start,
+    INIT, INIT_BELOW, INIT_IDS, INIT_TEXT, Start, TOKENS_MAX, expect_tokens, kept_start, read_start,
 };
 use crate::read::{Reader, number};
 use crate::shared::fields::{float, int};
@@ -92,7 +91,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    own_prompt_file(&INFO, config, |r| {
+    peft::file_without_targets(INFO.peft_type, config, |r| {
         expect_tokens(r);
         read(r, "num_virtual_tokens", kept_start)
     })

@@ -20,7 +20,6 @@ use serde_json::{Map, Value, json};
 
 use super::llama_adapter::{read_layers, usual_layers};
 use super::prompt::TOKENS_MAX;
-use crate::read::Reader;
 use crate::shared::fields::int;
 use crate::shared::gated_prompts::{Gate, Tuned, attach, attentions, top};
 use crate::{Described, Entry, Info, Loaded, Method, peft};
@@ -80,20 +79,16 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let layers = read_layers(&mut r);
-    if layers.is_none() || r.value("adapter_len").is_none() {
-        r.problem("`adapter_len` and `adapter_layers`: expected both, found one or none");
-    }
-    let tokens = r.count("adapter_len", 10, TOKENS_MAX);
-    r.one_of("gate", &[("tanh", ())]);
-    r.ignore(&["target_modules"]);
-    r.finish()?;
-    Ok(Some(Loaded { method: Box::new(LlamaAdapterV2 { tokens, layers }), targets: None, train_also }))
+    peft::file_without_targets(INFO.peft_type, config, |r| {
+        let layers = read_layers(r);
+        if layers.is_none() || r.value("adapter_len").is_none() {
+            r.problem("`adapter_len` and `adapter_layers`: expected both, found one or none");
+        }
+        let tokens = r.count("adapter_len", 10, TOKENS_MAX);
+        r.one_of("gate", &[("tanh", ())]);
+        r.ignore(&["target_modules"]);
+        LlamaAdapterV2 { tokens, layers }
+    })
 }
 
 fn example() -> Box<dyn Method> {

@@ -17,12 +17,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use engraft_nn::{BlockPatch, Builder, Error, Init, Kind, Pass, Patch, Result, Site, Task};
-use engraft_tensor::ops::{Unary, cat};
+use engraft_tensor::ops::Unary;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use super::prompt::{TOKENS_MAX, prompt_site};
 use crate::read::{Reader, as_written};
+use crate::shared::carried::Carried;
 use crate::shared::fields::{choice, float, int};
 use crate::shared::sequences::{self, Summary};
 use crate::{Described, Entry, Info, Loaded, Method, peft};
@@ -131,10 +132,15 @@ impl Method for Lpt {
             rows: self.rows(b, width)?,
             method: self.clone(),
             summary: self.summary(b.info().task),
-            key: format!("{}lpt.rows", b.prefix()),
         });
         for (i, site) in blocks.iter().enumerate().skip(first) {
-            let patch = At { late: late.clone(), begins: i == first, ends: i + 1 == blocks.len() };
+            let carried = Carried {
+                key: format!("{}lpt.rows", b.prefix()),
+                count: self.tokens,
+                begins: i == first,
+                ends: i + 1 == blocks.len(),
+            };
+            let patch = At { late: late.clone(), carried };
             b.patch(site.id, Patch::Block(Box::new(patch)))?;
         }
         Ok(())
@@ -194,8 +200,6 @@ struct Late {
     rows: Rows,
     method: Lpt,
     summary: Summary,
-    /// Where a block leaves the rows for the next one.
-    key: String,
 }
 
 fn linear(x: &Tensor, (weight, bias): &(Param, Param)) -> Result<Tensor> {
@@ -256,8 +260,7 @@ fn greatest(x: &Tensor, given: &[Range<usize>], parts: usize) -> Result<Tensor> 
 /// One block at which the rows are there.
 struct At {
     late: Arc<Late>,
-    begins: bool,
-    ends: bool,
+    carried: Carried,
 }
 
 impl BlockPatch for At {
@@ -272,27 +275,7 @@ impl BlockPatch for At {
         site: &Site,
         cx: &Pass,
     ) -> Result<Tensor> {
-        let layout = cx.layout();
-        if (0..layout.sequences().len()).any(|i| layout.is_padded(i)) {
-            let message = "a classifier that reads the first column reads padding here, which late prompts have no place beside; pad on the right";
-            return Err(Error::Site { path: site.path.clone(), message: message.into() });
-        }
-        let rows = || match cx.find(&self.late.key).filter(|_| !self.begins) {
-            Some(rows) => Ok(rows),
-            None => self.late.make(h, site, cx),
-        };
-        let (joined, inner) = cx.with_rows_before(self.late.method.tokens, rows, h)?;
-        let out = run(&joined, &inner)?;
-        let Some(real) = inner.layout().real_rows() else { return Ok(out) };
-        if !self.ends {
-            let inserted = inner.layout().sequences().iter().zip(inner.layout().virtual_counts());
-            let parts: Vec<Tensor> = inserted
-                .map(|(s, &count)| out.rows_between(s.start, s.start + count))
-                .collect::<std::result::Result<_, _>>()?;
-            cx.put(self.late.key.clone(), cat(&parts.iter().collect::<Vec<_>>(), 0)?);
-        }
-        let count = real.len();
-        Ok(out.gather(&Tensor::from_i64(real, [count])?)?)
+        Ok(self.carried.through(h, run, site, cx, || self.late.make(h, site, cx))?.0)
     }
 }
 

@@ -10,6 +10,7 @@ pub(crate) mod lpt;
 pub(crate) mod mpt;
 pub(crate) mod p_tuning;
 pub(crate) mod prefix;
+mod projector;
 pub(crate) mod prompt;
 pub(crate) mod smop;
 pub(crate) mod transfer;

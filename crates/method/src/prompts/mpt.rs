@@ -16,7 +16,6 @@ use serde_json::{Map, Value, json};
 use super::prompt::{
     Start, TOKENS_MAX, prompt_file_name, read_origin, read_prompt_keys, read_start, submodules,
 };
-use crate::read::Reader;
 use crate::shared::fields::int;
 use crate::shared::tasks::enough;
 use crate::{Ahead, Described, Entry, Info, Loaded, Method, peft};
@@ -79,19 +78,14 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let (tokens, submodules) = read_prompt_keys(&mut r);
-    let start = Start::Kept(read_origin(&mut r, ORIGINS));
-    let mut kept = |key| r.value(key).cloned().unwrap_or(Value::Null);
-    let source = (kept("prompt_tuning_init_state_dict_path"), kept("prompt_tuning_init_task"));
-    let (tasks, rank) = (r.count("num_tasks", 1, TASKS_MAX), r.count("num_ranks", 1, RANK_MAX));
-    r.finish()?;
-    let method = Mpt { tokens, submodules, tasks, rank, start, source };
-    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+    peft::file_without_targets(INFO.peft_type, config, |r| {
+        let (tokens, submodules) = read_prompt_keys(r);
+        let start = Start::Kept(read_origin(r, ORIGINS));
+        let mut kept = |key| r.value(key).cloned().unwrap_or(Value::Null);
+        let source = (kept("prompt_tuning_init_state_dict_path"), kept("prompt_tuning_init_task"));
+        let (tasks, rank) = (r.count("num_tasks", 1, TASKS_MAX), r.count("num_ranks", 1, RANK_MAX));
+        Mpt { tokens, submodules, tasks, rank, start, source }
+    })
 }
 
 fn example() -> Box<dyn Method> {

@@ -105,25 +105,20 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let (tokens, submodules) = read_prompt_keys(&mut r);
-    let given = r.value("encoder_hidden_size").is_some();
-    let hidden = r.count("encoder_hidden_size", 1, usize::MAX);
-    let method = PTuning {
-        tokens,
-        submodules,
-        encoder: r.one_of("encoder_reparameterization_type", ENCODERS),
-        hidden: given.then_some(hidden),
-        layers: r.count("encoder_num_layers", 2, usize::MAX),
-        dropout: r.dropout("encoder_dropout"),
-        saved: true,
-    };
-    r.finish()?;
-    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+    peft::file_without_targets(INFO.peft_type, config, |r| {
+        let (tokens, submodules) = read_prompt_keys(r);
+        let given = r.value("encoder_hidden_size").is_some();
+        let hidden = r.count("encoder_hidden_size", 1, usize::MAX);
+        PTuning {
+            tokens,
+            submodules,
+            encoder: r.one_of("encoder_reparameterization_type", ENCODERS),
+            hidden: given.then_some(hidden),
+            layers: r.count("encoder_num_layers", 2, usize::MAX),
+            dropout: r.dropout("encoder_dropout"),
+            saved: true,
+        }
+    })
 }
 
 fn example() -> Box<dyn Method> {

@@ -24,6 +24,7 @@ use serde_json::{Map, Value, json};
 use super::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
 use crate::hybrid::{Alone, alone};
 use crate::read::{Reader, as_written};
+use crate::shared::fields::extra_tokens;
 use crate::shared::network::{Lookup, Network, Part, layer, named};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
 
@@ -79,12 +80,7 @@ static INFO: Info = Info {
     default_roles: None,
     peft_type: "PREFIX_TUNING",
     fields: &[
-        Field {
-            name: "tokens",
-            kind: FieldKind::Int { min: 1, max: TOKENS_MAX as i64 },
-            default: Some("20"),
-            doc: "Number of extra keys and values in a layer.",
-        },
+        extra_tokens("20"),
         Field {
             name: "init",
             kind: FieldKind::OneOf(&["random", "zero"]),
@@ -164,21 +160,19 @@ fn absent(asked: &[Place], sites: &Sites) -> Result<()> {
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let own = peft::is_type(config, OWN_TYPE);
-    let Some(map) = config.as_object().filter(|_| own || peft::is_type(config, INFO.peft_type)) else {
+    if !own && !peft::is_type(config, INFO.peft_type) {
         return alone(config, &INFO, Alone::Prefix);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let (tokens, _) = read_prompt_keys(&mut r);
-    let at = if own { read_places(&mut r) } else { None };
-    // Saved are the projected rows: all that a forward needs.
-    let inner = r.count("encoder_hidden_size", 1, usize::MAX);
-    let projection = r.flag("prefix_projection", false).then_some(inner);
-    let zero = r.text("init_weights").is_some_and(|s| s == "zero");
-    let dropout = if own { r.dropout("dropout") } else { 0.0 };
-    r.finish()?;
-    let method = Prefix { tokens, zero, projection, dropout, saved: projection.is_some(), at };
-    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+    }
+    peft::file_without_targets(if own { OWN_TYPE } else { INFO.peft_type }, config, |r| {
+        let (tokens, _) = read_prompt_keys(r);
+        let at = if own { read_places(r) } else { None };
+        // Saved are the projected rows: all that a forward needs.
+        let inner = r.count("encoder_hidden_size", 1, usize::MAX);
+        let projection = r.flag("prefix_projection", false).then_some(inner);
+        let zero = r.text("init_weights").is_some_and(|s| s == "zero");
+        let dropout = if own { r.dropout("dropout") } else { 0.0 };
+        Prefix { tokens, zero, projection, dropout, saved: projection.is_some(), at }
+    })
 }
 
 fn example() -> Box<dyn Method> {

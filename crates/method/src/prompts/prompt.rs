@@ -3,7 +3,8 @@
 //! H₀ = [P; E], tokens counted from the first row of P. P starts as embeddings of the vocabulary (of a text, of given ids,
 //! or drawn), repeated or cut to fit, or as noise: N(0, 1), as in `peft`, or uniform in ±0.5, as in the paper.
 //!
-//! Lester et al. 2021, arXiv:2104.08691. Rows that start from saved prompts (`from_prompts`): SPoT, see `transfer.rs`.
+//! Lester et al. 2021, arXiv:2104.08691. Rows that start from saved prompts (`from_prompts`): SPoT, see `transfer.rs`; of
+//! models of another width (`projector`): TPT, see `projector.rs`.
 //!
 //! P [tokens, width], saved as `prompt_embeddings`. In an encoder–decoder model the rows come before the encoder's input;
 //! `peft` makes as many again for the decoder and never reads them, so its files hold [2 · tokens, width].
@@ -16,10 +17,12 @@ use engraft_tensor::cpu::random::Key;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
+use super::projector::{self, PROJECTOR, Projector};
 use super::transfer::{self, Transfer};
+use crate::hybrid::{Alone, alone};
 use crate::read::{Reader, Tokens};
 use crate::shared::fields::{choice, int};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
 
 pub(crate) const TOKENS_MAX: usize = 1 << 16;
 
@@ -87,6 +90,7 @@ static INFO: Info = Info {
         transfer::SELECT,
         transfer::SIMILARITY,
         transfer::TOP,
+        PROJECTOR,
     ],
 };
 
@@ -158,42 +162,25 @@ pub(crate) fn read_start(r: &mut Reader<'_>) -> Start {
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let context = peft::is_type(config, CONTEXT);
-    let Some(map) = config.as_object().filter(|_| context || peft::is_type(config, INFO.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let (tokens, submodules) = read_prompt_keys(&mut r);
-    // The rows come from the file; how they started is only written back.
-    let start = match context {
-        true => {
-            let kept = CONTEXT_KEYS.map(|key| (key.to_owned(), r.value(key).cloned().unwrap_or(Value::Null)));
-            Start::Kept(Map::from_iter(kept))
-        }
-        false => kept_start(&mut r),
-    };
-    if context && config.get("task_type") != Some(&json!("CAUSAL_LM")) {
-        r.problem("`task_type`: expected CAUSAL_LM, as peft has CPT for nothing else");
+    if !context && !peft::is_type(config, INFO.peft_type) {
+        return alone(config, &INFO, Alone::Prompt);
     }
-    r.finish()?;
-    let method = Prompt { tokens, submodules, start, context };
-    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
-}
-
-/// A prompt of a form of our own from its file, which names no targets.
-pub(crate) fn own_prompt_file<M: Method + 'static>(
-    info: &'static Info,
-    config: &Value,
-    read: impl FnOnce(&mut Reader<'_>) -> M,
-) -> Result<Option<Loaded>> {
-    let Some(map) = config.as_object().filter(|_| peft::is_type(config, info.peft_type)) else {
-        return Ok(None);
-    };
-    let mut r = Reader::file(map);
-    let train_also = peft::read_header(&mut r);
-    let method = read(&mut r);
-    r.finish()?;
-    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+    peft::file_without_targets(if context { CONTEXT } else { INFO.peft_type }, config, |r| {
+        let (tokens, submodules) = read_prompt_keys(r);
+        // The rows come from the file; how they started is only written back.
+        let start = match context {
+            true => {
+                let kept =
+                    CONTEXT_KEYS.map(|key| (key.to_owned(), r.value(key).cloned().unwrap_or(Value::Null)));
+                Start::Kept(Map::from_iter(kept))
+            }
+            false => kept_start(r),
+        };
+        if context && config.get("task_type") != Some(&json!("CAUSAL_LM")) {
+            r.problem("`task_type`: expected CAUSAL_LM, as peft has CPT for nothing else");
+        }
+        Prompt { tokens, submodules, start, context }
+    })
 }
 
 /// How rows of a file started: only written back.
@@ -243,6 +230,14 @@ impl Start {
                 rows_of(&ids, count, b.sites(), "init")?
             }
         })
+    }
+
+    /// The saved prompts that trained layers make rows of, and the width inside these.
+    fn projects(&self) -> Option<(&Transfer, usize)> {
+        match self {
+            Start::Saved(transfer) => transfer.projector.map(|inside| (transfer, inside)),
+            _ => None,
+        }
     }
 
     /// What a configuration says of where the rows came from; a text is by the tokenizer of `base_model`.
@@ -306,9 +301,16 @@ impl Method for Prompt {
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let (site, width) = prompt_site(b.sites(), INFO.title)?;
         let count = self.tokens * self.submodules.unwrap_or_else(|| submodules(b.sites()));
-        let init = self.start.of(b, self.tokens, count)?;
-        let param = b.param("prompt_embeddings", &[count, width], init)?;
-        b.patch(site.id, Patch::Prompt(Box::new(Rows { param, count: self.tokens })))
+        let source = match self.start.projects() {
+            Some((transfer, inside)) => {
+                Source::Projector(Projector::new(b, transfer, inside, [self.tokens, count, width])?)
+            }
+            None => {
+                let init = self.start.of(b, self.tokens, count)?;
+                Source::Rows(b.param("prompt_embeddings", &[count, width], init)?)
+            }
+        };
+        b.patch(site.id, Patch::Prompt(Box::new(Rows { source, count: self.tokens })))
     }
 
     fn config(&self, model: &Described<'_>) -> Map<String, Value> {
@@ -338,6 +340,13 @@ impl Method for Prompt {
     fn file_name(&self, name: &str) -> String {
         prompt_file_name(name)
     }
+
+    fn file_tensors(&self, mut tensors: Named, state: &Named) -> Result<Named> {
+        if self.start.projects().is_some() {
+            tensors.push(("prompt_embeddings".into(), projector::saved(state, self.tokens)?));
+        }
+        Ok(tensors)
+    }
 }
 
 /// The embeddings of `ids`, which the setting `key` gave, repeated or cut to `count` rows.
@@ -361,8 +370,14 @@ fn rows_of(ids: &[i64], count: usize, sites: &Sites, key: &str) -> Result<Init> 
     Ok(Init::Values(table.lookup(&Tensor::from_i64(ids, [count])?)?))
 }
 
+/// Where P comes from.
+enum Source {
+    Rows(Param),
+    Projector(Projector),
+}
+
 struct Rows {
-    param: Param,
+    source: Source,
     count: usize,
 }
 
@@ -372,7 +387,10 @@ impl PromptPatch for Rows {
     }
 
     fn rows(&self, _embedded: &Tensor, _cx: &Pass) -> Result<Tensor> {
-        let rows = self.param.get();
+        let rows = match &self.source {
+            Source::Rows(rows) => rows.get(),
+            Source::Projector(projector) => projector.rows()?,
+        };
         // What `peft` makes for the decoder is carried along and not used.
         if rows.dim(0) == self.count { Ok(rows) } else { Ok(rows.narrow(0, 0, self.count)?) }
     }

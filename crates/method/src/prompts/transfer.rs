@@ -3,7 +3,7 @@
 //! The prompt of a task, trained for a while, stands for the task (`target_prompt`). Its similarity to a source is the cosine
 //! of the two means over rows, or the mean of the cosines of all pairs of rows. The start is the best source, the mean of the
 //! `top` best, or their mean weighted by similarity. Without a prompt to compare with it is the mean of all sources. What neurons
-//! say of it needs the model: `neurons.rs`, `engraft compare`.
+//! say of it needs the model: `neurons.rs`, `engraft compare`. Sources of models of another width pass `projector.rs`.
 //!
 //! Vu et al. 2022, arXiv:2110.07904, section 3; Su et al. 2022 (TPT), arXiv:2111.06719, sections 4 and 5.
 
@@ -49,6 +49,8 @@ pub(crate) struct Transfer {
     select: Select,
     pairs: bool,
     top: Option<usize>,
+    /// Width inside the layers that make the rows of it.
+    pub projector: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -77,12 +79,17 @@ impl Transfer {
         let pairs = r.one_of("similarity", &[("average", false), ("pairs", true)]);
         let given = r.value("top").is_some();
         let top = Some(r.count("top", 1, usize::MAX)).filter(|_| given);
+        let projects = r.value("projector").is_some();
+        let projector = Some(r.count("projector", 768, usize::MAX)).filter(|_| projects);
         if targets.len() > 1 {
             r.problem(format!("`target_prompt`: expected one prompt, found {}", targets.len()));
         }
         let Some(sources) = sources else {
             if !targets.is_empty() || given {
                 r.problem("`target_prompt` and `top` choose among `from_prompts`, which is absent");
+            }
+            if projects {
+                r.problem("`projector` makes rows of saved ones: name them in `from_prompts`");
             }
             return None;
         };
@@ -92,25 +99,51 @@ impl Transfer {
         if given && targets.is_empty() {
             r.problem("`top` needs `target_prompt`: nothing else says which sources are like the task");
         }
-        Some(Transfer { sources, target: targets.into_iter().next(), select, pairs, top })
+        Some(Transfer { sources, target: targets.into_iter().next(), select, pairs, top, projector })
     }
 
     /// `count` rows of `width`.
     pub fn of(&self, count: usize, width: usize) -> Result<Init> {
-        for Saved { path, rows } in self.sources.iter().chain(&self.target) {
+        for Saved { path, rows } in self.saved() {
             if let Some(row) = rows.iter().find(|row| row.len() != width) {
                 return Err(Error::Unsupported(format!(
-                    "{path} holds rows of {} numbers, and this model reads {width}; start from prompts of models of the same width",
+                    "{path} holds rows of {} numbers, and this model reads {width}; start from prompts of models of the same width, \
+                     or write `projector = 768` to train layers that make rows of that width of them",
                     row.len()
                 )));
             }
         }
+        Ok(Init::Values(self.mixed(count, width)?))
+    }
+
+    /// `count` rows as wide as they were saved.
+    pub fn source(&self, count: usize) -> Result<Tensor> {
+        let width = |rows: &[Vec<f32>]| rows.first().map_or(0, Vec::len);
+        let first = &self.sources[0];
+        let wanted = width(&first.rows);
+        for Saved { path, rows } in self.saved() {
+            if let Some(row) = rows.iter().find(|row| row.len() != wanted) {
+                return Err(Error::Unsupported(format!(
+                    "{path} holds rows of {} numbers, and {} of {wanted}; what one projector reads is of one width",
+                    row.len(),
+                    first.path
+                )));
+            }
+        }
+        self.mixed(count, wanted)
+    }
+
+    fn saved(&self) -> impl Iterator<Item = &Saved> {
+        self.sources.iter().chain(&self.target)
+    }
+
+    fn mixed(&self, count: usize, width: usize) -> Result<Tensor> {
         let mut sum = vec![0.0f64; count * width];
         for (source, weight) in self.weights()? {
             let rows = source.rows.iter().cycle().take(count).flatten();
             sum.iter_mut().zip(rows).for_each(|(sum, v)| *sum += weight * f64::from(*v));
         }
-        Ok(Init::Values(Tensor::from_vec(sum.into_iter().map(|v| v as f32).collect(), [count, width])?))
+        Ok(Tensor::from_vec(sum.into_iter().map(|v| v as f32).collect(), [count, width])?)
     }
 
     /// The sources that count, with their shares.

@@ -15,10 +15,10 @@ use engraft_nn::{
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::prompt::{TOKENS_MAX, expect_tokens, own_prompt_file};
+use super::prompt::{TOKENS_MAX, expect_tokens};
 use crate::read::Reader;
 use crate::shared::sequences::with_first_rows;
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method};
+use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 struct Vpt {
     tokens: usize,
@@ -83,7 +83,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    own_prompt_file(&INFO, config, |r| {
+    peft::file_without_targets(INFO.peft_type, config, |r| {
         expect_tokens(r);
         Vpt {
             tokens: r.count("num_virtual_tokens", 1, TOKENS_MAX),

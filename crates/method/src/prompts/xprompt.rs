@@ -17,8 +17,8 @@ use engraft_tensor::{Gradients, Param, Tensor};
 use serde_json::{Map, Value};
 
 use super::prompt::{
-    INIT, INIT_BELOW, INIT_IDS, INIT_TEXT, Prompt, Start, TOKENS_MAX, kept_start, own_prompt_file,
-    prompt_file_name, read_start,
+    INIT, INIT_BELOW, INIT_IDS, INIT_TEXT, Prompt, Start, TOKENS_MAX, kept_start, prompt_file_name,
+    read_start,
 };
 use crate::read::Reader;
 use crate::shared::fields::{float, int};
@@ -98,7 +98,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
 }
 
 fn from_file(config: &Value) -> Result<Option<Loaded>> {
-    own_prompt_file(&INFO, config, |r| read(r, "num_virtual_tokens", kept_start))
+    peft::file_without_targets(INFO.peft_type, config, |r| read(r, "num_virtual_tokens", kept_start))
 }
 
 fn example() -> Box<dyn Method> {

@@ -92,6 +92,7 @@ const fn names() -> [&'static str; ALL.len()] {
 
 impl Activation {
     /// max(x, 0).
+    pub const TANH: Activation = Activation { name: "tanh", function: Function::Of(Unary::Tanh) };
     pub const RELU: Activation = Activation { name: "relu", function: Function::Of(Unary::Relu) };
     /// x·σ(x).
     pub const SWISH: Activation = Activation { name: "swish", function: Function::Of(Unary::Silu) };

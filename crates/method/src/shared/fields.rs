@@ -1,5 +1,6 @@
 //! Settings that many methods have, and short ways to write down one's own.
 
+use crate::prompts::prompt::TOKENS_MAX;
 use crate::{Field, FieldKind};
 
 /// A whole number.
@@ -35,6 +36,11 @@ pub(crate) const fn choice(
     doc: &'static str,
 ) -> Field {
     Field { name, kind: FieldKind::OneOf(words), default: Some(default), doc }
+}
+
+/// Keys and values before those of the tokens.
+pub(crate) const fn extra_tokens(default: &'static str) -> Field {
+    int("tokens", (1, TOKENS_MAX as i64), Some(default), "Number of extra keys and values in a layer.")
 }
 
 /// The rank of a pair of factors.

@@ -6,6 +6,8 @@ pub(crate) mod biases;
 pub(crate) mod bilevel;
 pub(crate) mod bits;
 pub(crate) mod branch;
+pub(crate) mod branches;
+pub(crate) mod carried;
 pub(crate) mod clusters;
 pub(crate) mod dense;
 pub(crate) mod divisors;

@@ -9,7 +9,12 @@ const SITE: &str = "layers.1.output_adapters";
 
 /// A bottleneck adapter of the toy model, moved off its start, and what its directory would hold.
 fn source(settings: Value, by: f32) -> (Attached, SavedAdapter) {
-    let methods = [chosen("bottleneck", settings)];
+    source_of("bottleneck", settings, by)
+}
+
+/// The same of another method.
+fn source_of(method: &str, settings: Value, by: f32) -> (Attached, SavedAdapter) {
+    let methods = [chosen(method, settings)];
     let a = attached(&methods, &[]);
     stir(&a, by);
     let (sites, info) = toy();
@@ -40,6 +45,51 @@ fn one_adapter_with_the_identity_as_values_is_that_adapter() {
             }
         }
     }
+}
+
+/// What can be fused beside plain bottleneck adapters.
+fn kinds() -> [(&'static str, Value); 6] {
+    [
+        ("compacter", json!({ "reduction": 3, "n": 2 })),
+        (
+            "compacter",
+            json!({ "form": "compacter++", "reduction": 3, "n": 2, "rank": 2, "share_factors": true }),
+        ),
+        ("krona_b", json!({ "a1": 3, "a2": 2, "scale": 2.0, "residual": true })),
+        ("adaptformer", json!({ "size": 3, "scale": 0.5, "norm": "in" })),
+        ("sparse_adapter", json!({ "reduction": 2, "score": "random" })),
+        ("bottleneck", json!({ "form": "parallel" })),
+    ]
+}
+
+#[test]
+fn whatever_adds_something_at_a_sublayer_is_fused() {
+    for (method, settings) in kinds() {
+        let (single, saved) = source_of(method, settings.clone(), 0.5);
+        for kind in ["static", "dynamic"] {
+            let a = attached(&[fusion(json!({ "form": kind }), vec![saved.clone()]).unwrap()], &[]);
+            for post_norm in [true, false] {
+                let expected = at_sublayer(&single, SITE, post_norm).unwrap().2;
+                close(&at_sublayer(&a, SITE, post_norm).unwrap().2, &expected, 1e-4);
+            }
+        }
+        // Two that are alike, apart in their numbers: both are in the file.
+        let second = source_of(method, settings, 0.3).1;
+        let pair = || fusion(json!({}), vec![saved.clone(), second.clone()]).unwrap();
+        survives_saving(&[pair()], &["head"]);
+        let a = attached(&[pair()], &[]);
+        assert!(a.adapter.trainable().all(|p| p.name.contains(LAYER)), "{method}");
+        let (first, both) =
+            (at_sublayer(&single, SITE, false).unwrap().2, at_sublayer(&a, SITE, false).unwrap().2);
+        assert_ne!(first.to_vec().unwrap(), both.to_vec().unwrap(), "{method}");
+    }
+}
+
+#[test]
+fn compacter_is_fused_with_plain_matrices() {
+    let plain = source(json!({ "form": "houlsby", "reduction": 2, "activation": "gelu" }), 0.5).1;
+    let phm = source_of("compacter", json!({ "reduction": 3, "n": 2 }), 0.4).1;
+    survives_saving(&[fusion(json!({}), vec![plain, phm]).unwrap()], &[]);
 }
 
 #[test]
@@ -125,13 +175,18 @@ fn what_cannot_be_fused_is_refused_by_name() {
     };
     let plain = source(json!({ "reduction": 2 }), 0.5).1;
     let other = |settings: Value| vec![plain.clone(), source(settings, 0.25).1];
-    assert!(message(other(json!({ "form": "parallel" }))).contains("beside its sublayer"));
+    assert!(message(other(json!({ "form": "parallel" }))).contains("reads something else"));
     assert!(message(other(json!({ "gating": true }))).contains("gate"));
     assert!(message(other(json!({ "form": "houlsby" }))).contains("sits elsewhere"));
     assert!(message(vec![]).contains("needs saved adapters"));
     let mut lora = plain.clone();
     lora.config = json!({ "peft_type": "LORA", "r": 2 });
-    assert!(message(vec![plain.clone(), lora]).contains("is no bottleneck adapter"));
+    assert!(message(vec![plain.clone(), lora]).contains("is of LoRA, which adds nothing"));
+    let prefix = source_of("prefix", json!({ "tokens": 2 }), 0.5).1;
+    let text = message(vec![plain.clone(), prefix]);
+    assert!(text.contains("adaptformer") && text.contains("compacter") && text.contains("krona_b"), "{text}");
+    let ciat = source_of("ciat", json!({}), 0.5).1;
+    assert!(message(vec![ciat]).contains("is of CIAT"));
     let mut wide = plain.clone();
     wide.config["hidden_size"] = json!(8);
     assert!(message(vec![plain.clone(), wide]).contains("width 8, and this one has 6"));

@@ -39,7 +39,7 @@ pub(crate) fn read_file(config: &Value, info: &Info, has_phm: bool) -> Result<Op
 }
 
 /// The adapter of such a file.
-pub(crate) fn saved(config: &Value, info: &Info, has_phm: bool) -> Result<Option<Bottleneck>> {
+fn saved(config: &Value, info: &Info, has_phm: bool) -> Result<Option<Bottleneck>> {
     let Some((inner, name)) = from_adapter_hub(config, info) else { return Ok(None) };
     let ours = peft::is_type(config, info.peft_type);
     if inner.get("architecture").is_some_and(|kind| kind == "union") && !ours {
@@ -47,9 +47,9 @@ pub(crate) fn saved(config: &Value, info: &Info, has_phm: bool) -> Result<Option
     }
     if !inner.contains_key("reduction_factor") {
         return match inner.get("architecture").and_then(Value::as_str) {
-            Some("reft" | "lora" | "prefix_tuning") => Ok(None),
+            Some("reft" | "lora" | "prefix_tuning" | "prompt_tuning") => Ok(None),
             kind => Err(Error::Unsupported(format!(
-                "this AdapterHub adapter is of kind `{}`; readable are bottleneck adapters, ReFT, prefixes, LoRA and (IA)³, and their unions",
+                "this AdapterHub adapter is of kind `{}`; readable are bottleneck adapters, ReFT, prefixes, prompts, LoRA and (IA)³, and their unions",
                 kind.unwrap_or("unknown")
             ))),
         };

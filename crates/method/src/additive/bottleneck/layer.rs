@@ -1,12 +1,15 @@
 //! One adapter at one sublayer: its tensors and its forward.
 
-use engraft_nn::{Builder, Error, Init, Kind, Mode, Pass, Result, Site, Sublayer, SublayerPatch};
+use engraft_nn::{Builder, Error, Init, Kind, Mode, Pass, Result, Site, SiteId, Sublayer, SublayerPatch};
 use engraft_tensor::cpu::random::Key;
 use engraft_tensor::{Param, Tensor};
+use serde_json::{Map, Value};
 
 use super::phm::{Shared, Sum};
 use super::settings::{Bottleneck, Residual, Scaling};
+use crate::shared::bits::MASK;
 use crate::shared::branch::Norm;
+use crate::shared::branches::{Branch, Branches, Form, Reads};
 use crate::shared::gate::Gate;
 use crate::shared::sequences::owners;
 
@@ -47,11 +50,6 @@ pub(crate) struct AtSublayer {
 }
 
 impl AtSublayer {
-    /// One of matrices.
-    pub fn of_matrices(c: &Bottleneck, b: &mut Builder<'_>, site: &Site) -> Result<Self> {
-        AtSublayer::build(c, b, site, &Shared::default())
-    }
-
     pub(super) fn build(c: &Bottleneck, b: &mut Builder<'_>, site: &Site, shared: &Shared) -> Result<Self> {
         let Kind::Sublayer { width } = site.kind else {
             return Err(Error::Site { path: site.path.clone(), message: "expected a sublayer".into() });
@@ -101,7 +99,7 @@ impl AtSublayer {
     }
 
     /// s·(σ(N(x)·W_dᵀ + b_d)·W_uᵀ + b_u), x [tokens, width], before dropout and gate.
-    pub fn branch(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
+    fn branch(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
         let c = &self.config;
         let normed = self.before.as_ref().map(|norm| norm.apply(x)).transpose()?;
         let middle = c.activation.apply(self.down.forward(normed.as_ref().unwrap_or(x))?)?;
@@ -139,9 +137,12 @@ impl AtSublayer {
         Ok(s.output.add(&added)?)
     }
 
-    /// What a serial adapter reads, and its residual.
-    pub fn read(&self, s: &Sublayer<'_>) -> Result<(Tensor, Tensor)> {
+    /// What it reads, and its residual.
+    fn read(&self, s: &Sublayer<'_>) -> Result<(Tensor, Tensor)> {
         let c = &self.config;
+        if c.parallel {
+            return Ok((s.residual.clone(), s.output.clone()));
+        }
         let sum = s.output.add(s.residual)?;
         let input = match (c.original_ln_before, s.norm) {
             (true, Some(norm)) => norm(&sum)?,
@@ -157,7 +158,7 @@ impl AtSublayer {
     }
 
     /// What a sublayer gives when `next`, output and residual of a serial adapter, is to go on.
-    pub fn going_on(&self, next: Tensor, s: &Sublayer<'_>) -> Result<Tensor> {
+    fn going_on(&self, next: Tensor, s: &Sublayer<'_>) -> Result<Tensor> {
         match (self.config.original_ln_after, s.norm) {
             // Without the model's own residual: what the model adds to the stream is taken off first.
             (false, None) => Ok(next.sub(s.residual)?),
@@ -175,10 +176,85 @@ impl AtSublayer {
     }
 }
 
+impl Branch for AtSublayer {
+    fn read(&self, s: &Sublayer<'_>) -> Result<(Tensor, Tensor)> {
+        self.read(s)
+    }
+
+    fn branch(&self, x: &Tensor, site: &Site, cx: &Pass) -> Result<Tensor> {
+        self.branch(x, site, cx)
+    }
+
+    fn going_on(&self, next: Tensor, s: &Sublayer<'_>) -> Result<Tensor> {
+        self.going_on(next, s)
+    }
+
+    fn replaces_norm(&self) -> bool {
+        !self.config.original_ln_after
+    }
+}
+
+impl Branches for Bottleneck {
+    fn form(&self) -> Form {
+        let reads = match (self.parallel, self.original_ln_before) {
+            (true, _) => Reads::Stream,
+            (false, true) => Reads::Normed,
+            (false, false) => Reads::Output,
+        };
+        let rest = match self.residual {
+            _ if self.parallel => Reads::Output,
+            Residual::Output => Reads::Output,
+            Residual::Sum => Reads::Sum,
+            Residual::Input => reads,
+        };
+        let places = [self.after_attention, self.after_cross_attention, self.after_mlp];
+        Form { places, reads, rest, goes_on: self.original_ln_after }
+    }
+
+    fn hindrances(&self) -> Vec<&'static str> {
+        let all = [
+            (self.gating, "has a gate"),
+            (self.ln_after, "has a norm on its output"),
+            (self.invertible.is_some(), "has an invertible part"),
+        ];
+        all.into_iter().filter_map(|(is_so, what)| is_so.then_some(what)).collect()
+    }
+
+    fn name(&self) -> Option<&str> {
+        Some(&self.name)
+    }
+
+    fn tensor(&self, key: &str, name: &str) -> Option<String> {
+        // `adapters` keeps the norm before a bottleneck in two places; what a mask took out is zero.
+        let is_copy = self.ln_before && key.contains(".adapter_down.0.") || key.ends_with(MASK);
+        let own = |part: &str| [format!("{part}.{}.", self.name), format!("{part}.{name}.")];
+        let parts = [own(".adapters"), own("shared_parameters")];
+        let [before, now] = parts.iter().find(|[before, _]| key.contains(before.as_str()))?;
+        (!is_copy).then(|| key.replace(before.as_str(), now))
+    }
+
+    fn config(&self) -> Map<String, Value> {
+        self.to_config().as_object().cloned().unwrap_or_default()
+    }
+
+    fn build(&self, b: &mut Builder<'_>, name: &str) -> Result<Vec<(SiteId, Box<dyn Branch>)>> {
+        // It is not trained, so that none of its layers is left out by chance.
+        let own = Bottleneck { name: name.into(), robust_drop: false, ..self.clone() };
+        let shared = own.shared(b)?;
+        let mut parts: Vec<(SiteId, Box<dyn Branch>)> = Vec::new();
+        for site in b.sites().of_kind(|k| matches!(k, Kind::Sublayer { .. })) {
+            if own.wants(site, b.sites().number(site)) {
+                parts.push((site.id, Box::new(AtSublayer::build(&own, b, site, &shared)?)));
+            }
+        }
+        Ok(parts)
+    }
+}
+
 impl SublayerPatch for AtSublayer {
     fn output(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
         if self.is_dropped(cx) {
-            return match s.norm.filter(|_| self.replaces_norm()) {
+            return match s.norm.filter(|_| !self.config.original_ln_after) {
                 Some(norm) => norm(&s.output.add(s.residual)?),
                 None => Ok(s.output.clone()),
             };
