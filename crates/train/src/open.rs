@@ -58,10 +58,9 @@ impl Session {
             Err(problem) => return Err(recipe.problems([vec![problem], missing].concat()).into()),
         };
         let config = read_config(&model_dir.join("config.json"), &options.limits)?;
-        let task = decide_task(recipe, &config);
+        let (task, known_labels) = (decide_task(recipe, &config), known_labels(&config));
         classes_only(recipe, task, &config)?;
         let (tokenizer, max_length) = tokenizer(recipe, &model_dir, &config)?;
-        let known_labels = known_labels(&config);
         let (data, tasks) = (with_labels_of_adapter(recipe, task)?, TaskNames::of(recipe)?);
         let reading = Reading {
             task,
@@ -99,8 +98,8 @@ impl Session {
         };
         let weights = Weights::open(&model_dir, &options.limits)?;
         let fingerprint = Fingerprint::new(of_weights(&weights), of_data(&examples.train));
-        let notes = [attached.notes, doubts(recipe, &examples, &config, &loaded)].concat();
         let session = Session {
+            notes: [attached.notes, doubts(recipe, &examples, &config, &loaded)].concat(),
             objective: Objective::of(loaded.model.info().task)?,
             shift: Shift::of(&config),
             plan,
@@ -118,7 +117,6 @@ impl Session {
             labels: examples.labels,
             tasks,
             fingerprint,
-            notes,
         };
         session.levels().map_err(|e| recipe.problems(vec![recipe.problem_at("data.path", e.to_string())]))?;
         Ok(session)

@@ -408,7 +408,7 @@ mod tests {
         let a = attached(&methods, &[]);
         let shape = |at: usize| a.adapter.params()[at].param.value().shape().to_vec();
         let (q, down) = (shape(0), shape(1));
-        assert_eq!((&names(&a)[0][..], q), ("layers.0.attn.q.oft_R.weight", vec![6, 0]));
+        assert_eq!((names(&a)[0], q), ("layers.0.attn.q.oft_R.weight", vec![6, 0]));
         assert!(down[1] > 0 && a.adapter.trained_count() > 0, "{down:?}");
         stir(&a, 0.5);
         let (x, w) = (sample(&[5, 6], 3), frozen("layers.0.attn.q"));

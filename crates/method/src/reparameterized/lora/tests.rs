@@ -434,15 +434,6 @@ fn kasa_takes_the_smallest_singular_values_off_and_has_its_own() {
 }
 
 #[test]
-fn room_for_ranks_that_eva_deals_out_is_not_counted() {
-    let eva = || chosen("lora", json!({ "rank": 2, "init": "eva", "eva_rho": 1.5 }));
-    let (a, union) = (attached(&[eva()], &[]), attached(&[chosen("lora", json!({ "rank": 2 })), eva()], &[]));
-    let own = |rank: usize| 2 * rank * ((6 + 6) + (4 + 6));
-    assert_eq!((a.adapter.trained_count(), eva().0.spare(&a.adapter, "")), (own(3), own(1)));
-    assert_eq!([eva().0.spare(&union.adapter, "1."), union.adapter.trained_count()], [own(1), own(5)]);
-}
-
-#[test]
 fn blocks_are_saved_alone_and_multiply_their_own_part() {
     let settings = json!({ "rank": 4, "alpha": 4, "blocks": 2, "blocks_of_a": ["q"], "blocks_of_b": ["v"] });
     let methods = [chosen("lora", settings)];

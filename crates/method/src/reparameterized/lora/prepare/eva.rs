@@ -187,3 +187,20 @@ impl Components {
 fn squares(t: &Tensor) -> Result<f64> {
     Ok(t.to_vec()?.iter().map(|&v| f64::from(v).powi(2)).sum())
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use crate::testing::{attached, chosen};
+
+    #[test]
+    fn room_for_ranks_that_eva_deals_out_is_not_counted() {
+        let eva = || chosen("lora", json!({ "rank": 2, "init": "eva", "eva_rho": 1.5 }));
+        let (a, union) =
+            (attached(&[eva()], &[]), attached(&[chosen("lora", json!({ "rank": 2 })), eva()], &[]));
+        let own = |rank: usize| 2 * rank * ((6 + 6) + (4 + 6));
+        assert_eq!((a.adapter.trained_count(), eva().0.spare(&a.adapter, "")), (own(3), own(1)));
+        assert_eq!([eva().0.spare(&union.adapter, "1."), union.adapter.trained_count()], [own(1), own(5)]);
+    }
+}
