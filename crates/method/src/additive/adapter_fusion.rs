@@ -271,7 +271,7 @@ impl Fusion {
     }
 
     /// The adapters at their sublayers, none of them trained.
-    fn adapters<'s>(&self, b: &mut Builder<'s>) -> Result<Vec<(&'s Site, Vec<Box<dyn Branch>>)>> {
+    fn adapters<'s>(&self, b: &mut Builder<'s>) -> Result<BySite<'s>> {
         let sublayers = b.sites().of_kind(|k| matches!(k, Kind::Sublayer { .. }));
         let mut found: Vec<(&Site, Vec<_>)> = sublayers.map(|site| (site, vec![])).collect();
         for source in &self.sources {
@@ -399,6 +399,9 @@ fn almost_identity(width: usize) -> Result<Tensor> {
     let one = (0..width * width).map(|i| if i % (width + 1) == 0 { 1.0 } else { BESIDE }).collect();
     Ok(Tensor::from_vec(one, [width, width])?)
 }
+
+/// The adapters of each sublayer.
+type BySite<'s> = Vec<(&'s Site, Vec<Box<dyn Branch>>)>;
 
 /// The adapters of one sublayer and the attention over them.
 struct Fused {
