@@ -73,13 +73,25 @@ fn what_narrows_targets_and_means_nothing_is_told_at_its_place() {
         ("layers = [0]\nlayers_pattern = \"blocks\"", &["`blocks`, which is no list of layers", "`layers`"]),
         ("exclude = [\"dropped\"]", &["`dropped`, which", "leaves nothing out", "r.toml:5:12"]),
         ("exclude = [\"k_porj\"]", &["did you mean `k_proj`?"]),
-        ("exclude = [\"q_proj\"]", &["`exclude` leave none of the 3 targets"]),
+        ("exclude = [\"q_proj\"]", &["`exclude` leaves none of the 3 targets"]),
     ] {
         let text = of(method);
         for words in expected {
             assert!(text.contains(words), "{method}: {text}");
         }
     }
+    let two = |more: &str| {
+        let method =
+            format!("name = \"lora\"\ntargets = [\"layers.0.self_attn.q_proj\", \"v_proj\"]\n{more}");
+        said(&method, "llama__lora")
+    };
+    let text = two("layers = [1]");
+    assert!(text.contains("`layers.0.self_attn.q_proj` is no target any more: `layers`"), "{text}");
+    let text = two("exclude = [\"v_proj\"]");
+    assert!(
+        text.contains("`v_proj` is no target any more: `exclude`") && text.contains("r.toml:4:41"),
+        "{text}"
+    );
     // What the model has may be left out, be it no target.
     let text = of("exclude = [\"lm_head\", \"norm\"]\ntrain_also = [\"nope\"]");
     assert!(text.contains("`train_also` names `nope`") && !text.contains("exclude`"), "{text}");

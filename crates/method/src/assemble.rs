@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 use crate::bases::{OtherBase, other_bases};
 use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_bias_a_head, stale};
 use crate::names::{file_names, prefix, stored_as};
-use crate::transposed::type_of_file;
+use crate::transposed::{turned, type_of_file};
 use crate::written::{as_held, as_stored, as_trained, written};
 use crate::{Described, Method, from_file, peft, tied};
 
@@ -160,7 +160,7 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     }
     let (mut given, mut rest, mut copied) = (Vec::new(), Vec::new(), Vec::new());
     for (key, tensor) in tensors {
-        let tensor = as_held(tensor, stored_as(&methods, &key, sites))?;
+        let tensor = turned(&key, as_held(tensor, stored_as(&methods, &key, sites))?, sites)?;
         match (names.get(&key), copies.get(&key)) {
             (Some(name), _) => given.push((name.clone(), tensor)),
             (None, Some(name)) => copied.push((key, name, tensor)),
@@ -182,7 +182,7 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
         Some(name) => TaskName::Is(name.to_owned()),
         None => TaskName::None,
     });
-    attached.adapter.set_empty_keys(peft::empty_keys(config, &methods));
+    attached.adapter.set_idle_keys(peft::idle_keys(config, &methods));
     let dead = attached.dead_targets.into_iter().chain(attached.dead_modules).collect();
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
 }
@@ -267,12 +267,12 @@ pub fn save_adapter(
                 peft::write_header(UNION, base_model, peft::task_type(adapter, info), &train_also);
             let configs = several.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
             union.insert("methods".into(), json!(configs));
-            peft::keep_empty(&mut union, adapter, "");
+            peft::keep_idle(&mut union, adapter, "");
             union
         }
     };
     for (key, tensor) in &mut tensors {
-        *tensor = as_stored(tensor, stored_as(methods, key, sites))?;
+        *tensor = turned(key, as_stored(tensor, stored_as(methods, key, sites))?, sites)?;
     }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
     Ok((Value::Object(config), tensors))
@@ -339,7 +339,7 @@ fn config(
         }
         peft::agree_on_feedforward(&mut map, sites, &chosen);
     }
-    peft::keep_empty(&mut map, adapter, prefix);
+    peft::keep_idle(&mut map, adapter, prefix);
     Ok((map, chosen))
 }
 

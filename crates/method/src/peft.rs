@@ -15,6 +15,9 @@ use crate::{Chosen, Info, Loaded, Method, tied};
 /// The version whose keys are written.
 const VERSION: &str = "0.21.2";
 
+/// The class of the base and where `peft` finds it, in files without a task.
+const AUTO_MAPPING: &str = "auto_mapping";
+
 /// Types whose configuration in `peft` has no `exclude_modules`.
 const NO_EXCLUSION: &[&str] = &[
     "ADAMSS",
@@ -98,7 +101,7 @@ pub(crate) fn read_header(r: &mut Reader<'_>) -> Vec<String> {
     let header =
         ["peft_type", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode"];
     r.ignore(&header);
-    r.ignore(&["auto_mapping"]);
+    r.ignore(&[AUTO_MAPPING]);
     r.texts("modules_to_save").unwrap_or_default()
 }
 
@@ -349,33 +352,37 @@ pub(crate) fn task_type<'a>(adapter: &'a Adapter, info: &ModelInfo) -> Option<&'
     }
 }
 
-/// Whether a key is given and holds nothing.
-fn is_empty(value: &Value) -> bool {
+/// Whether a key is given and says nothing here: it holds nothing, or what `peft` knows the base's class by.
+fn is_idle(key: &str, value: &Value) -> bool {
     match value {
         Value::Array(list) => list.is_empty(),
-        Value::Object(table) => table.is_empty(),
+        Value::Object(table) => table.is_empty() || key == AUTO_MAPPING,
         Value::String(text) => text.is_empty(),
         _ => false,
     }
 }
 
-/// What a configuration leaves empty, by its keys; those of one of several methods behind what precedes its parameters.
-pub(crate) fn empty_keys(config: &Value, methods: &[Chosen]) -> Map<String, Value> {
+/// What a configuration gives that says nothing here, by its keys; those of one of several methods behind what precedes its
+/// parameters.
+pub(crate) fn idle_keys(config: &Value, methods: &[Chosen]) -> Map<String, Value> {
     let parts = config.get("methods").and_then(Value::as_array).filter(|_| is_union(config));
     let parts = parts.into_iter().flatten().enumerate().map(|(number, part)| (prefix(methods, number), part));
     let of = |(before, part): (String, &Value)| {
-        let empty = part.as_object().into_iter().flatten().filter(|(_, value)| is_empty(value));
-        empty.map(|(key, value)| (format!("{before}{key}"), value.clone())).collect::<Vec<_>>()
+        let idle = part.as_object().into_iter().flatten().filter(|(key, value)| is_idle(key, value));
+        idle.map(|(key, value)| (format!("{before}{key}"), value.clone())).collect::<Vec<_>>()
     };
     parts.chain([(String::new(), config)]).flat_map(of).collect()
 }
 
-/// Leaves what the file of `adapter` left empty as it was, where there still is nothing to write: `peft` keeps it too.
-pub(crate) fn keep_empty(map: &mut Map<String, Value>, adapter: &Adapter, prefix: &str) {
-    for (key, empty) in adapter.empty_keys() {
-        let own = key.strip_prefix(prefix).and_then(|key| map.get_mut(key));
-        if let Some(value) = own.filter(|value| value.is_null()) {
-            *value = empty.clone();
+/// Leaves what the file of `adapter` gave without a meaning here as it was, where there still is nothing to write: `peft` keeps it
+/// too.
+pub(crate) fn keep_idle(map: &mut Map<String, Value>, adapter: &Adapter, prefix: &str) {
+    for (key, idle) in adapter.idle_keys() {
+        // What stands behind a number is that method's own.
+        let Some(key) = key.strip_prefix(prefix).filter(|key| !key.contains('.')) else { continue };
+        let value = map.entry(key).or_insert(Value::Null);
+        if value.is_null() {
+            *value = idle.clone();
         }
     }
 }
@@ -406,12 +413,13 @@ mod tests {
     use crate::{load_adapter, save_adapter};
 
     #[test]
-    fn what_a_file_leaves_empty_stays_as_it_is_written() {
+    fn what_a_file_gives_without_a_meaning_stays_as_it_is_written() {
         let (sites, info) = toy();
         let lists = ["modules_to_save", "exclude_modules", "layers_to_transform", "target_parameters"];
         let emptied = |mut config: Value| {
             lists.iter().for_each(|key| config[*key] = json!([]));
             (config["layers_pattern"], config["rank_pattern"]) = (json!(""), json!({}));
+            config["auto_mapping"] = json!({ "base_model_class": "ToyForTests", "parent_library": "toys" });
             config
         };
         let one = [chosen("lora", json!({}))];

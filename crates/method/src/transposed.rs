@@ -1,7 +1,8 @@
-//! What `peft` cannot hold at a matrix that files store transposed (GPT-2's `Conv1D`): the file has a type of our own there, so
-//! that no program loads it as something that it is not.
+//! Matrices that files store transposed (GPT-2's `Conv1D`): trained whole they lie so in adapters' files too, and where `peft`
+//! cannot hold what changes them the file has a type of our own, so that no program loads it as something that it is not.
 
-use engraft_nn::{Adapter, Kind, Result, SiteId, Sites};
+use engraft_nn::{Adapter, Kind, Result, Site, SiteId, Sites};
+use engraft_tensor::Tensor;
 use serde_json::Value;
 
 use crate::Chosen;
@@ -33,6 +34,17 @@ const NOT_TRANSPOSED: &[&str] = &[
 
 /// What precedes such a type where an adapter changes such a matrix all the same.
 const TRANSPOSED: &str = "ENGRAFT_CONV1D_";
+
+/// A tensor of a file as it is here, or one of here as the file has it: `tensor` the other way round where `key` names a matrix of
+/// the model that its files store transposed.
+pub(crate) fn turned(key: &str, tensor: Tensor, sites: &Sites) -> Result<Tensor> {
+    // Prompts do not wrap the model.
+    let path = key.strip_prefix("base_model.").and_then(|path| path.strip_suffix(".weight"));
+    let Some(path) = path.map(|path| path.strip_prefix("model.").unwrap_or(path)) else { return Ok(tensor) };
+    let stored_so =
+        |site: &Site| matches!(site.kind, Kind::Linear { transposed: true, .. }) && site.path == path;
+    if sites.iter().any(stored_so) && tensor.shape().len() == 2 { Ok(tensor.t()?) } else { Ok(tensor) }
+}
 
 /// The type of a file: that of `peft`, unless it cannot hold what is adapted at `chosen`.
 pub(crate) fn type_of_file(peft_type: &str, sites: &Sites, chosen: &[SiteId]) -> String {

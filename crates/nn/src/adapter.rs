@@ -39,7 +39,7 @@ pub struct Adapter {
     params: Vec<NamedParam>,
     names: Names,
     task: TaskName,
-    empty: Map<String, Value>,
+    idle: Map<String, Value>,
 }
 
 impl Adapter {
@@ -63,15 +63,15 @@ impl Adapter {
         self.task = task;
     }
 
-    /// Keys that its file gives and leaves empty, each with the list, table or text that stands there: as good as none, and
-    /// written as it was.
-    pub fn empty_keys(&self) -> &Map<String, Value> {
-        &self.empty
+    /// Keys that its file gives and that say nothing here, each with what stands there (an empty list, table or text): as good as
+    /// none, and written as they were.
+    pub fn idle_keys(&self) -> &Map<String, Value> {
+        &self.idle
     }
 
-    /// Says which keys its file leaves empty.
-    pub fn set_empty_keys(&mut self, empty: Map<String, Value>) {
-        self.empty = empty;
+    /// Says which keys of its file say nothing here.
+    pub fn set_idle_keys(&mut self, idle: Map<String, Value>) {
+        self.idle = idle;
     }
 
     /// The patches at a site, in the order they were attached.

@@ -144,8 +144,36 @@ pub(crate) fn idle(
         ];
         let keys: Vec<String> =
             keys.iter().filter(|(_, there)| *there).map(|(key, _)| format!("`{key}`")).collect();
-        let title = format!("{} leave none of the {} targets", keys.join(" and "), found.len());
+        let leave = if keys.len() == 1 { "leaves" } else { "leave" };
+        let title = format!("{} {leave} none of the {} targets", keys.join(" and "), found.len());
         problems.push(recipe.problem_at(&table.at, title));
+    }
+    if problems.is_empty() {
+        problems = left_out(recipe, table, method, targets, sites);
+    }
+    problems
+}
+
+/// Names of targets that `layers` and `exclude` leave nothing of, beside others that they leave something of.
+fn left_out(
+    recipe: &Recipe,
+    table: &MethodTable,
+    method: &dyn Method,
+    targets: &Targets,
+    sites: &Sites,
+) -> Vec<Problem> {
+    let Matcher::Names(names) = &targets.matcher else { return vec![] };
+    let keys = [("exclude", targets.exclude.is_some()), ("layers", targets.layers.is_some())];
+    let keys: Vec<&str> = keys.iter().filter(|(_, there)| *there).map(|(key, _)| *key).collect();
+    let mut problems = Vec::new();
+    for (index, name) in names.iter().enumerate().filter(|_| !keys.is_empty()) {
+        let matcher = Matcher::Names(vec![name.clone()]);
+        let narrowed = Targets { matcher: matcher.clone(), train_also: vec![], ..targets.clone() };
+        let whole = Targets { exclude: None, layers: None, ..narrowed.clone() };
+        if method.resolve(&whole, sites).is_ok() && method.resolve(&narrowed, sites).is_err() {
+            let title = format!("`{name}` is no target any more: `{}` leaves it out", keys.join("` and `"));
+            problems.push(problem_in(recipe, &format!("{}.targets", table.at), index, title));
+        }
     }
     problems
 }

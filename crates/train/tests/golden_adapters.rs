@@ -206,8 +206,8 @@ fn round_trip(
 
 /// Keys whose values differ. What a file does not say, ours may.
 fn configs_differ(old: &Value, new: &Value) -> Vec<String> {
-    // How a task without a name in peft is called, and what AdapterHub says of the model.
-    let free = ["auto_mapping", "model_class", "model_name"];
+    // What AdapterHub says of the model.
+    let free = ["model_class", "model_name"];
     // Written as the choice it stands for, with the same meaning.
     let same = |a: &Value, b: &Value| a == b || a.as_f64().is_some() && a.as_f64() == b.as_f64();
     let differs = |(key, value): (&String, &Value)| {

@@ -254,9 +254,14 @@ fn low_rank(first: &Term, terms: &[Term], options: &Options, measured: bool) -> 
     let mut tensors = Named::new();
     let (mut off, mut whole, mut worst) = (0.0f64, 0.0f64, None::<(String, f64)>);
     let mut ranks = BTreeMap::new();
+    // As in `peft`, one rank for all modules, be some adapter of less there.
+    let named = terms.iter().filter_map(|term| term.config.get("r")?.as_u64()).map(|rank| rank as usize);
+    let held = found.modules.iter().flat_map(|module| module.factors.iter().flatten().map(|f| f.a.dim(0)));
+    let largest = named.chain(held).max().unwrap_or(1);
     for module in &found.modules {
         let exact = if measured { Some(module.sum(terms)?) } else { None };
-        let (a, b) = combined(module, terms, options, exact.as_ref())?;
+        let rank = options.rank.unwrap_or(largest);
+        let (a, b) = combined(module, terms, options, rank, exact.as_ref())?;
         if let Some(exact) = exact {
             let (difference, size) = (norm(&b.matmul(&a)?.sub(&exact)?)?, norm(&exact)?);
             off += difference * difference;
@@ -298,11 +303,12 @@ fn low_rank(first: &Term, terms: &[Term], options: &Options, measured: bool) -> 
     Ok(Combined { methods: methods_of(&config)?, config, tensors, error, worst, notes })
 }
 
-/// A [rank, in] and B [out, rank] of the result, whose scale is 1.
+/// A [rank, in] and B [out, rank] of the result, whose scale is 1; a rule that cuts cuts to `rank`.
 fn combined(
     module: &Module,
     terms: &[Term],
     options: &Options,
+    rank: usize,
     exact: Option<&Tensor>,
 ) -> Result<(Tensor, Tensor)> {
     let parts: Vec<(&Factors, f64, usize)> = module
@@ -326,7 +332,6 @@ fn combined(
         return Ok((cat(&a, 0)?, cat(&b, 1)?));
     }
     if options.rule.cuts() {
-        let largest = parts.iter().map(|(f, ..)| f.a.dim(0)).max().unwrap_or(1);
         let delta = match options.rule {
             Rule::Svd => exact.map_or_else(|| module.sum(terms), |exact| Ok(exact.clone()))?,
             _ => {
@@ -334,7 +339,7 @@ fn combined(
                 stack(changes, parts.iter().map(|p| p.1).collect(), "change")?
             }
         };
-        return cut(&delta, options.rank.unwrap_or(largest));
+        return cut(&delta, rank);
     }
     let rank = parts.first().map_or(0, |(f, ..)| f.a.dim(0));
     if let Some((other, ..)) = parts.iter().find(|(f, ..)| f.a.dim(0) != rank) {

@@ -51,6 +51,15 @@ fn cat_is_the_exact_sum_whatever_ranks_and_scales() {
 }
 
 #[test]
+fn what_is_cut_without_a_rank_is_cut_to_the_largest_of_all_everywhere() {
+    let terms =
+        [term(json!({ "rank": 2 }), 0.7), term(json!({ "rank": 4, "rank_pattern": { "q": 1 } }), -0.4)];
+    let sum = combine(&terms, &options(Rule::Svd)).unwrap();
+    assert_eq!((&sum.config["r"], &sum.config["rank_pattern"]), (&json!(4), &json!({})));
+    assert!(sum.error.unwrap() > 0.0, "the values lose what v has beyond");
+}
+
+#[test]
 fn a_factor_s_weight_is_shared_and_its_sign_kept() {
     let one = [term(json!({ "rank": 2 }), -0.25)];
     for rule in [Rule::Linear, Rule::Cat, Rule::Svd] {

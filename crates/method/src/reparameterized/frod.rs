@@ -68,7 +68,7 @@ static INFO: Info = Info {
     class: "reparameterized",
     sites: "weight",
     paper: "AAAI 2026, doi 10.1609/aaai.v40i31.39813",
-    summary: "W′ = U·(S + Λ)·Vᵀ in a basis that all weights of a kind share, Λ and the sparse S trained",
+    summary: "W′ = U·(S + Λ)·Vᵀ in a basis that all weights of a kind share, Λ and the sparse S trained; files of `peft` are read, what began here has a type of its own",
     mergeable: true,
     identity_at_init: true,
     default_roles: Some(&[Role::Q, Role::V]),

@@ -50,7 +50,7 @@ static INFO: Info = Info {
     class: "reparameterized",
     sites: "weight",
     paper: "arXiv:2407.09946",
-    summary: "low-rank changes with factors shared by layers, the right ones mixed by a router",
+    summary: "low-rank changes with factors shared by layers, the right ones mixed by a router, whose mean in `peft` counts padding and here has none",
     mergeable: false,
     identity_at_init: true,
     default_roles: Some(&[Role::Q, Role::V]),
