@@ -329,6 +329,7 @@ fn config(
     let (targets, chosen) = chosen_by((method, targets), train_also, sites)?;
     let file_type = type_of_file(method.file_type(adapter), sites, &chosen);
     let mut map = peft::write_header(&file_type, base_model, task, train_also);
+    map.insert(peft::AUTO_MAPPING.into(), peft::auto_mapping(adapter, info));
     map.extend(method.config(&Described { info, sites, chosen: &chosen, adapter, prefix, base_model }));
     peft::agree_on_storage(&mut map, sites, &chosen);
     if let Some(targets) = targets {

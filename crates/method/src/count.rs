@@ -116,6 +116,7 @@ impl Entry {
         }
         let info = ModelInfo {
             architecture: String::new(),
+            class: None,
             task: Task::CausalLm,
             width: inn,
             layers,

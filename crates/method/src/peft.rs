@@ -16,7 +16,7 @@ use crate::{Chosen, Info, Loaded, Method, tied};
 const VERSION: &str = "0.21.2";
 
 /// The class of the base and where `peft` finds it, in files without a task.
-const AUTO_MAPPING: &str = "auto_mapping";
+pub(crate) const AUTO_MAPPING: &str = "auto_mapping";
 
 /// Types whose configuration in `peft` has no `exclude_modules`.
 const NO_EXCLUSION: &[&str] = &[
@@ -352,6 +352,17 @@ pub(crate) fn task_type<'a>(adapter: &'a Adapter, info: &ModelInfo) -> Option<&'
     }
 }
 
+/// What `peft` finds the base's class by where a file has no task: an adapter that began here says it, another keeps what it said.
+pub(crate) fn auto_mapping(adapter: &Adapter, info: &ModelInfo) -> Value {
+    match (adapter.task(), task_type(adapter, info), info.class) {
+        (TaskName::OfModel, None, Some(class)) => {
+            let library = format!("transformers.models.{0}.modeling_{0}", info.architecture);
+            json!({ "base_model_class": class, "parent_library": library })
+        }
+        _ => Value::Null,
+    }
+}
+
 /// Whether a key is given and says nothing here: it holds nothing, or what `peft` knows the base's class by.
 fn is_idle(key: &str, value: &Value) -> bool {
     match value {
@@ -423,6 +434,12 @@ mod tests {
             config
         };
         let one = [chosen("lora", json!({}))];
+        // What began here says it of itself.
+        let masked = ModelInfo { task: Task::MaskedLm, class: Some("ToyForMaskedLM"), ..info.clone() };
+        let a = attached(&one, &[]);
+        let config = save_adapter(&a.adapter, &one, &[], "b", &sites, &masked).unwrap().0;
+        let expected = json!({ "base_model_class": "ToyForMaskedLM", "parent_library": "transformers.models.toy.modeling_toy" });
+        assert_eq!((&config["auto_mapping"], &config["task_type"]), (&expected, &Value::Null));
         let several = [chosen("prompt", json!({})), chosen("lora", json!({}))];
         for methods in [&one[..], &several] {
             let a = attached(methods, &[]);

@@ -67,6 +67,7 @@ pub fn toy() -> (Arc<Sites>, ModelInfo) {
     Linear::declare(&mut s, ("head", "head"), Role::Head, None, Arc::new(weight), Some(sample(&[3], 91)));
     let info = ModelInfo {
         architecture: "toy".into(),
+        class: None,
         task: Task::CausalLm,
         width: 6,
         layers: 2,

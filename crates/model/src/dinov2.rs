@@ -123,7 +123,7 @@ fn build(
     let inn = 2 * s.width;
     let classifier = r.head("classifier", Role::Head, (head.labels, inn), true)?;
     let head_site = r.sites.add("head", Role::Head, None, Kind::Head { inn, out: head.labels });
-    let (info, sites) = (s.info(architecture.name, head, patches.tokens()), r.finish());
+    let (info, sites) = (s.info(architecture, head, patches.tokens()), r.finish());
     Ok(Arc::new(Dinov2 { info, sites, patches, layers, norm, classifier, head_site }))
 }
 

@@ -148,6 +148,7 @@ fn build(
     let head_site = r.sites.add("head", Role::Head, None, Kind::Head { inn: s.width, out: outputs });
     let info = ModelInfo {
         architecture: architecture.name.into(),
+        class: architecture.class_for(head.task, None),
         task: head.task,
         width: s.width,
         layers: s.layers,

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::config::Config;
 use crate::reader::Reader;
-use crate::{Head, Result};
+use crate::{Architecture, Head, Result};
 
 /// The sizes that the `config.json` of every image classifier has.
 pub(crate) struct Sizes {
@@ -69,10 +69,11 @@ impl Sizes {
     }
 
     /// What a classifier of these sizes tells of itself; `tokens` lie before the patches.
-    pub fn info(&self, architecture: &str, head: Head, tokens: usize) -> ModelInfo {
+    pub fn info(&self, architecture: &Architecture, head: Head, tokens: usize) -> ModelInfo {
         let (down, across) = self.grid();
         ModelInfo {
-            architecture: architecture.into(),
+            architecture: architecture.name.into(),
+            class: architecture.class_for(head.task, None),
             task: head.task,
             width: self.width,
             layers: self.layers,

@@ -90,7 +90,8 @@ fn build(
     let norm = r.norm("norm", None, s.width, s.eps, true)?;
     let classifier = r.head("classifier", Role::Head, (head.labels, s.width), true)?;
     let head_site = r.sites.add("head", Role::Head, None, Kind::Head { inn: s.width, out: head.labels });
-    let (info, sites) = (s.info(architecture.name, head, 0), r.finish());
+    // A class of plain PyTorch.
+    let (info, sites) = (ModelInfo { class: None, ..s.info(architecture, head, 0) }, r.finish());
     Ok(Arc::new(PostVit { info, sites, patches, layers, norm, classifier, head_site }))
 }
 

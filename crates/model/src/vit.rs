@@ -123,7 +123,7 @@ fn build(
     };
     let inn = if matches!(top, Top::Both { .. }) { 2 * s.width } else { s.width };
     let head_site = r.sites.add("head", Role::Head, None, Kind::Head { inn, out: head.labels });
-    let (info, sites) = (s.info(architecture.name, head, patches.tokens()), r.finish());
+    let (info, sites) = (s.info(architecture, head, patches.tokens()), r.finish());
     Ok(Arc::new(Vit { info, sites, patches, layers, norm, top, head_site }))
 }
 

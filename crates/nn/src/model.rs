@@ -55,6 +55,8 @@ impl Task {
 pub struct ModelInfo {
     /// `model_type` of `config.json`.
     pub architecture: String,
+    /// Name of the class of `transformers` that has this head; `None` where there is none.
+    pub class: Option<&'static str>,
     /// What the head computes.
     pub task: Task,
     /// Width of the stream.

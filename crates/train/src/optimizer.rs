@@ -180,6 +180,7 @@ mod tests {
         Linear::declare(&mut sites, ("q", "q"), Role::Q, Some(0), weight, None);
         let info = ModelInfo {
             architecture: "toy".into(),
+            class: None,
             task: Task::CausalLm,
             width: 4,
             layers: 1,
