@@ -226,8 +226,13 @@ impl Engine {
     /// The number of the task that `given` names, or is.
     ///
     /// # Errors
-    /// A name that the adapter does not know.
+    /// A name that the adapter does not know, an adapter that tells no tasks apart.
     pub fn task(&self, given: &str) -> Outcome<usize> {
+        if self.methods.iter().all(|(method, _)| method.tasks().is_none()) {
+            return Err(Failure::before_work(format!(
+                "--task {given}: the adapter has nothing of single tasks; leave it out"
+            )));
+        }
         match (given.parse(), self.tasks.is_empty()) {
             (Ok(number), _) => Ok(number),
             (Err(_), false) => task_number(&self.tasks, given).before_work(),

@@ -16,6 +16,8 @@ pub struct Layout {
     padded: Arc<[bool]>,
     positions: Arc<[i32]>,
     positions_tensor: Tensor,
+    /// Position that each sequence begins at: what stands before it moves it. Empty where all begin at 0.
+    begins: Arc<[i32]>,
     /// Length of the rows with their padding, where it is known.
     columns: Option<usize>,
     /// Task of each sequence; empty where none was named.
@@ -56,10 +58,26 @@ impl Layout {
             virtual_counts: virtual_counts.into(),
             positions: positions.into(),
             positions_tensor,
+            begins: Arc::default(),
             columns: None,
             tasks: Arc::default(),
             asked: Arc::default(),
         })
+    }
+
+    /// Says at which position each sequence begins: rows that are put before it later follow what moved it.
+    pub(crate) fn beginning_at(self, begins: Vec<i32>) -> Self {
+        Layout { begins: begins.into(), ..self }
+    }
+
+    /// The positions that sequences begin at; empty where all begin at 0.
+    pub(crate) fn all_begins(&self) -> Vec<i32> {
+        self.begins.to_vec()
+    }
+
+    /// The position that sequence `i` begins at.
+    pub(crate) fn begins(&self, i: usize) -> i32 {
+        self.begins.get(i).copied().unwrap_or(0)
     }
 
     /// Says how long the rows were before their padding was dropped: `dynamic` rotary scaling counts padding.
@@ -163,9 +181,10 @@ impl Layout {
         let padded = self.padded[which.clone()].to_vec();
         let tasks = self.tasks.get(which.clone()).unwrap_or_default().to_vec();
         let asked = self.asked.get(which.clone()).unwrap_or_default().to_vec();
+        let begins = self.begins.get(which.clone()).unwrap_or_default().to_vec();
         let virtual_counts = self.virtual_counts[which].to_vec();
         let cut = Self::with_virtual(&lengths, virtual_counts, self.positions[rows].to_vec())?.padded(padded);
-        Ok(Layout { tasks: tasks.into(), asked: asked.into(), ..cut })
+        Ok(Layout { tasks: tasks.into(), asked: asked.into(), begins: begins.into(), ..cut })
     }
 
     /// Rows of the sequences `which`.

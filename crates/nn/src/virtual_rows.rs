@@ -61,10 +61,11 @@ impl Pass {
         for (route, (count, rows)) in self.routes().iter().zip(before) {
             let inserted = if rows.is_some() { *count } else { 0 };
             let step = rows.as_ref().map_or(0, |rows| step(rows, *count));
-            for (i, s) in self.layout().sequences()[route.sequences.clone()].iter().enumerate() {
+            for (i, number) in route.sequences.clone().enumerate() {
+                let (s, begin) = (&self.layout().sequences()[number], self.layout().begins(number));
                 let first = at + i * step;
                 index.extend((first..first + inserted).map(|row| row as i64));
-                positions.extend(0..inserted as i32);
+                positions.extend(begin..begin + inserted as i32);
                 index.extend((total + s.start..total + s.end).map(|row| row as i64));
                 positions.extend(self.layout().positions()[s.clone()].iter().map(|p| p + *count as i32));
                 lengths.push(s.len() + inserted);
@@ -78,7 +79,8 @@ impl Pass {
         parts.push(h.clone());
         let index = Tensor::from_i64(index.clone(), [index.len()])?;
         let rows = cat(&parts.iter().collect::<Vec<_>>(), 0)?.gather(&index)?;
-        Ok((rows, self.laid_out(Layout::with_virtual(&lengths, virtual_counts, positions)?)))
+        let layout = Layout::with_virtual(&lengths, virtual_counts, positions)?;
+        Ok((rows, self.laid_out(layout.beginning_at(self.layout().all_begins()))))
     }
 
     /// The pass with one row of padding before each sequence that `which` names: the row sees the sequence, which does not
@@ -98,6 +100,7 @@ impl Pass {
             counts.push(if padded { 1 } else { count });
         }
         let layout = Layout::with_virtual(&lengths, counts, positions)?.padded(which.to_vec());
+        let layout = layout.beginning_at(self.layout().all_begins());
         Ok((rows, self.laid_out(layout)))
     }
 
@@ -112,12 +115,13 @@ impl Pass {
             .layout()
             .sequences()
             .iter()
-            .zip(counts)
-            .flat_map(|(s, n)| self.layout().positions()[s.clone()].iter().map(move |p| p + n as i32));
+            .zip(&counts)
+            .flat_map(|(s, n)| self.layout().positions()[s.clone()].iter().map(|p| p + *n as i32));
         let lengths: Vec<usize> = self.layout().sequences().iter().map(Range::len).collect();
         let layout =
             Layout::with_virtual(&lengths, self.layout().virtual_counts().to_vec(), moved.collect())?;
-        Ok(self.laid_out(layout))
+        let begins = counts.iter().enumerate().map(|(i, n)| self.layout().begins(i) + *n as i32);
+        Ok(self.laid_out(layout.beginning_at(begins.collect())))
     }
 }
 

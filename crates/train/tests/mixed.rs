@@ -5,7 +5,7 @@ mod fixtures;
 
 use std::sync::{Arc, Mutex};
 
-use engraft_method::{Chosen, METHODS, attach, look_first};
+use engraft_method::{Chosen, METHODS, attach, find, look_first};
 use engraft_model::Loaded;
 use engraft_nn::weight::Storage;
 use engraft_nn::{Adapter, Inputs, KvCache, Layout, Pass, Route, Task};
@@ -22,6 +22,15 @@ const STEPS: usize = 3;
 /// What rounding makes of gradients that are zero, or sums that cancel.
 const SMALLEST: f32 = 2e-5;
 
+/// Unions of rows before the tokens: each of the second kind stands behind those of the first.
+const UNIONS: [(&str, [&str; 2]); 5] = [
+    ("prompt and prefix", ["prompt", "prefix"]),
+    ("prefix and prompt", ["prefix", "prompt"]),
+    ("prompt and cartridge", ["prompt", "cartridge"]),
+    ("late prompt and prefix", ["lpt", "prefix"]),
+    ("late prompt and gated prefix", ["lpt", "apt"]),
+];
+
 /// An adapter of a method, moved off its start.
 struct One {
     title: &'static str,
@@ -31,7 +40,6 @@ struct One {
 
 /// Those that live on activations and can be had on this model, and two on weights.
 fn adapters(loaded: &Loaded) -> Vec<One> {
-    let (sites, info) = (loaded.model.sites(), loaded.model.info());
     let lives = |class: &str, name: &str| {
         ["additive", "prompt", "hybrid"].contains(&class) || name == "lora" || name == "ia3"
     };
@@ -45,16 +53,24 @@ fn adapters(loaded: &Loaded) -> Vec<One> {
             }
             _ => (entry.example)(),
         };
-        let methods = vec![(method, None)];
-        let Ok(attached) = attach(&methods, &[], sites, info, seed as u64) else { continue };
-        for (number, p) in attached.adapter.trainable().enumerate() {
-            let value = p.param.value();
-            let moved = sample(value.shape(), (seed * 1000 + number) as u64).scale(0.3).unwrap();
-            p.param.set(value.add(&moved).unwrap()).unwrap();
-        }
-        found.push(One { title: entry.info.title, methods, adapter: Arc::new(attached.adapter) });
+        found.extend(moved(loaded, entry.info.title, vec![(method, None)], seed));
+    }
+    for (seed, (title, names)) in UNIONS.iter().enumerate() {
+        let methods = names.iter().map(|name| ((find(name).unwrap().example)(), None)).collect();
+        found.extend(moved(loaded, title, methods, 1000 + seed));
     }
     found
+}
+
+/// The adapter of these methods moved off its start, if the model can have it.
+fn moved(loaded: &Loaded, title: &'static str, methods: Vec<Chosen>, seed: usize) -> Option<One> {
+    let adapter = attach(&methods, &[], loaded.model.sites(), loaded.model.info(), seed as u64).ok()?.adapter;
+    for (number, p) in adapter.trainable().enumerate() {
+        let value = p.param.value();
+        let moved = sample(value.shape(), (seed * 1000 + number) as u64).scale(0.3).unwrap();
+        p.param.set(value.add(&moved).unwrap()).unwrap();
+    }
+    Some(One { title, methods, adapter: Arc::new(adapter) })
 }
 
 /// The rows `which` from token `from` to `to` of each; an encoder reads a row's tokens, and its decoder others.
