@@ -194,6 +194,24 @@ fn a_merged_model_is_not_scored_on_classes_that_it_does_not_know() {
 }
 
 #[test]
+fn a_rate_of_the_head_wants_a_head_that_is_trained() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden = root().join("tests/golden");
+    let (model, data) =
+        (golden.join("models/llama"), golden.join("trajectories/llama__lora_plus_dora/batches.safetensors"));
+    let text = format!(
+        "model = {model:?}\n[method]\nname = \"lora\"\n[data]\nformat = \"tensors\"\npath = {data:?}\n[train]\nsteps = 1\nhead_learning_rate = 1e-2\n",
+    );
+    fs::write(dir.path().join("r.toml"), &text).unwrap();
+    let said = refused(dir.path(), &["train", "r.toml"]);
+    assert!(said.contains("r.toml:9:") && said.contains("none is"), "{said}");
+    assert!(said.contains("add `train_also = [\"lm_head\"]`"), "{said}");
+    let text = text.replace("\"lora\"", "\"lora\"\ntrain_also = [\"lm_head\"]");
+    fs::write(dir.path().join("r.toml"), &text).unwrap();
+    assert!(engraft(dir.path(), &["plan", "r.toml", "--no-trial"]).status.success());
+}
+
+#[test]
 fn regression_is_said_not_to_be_there() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("scores.csv"), "text,label\ngood,4.5\nbad,1\n").unwrap();

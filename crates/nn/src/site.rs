@@ -407,6 +407,14 @@ impl Sites {
         self.iter().filter(vector).find(|s| s.path.strip_suffix(".bias") == Some(path))
     }
 
+    /// The sites of the task's head, biases with them.
+    pub fn head(&self) -> impl Iterator<Item = &Site> {
+        let weights: Vec<&str> = self.iter().filter(|s| s.role == Role::Head).map(|s| &*s.path).collect();
+        self.iter().filter(move |s| {
+            s.role == Role::Head || s.path.strip_suffix(".bias").is_some_and(|path| weights.contains(&path))
+        })
+    }
+
     /// The number of a site's block through the whole model: a decoder's go on from the encoder's.
     pub fn number(&self, site: &Site) -> Option<usize> {
         let before = match site.stack {

@@ -236,6 +236,11 @@ fn train_length() -> Vec<FieldSpec> {
         .or(1),
         key("learning_rate", FieldKind::Float { min: ABOVE_ZERO, max: 10.0 }, "Highest learning rate.")
             .or(2e-4),
+        key(
+            "head_learning_rate",
+            FieldKind::Float { min: ABOVE_ZERO, max: 10.0 },
+            "Highest learning rate of the task's head where it is trained whole; left out: `learning_rate`.",
+        ),
         key("weight_decay", NOT_NEGATIVE, "Decoupled decay of the trained weights.").or(0.0),
         key("schedule", FieldKind::OneOf(&["constant", "linear", "cosine"]), "The rate after the warm-up.")
             .or("linear"),

@@ -26,6 +26,7 @@ use crate::session::{Session, feed_options};
 use crate::sizes;
 use crate::target::Shift;
 use crate::task_names::TaskNames;
+use crate::wanted::rate_without_head;
 
 /// What a session needs of its surroundings.
 pub struct SessionOptions<'a> {
@@ -132,6 +133,10 @@ fn attached(
     (choices, guessed): (&Settings, bool),
 ) -> std::result::Result<AttachedAdapter, Vec<Problem>> {
     let made = from_recipe(recipe, methods, loaded.model.as_ref(), tokenizer, &loaded.new_tensors, choices);
+    let made = made.and_then(|made| match rate_without_head(recipe, &made.adapter, loaded.model.sites()) {
+        Some(problem) => Err(vec![problem]),
+        None => Ok(made),
+    });
     let saved = recipe.methods.iter().any(|method| method.from.is_some());
     if guessed && saved { made.map_err(|_| vec![]) } else { made }
 }

@@ -4,7 +4,7 @@
 //! tensor without a gradient in a step stays as it is.
 
 use engraft_method::{Forget, Method, Update};
-use engraft_nn::Adapter;
+use engraft_nn::{Adapter, NamedParam, Sites};
 use engraft_recipe::Train;
 use engraft_tensor::optim::{AdamW, Moments, clip};
 use engraft_tensor::{Gradients, Param, Tensor};
@@ -38,8 +38,8 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// Fresh moments for every trained parameter of `adapter`.
-    pub fn new(adapter: &Adapter, methods: &[&dyn Method], train: &Train) -> Self {
+    /// Fresh moments for every trained parameter of `adapter`, made for a model of `sites`.
+    pub fn new(adapter: &Adapter, methods: &[&dyn Method], sites: &Sites, train: &Train) -> Self {
         let rule = AdamW {
             learning_rate: train.learning_rate,
             beta1: train.adam_beta1,
@@ -52,10 +52,16 @@ impl Optimizer {
             [only] => Some(*only),
             several => name.split_once('.').and_then(|(n, _)| several.get(n.parse::<usize>().ok()?).copied()),
         };
-        let slot = |p: &engraft_nn::NamedParam| Slot {
+        let head = head(adapter, sites);
+        let of_head = train.head_learning_rate.map_or(1.0, |rate| rate / train.learning_rate);
+        let factor = |p: &NamedParam| match of(&p.name) {
+            _ if head.contains(&p.name.as_str()) => of_head,
+            method => method.map_or(1.0, |m| f64::from(m.learning_rate_factor(p.group))),
+        };
+        let slot = |p: &NamedParam| Slot {
             name: p.name.clone(),
             param: p.param.clone(),
-            factor: of(&p.name).map_or(1.0, |m| f64::from(m.learning_rate_factor(p.group))),
+            factor: factor(p),
             decays: of(&p.name).is_none_or(|m| m.decays(p.group)),
             rests: of(&p.name).is_some_and(|m| m.rests()),
             moments: Moments::zeros(&p.param),
@@ -86,6 +92,22 @@ impl Optimizer {
         }
         Ok(())
     }
+}
+
+/// The names of the trained parameters of `adapter` that are a head's own tensors.
+pub(crate) fn head<'a>(adapter: &'a Adapter, sites: &Sites) -> Vec<&'a str> {
+    let sites = sites.named(adapter.names());
+    let own: Vec<String> = sites
+        .head()
+        .map(|site| if site.is_weight() { format!("{}.weight", site.path) } else { site.path.clone() })
+        .collect();
+    let names = adapter.trainable().map(|p| p.name.as_str());
+    // Where there are several methods, a number may come first.
+    let bare = |name: &'a str| match name.split_once('.') {
+        Some((number, rest)) if number.parse::<usize>().is_ok() => rest,
+        _ => name,
+    };
+    names.filter(|name| own.iter().any(|own| own == bare(name))).collect()
 }
 
 impl Forget for Optimizer {
@@ -126,7 +148,7 @@ mod tests {
 
     use engraft_method::{Chosen, attach, find};
     use engraft_nn::weight::Storage;
-    use engraft_nn::{Linear, ModelInfo, Role, Sites, Targets, Task, Weight};
+    use engraft_nn::{Linear, ModelInfo, Role, Targets, Task, Weight};
     use engraft_tensor::frozen::{Precision, RowSource};
     use serde_json::json;
 
@@ -178,6 +200,9 @@ mod tests {
         let mut sites = Sites::default();
         let weight = Arc::new(Weight::matrix(&Ones, Storage::Dense, Precision::F32).unwrap());
         Linear::declare(&mut sites, ("q", "q"), Role::Q, Some(0), weight, None);
+        let bias = Some(Tensor::zeros([4]));
+        let weight = Arc::new(Weight::matrix(&Ones, Storage::Dense, Precision::F32).unwrap());
+        Linear::declare(&mut sites, ("classifier", "classifier"), Role::Head, None, weight, bias);
         let info = ModelInfo {
             architecture: "toy".into(),
             class: None,
@@ -198,16 +223,25 @@ mod tests {
             (method, Some(Targets::names(["q"])))
         };
         let text = "model = \"m\"\n[method]\nfrom = \"a\"\n[data]\nformat = \"jsonl\"\npath = \"d.jsonl\"\n[train]\nsteps = 1\n";
-        let train = engraft_recipe::Recipe::parse(text, "recipe.toml", &[], &[]).unwrap().train;
-        let rates = |methods: &[Chosen]| -> Vec<(f64, bool)> {
-            let adapter = attach(methods, &[], &Arc::new(sites.clone()), &info, 0).unwrap().adapter;
+        let mut train = engraft_recipe::Recipe::parse(text, "recipe.toml", &[], &[]).unwrap().train;
+        let rates = |methods: &[Chosen], train_also: &[String], train: &Train| -> Vec<(f64, bool)> {
+            let adapter = attach(methods, train_also, &Arc::new(sites.clone()), &info, 0).unwrap().adapter;
             let all: Vec<&dyn Method> = methods.iter().map(|(m, _)| m.as_ref()).collect();
-            let optimizer = Optimizer::new(&adapter, &all, &train);
+            let optimizer = Optimizer::new(&adapter, &all, &sites, train);
             optimizer.slots.iter().map(|slot| (slot.factor, slot.decays)).collect()
         };
         let (fast, faster) = (json!({ "lr_ratio": 4, "lora_bias": true }), json!({ "lr_ratio": 16 }));
         let alone = [(1.0, true), (4.0, true), (4.0, false)];
-        assert_eq!(rates(&[lora(fast.clone())]), alone);
-        assert_eq!(rates(&[lora(fast), lora(faster)]), [&alone[..], &[(1.0, true), (16.0, true)]].concat());
+        let both = [lora(fast.clone()), lora(faster)];
+        let of_both = [&alone[..], &[(1.0, true), (16.0, true)]].concat();
+        assert_eq!(rates(&[lora(fast)], &[], &train), alone);
+        assert_eq!(rates(&both, &[], &train), of_both);
+        // A head that is trained whole has its own, matrix and bias, be it a method's or beside the methods.
+        train.head_learning_rate = Some(5.0 * train.learning_rate);
+        let with_head = [&[(5.0, true), (5.0, true)], &of_both[..]].concat();
+        assert_eq!(rates(&both, &["classifier".into()], &train), with_head);
+        let full = || (find("full").unwrap().from_settings)(json!({}).as_object().unwrap()).unwrap();
+        let both = [(full(), Some(Targets::names(["q"]))), (full(), Some(Targets::names(["classifier"])))];
+        assert_eq!(rates(&both, &[], &train), [(1.0, true), (5.0, true), (5.0, true)]);
     }
 }

@@ -55,7 +55,7 @@ impl<'s> Trainer<'s> {
             session,
             feed: session.feed()?,
             parts: session.levels()?,
-            optimizer: Optimizer::new(&session.adapter, &methods, &plan.train),
+            optimizer: Optimizer::new(&session.adapter, &methods, session.model.sites(), &plan.train),
             rate: LearningRate {
                 peak: plan.train.learning_rate,
                 schedule: plan.train.schedule,

@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 
 use engraft_method::Method;
-use engraft_nn::{LayerChoice, Matcher, Role, Site, Sites, TargetError, Targets};
+use engraft_nn::{Adapter, LayerChoice, Matcher, Role, Site, Sites, TargetError, Targets};
 use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
+
+use crate::optimizer::head;
 
 /// The recipe's words as targets; `None` where it says nothing.
 pub(crate) fn targets(
@@ -113,6 +115,21 @@ pub(crate) fn dead_module(recipe: &Recipe, methods: &[MethodTable], dead: &str, 
         Some(near) => problem.saying(format!("did you mean `{near}`?")),
         None => problem.help(format!("`engraft inspect {}` lists its tensors", recipe.model.value)),
     }
+}
+
+/// A learning rate of the head where no head is trained whole.
+pub(crate) fn rate_without_head(recipe: &Recipe, adapter: &Adapter, sites: &Sites) -> Option<Problem> {
+    if recipe.train.head_learning_rate.is_none() || !head(adapter, sites).is_empty() {
+        return None;
+    }
+    let title = "`head_learning_rate` is for a head that is trained whole, and none is";
+    let problem = recipe.problem_at("train.head_learning_rate", title);
+    Some(match sites.head().find(|site| site.is_weight()) {
+        Some(site) => {
+            problem.help(format!("add `train_also = [\"{}\"]` to `[method]`, or delete it", site.path))
+        }
+        None => problem.help("delete it: this model has no head"),
+    })
 }
 
 /// What narrows the targets and means nothing here: layers without a target, names of lists of layers, exclusions.

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 
-use engraft_nn::{Builder, Error, Patch, Replacement, Result, Role, Site, Value as Frozen};
+use engraft_nn::{Builder, Error, Patch, Replacement, Result, Site, Value as Frozen};
 use engraft_tensor::Param;
 use serde_json::{Map, Value};
 
@@ -84,11 +84,7 @@ impl Whole {
     fn own_sites<'a>(self, b: &Builder<'a>) -> Result<Vec<&'a Site>> {
         let holds = |s: &&Site| !matches!(s.value, Frozen::None);
         let Whole::Head = self else { return Ok(b.sites().iter().filter(holds).collect()) };
-        let in_head = |s: &&Site| {
-            let module = s.path.trim_end_matches(".bias");
-            s.role == Role::Head || b.sites().iter().any(|w| w.role == Role::Head && w.path == module)
-        };
-        let head: Vec<&Site> = b.sites().iter().filter(holds).filter(in_head).collect();
+        let head: Vec<&Site> = b.sites().head().filter(holds).collect();
         if head.is_empty() {
             let message = "the head alone is to be trained, and this model has none; choose another method";
             return Err(Error::Unsupported(message.into()));
