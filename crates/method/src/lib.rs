@@ -69,7 +69,6 @@ pub use entry::{Entry, Field, FieldKind, Info, Loaded, Settings, find, from_file
 pub use names::{prefix, stored_as};
 pub use neurons::{active_neurons, overlap};
 pub use prompts::transfer::prompt_similarity;
-pub use read::pattern;
 pub use reparameterized::dylora::sliced_dylora;
 pub use shared::branches::{Branch, Branches, Form, Reads};
 pub use transposed::not_in_peft;
@@ -225,6 +224,14 @@ pub trait Method: Send + Sync {
     /// given every site.
     fn doubts(&self, _targets: &[&Site]) -> Vec<String> {
         Vec::new()
+    }
+
+    /// What a key of one of its maps of patterns (`rank_pattern`) stands for.
+    ///
+    /// # Errors
+    /// A text that is no regular expression.
+    fn pattern(&self, text: &str) -> std::result::Result<engraft_nn::Pattern, String> {
+        read::pattern(text)
     }
 
     /// Settings that may be chosen anew wherever a saved adapter is used, each with its key in the configuration.

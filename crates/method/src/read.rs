@@ -254,7 +254,7 @@ pub(crate) fn as_written(v: f32) -> f64 {
 ///
 /// # Errors
 /// A text that is no regular expression.
-pub fn pattern(text: &str) -> std::result::Result<Expression, String> {
+pub(crate) fn pattern(text: &str) -> std::result::Result<Expression, String> {
     Expression::ending(text)
 }
 

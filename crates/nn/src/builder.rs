@@ -187,6 +187,11 @@ impl<'a> Builder<'a> {
         named.map(|p| p.param.clone())
     }
 
+    /// The patches that are at `site` so far, of earlier methods too.
+    pub fn patches(&self, site: SiteId) -> &[Patch] {
+        self.adapter.at(site)
+    }
+
     /// Whether the value at `site` is already trained as a whole.
     pub fn replaced(&self, site: SiteId) -> bool {
         self.replaced.contains(&site)

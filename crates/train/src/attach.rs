@@ -5,7 +5,7 @@ use std::path::Path;
 use engraft_data::Tokenizer;
 use engraft_method::{
     Ahead, Chosen, Field, FieldKind, Method, Named, SavedAdapter, Settings, attach, choose, find,
-    load_adapter, not_in_peft, pattern,
+    load_adapter, not_in_peft,
 };
 use engraft_nn::{Adapter, Model, Sites, TargetError, Targets};
 use engraft_recipe::{MethodTable, Problem, Recipe};
@@ -13,7 +13,9 @@ use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
 use serde_json::{Value, json};
 
 use crate::task_names::numbered;
-use crate::wanted::{dead_module, dead_targets, idle, partly_dead, targets, unheeded};
+use crate::wanted::{
+    dead_module, dead_patterns, dead_targets, idle, idle_in_file, partly_dead, targets, unheeded,
+};
 use crate::{Error, Result};
 
 /// An adapter with what made it.
@@ -58,13 +60,15 @@ pub fn open_adapter_choosing(
     let made = numbered(choices, dir).and_then(|choices| Ok(choose(&files.config, &choices)?));
     let config = made.map_err(|error| Error::Choice(error.to_string()))?;
     let loaded = load_adapter(&config, adapter_tensors(&files)?, model.sites(), model.info())?;
-    let note =
-        |name: &String| format!("{}: `{name}` is named and matches nothing in this model", dir.display());
+    let sites = model.sites().named(loaded.adapter.names());
+    let dead = loaded.dead.iter().map(|name| format!("`{name}` is named and matches nothing in this model"));
+    let idle = loaded.methods.iter().flat_map(|one| idle_in_file(&config, one, sites));
+    let notes = dead.chain(idle).map(|note| format!("{}: {note}", dir.display())).collect();
     Ok(AttachedAdapter {
         adapter: loaded.adapter,
         methods: loaded.methods,
         train_also: loaded.train_also,
-        notes: loaded.dead.iter().map(note).collect(),
+        notes,
         saved: true,
     })
 }
@@ -227,12 +231,7 @@ fn method(
         if let Some(e) = dead {
             return Err(vec![dead_targets(recipe, table, e)]);
         }
-        let views = std::iter::once(sites.as_ref()).chain(sites.older().map(AsRef::as_ref));
-        let paths = views.flat_map(|sites| {
-            let ids = method.resolve(&effective, sites).map_or(vec![], |found| found.sites);
-            ids.into_iter().map(|id| sites.get(id).path.as_str())
-        });
-        let dead = dead_patterns(recipe, table, entry.info.fields, &paths.collect::<Vec<_>>());
+        let dead = dead_patterns(recipe, table, method.as_ref(), &effective, sites);
         if !dead.is_empty() {
             return Err(dead);
         }
@@ -345,25 +344,4 @@ pub(crate) fn unsuited(
         Some(wrong_settings(recipe, table, engraft_nn::Error::Mismatch(lines)))
     });
     said.flatten().collect()
-}
-
-/// Patterns of ranks and alphas that match none of the adapted modules `paths`, each at its key.
-fn dead_patterns(recipe: &Recipe, table: &MethodTable, fields: &[Field], paths: &[&str]) -> Vec<Problem> {
-    let maps = fields.iter().filter(|field| matches!(field.kind, FieldKind::IntMap | FieldKind::FloatMap));
-    let written = maps.filter_map(|field| Some((field.name, table.settings.get(field.name)?.as_object()?)));
-    let mut problems = Vec::new();
-    for (key, text) in written.flat_map(|(key, map)| map.keys().map(move |text| (key, text))) {
-        if pattern(text).is_ok_and(|regex| paths.iter().any(|path| regex.is_match(path))) {
-            continue;
-        }
-        let title = format!("`{}.{key}` names `{text}`, which is no adapted module", table.at);
-        let problem = recipe.problem_at(&format!("{}.{key}.\"{text}\"", table.at), title);
-        let example = paths.first().map_or(String::new(), |path| format!(", such as `{path}`"));
-        problems.push(
-            problem.saying("matches nothing").note(format!(
-                "a pattern matches the whole path of a module, or its end after a dot{example}"
-            )),
-        );
-    }
-    problems
 }

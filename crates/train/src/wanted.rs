@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use engraft_method::Method;
+use engraft_method::{Chosen, FieldKind, Method, Settings};
 use engraft_nn::{Adapter, LayerChoice, Matcher, Role, Site, Sites, TargetError, Targets};
 use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
+use serde_json::Value;
 
 use crate::optimizer::head;
 
@@ -202,34 +203,105 @@ fn problem_in(recipe: &Recipe, key: &str, index: usize, title: String) -> Proble
     recipe.problem_at(at, title)
 }
 
-fn dead_exclusions(recipe: &Recipe, table: &MethodTable, targets: &Targets, sites: &Sites) -> Vec<Problem> {
-    let single = match &targets.exclude {
-        Some(Matcher::Names(names)) => names.iter().map(|name| Matcher::Names(vec![name.clone()])).collect(),
-        Some(pattern @ Matcher::Regex(_)) => vec![pattern.clone()],
+/// The paths of all sites, and of the modules that they lie in.
+fn paths(sites: &Sites) -> impl Iterator<Item = &str> {
+    both(sites).flat_map(|s| [s.path.as_str(), s.path.rsplit_once('.').map_or("", |p| p.0)])
+}
+
+/// The names or patterns of `exclude` that mean no site, with their indices.
+fn means_nothing(exclude: &Matcher, sites: &Sites) -> Vec<(usize, String)> {
+    let single: Vec<(Matcher, &String)> = match exclude {
+        Matcher::Names(names) => {
+            names.iter().map(|name| (Matcher::Names(vec![name.clone()]), name)).collect()
+        }
+        Matcher::Regex(pattern) => vec![(exclude.clone(), pattern)],
         _ => vec![],
     };
+    // What is no pattern is told when it is used.
+    let dead = |matcher: &Matcher| !paths(sites).any(|path| matcher.means(path).unwrap_or(true));
+    let all = single.into_iter().enumerate().filter(|(_, (matcher, _))| dead(matcher));
+    all.map(|(index, (_, name))| (index, name.clone())).collect()
+}
+
+fn dead_exclusions(recipe: &Recipe, table: &MethodTable, targets: &Targets, sites: &Sites) -> Vec<Problem> {
     let key = format!("{}.exclude", table.at);
-    let mut problems = Vec::new();
-    for (index, matcher) in single.iter().enumerate() {
-        let paths =
-            || both(sites).flat_map(|s| [s.path.as_str(), s.path.rsplit_once('.').map_or("", |p| p.0)]);
-        // What is no pattern is told when it is used.
-        if paths().any(|path| matcher.means(path).unwrap_or(true)) {
-            continue;
-        }
-        let name = match matcher {
-            Matcher::Names(names) => names.concat(),
-            Matcher::Regex(pattern) => pattern.clone(),
-            _ => continue,
-        };
+    let dead = targets.exclude.as_ref().map_or(vec![], |exclude| means_nothing(exclude, sites));
+    let problem = |(index, name): (usize, String)| {
         let title = format!("`{key}` names `{name}`, which {} does not have", recipe.model.value);
         let problem = problem_in(recipe, &key, index, title);
-        problems.push(match near(&name, paths()) {
+        match near(&name, paths(sites)) {
             Some(near) => problem.saying(format!("did you mean `{near}`?")),
             None => problem.saying("leaves nothing out"),
-        });
+        }
+    };
+    dead.into_iter().map(problem).collect()
+}
+
+/// What narrows the targets in the file of a loaded adapter and means nothing in this model: names left out, layers, patterns of
+/// ranks and alphas.
+pub(crate) fn idle_in_file(config: &Value, (method, targets): &Chosen, sites: &Sites) -> Vec<String> {
+    let Some(targets) = targets.clone().or_else(|| method.default_targets(sites)) else { return vec![] };
+    let mut notes = Vec::new();
+    let dead = targets.exclude.as_ref().map_or(vec![], |exclude| means_nothing(exclude, sites));
+    for (_, name) in dead {
+        notes.push(format!("`exclude_modules` names `{name}`, which matches nothing in this model"));
     }
-    problems
+    let blocks = sites.iter().filter_map(|s| s.layer).max().map_or(0, |last| last + 1);
+    for layer in targets.layers.iter().flat_map(|choice| &choice.layers).filter(|layer| **layer >= blocks) {
+        let last = blocks.saturating_sub(1);
+        notes.push(format!("`layers_to_transform` names {layer}, and the model's blocks are 0 to {last}"));
+    }
+    let ids = method.resolve(&targets, sites).map_or(vec![], |found| found.sites);
+    // A module may be named by its parameter.
+    let of = |id| [sites.get(id).path.clone(), format!("{}.weight", sites.get(id).path)];
+    let adapted: Vec<String> = ids.into_iter().flat_map(of).collect();
+    let adapted: Vec<&str> = adapted.iter().map(String::as_str).collect();
+    for (key, text) in idle_patterns(method.as_ref(), config.as_object(), &adapted) {
+        notes.push(format!("`{key}` names `{text}`, which is no adapted module of this model"));
+    }
+    notes
+}
+
+/// Patterns of ranks and alphas that match none of the adapted modules, each at its key.
+pub(crate) fn dead_patterns(
+    recipe: &Recipe,
+    table: &MethodTable,
+    method: &dyn Method,
+    targets: &Targets,
+    sites: &Sites,
+) -> Vec<Problem> {
+    let views = std::iter::once(sites).chain(sites.older().map(AsRef::as_ref));
+    let adapted: Vec<&str> = views
+        .flat_map(|sites| {
+            let ids = method.resolve(targets, sites).map_or(vec![], |found| found.sites);
+            ids.into_iter().map(|id| sites.get(id).path.as_str())
+        })
+        .collect();
+    let example = adapted.first().map_or(String::new(), |path| format!(", such as `{path}`"));
+    let problem = |(key, text): (&str, &str)| {
+        let title = format!("`{}.{key}` names `{text}`, which is no adapted module", table.at);
+        let problem = recipe.problem_at(&format!("{}.{key}.\"{text}\"", table.at), title);
+        problem
+            .saying("matches nothing")
+            .note(format!("a pattern is of the whole path of a module, or its end after a dot{example}"))
+    };
+    idle_patterns(method, Some(&table.settings), &adapted).into_iter().map(problem).collect()
+}
+
+/// The keys of a method's maps of patterns, each after its map's, that match none of `paths`.
+fn idle_patterns<'s>(
+    method: &dyn Method,
+    settings: Option<&'s Settings>,
+    paths: &[&str],
+) -> Vec<(&'static str, &'s str)> {
+    let fields = method.info().fields.iter();
+    let maps = fields.filter(|field| matches!(field.kind, FieldKind::IntMap | FieldKind::FloatMap));
+    let written = maps.filter_map(|field| Some((field.name, settings?.get(field.name)?.as_object()?)));
+    let keys = written.flat_map(|(key, map)| map.keys().map(move |text| (key, text.as_str())));
+    keys.filter(|(_, text)| {
+        method.pattern(text).is_ok_and(|regex| !paths.iter().any(|path| regex.is_match(path)))
+    })
+    .collect()
 }
 
 fn dead_layers(

@@ -1,10 +1,13 @@
-//! Methods that build on saved adapters, named in a recipe.
+//! Saved adapters: methods that build on them, and what is said of one that names what its model does not have.
 
 mod common;
+
+use std::fs;
 
 use common::{Log, golden, recipe_of, session};
 use engraft_store::{Limits, read_adapter};
 use engraft_train::{RunOptions, open_adapter, train};
+use serde_json::{Value, json};
 
 fn recipe(cases: &[&str]) -> String {
     let path =
@@ -95,4 +98,37 @@ fn saved_loras_are_scaled_by_a_router_and_rest() {
     let refused = common::session(&recipe(&method.replace("llama__lora_rslora_patterns", "llama__ia3")));
     let error = refused.map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("is no LoRA (its peft_type is IA3)"), "{error}");
+}
+
+#[test]
+fn what_a_file_leaves_out_or_sizes_that_is_not_there_is_noted() {
+    let case = golden().join("cases/llama__lora/adapter");
+    let dir = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(&case).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    let path = dir.path().join("adapter_config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["exclude_modules"] = json!(["o_proj", "nowhere"]);
+    config["layers_to_transform"] = json!([0, 1, 2, 7]);
+    config["rank_pattern"] = json!({ "layers.0.self_attn.q_proj": 4, "layers.9.self_attn.q_proj": 2 });
+    config["alpha_pattern"] = json!({ "o_proj": 2 });
+    fs::write(&path, config.to_string()).unwrap();
+    let session = session(&recipe_of(
+        &format!("from = {:?}", dir.path().to_string_lossy()),
+        &golden().join("trajectories/llama__lora_plus_dora"),
+        &golden().join("models/llama"),
+        "steps = 1\nbatch_size = 2",
+        "",
+    ))
+    .unwrap();
+    let expected = [
+        "`exclude_modules` names `nowhere`, which matches nothing in this model",
+        "`layers_to_transform` names 7, and the model's blocks are 0 to 2",
+        "`rank_pattern` names `layers.9.self_attn.q_proj`, which is no adapted module of this model",
+        "`alpha_pattern` names `o_proj`, which is no adapted module of this model",
+    ];
+    let notes: Vec<&str> =
+        session.notes.iter().filter_map(|note| note.split_once(": ")).map(|n| n.1).collect();
+    assert_eq!(notes, expected);
 }

@@ -23,7 +23,7 @@ use super::prompt::{
 use crate::read::Reader;
 use crate::shared::fields::{float, int};
 use crate::shared::network::named;
-use crate::{Described, Entry, Forget, Info, Loaded, Method, Named, Step, peft};
+use crate::{Ahead, Described, Entry, Forget, Info, Loaded, Method, Named, Step, peft};
 
 const PIECES_MAX: usize = 1 << 12;
 const STEPS_MAX: usize = 1 << 20;
@@ -177,6 +177,20 @@ impl Method for XPrompt {
         Ok(())
     }
 
+    fn suits(&self, run: &Ahead) -> Result<()> {
+        let [_, _, last] = self.stages(run.steps);
+        if last >= run.steps && self.prune_tokens + self.prune_pieces > 0.0 {
+            let message = format!(
+                "`prompt_share`, `score_steps`: what is left after pruning would be trained from step {} on, and the run has {}; choose \
+                 fewer `score_steps` or a smaller `prompt_share`",
+                last + 1,
+                run.steps
+            );
+            return Err(Error::Mismatch(vec![message]));
+        }
+        Ok(())
+    }
+
     fn after_step(&self, adapter: &Adapter, moments: &mut dyn Forget, step: Step) -> Result<()> {
         let phase = self.phase(step);
         if !matches!(phase, Phase::Rows(true) | Phase::Pieces(true)) {
@@ -242,9 +256,14 @@ impl Method for XPrompt {
 }
 
 impl XPrompt {
+    /// The last steps before anything is scored, of scoring rows, and of scoring their parts.
+    fn stages(&self, total: u64) -> [u64; 3] {
+        let before = ((self.prompt_share * total as f64).floor() as u64).max(1);
+        [before, before + self.score_steps, before + 2 * self.score_steps]
+    }
+
     fn phase(&self, step: Step) -> Phase {
-        let before = ((self.prompt_share * step.total as f64).floor() as u64).max(1);
-        let (rows, pieces) = (before + self.score_steps, before + 2 * self.score_steps);
+        let [before, rows, pieces] = self.stages(step.total);
         match step.number {
             n if n <= before || n > pieces => Phase::Train,
             n if n <= rows => Phase::Rows(n == rows),
@@ -343,6 +362,19 @@ mod tests {
         let cx = Pass::new(engraft_nn::Layout::counted(&[1]).unwrap(), None);
         let rows = p.rows(&Tensor::zeros([1, 6]), &cx).unwrap();
         rows.mul(&sample(rows.shape(), seed)).unwrap().sum().unwrap().backward().unwrap()
+    }
+
+    #[test]
+    fn a_run_that_ends_before_what_is_left_is_trained_is_refused() {
+        let run = |settings: Value, steps| {
+            let method = from_settings(settings.as_object().unwrap()).unwrap();
+            method.suits(&Ahead { steps, task: toy().1.task, tasks: None }).map_err(|e| e.to_string())
+        };
+        // Half of 40 steps, then twice 8.
+        assert!(run(json!({}), 40).is_ok());
+        assert!(run(json!({}), 32).unwrap_err().contains("from step 33 on, and the run has 32"));
+        assert!(run(json!({ "score_steps": 2, "prompt_share": 0.2 }), 10).is_ok());
+        assert!(run(json!({ "prune_tokens": 0.0, "prune_pieces": 0.0 }), 2).is_ok());
     }
 
     #[test]

@@ -161,6 +161,10 @@ impl Method for Osf {
         &INFO
     }
 
+    fn pattern(&self, text: &str) -> std::result::Result<Pattern, String> {
+        Pattern::anywhere(text)
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for site in b.targets() {
             let (out, inn) = matrices::linear(site, INFO.title)?;

@@ -36,6 +36,12 @@ pub(crate) fn attach<S: Side + 'static>(
     blocks: &[&Site],
     reads: impl Fn(usize) -> bool,
 ) -> Result<()> {
+    let enters = |patch: &Patch| matches!(patch, Patch::Block(block) if block.rows_before() > 0);
+    if blocks.iter().any(|site| b.patches(site.id).iter().any(enters)) {
+        let message = "a side network follows the same rows through all blocks, and an earlier method of the recipe puts rows between \
+                       blocks; use one of the two: behind a side network nothing in the blocks learns";
+        return Err(Error::Unsupported(message.into()));
+    }
     let (side, key, last) = (Arc::new(side), format!("{}beside", b.prefix()), blocks.len().saturating_sub(1));
     for (number, site) in blocks.iter().enumerate() {
         if number != 0 && number != last && !reads(number) {
@@ -92,6 +98,9 @@ mod tests {
     use engraft_nn::{Init, Layout};
     use engraft_tensor::Param;
     use engraft_tensor::testing::{close, sample};
+    use serde_json::json;
+
+    use crate::testing::{chosen, toy};
 
     /// s₀ = p ⊙ x, s ← s + out; the output is s.
     struct Sum(Param);
@@ -110,7 +119,7 @@ mod tests {
 
     #[test]
     fn nothing_of_the_blocks_is_recorded() {
-        let (sites, info) = crate::testing::toy();
+        let (sites, info) = toy();
         let mut b = Builder::new(&sites, &info, 1);
         let own = b.param("p", &[6], Init::Normal(1.0)).unwrap();
         let (found, width) = blocks(&b).unwrap();
@@ -136,6 +145,10 @@ mod tests {
         let gradients = h.sum().unwrap().backward().unwrap();
         assert!(gradients.get(&inner).is_none());
         close(gradients.get(&own).unwrap(), &x.sum_dim(0).unwrap().reshape([6]).unwrap(), 1e-6);
+        // Rows that enter between blocks are not in the state.
+        let two = [chosen("lpt", json!({ "tokens": 2 })), chosen("lst", json!({ "reduction": 2 }))];
+        let error = crate::attach(&two, &[], &sites, &info, 1).err().unwrap().to_string();
+        assert!(error.contains("same rows through all blocks"), "{error}");
         // Without the first block there is no state.
         let [Patch::Block(last)] = adapter.at(found[1].id) else { panic!() };
         let alone = Pass::new(Layout::counted(&[4]).unwrap(), None);
