@@ -5,9 +5,10 @@
 //! the median over rounds of the ratio to the base's time in the same round.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use engraft_model::Packed;
 use serde_json::{Value, json};
 
@@ -51,6 +52,16 @@ const ADAPTERS: &[(&str, &str)] = &[
     ("adapter, parallel", "name = \"bottleneck\"\nform = \"parallel\"\nreduction = 16"),
     ("AdapterDrop, first half", "name = \"bottleneck\"\ndrop = HALF"),
     ("CoDA, a third", "name = \"coda\""),
+    ("AdapterFusion of two", "name = \"adapter_fusion\"\nadapters = SAVED"),
+    ("AdaMix", "name = \"adamix\""),
+    ("Hyperformer", "name = \"hyperformer\""),
+    ("PHA", "name = \"pha\""),
+    ("CIAT", "name = \"ciat\""),
+    ("AdaptFormer", "name = \"adaptformer\""),
+    ("SparseAdapter", "name = \"sparse_adapter\"\nscore = \"magnitude\""),
+    ("MoV", "name = \"mov\""),
+    ("side-tuning", "name = \"side_tuning\""),
+    ("Res-Tuning", "name = \"res_tuning\""),
     ("Compacter", "name = \"compacter\""),
     ("KronA^B", "name = \"krona_b\""),
     ("SSF", "name = \"ssf\""),
@@ -61,10 +72,20 @@ const ADAPTERS: &[(&str, &str)] = &[
     ("SMoP, 4 of 20", "name = \"smop\"\nprompts = 4\ntokens = 20"),
     ("prompt of 5", "name = \"prompt\"\ntokens = 5"),
     ("SMoP, 4 of 5", "name = \"smop\"\nprompts = 4\ntokens = 5"),
+    ("P-tuning of 20", "name = \"p_tuning\"\ntokens = 20"),
+    ("MPT", "name = \"mpt\"\ntokens = 20"),
+    ("DePT", "name = \"dept\""),
+    ("XPrompt of 20", "name = \"xprompt\"\ntokens = 20\nscore_steps = 1"),
+    ("APT", "name = \"apt\""),
+    ("IDPG", "name = \"idpg\""),
+    ("late prompt", "name = \"lpt\""),
     ("prefix of 20", "name = \"prefix\"\ntokens = 20"),
     ("LLaMA-Adapter", "name = \"llama_adapter\""),
+    ("LLaMA-Adapter v2", "name = \"llama_adapter_v2\""),
     ("MAM", "name = \"mam\"\nprojection = 0\nreduction = 16"),
     ("UniPELT", "name = \"unipelt\"\nprojection = 0"),
+    ("ProPETL", "name = \"propetl\""),
+    ("S4", "name = \"s4\""),
     ("LoRA", "name = \"lora\"\ntargets = \"all-linear\""),
     ("DoRA", "name = \"lora\"\ndora = true\ntargets = \"all-linear\""),
     ("OFT", "name = \"oft\"\ntargets = \"all-linear\""),
@@ -140,6 +161,17 @@ struct Setting {
     writes: bool,
 }
 
+impl Setting {
+    fn recipe(&self, method: &str) -> String {
+        format!(
+            "model = {:?}\ntask = {:?}\n[method]\n{method}\n[data]\n{}\n[train]\nsteps = 8\n",
+            self.model.display().to_string(),
+            self.task,
+            self.data
+        )
+    }
+}
+
 /// The base, and every adapter that the model can have.
 fn start(args: &Args, setting: &Setting, folder: &Path) -> Result<Vec<Racer>> {
     let packed = Packed::default();
@@ -152,15 +184,11 @@ fn start(args: &Args, setting: &Setting, folder: &Path) -> Result<Vec<Racer>> {
             continue;
         }
         let recipe = folder.join("recipe.toml");
-        let settings = settings.replace("HALF", &(setting.layers / 2).to_string());
-        let model = setting.model.display().to_string();
-        std::fs::write(
-            &recipe,
-            format!(
-                "model = {model:?}\ntask = {:?}\n[method]\n{settings}\n[data]\n{}\n[train]\nsteps = 1\n",
-                setting.task, setting.data
-            ),
-        )?;
+        let mut settings = settings.replace("HALF", &(setting.layers / 2).to_string());
+        if settings.contains("SAVED") {
+            settings = settings.replace("SAVED", &saved(setting, folder)?);
+        }
+        std::fs::write(&recipe, setting.recipe(&settings))?;
         match open(&recipe, &packed) {
             Ok(session) => {
                 let reader = if alone { Reader::base(session) } else { Reader::adapted(session) };
@@ -172,6 +200,25 @@ fn start(args: &Args, setting: &Setting, folder: &Path) -> Result<Vec<Racer>> {
         }
     }
     Ok(racers)
+}
+
+/// Two adapters of eight steps each, as a list of a recipe.
+fn saved(setting: &Setting, folder: &Path) -> Result<String> {
+    let (recipe, mut paths) = (folder.join("saved.toml"), Vec::new());
+    std::fs::write(&recipe, setting.recipe("name = \"bottleneck\""))?;
+    for name in ["saved-1", "saved-2"] {
+        let run = folder.join(name);
+        if run.exists() {
+            std::fs::remove_dir_all(&run)?;
+        }
+        let engraft = std::env::current_exe()?.with_file_name("engraft");
+        let mut command = Command::new(&engraft);
+        command.arg("train").arg(&recipe).arg("--out").arg(&run).arg("-q");
+        let output = command.output().with_context(|| format!("cannot run {}", engraft.display()))?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        paths.push(format!("{:?}", run.join("adapter").display().to_string()));
+    }
+    Ok(format!("[{}]", paths.join(", ")))
 }
 
 impl Racer {

@@ -29,6 +29,7 @@ use crate::prompts::prompt::TOKENS_MAX;
 use crate::read::{Reader, number};
 use crate::shared::bits::{Bits, MASK, pack};
 use crate::shared::fields::{choice, float, int};
+use crate::shared::kept::Kept;
 use crate::shared::low_rank::{RANK_MAX, added, changed, linear};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, Stored, peft};
 
@@ -199,7 +200,8 @@ impl Propetl {
         }
         let start = Init::kaiming(shape.last().copied().unwrap_or(1));
         let scores = b.working(&format!("{name}{SCORES}"), shape, start, GROUP)?;
-        Ok(Mask::Trained { scores, kept: self.kept(shape.iter().product()) })
+        let kept = self.kept(shape.iter().product());
+        Ok(Mask::Trained { scores, kept, mask: Kept::new() })
     }
 
     fn adapters(&self, b: &mut Builder<'_>) -> Result<()> {
@@ -290,7 +292,7 @@ fn chosen(scores: &Tensor, kept: usize) -> Result<Tensor> {
 
 /// A mask, trained or from a file.
 enum Mask {
-    Trained { scores: Param, kept: usize },
+    Trained { scores: Param, kept: usize, mask: Kept<Tensor> },
     Saved(Bits),
 }
 
@@ -299,11 +301,11 @@ impl Mask {
     fn of(&self, prototype: &Param) -> Result<Tensor> {
         let mask = match self {
             Mask::Saved(bits) => bits.mask()?,
-            Mask::Trained { scores, kept } => {
+            Mask::Trained { scores, kept, mask } => mask.of(&[scores], || {
                 let sizes = scores.get().unary(Unary::Abs)?;
                 // The difference is zero, and has a slope.
-                sizes.sub(&sizes.detach())?.add(&chosen(&scores.value(), *kept)?)?
-            }
+                Ok(sizes.sub(&sizes.detach())?.add(&chosen(&scores.value(), *kept)?)?)
+            })?,
         };
         Ok(prototype.get().mul(&mask)?)
     }
@@ -420,8 +422,13 @@ mod tests {
     #[test]
     fn the_prototype_has_the_gradients_of_all_layers_under_their_masks() {
         let prototype = Param::new(sample(&[3, 4], 1));
-        let masks: Vec<Mask> =
-            (0..2).map(|i| Mask::Trained { scores: Param::new(sample(&[3, 4], 10 + i)), kept: 5 }).collect();
+        let masks: Vec<Mask> = (0..2)
+            .map(|i| Mask::Trained {
+                scores: Param::new(sample(&[3, 4], 10 + i)),
+                kept: 5,
+                mask: Kept::new(),
+            })
+            .collect();
         let weights = [sample(&[3, 4], 20), sample(&[3, 4], 21)];
         let mut loss = Tensor::scalar(0.0);
         for (mask, w) in masks.iter().zip(&weights) {
@@ -430,7 +437,7 @@ mod tests {
         let gradients = loss.backward().unwrap();
         let mut expected = Tensor::zeros([3, 4]);
         for (mask, w) in masks.iter().zip(&weights) {
-            let Mask::Trained { scores, kept } = mask else { panic!() };
+            let Mask::Trained { scores, kept, .. } = mask else { panic!() };
             let own = super::chosen(&scores.value(), *kept).unwrap().mul(w).unwrap();
             expected = expected.add(&own).unwrap();
             // Straight through: Φ·w, by the sign of the score.

@@ -132,7 +132,7 @@ fn hostile_texts_cost_little() {
         let message = crate::common::messages(&text, &[]);
         let seconds = start.elapsed();
         assert!(message.contains("error"), "{}", &text[..20]);
-        assert!(seconds < Duration::from_secs(1), "{:?} takes {seconds:?}", &text[..20]);
+        assert!(seconds < Duration::from_secs(5), "{:?} takes {seconds:?}", &text[..20]);
     }
 }
 

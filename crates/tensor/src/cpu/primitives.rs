@@ -268,23 +268,44 @@ pub fn gather_rows(x: &[f32], index: &[i64], y: &mut [f32]) {
     });
 }
 
+/// Up to so many are kept in order as a row is read; more are taken apart from the others first.
+const FEW: usize = 16;
+
 /// The `k` largest of each row of `width`, the largest first and of equal ones the earliest, and their columns.
 pub fn top_k(x: &[f32], width: usize, k: usize, y: &mut [f32], columns: &mut [i64]) {
     let rows = x.par_chunks_exact(width).zip(y.par_chunks_exact_mut(k)).zip(columns.par_chunks_exact_mut(k));
-    rows.for_each(|((x, y), columns)| {
-        let mut found = 0;
-        for (column, &value) in x.iter().enumerate() {
-            let place = y[..found].iter().position(|&v| value.total_cmp(&v).is_gt()).unwrap_or(found);
-            if place == k {
-                continue;
-            }
-            found = (found + 1).min(k);
-            y[place..found].rotate_right(1);
-            columns[place..found].rotate_right(1);
-            y[place] = value;
-            columns[place] = column as i64;
+    rows.for_each(
+        |((x, y), columns)| if k <= FEW { few_largest(x, y, columns) } else { many_largest(x, y, columns) },
+    );
+}
+
+/// In at most width·k steps.
+fn few_largest(x: &[f32], y: &mut [f32], columns: &mut [i64]) {
+    let mut found = 0;
+    for (column, &value) in x.iter().enumerate() {
+        let place = y[..found].iter().position(|&v| value.total_cmp(&v).is_gt()).unwrap_or(found);
+        if place == y.len() {
+            continue;
         }
-    });
+        found = (found + 1).min(y.len());
+        y[place..found].rotate_right(1);
+        columns[place..found].rotate_right(1);
+        y[place] = value;
+        columns[place] = column as i64;
+    }
+}
+
+/// In width + k·log k steps.
+fn many_largest(x: &[f32], y: &mut [f32], columns: &mut [i64]) {
+    let mut all: Vec<(f32, i64)> = x.iter().copied().zip(0..).collect();
+    let order = |a: &(f32, i64), b: &(f32, i64)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+    if y.len() < all.len() {
+        all.select_nth_unstable_by(y.len() - 1, order);
+    }
+    all[..y.len()].sort_unstable_by(order);
+    for ((value, column), (y, own)) in all.into_iter().zip(y.iter_mut().zip(columns)) {
+        (*y, *own) = (value, column);
+    }
 }
 
 /// `y[index[i]] += x[i]` by rows, in order of i.

@@ -67,6 +67,18 @@ mod tests {
         assert_eq!(y.to_vec().unwrap(), [5.0, 5.0, 3.0, 0.5, -1.0, -2.0]);
         assert_eq!(columns.i64(), [1, 3, 2, 1, 0, 2]);
         assert_eq!(columns.to_f32().as_i64().i64(), columns.i64());
+        // Many are found in another way: the first of them are the same.
+        let ties = (0..200).map(|i| (i * 37 % 23) as f32).collect();
+        let ties = Tensor::from_vec(ties, [2, 100]).unwrap();
+        let ((many, places), (few, first)) = (ties.top_k(70).unwrap(), ties.top_k(12).unwrap());
+        assert_eq!(many.narrow(1, 0, 12).unwrap().to_vec().unwrap(), few.to_vec().unwrap());
+        for row in 0..2 {
+            assert_eq!(places.i64()[70 * row..70 * row + 12], first.i64()[12 * row..12 * (row + 1)]);
+        }
+        assert_eq!(
+            ties.top_k(100).unwrap().0.sum().unwrap().item().unwrap(),
+            ties.sum().unwrap().item().unwrap()
+        );
         // Far enough apart that a finite difference changes no order.
         let apart = (0..42).map(|i| (i * 25 % 42) as f32 / 8.0 - 2.0).collect();
         let apart = Tensor::from_vec(apart, [3, 2, 7]).unwrap();
