@@ -182,10 +182,11 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     attached.adapter.set_task(match (says("task_type"), says("peft_type")) {
         (Some(name), _) => TaskName::Is(name.to_owned()),
         (None, Some(_)) => TaskName::None,
-        // AdapterHub's files have no place for a task.
         (None, None) => TaskName::OfModel,
     });
     attached.adapter.set_idle_keys(peft::idle_keys(config, &methods));
+    // AdapterHub's files have neither key; what its library saved is trained as there.
+    attached.adapter.set_reads_answers(says("peft_type").is_none());
     let dead_modules = peft::unmatched(attached.dead_modules, &train_also, config);
     let dead = attached.dead_targets.into_iter().chain(dead_modules).collect();
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })

@@ -272,14 +272,18 @@ pub fn write_hub_files(dir: &Path, config: &Value, tensors: Named, of: &HubModel
         "version": "adapters.1.3.0",
     });
     let about = about.as_object().cloned().unwrap_or_default();
-    let files = adapter_hub(config, tensors, &about)?;
-    for HubDirectory { name, config: (file, config), weights } in &files.directories {
+    let mut files = adapter_hub(config, tensors, &about)?;
+    let (head, left_out) = head_of(files.rest, of)?;
+    for HubDirectory { name, config: (file, config), weights } in &mut files.directories {
+        // A setup says whether a head lies beside it.
+        if let Some(beside) = config.get_mut("head_setup").filter(|_| !head.is_empty()) {
+            *beside = true.into();
+        }
         let entries = weights.as_ref().map_or(Ok(Vec::new()), |(_, tensors)| entries(tensors))?;
         let weights = weights.as_ref().map(|(file, _)| (*file, &entries[..]));
         let own = if name.is_empty() { dir.to_owned() } else { dir.join(name) };
         engraft_store::write_adapter_as(&own, (*file, config), weights)?;
     }
-    let (head, left_out) = head_of(files.rest, of)?;
     if !head.is_empty() {
         let config = head_config(about, of);
         let entries = entries(&head)?;
