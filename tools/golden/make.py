@@ -66,6 +66,7 @@ GROUPS = {
     "s4": ("s4", "peft"),
     "hybrid": ("hybrid", "adapters"),
     "hub": ("cases_hub", "adapters"),
+    "hub-heads": ("cases_hub_heads", "adapters"),
 }
 
 

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use engraft_method::{Chosen, Settings, look_first};
 use engraft_model::LoadOptions;
 use engraft_nn::weight::Storage;
-use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Site, Task};
-use engraft_store::{AdapterFiles, read_adapter, read_config};
+use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Site};
+use engraft_store::{read_adapter, read_config};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
-use engraft_train::{label_names, open_adapter_choosing, task_names, task_number};
+use engraft_train::{
+    label_names, labels_of_adapter, open_adapter_choosing, task_names, task_number, task_of_adapter,
+};
 use serde_json::Value;
 
 use crate::context::Context;
@@ -144,10 +146,15 @@ impl Engine {
             }
             None => None,
         };
-        let files = adapter.as_ref().map(|(_, files)| files);
+        let (mut task, mut labels) = (None, None);
+        if let Some((_, files)) = &adapter {
+            let config = read_config(&dir.join("config.json"), &cx.limits).before_work()?;
+            task = task_of_adapter(&config, files);
+            labels = labels_of_adapter(&config, files);
+        }
         let options = LoadOptions {
-            task: files.map(|files| task_of(&dir, files, cx)).transpose()?.flatten(),
-            labels: files.map(|files| labels_of(&dir, files, cx)).transpose()?.flatten(),
+            task,
+            labels,
             precision: match args.dtype {
                 Dtype::F32 => Precision::F32,
                 Dtype::Bf16 => Precision::Bf16,
@@ -282,28 +289,4 @@ impl Engine {
     pub fn virtual_rows(&self) -> usize {
         self.adapter.as_ref().map_or(0, |adapter| adapter.cache_rows())
     }
-}
-
-/// What `peft` wrote as the task of an adapter for the model in `dir`; `None` is what the model's class computes.
-fn task_of(dir: &Path, files: &AdapterFiles, cx: &Context) -> Outcome<Option<Task>> {
-    Ok(match files.config.get("task_type").and_then(Value::as_str) {
-        Some("CAUSAL_LM") => Some(Task::CausalLm),
-        Some("SEQ_CLS") => Some(Task::SequenceClassification),
-        Some("TOKEN_CLS") => Some(Task::TokenClassification),
-        Some("FEATURE_EXTRACTION") => {
-            let config = read_config(&dir.join("config.json"), &cx.limits).before_work()?;
-            // `peft` takes any class; an adapter of one with a head keeps it.
-            let names = files.weights.iter().map(|(name, _)| name);
-            (!engraft_model::has_head(&config, names)).then_some(Task::Embedding)
-        }
-        Some("SEQ_2_SEQ_LM") => Some(Task::Seq2Seq),
-        _ => None,
-    })
-}
-
-/// Labels of the classifier that the adapter carries for the model in `dir`.
-fn labels_of(dir: &Path, files: &AdapterFiles, cx: &Context) -> Outcome<Option<usize>> {
-    let config = read_config(&dir.join("config.json"), &cx.limits).before_work()?;
-    let tensors = files.weights.iter().map(|(name, raw)| (name, raw.shape.as_slice()));
-    Ok(engraft_model::labels_in(&config, tensors))
 }

@@ -9,8 +9,8 @@ use crate::Named;
 pub struct HubFiles {
     /// Directories below the adapter's own; "" is that itself.
     pub directories: Vec<HubDirectory>,
-    /// Tensors that are part of no adapter there (a trained head), which the library keeps by other ways.
-    pub left_out: Vec<String>,
+    /// Tensors of the model that the adapter has trained whole, which are no part of an adapter there.
+    pub rest: Named,
 }
 
 /// One directory: a configuration and the tensors beside it.
@@ -29,30 +29,32 @@ pub(crate) fn hub_name(sites: &Sites, site: &Site) -> String {
 }
 
 /// Keys around a configuration that the library does not have.
-const OURS: [&str; 6] = [
+const OURS: [&str; 8] = [
     "peft_type",
     "base_model_name_or_path",
     "task_type",
     "inference_mode",
     "modules_to_save",
     "peft_version",
+    "auto_mapping",
+    "revision",
 ];
 
-/// The files of the adapter that is saved as `config` and `tensors`, made on a model of this type and width.
+/// The files of the adapter that is saved as `config` and `tensors`; `about` is what every configuration says of the model.
 ///
 /// # Errors
 /// An adapter whose form is not AdapterHub's.
-pub fn adapter_hub(config: &Value, tensors: Named, (model_type, width): (&str, usize)) -> Result<HubFiles> {
+pub fn adapter_hub(config: &Value, tensors: Named, about: &Map<String, Value>) -> Result<HubFiles> {
     let (own, rest): (Named, Named) =
         tensors.into_iter().partition(|(name, _)| !name.starts_with(crate::foreign::PREFIX));
-    let left_out = rest.into_iter().map(|(name, _)| name).collect();
     let Some(map) = config.as_object() else {
         return Err(Error::Unsupported("adapter_config.json holds no object".into()));
     };
     let mut plain: Map<String, Value> = map.clone();
     plain.retain(|key, _| !OURS.contains(&key.as_str()));
+    plain.extend(about.clone());
     if map.contains_key("fusion_config") {
-        return Ok(HubFiles { directories: setup(map, own, (model_type, width))?, left_out });
+        return Ok(HubFiles { directories: setup(map, own, about)?, rest });
     }
     if !(map.get("config").is_some_and(Value::is_object) && map.contains_key("name")) {
         let kind = map.get("peft_type").and_then(Value::as_str).unwrap_or("none");
@@ -66,15 +68,11 @@ pub fn adapter_hub(config: &Value, tensors: Named, (model_type, width): (&str, u
         config: ("adapter_config.json", Value::Object(plain)),
         weights: Some(("adapter.safetensors", own)),
     };
-    Ok(HubFiles { directories: vec![directory], left_out })
+    Ok(HubFiles { directories: vec![directory], rest })
 }
 
 /// A fusion: its plan, its adapters, itself.
-fn setup(
-    map: &Map<String, Value>,
-    tensors: Named,
-    (model_type, width): (&str, usize),
-) -> Result<Vec<HubDirectory>> {
+fn setup(map: &Map<String, Value>, tensors: Named, about: &Map<String, Value>) -> Result<Vec<HubDirectory>> {
     let adapters = map.get("adapters").and_then(Value::as_array).cloned().unwrap_or_default();
     for adapter in &adapters {
         let inner = adapter.get("config");
@@ -90,17 +88,15 @@ fn setup(
     let joined = names.join(",");
     let name = map.get("name").and_then(Value::as_str).unwrap_or(&joined);
     let around = |more: Value| {
-        let mut all = json!({ "hidden_size": width, "model_type": model_type, "version": "adapters.1.3.0" });
-        if let (Some(all), Value::Object(more)) = (all.as_object_mut(), more) {
-            all.extend(more);
-        }
-        all
+        let mut all = about.clone();
+        all.extend(more.as_object().cloned().unwrap_or_default());
+        Value::Object(all)
     };
     let single = |name: &&str| json!({ "children": [name], "type": "single" });
     let children: Vec<Value> = names.iter().map(single).collect();
     let plan = json!({
         "adapter_setup": { "children": children, "kwargs": { "name": name }, "type": "Fuse" }, "head_setup": null,
-        "version": "adapters.1.3.0",
+        "version": about.get("version"),
     });
     let mut directories =
         vec![HubDirectory { name: String::new(), config: ("adapter_setup.json", plan), weights: None }];
@@ -132,6 +128,10 @@ mod tests {
     use super::*;
     use engraft_tensor::Tensor;
 
+    fn about() -> Map<String, Value> {
+        json!({ "model_type": "bert" }).as_object().cloned().unwrap_or_default()
+    }
+
     fn named(names: &[&str]) -> Named {
         names.iter().map(|name| ((*name).to_owned(), Tensor::full(1.0, [1]))).collect()
     }
@@ -148,8 +148,8 @@ mod tests {
             "x.adapter_fusion_layer.a,b.key.bias",
             "base_model.model.head.weight",
         ]);
-        let found = adapter_hub(&config, tensors, ("bert", 32)).unwrap();
-        assert_eq!(found.left_out, ["base_model.model.head.weight"]);
+        let found = adapter_hub(&config, tensors, &about()).unwrap();
+        assert_eq!((found.rest.len(), found.rest[0].0.as_str()), (1, "base_model.model.head.weight"));
         let names: Vec<(&str, &str)> =
             found.directories.iter().map(|d| (d.name.as_str(), d.config.0)).collect();
         assert_eq!(
@@ -169,12 +169,12 @@ mod tests {
 
     #[test]
     fn what_has_no_such_form_is_refused() {
-        let error = adapter_hub(&json!({ "peft_type": "LORA", "r": 2 }), vec![], ("bert", 32));
+        let error = adapter_hub(&json!({ "peft_type": "LORA", "r": 2 }), vec![], &about());
         let error = error.map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("LORA"), "{error}");
         let own = json!({ "peft_type": "ENGRAFT_BOTTLENECK", "config": {}, "name": "a", "version": "adapters.1.3.0" });
-        let found = adapter_hub(&own, named(&["x.adapters.a.adapter_up.bias"]), ("bert", 32)).unwrap();
+        let found = adapter_hub(&own, named(&["x.adapters.a.adapter_up.bias"]), &about()).unwrap();
         assert_eq!(found.directories[0].config.1.get("peft_type"), None);
-        assert!(found.left_out.is_empty());
+        assert!(found.rest.is_empty());
     }
 }

@@ -178,14 +178,17 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
         attached = build(&methods, &train_also, sites, info, 0, others, &unread)?;
     }
     attached.adapter.load(given)?;
-    attached.adapter.set_task(match config.get("task_type").and_then(Value::as_str) {
-        Some(name) => TaskName::Is(name.to_owned()),
-        None => TaskName::None,
+    let says = |key: &str| config.get(key).and_then(Value::as_str);
+    attached.adapter.set_task(match (says("task_type"), says("peft_type")) {
+        (Some(name), _) => TaskName::Is(name.to_owned()),
+        (None, Some(_)) => TaskName::None,
+        (None, None) => TaskName::OfModel,
     });
     attached.adapter.set_idle_keys(peft::idle_keys(config, &methods));
-    // As AdapterHub's library trains what it saved; its files have no type of `peft`'s.
-    attached.adapter.set_reads_answers(config.get("peft_type").is_none_or(Value::is_null));
-    let dead = attached.dead_targets.into_iter().chain(attached.dead_modules).collect();
+    // AdapterHub's files have neither key; what its library saved is trained as there.
+    attached.adapter.set_reads_answers(says("peft_type").is_none());
+    let dead_modules = peft::unmatched(attached.dead_modules, &train_also, config);
+    let dead = attached.dead_targets.into_iter().chain(dead_modules).collect();
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
 }
 

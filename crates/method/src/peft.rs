@@ -297,6 +297,18 @@ pub(crate) fn copied_tables<'s>(
 /// What `peft` trains and saves with an adapter of a classifier, whatever the configuration says.
 const CLASSIFIERS: &[&str] = &["classifier", "score"];
 
+/// Those of `dead` among `train_also` that a user may have named, each once: `peft` names all classifiers that it knows by itself,
+/// and one of them is the model's.
+pub(crate) fn unmatched(mut dead: Vec<String>, train_also: &[String], config: &Value) -> Vec<String> {
+    let classifies = matches!(config.get("task_type").and_then(Value::as_str), Some("SEQ_CLS" | "TOKEN_CLS"));
+    let is_usual = |name: &String| CLASSIFIERS.contains(&name.as_str());
+    let has_one = train_also.iter().any(|name| is_usual(name) && !dead.contains(name));
+    dead.retain(|name| !(classifies && has_one && is_usual(name)));
+    dead.sort();
+    dead.dedup();
+    dead
+}
+
 /// The classifier that a file of `peft_type` must hold although the adapter leaves it as it is: `peft` asks for its
 /// tensors by the task alone. `None` where there is none, or where the adapter holds or changes it itself.
 pub(crate) fn kept_classifier<'s>(
@@ -422,6 +434,20 @@ mod tests {
     use super::*;
     use crate::testing::{attached, chosen, toy};
     use crate::{load_adapter, save_adapter};
+
+    #[test]
+    fn names_that_peft_adds_are_not_missed() {
+        let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let of = |dead: &[&str], all: &[&str], task: &str| {
+            unmatched(list(dead), &list(all), &json!({ "task_type": task }))
+        };
+        let both = ["classifier", "score", "classifier", "score"];
+        assert!(of(&["score", "score"], &both, "SEQ_CLS").is_empty());
+        assert_eq!(of(&["score", "score"], &both, "CAUSAL_LM"), ["score"]);
+        assert_eq!(of(&both, &both, "SEQ_CLS"), ["classifier", "score"]);
+        assert_eq!(of(&["x", "score"], &["x", "score", "classifier"], "TOKEN_CLS"), ["x"]);
+        assert_eq!(of(&["score"], &["score", "x"], "SEQ_CLS"), ["score"]);
+    }
 
     #[test]
     fn what_a_file_gives_without_a_meaning_stays_as_it_is_written() {

@@ -23,11 +23,14 @@ use engraft_tensor::cpu::attention::AttentionSpec;
 use engraft_tensor::ops::{Unary, cat};
 
 use crate::config::Config;
-use crate::facts::{Facts, Length};
+use crate::facts::{Facts, Flexible, Length};
 use crate::pooling;
 use crate::positions::Numbering;
 use crate::reader::Reader;
 use crate::{Architecture, Head, Result};
+
+/// A flexible head of one layer: dropout comes first.
+const CLASSIFIER: &[(usize, &str)] = &[(1, "classifier")];
 
 /// BERT.
 pub(crate) static BERT: Architecture = Architecture {
@@ -45,6 +48,10 @@ pub(crate) static BERT: Architecture = Architecture {
     facts: Facts {
         labelled: &["classifier"],
         length: Length::Table("max_position_embeddings"),
+        flexible: &[
+            Flexible::one(Task::SequenceClassification, true, CLASSIFIER),
+            Flexible::one(Task::TokenClassification, false, CLASSIFIER),
+        ],
         ..Facts::NONE
     },
     build,
@@ -65,6 +72,16 @@ pub(crate) static ROBERTA: Architecture = Architecture {
     facts: Facts {
         labelled: &["classifier", "classifier.out_proj"],
         length: Length::TableAfterPad("max_position_embeddings"),
+        flexible: &[
+            Flexible {
+                task: Task::SequenceClassification,
+                layers: 2,
+                pooled: false,
+                activation: "tanh",
+                modules: &[(1, "classifier.dense"), (4, "classifier.out_proj")],
+            },
+            Flexible::one(Task::TokenClassification, false, CLASSIFIER),
+        ],
         ..Facts::NONE
     },
     build,

@@ -18,12 +18,63 @@ pub struct Facts {
     /// Tables and heads share a tensor where the files hold no other values for them, whatever `tie_word_embeddings` says;
     /// that key has a meaning of its own.
     pub(crate) ties_by_values: bool,
+    /// Heads of AdapterHub's library that compute what the model's own do.
+    pub(crate) flexible: &'static [Flexible],
 }
 
 impl Facts {
     /// Nothing to say.
-    pub(crate) const NONE: Facts =
-        Facts { labelled: &[], length: Length::Any, known_by: &[], buffers: &[], ties_by_values: false };
+    pub(crate) const NONE: Facts = Facts {
+        labelled: &[],
+        length: Length::Any,
+        known_by: &[],
+        buffers: &[],
+        ties_by_values: false,
+        flexible: &[],
+    };
+}
+
+/// A head that AdapterHub's library builds after a description (a flexible head) and that computes what a class of `transformers`
+/// does.
+pub struct Flexible {
+    /// What it computes.
+    pub task: Task,
+    /// Linear layers.
+    pub layers: usize,
+    /// Whether it reads the pooled row, where it could.
+    pub pooled: bool,
+    /// What stands between the layers, where there are several.
+    pub activation: &'static str,
+    /// Numbers of its modules with what the model has in their place.
+    pub modules: &'static [(usize, &'static str)],
+}
+
+impl Flexible {
+    /// One layer on a row for each sequence, which the trunk's pooling made where `pooled`.
+    pub(crate) const fn one(task: Task, pooled: bool, modules: &'static [(usize, &'static str)]) -> Flexible {
+        Flexible { task, layers: 1, pooled, activation: "", modules }
+    }
+
+    /// Whether a head described so is this one. What reads every token, or a row that the model's class chooses, has no choice of
+    /// pooling.
+    fn is(&self, config: &Value) -> bool {
+        let says = |key: &str| config.get(key).and_then(Value::as_str).unwrap_or_default();
+        let pooled = config.get("use_pooler").and_then(Value::as_bool).unwrap_or(self.pooled);
+        flexible_task(config) == Some(self.task)
+            && config.get("layers").and_then(Value::as_u64) == Some(self.layers as u64)
+            && pooled == self.pooled
+            && (self.layers == 1 || says("activation_function") == self.activation)
+    }
+}
+
+/// What a flexible head with this description computes; `None` where it tells no classes apart.
+pub fn flexible_task(config: &Value) -> Option<Task> {
+    match config.get("head_type")?.as_str()? {
+        "classification" => Some(Task::SequenceClassification),
+        "tagging" => Some(Task::TokenClassification),
+        "image_classification" => Some(Task::ImageClassification),
+        _ => None,
+    }
 }
 
 /// How many tokens a sequence may have.
@@ -58,6 +109,26 @@ impl Architecture {
             Some(name) => all.into_iter().find(|a| name.as_str() == Some(a.name)),
             None => all.into_iter().find(|a| known(a)),
         }
+    }
+
+    /// The flexible head of AdapterHub's library that is described so, if the model's own computes the same.
+    pub fn flexible(&self, config: &Value) -> Option<&'static Flexible> {
+        self.facts.flexible.iter().find(|head| head.is(config))
+    }
+
+    /// What a class of `transformers` computes; `None` where it is not read.
+    pub fn task_of(&self, class: &str) -> Option<Task> {
+        self.classes.iter().find(|(name, _)| *name == class).map(|(_, task)| *task)
+    }
+
+    /// Whether a module or tensor lies in a head.
+    pub fn in_head(&self, path: &str) -> bool {
+        self.heads.iter().any(|head| path.starts_with(head))
+    }
+
+    /// What precedes the trunk's modules in classes with a head.
+    pub fn trunk_prefix(&self) -> &'static str {
+        self.prefix
     }
 
     /// The class of `transformers` that computes `task`: `present`, if it does, else the first.
@@ -160,6 +231,27 @@ mod tests {
         assert_eq!(labels("roberta", "base_model.model.classifier.out_proj.weight", &[4, 32]), Some(4));
         assert_eq!(labels("bert", "base_model.model.classifier.lora_A.weight", &[4, 32]), None);
         assert_eq!(labels("bert", "base_model.model.classifier.bias", &[4]), None);
+    }
+
+    #[test]
+    fn a_flexible_head_is_the_models_own_where_it_computes_the_same() {
+        let of = |model: &str, config: Value| {
+            let architecture = Architecture::of(&json!({ "model_type": model })).unwrap();
+            architecture.flexible(&config).map(|head| head.modules[0].1)
+        };
+        let classifies = |layers: u64, pooled: bool| json!({ "head_type": "classification", "layers": layers, "use_pooler": pooled, "activation_function": "tanh" });
+        assert_eq!(of("bert", classifies(1, true)), Some("classifier"));
+        assert_eq!(of("bert", classifies(1, false)), None);
+        assert_eq!(of("bert", classifies(2, true)), None);
+        assert_eq!(of("roberta", classifies(2, false)), Some("classifier.dense"));
+        let mut other = classifies(2, false);
+        other["activation_function"] = json!("relu");
+        assert_eq!(of("roberta", other), None);
+        let tagging = json!({ "head_type": "tagging", "layers": 1, "activation_function": "tanh" });
+        assert_eq!(of("roberta", tagging.clone()), Some("classifier"));
+        assert_eq!(of("llama", tagging), None);
+        assert_eq!(of("gpt2", classifies(1, false)), Some("score"));
+        assert_eq!(of("bert", json!({ "head_type": "question_answering", "layers": 1 })), None);
     }
 
     #[test]

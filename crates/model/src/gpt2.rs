@@ -17,7 +17,7 @@ use engraft_tensor::cpu::attention::AttentionSpec;
 use engraft_tensor::ops::Unary;
 
 use crate::config::Config;
-use crate::facts::{Facts, Length};
+use crate::facts::{Facts, Flexible, Length};
 use crate::fused::FusedAttention;
 use crate::reader::Reader;
 use crate::{Architecture, Head, Result, pooling, positions};
@@ -35,6 +35,10 @@ pub(crate) static GPT2: Architecture = Architecture {
     heads: &["lm_head.weight", "score.weight", "classifier.", "qa_outputs.", "multiple_choice_head."],
     facts: Facts {
         labelled: &["score", "classifier"],
+        flexible: &[
+            Flexible::one(Task::SequenceClassification, false, &[(1, "score")]),
+            Flexible::one(Task::TokenClassification, false, &[(1, "classifier")]),
+        ],
         length: Length::Table("n_positions"),
         buffers: &[".attn.bias", ".attn.masked_bias"],
         ..Facts::NONE

@@ -34,7 +34,9 @@ use engraft_tensor::frozen::Precision;
 use serde_json::Value;
 
 pub use error::{Error, Mismatch, MismatchRow, Result};
-pub use facts::{Facts, TokenLimit, has_head, labels_in, ties_by_values, token_limit};
+pub use facts::{
+    Facts, Flexible, TokenLimit, flexible_task, has_head, labels_in, ties_by_values, token_limit,
+};
 pub use packed::Packed;
 
 use config::Config;

@@ -15,7 +15,7 @@ use engraft_tensor::cpu::attention::AttentionSpec;
 use engraft_tensor::ops::{Unary, rope, silu_mul};
 
 use crate::config::Config;
-use crate::facts::{Facts, Length};
+use crate::facts::{Facts, Flexible, Length};
 use crate::pooling;
 use crate::reader::Reader;
 use crate::rope::{Rope, Tables};
@@ -25,8 +25,12 @@ use crate::{Architecture, Head, Result};
 const HEADS: &[&str] = &["lm_head.weight", "score.weight", "score.bias", "qa_outputs."];
 
 /// The sizes of its tables are no limit: positions are rotations.
-const FACTS: Facts =
-    Facts { labelled: &["score"], length: Length::Trained("max_position_embeddings"), ..Facts::NONE };
+const FACTS: Facts = Facts {
+    labelled: &["score"],
+    length: Length::Trained("max_position_embeddings"),
+    flexible: &[Flexible::one(Task::SequenceClassification, false, &[(1, "score")])],
+    ..Facts::NONE
+};
 
 /// Llama.
 pub(crate) static LLAMA: Architecture = Architecture {

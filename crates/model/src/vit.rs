@@ -17,7 +17,7 @@ use engraft_tensor::Tensor;
 use engraft_tensor::ops::{Unary, cat};
 
 use crate::config::Config;
-use crate::facts::Facts;
+use crate::facts::{Facts, Flexible};
 use crate::picture::{Patches, SelfAttention, Sizes, token_rows};
 use crate::reader::{Reader, Renamed};
 use crate::{Architecture, Head, Result};
@@ -29,7 +29,11 @@ pub(crate) static VIT: Architecture = Architecture {
     prefix: "vit.",
     trunk: &["ViTModel"],
     heads: &["classifier.", "decoder."],
-    facts: Facts { labelled: &["classifier"], ..Facts::NONE },
+    facts: Facts {
+        labelled: &["classifier"],
+        flexible: &[Flexible::one(Task::ImageClassification, false, &[(1, "classifier")])],
+        ..Facts::NONE
+    },
     build: |a, c, r, head| build(a, &["cls_token"], c, r, head),
 };
 

@@ -7,6 +7,7 @@
 use crate::atomic::{discard, parent, write_aside};
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
+use crate::head::{SavedHead, read_head};
 use crate::json::{python_json, read_config};
 use crate::limits::{Limits, check};
 use crate::paths;
@@ -43,6 +44,8 @@ pub struct AdapterFiles {
     pub config: Value,
     /// Its tensors by name.
     pub weights: Weights,
+    /// The head that AdapterHub's library has saved beside it.
+    pub head: Option<SavedHead>,
 }
 
 /// Reads an adapter directory.
@@ -52,7 +55,7 @@ pub fn read_adapter(dir: &Path, limits: &Limits) -> Result<AdapterFiles> {
     }
     let (form, config) = read_adapter_config(dir, limits)?;
     let weights = weights_of(dir, (&[WEIGHTS, HUB_WEIGHTS], &PICKLES), limits)?;
-    Ok(AdapterFiles { form, config, weights })
+    Ok(AdapterFiles { form, config, weights, head: read_head(dir, limits)? })
 }
 
 /// Whether `dir` looks like an adapter's directory.

@@ -12,6 +12,7 @@ pub mod checkpoint;
 pub mod disk;
 mod download;
 mod error;
+mod head;
 mod header;
 pub mod hub;
 pub mod json;
@@ -32,6 +33,7 @@ pub use adapter::{
 };
 pub use atomic::write_atomic;
 pub use error::{Error, Result};
+pub use head::{HEAD_CONFIG, HEAD_WEIGHTS, SavedHead, read_head};
 pub use header::Dtype;
 pub use json::{python_json, read_config, read_json};
 pub use limits::Limits;

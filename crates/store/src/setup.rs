@@ -5,6 +5,7 @@
 
 use crate::adapter::{AdapterFiles, AdapterForm, read_adapter, read_adapter_config, weights_of};
 use crate::error::{Error, Result};
+use crate::head::read_head;
 use crate::json::read_config;
 use crate::limits::Limits;
 use crate::paths;
@@ -76,7 +77,7 @@ pub(crate) fn read_fusion(dir: &Path, limits: &Limits) -> Result<AdapterFiles> {
     for own in dirs {
         weights.join(read_adapter(&own, limits)?.weights);
     }
-    Ok(AdapterFiles { form: AdapterForm::AdapterHub, config, weights })
+    Ok(AdapterFiles { form: AdapterForm::AdapterHub, config, weights, head: read_head(dir, limits)? })
 }
 
 #[cfg(test)]

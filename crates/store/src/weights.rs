@@ -117,7 +117,7 @@ impl Weights {
     }
 
     /// Takes in the tensors of another file.
-    pub(crate) fn join(&mut self, other: Weights) {
+    pub fn join(&mut self, other: Weights) {
         self.tensors.extend(other.tensors);
         self.metadata.extend(other.metadata);
         self.files.extend(other.files);

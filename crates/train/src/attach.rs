@@ -13,6 +13,7 @@ use engraft_recipe::{MethodTable, Problem, Recipe};
 use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
 use serde_json::{Value, json};
 
+use crate::hub_head::{Parts, adapter_parts};
 use crate::task_names::numbered;
 use crate::wanted::{
     dead_module, dead_patterns, dead_targets, idle, idle_in_file, partly_dead, targets, unheeded,
@@ -58,18 +59,24 @@ pub fn open_adapter_choosing(
     choices: &Settings,
 ) -> Result<AttachedAdapter> {
     let files = read_adapter(dir, limits)?;
-    let made = numbered(choices, dir).and_then(|choices| Ok(choose(&files.config, &choices)?));
+    let Parts { config, tensors, notes } = adapter_parts(&files, model)?;
+    let made = numbered(choices, dir).and_then(|choices| Ok(choose(&config, &choices)?));
     let config = made.map_err(|error| Error::Choice(error.to_string()))?;
-    let loaded = load_adapter(&config, adapter_tensors(&files)?, model.sites(), model.info())?;
+    let loaded = load_adapter(&config, tensors, model.sites(), model.info())?;
     let sites = model.sites().named(loaded.adapter.names());
     let dead = loaded.dead.iter().map(|name| format!("`{name}` is named and matches nothing in this model"));
     let idle = loaded.methods.iter().flat_map(|one| idle_in_file(&config, one, sites));
-    let notes = dead.chain(idle).map(|note| format!("{}: {note}", dir.display())).collect();
+    let mut told: Vec<String> = Vec::new();
+    for note in notes.into_iter().chain(dead).chain(idle).map(|note| format!("{}: {note}", dir.display())) {
+        if !told.contains(&note) {
+            told.push(note);
+        }
+    }
     Ok(AttachedAdapter {
         adapter: loaded.adapter,
         methods: loaded.methods,
         train_also: loaded.train_also,
-        notes,
+        notes: told,
         saved: true,
     })
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use engraft_data::{Dataset, Tokenizer};
-use engraft_method::{Chosen, HubDirectory, Named, adapter_hub, save_adapter, stored_as};
+use engraft_method::{Chosen, Named, save_adapter, stored_as};
 use engraft_nn::{Base, Layout, Pass, Patch, Patched, Sites, Value};
 use engraft_report::run::{Change, EvalRow, Fact, Setting, Verdict};
 use engraft_report::{Events, RunData, human, training_plot};
@@ -54,31 +54,6 @@ pub fn write_adapter_files(
     };
     let entries = tensors.iter().map(entry).collect::<Result<Vec<_>>>()?;
     Ok(engraft_store::write_adapter(dir, config, &entries)?)
-}
-
-/// Writes the adapter as AdapterHub's library reads it; gives the tensors that it has no place for.
-///
-/// # Errors
-/// An adapter whose form is not AdapterHub's.
-pub fn write_hub_files(
-    dir: &Path,
-    config: &serde_json::Value,
-    tensors: Named,
-    info: &engraft_nn::ModelInfo,
-) -> Result<Vec<String>> {
-    let files = adapter_hub(config, tensors, (info.architecture.as_str(), info.width))?;
-    for HubDirectory { name, config: (file, config), weights } in &files.directories {
-        let entries = match weights {
-            Some((_, tensors)) => {
-                tensors.iter().map(|(name, t)| crate::tensors::entry(name, t)).collect::<Result<Vec<_>>>()?
-            }
-            None => Vec::new(),
-        };
-        let weights = weights.as_ref().map(|(file, _)| (*file, &entries[..]));
-        let own = if name.is_empty() { dir.to_owned() } else { dir.join(name) };
-        engraft_store::write_adapter_as(&own, (*file, config), weights)?;
-    }
-    Ok(files.left_out)
 }
 
 /// Writes `plot.svg` and `report.json`; gives the plot.

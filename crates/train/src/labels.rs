@@ -3,9 +3,10 @@
 
 use std::path::Path;
 
-use engraft_store::{Limits, json, write_atomic};
+use engraft_store::{Limits, json, read_head, write_atomic};
 use serde_json::Value;
 
+use crate::hub_head::names_of_head;
 use crate::read::{config_classes, known_labels};
 use crate::{Error, Result};
 
@@ -18,12 +19,15 @@ pub fn write_label_names(dir: &Path, names: &[String]) -> Result<()> {
     write_names(&dir.join(FILE), names)
 }
 
-/// The names beside an adapter; none where it has no such file.
+/// The names beside an adapter; none where it has no such file, nor a head of AdapterHub's that names them.
 ///
 /// # Errors
 /// A file that is not a list of texts.
 pub fn label_names(dir: &Path) -> Result<Option<Vec<String>>> {
-    names_in(&dir.join(FILE), "class names")
+    match names_in(&dir.join(FILE), "class names")? {
+        None => Ok(read_head(dir, &Limits::default())?.and_then(|head| names_of_head(&head.config))),
+        named => Ok(named),
+    }
 }
 
 /// Writes a list of names.

@@ -10,7 +10,7 @@ use engraft_nn::Task;
 use engraft_nn::weight::Storage;
 use engraft_recipe::{self as recipe, Dtype, Facts, Plan, Problem, Quantize, Recipe};
 use engraft_store::hub::{Hub, Progress};
-use engraft_store::{Limits, Weights, read_config};
+use engraft_store::{Limits, Weights, read_adapter, read_config};
 use engraft_tensor::frozen::Precision;
 use serde_json::Value;
 
@@ -18,6 +18,7 @@ use crate::Result;
 use crate::attach::{AttachedAdapter, from_recipe, unsuited};
 use crate::batch::Feed;
 use crate::fingerprint::{Fingerprint, of_data, of_weights};
+use crate::hub_head::labels_of_adapter;
 use crate::labels::label_names;
 use crate::names;
 use crate::objective::Objective;
@@ -80,7 +81,8 @@ impl Session {
             true => keep(reading.examples().map_err(fault), &mut problems),
             false => keep(Err(missing), &mut problems),
         };
-        let classes = classes(&data, task, examples.as_ref(), &config);
+        let own = own_classes(recipe, &config, &options.limits);
+        let classes = classes(&data, task, examples.as_ref(), own);
         let loaded =
             load_model(recipe, &model_dir, &load_options(recipe, task, classes, options), &mut problems)?;
         let facts = facts(recipe, task, examples.as_ref(), max_length, &options.working_dir)?;
@@ -250,19 +252,29 @@ fn facts(
     })
 }
 
-/// Labels that the head must tell apart; `None` is the head's own number.
+/// Labels of the head that the adapter brings from which training goes on, else of the model's.
+fn own_classes(recipe: &Recipe, config: &Value, limits: &Limits) -> Option<usize> {
+    let of_adapter = || {
+        let [method] = &recipe.methods[..] else { return None };
+        // One that cannot be read is told of where it is attached.
+        labels_of_adapter(config, &read_adapter(&method.from.as_ref()?.value, limits).ok()?)
+    };
+    of_adapter().or_else(|| config_classes(config))
+}
+
+/// Labels that the head must tell apart, `own` being those of the model's or the adapter's; `None` is the head's own number.
 fn classes(
     data: &recipe::Data,
     task: recipe::Task,
     examples: Option<&Examples>,
-    config: &Value,
+    own: Option<usize>,
 ) -> Option<usize> {
     use recipe::Task::{ImageClassification, SequenceClassification, TokenClassification};
     if !matches!(task, SequenceClassification | TokenClassification | ImageClassification) {
         return None;
     }
     // `transformers` takes two labels where a configuration says nothing.
-    let own = config_classes(config).unwrap_or(2);
+    let own = own.unwrap_or(2);
     Some(match (examples.and_then(|e| e.classes), data.format) {
         // Arrays have no names: a class that no row has may still be one of the model's.
         (Some(found), recipe::Format::Tensors) => found.max(own),

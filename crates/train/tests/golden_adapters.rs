@@ -16,6 +16,7 @@ use engraft_nn::{
 use engraft_store::{Dtype, Limits, read_adapter};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
+use engraft_train::adapter_parts;
 use serde_json::Value;
 
 #[test]
@@ -52,16 +53,21 @@ fn case(root: &Path, name: &str) -> Vec<String> {
     let inputs =
         if inputs.contains('/') { dir.join(inputs) } else { root.join("inputs").join(base).join(inputs) };
     let grid = fixtures::grid(&inputs);
-    let loaded = fixtures::model(&root.join("models").join(base), Precision::F32, Storage::Dense);
     let files = read_adapter(&dir.join("adapter"), &Limits::default()).unwrap();
+    let loaded = fixtures::model_of(&root.join("models").join(base), &files);
     let (sites, info) = (loaded.model.sites(), loaded.model.info());
-    let tensors = fixtures::tensors(&files.weights);
-    let adapter = match load_adapter(&files.config, tensors.clone(), sites, info) {
+    let parts = adapter_parts(&files, loaded.model.as_ref());
+    let parts = match parts.map_err(|e| e.to_string()) {
+        Ok(parts) => parts,
+        Err(e) => return vec![e],
+    };
+    let adapter = match load_adapter(&parts.config, parts.tensors.clone(), sites, info) {
         Ok(adapter) => adapter,
         Err(e) => return vec![e.to_string()],
     };
     let mut problems =
-        round_trip(&adapter, &files.config, &tensors, &loaded, meta["copies_of_tables"] == true);
+        round_trip(&adapter, &parts.config, &parts.tensors, &loaded, meta["copies_of_tables"] == true);
+    problems.extend(parts.notes);
     problems.extend(files.weights.iter().filter_map(|(key, raw)| {
         let stored = stored_as(&adapter.methods, key, sites);
         // Other whole numbers are compared with their type, as tensors.

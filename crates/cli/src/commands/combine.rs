@@ -196,6 +196,11 @@ fn term(text: &str, cx: &Context) -> Outcome<Term> {
     };
     let files = engraft_store::read_adapter(&cx.resolve(name)?, &cx.limits).before_work()?;
     let tensors = engraft_train::adapter_tensors(&files).before_work()?;
+    if files.head.is_some() {
+        cx.ui.note(&format!(
+            "{name}: the head beside the adapter is left out; heads are combined in peft's form alone"
+        ));
+    }
     Ok(Term { name: name.to_owned(), config: files.config, tensors, weight })
 }
 

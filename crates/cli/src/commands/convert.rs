@@ -9,7 +9,9 @@ use engraft_model::LoadOptions;
 use engraft_nn::Task;
 use engraft_store::Weights;
 use engraft_tensor::Tensor;
-use engraft_train::{adapter_tensors, write_adapter_files, write_hub_files, write_label_names};
+use engraft_train::{
+    HubModel, adapter_parts, adapter_tensors, write_adapter_files, write_hub_files, write_label_names,
+};
 use serde_json::json;
 
 use super::merge::refuse_full;
@@ -27,7 +29,7 @@ Examples:
   engraft convert runs/dylora/adapter --rank 4 --model qwen3-0.6b --out lora-4
 
 Reads the names of loralib, and peft's without their prefix; tensors trained as a whole come along. With --to adapterhub an
-adapter directory is written as AdapterHub's library reads it, a fusion with its adapters as a setup. With --rank the first ranks
+adapter directory is written as AdapterHub's library reads it, a trained head beside it, a fusion with its adapters as a setup. With --rank the first ranks
 of a DyLoRA become a LoRA, which peft reads.")]
 pub struct Args {
     /// A safetensors file; with --to adapterhub or --rank an adapter directory
@@ -68,14 +70,21 @@ fn to_adapter_hub(args: &Args, cx: &Context) -> Outcome {
     let (sites, info) = (engine.model.sites(), engine.model.info());
     let files = engraft_store::read_adapter(&cx.resolve(&args.file.display().to_string())?, &cx.limits);
     let files = files.before_work()?;
-    let loaded = load_adapter(&files.config, adapter_tensors(&files)?, sites, info).before_work()?;
+    let parts = adapter_parts(&files, engine.model.as_ref()).before_work()?;
+    let loaded = load_adapter(&parts.config, parts.tensors, sites, info).before_work()?;
     let (config, tensors) =
         save_adapter(&loaded.adapter, &loaded.methods, &loaded.train_also, &args.model, sites, info)?;
     let count = tensors.len();
-    let left_out = write_hub_files(&args.out, &config, tensors, info).before_work()?;
+    let of = HubModel {
+        model: engine.model.as_ref(),
+        config: &engine.config,
+        name: &args.model,
+        labels: engine.labels.as_deref(),
+    };
+    let left_out = write_hub_files(&args.out, &config, tensors, &of).before_work()?;
     if let Some(first) = left_out.first() {
         let text = format!(
-            "{} tensors such as {first} are no part of an adapter there and were left out; the library keeps heads with save_head",
+            "{} tensors such as {first} are no part of an adapter there nor of a head, and were left out",
             left_out.len()
         );
         cx.ui.note(&text);

@@ -127,7 +127,14 @@ fn adapter(dir: &Path, cx: &Context) -> Outcome<Found> {
     };
     let config = files.config.as_object().into_iter().flatten();
     facts.extend(config.filter(|(_, value)| telling(value)).map(|(key, value)| (key.clone(), value.clone())));
-    Ok(Found { kind: "adapter", facts, weights: Some(files.weights) })
+    let mut weights = files.weights;
+    if let Some(head) = files.head {
+        let class =
+            head.config.pointer("/config/head_type").or_else(|| head.config.get("model_class")).cloned();
+        facts.push(("head".to_owned(), class.unwrap_or_else(|| "without a configuration".into())));
+        weights.join(head.weights);
+    }
+    Ok(Found { kind: "adapter", facts, weights: Some(weights) })
 }
 
 fn checkpoint(dir: &Path, cx: &Context) -> Outcome<Found> {
