@@ -62,14 +62,22 @@ pub(super) fn read(r: &mut Reader<'_>, names: &Names) -> AdaLora {
             r.problem(format!("`{key}`: expected a number between 0 and 1, found {beta}"));
         }
     }
-    if method.target_rank > method.init_rank {
-        let (target, first) = (method.target_rank, method.init_rank);
-        r.problem(format!("`{}` is {target}, above the first rank {first}", names.target_rank));
+    if let Some(problem) = method.grows(names.target_rank).filter(|_| !r.is_file()) {
+        r.problem(problem);
     }
     if let Some(Err(e)) = method.schedule.total.map(|total| method.schedule.check(total)) {
         r.problem(e.to_string());
     }
     method
+}
+
+impl AdaLora {
+    /// What is wrong with a target above the rank that there is to cut from. A file may say so all the same: it is computed
+    /// with the ranks that it has, and only a run has to cut them.
+    pub(super) fn grows(&self, target: &str) -> Option<String> {
+        let (last, first) = (self.target_rank, self.init_rank);
+        (last > first).then(|| format!("`{target}` is {last}, above the first rank {first}"))
+    }
 }
 
 /// Keys of LoRA that say something to AdaLoRA and are null unless they do.
