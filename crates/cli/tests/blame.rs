@@ -164,6 +164,8 @@ fn sizes_that_the_model_cannot_have_are_told_at_their_key() {
         ("psoft\"\nrank = 500", "rank"),
         ("road\"\ngroup_size = 10", "group_size"),
         ("fourierft\"\nn_frequency = 99999", "n_frequency"),
+        ("miss\"\nrank = 99", "rank"),
+        ("miss\"\nrank = 7\nform = \"bat\"", "rank"),
         ("miss\"\nmini_r = 7\nform = \"mini\"\nrank = 4", "mini_r"),
         ("osf\"\neffective_rank = 48", "effective_rank"),
     ] {
