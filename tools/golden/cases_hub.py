@@ -65,7 +65,8 @@ TABLE = [
     ("llama", "seq_bn", "invertible", SeqBnInvConfig(reduction_factor=4), "", "behind the table"),
     ("t5", "double_seq_bn", "invertible", DoubleSeqBnInvConfig(reduction_factor=4), "", "the encoder's alone"),
 ]
-TRAINED = {"t5__mam": ("t5", hybrid.mam(), "ragged"),
+TRAINED = {"t5__mam": ("t5", hybrid.mam(), "ragged"), "t5__unipelt": ("t5", hybrid.unipelt(), "full"),
+           "t5__seq_bn_gating": ("t5", DoubleSeqBnConfig(reduction_factor=4, use_gating=True), "full"),
            "gpt2__ia3_hub": ("gpt2", IA3Config(), "padded"),
            "bert__seq_bn_invertible": ("bert", SeqBnInvConfig(reduction_factor=4), "padded")}
 

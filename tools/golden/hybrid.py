@@ -99,7 +99,7 @@ def write_case(base, method, variant, config, side, checks):
 
 
 TRAINED = {"bert__unipelt": ("bert", unipelt(), "full"), "roberta__mam": ("roberta", mam(), "padded"),
-           "llama__mam": ("llama", mam(), "padded")}
+           "llama__mam": ("llama", mam(), "padded"), "llama__unipelt": ("llama", unipelt(), "full")}
 
 
 def attempt(name, out, salt):

@@ -204,7 +204,7 @@ fn a_rate_of_the_head_wants_a_head_that_is_trained() {
     );
     fs::write(dir.path().join("r.toml"), &text).unwrap();
     let said = refused(dir.path(), &["train", "r.toml"]);
-    assert!(said.contains("r.toml:9:") && said.contains("none is"), "{said}");
+    assert!(said.contains("r.toml:9:") && said.contains("nothing of it is"), "{said}");
     assert!(said.contains("add `train_also = [\"lm_head\"]`"), "{said}");
     let text = text.replace("\"lora\"", "\"lora\"\ntrain_also = [\"lm_head\"]");
     fs::write(dir.path().join("r.toml"), &text).unwrap();

@@ -183,6 +183,8 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
         None => TaskName::None,
     });
     attached.adapter.set_idle_keys(peft::idle_keys(config, &methods));
+    // As AdapterHub's library trains what it saved; its files have no type of `peft`'s.
+    attached.adapter.set_reads_answers(config.get("peft_type").is_none_or(Value::is_null));
     let dead = attached.dead_targets.into_iter().chain(attached.dead_modules).collect();
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
 }

@@ -40,6 +40,7 @@ pub struct Adapter {
     names: Names,
     task: TaskName,
     idle: Map<String, Value>,
+    reads_answers: bool,
 }
 
 impl Adapter {
@@ -72,6 +73,16 @@ impl Adapter {
     /// Says which keys of its file say nothing here.
     pub fn set_idle_keys(&mut self, idle: Map<String, Value>) {
         self.idle = idle;
+    }
+
+    /// Whether what it makes of a text (gates, generated rows) is made of the tokens that are to be predicted too, in training.
+    pub fn reads_answers(&self) -> bool {
+        self.reads_answers
+    }
+
+    /// Says so.
+    pub fn set_reads_answers(&mut self, reads: bool) {
+        self.reads_answers = reads;
     }
 
     /// The patches at a site, in the order they were attached.

@@ -235,12 +235,15 @@ impl Pass {
     }
 
     /// The rows of each sequence's tokens that are given: neither virtual nor asked for, one of them at least. What a patch
-    /// makes of its input (gates, routes, generated prompts) may look at these alone.
+    /// makes of its input (gates, routes, generated prompts) may look at these alone, unless its adapter reads answers.
     pub fn given(&self) -> Vec<Range<usize>> {
         let rows = self.layout.sequences().iter().zip(self.layout.virtual_counts()).enumerate();
         let given = |(i, (s, &virtual_count)): (usize, (&Range<usize>, &usize))| {
             let first = (s.start + virtual_count).min(s.end);
-            let asked = self.asked.get(self.first_sequence + i).copied().unwrap_or(0);
+            let number = self.first_sequence + i;
+            let mut own = self.routes.iter().filter(|route| route.sequences.contains(&number));
+            let reads_all = own.any(|route| route.adapter.as_ref().is_some_and(|a| a.reads_answers()));
+            let asked = self.asked.get(number).copied().filter(|_| !reads_all).unwrap_or(0);
             first..s.end.saturating_sub(asked).max(first + 1).min(s.end)
         };
         rows.map(given).collect()

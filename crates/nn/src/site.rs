@@ -407,12 +407,11 @@ impl Sites {
         self.iter().filter(vector).find(|s| s.path.strip_suffix(".bias") == Some(path))
     }
 
-    /// The sites of the task's head, biases with them.
+    /// The sites of the task's head: what gives the outputs, and whatever else lies in the outermost module that it is in.
     pub fn head(&self) -> impl Iterator<Item = &Site> {
-        let weights: Vec<&str> = self.iter().filter(|s| s.role == Role::Head).map(|s| &*s.path).collect();
-        self.iter().filter(move |s| {
-            s.role == Role::Head || s.path.strip_suffix(".bias").is_some_and(|path| weights.contains(&path))
-        })
+        let outermost = |s: &Site| s.path.split('.').next().unwrap_or_default().to_owned();
+        let of_head: Vec<String> = self.iter().filter(|s| s.role == Role::Head).map(outermost).collect();
+        self.iter().filter(move |s| s.layer.is_none() && of_head.contains(&outermost(s)))
     }
 
     /// The number of a site's block through the whole model: a decoder's go on from the encoder's.

@@ -239,7 +239,7 @@ fn train_length() -> Vec<FieldSpec> {
         key(
             "head_learning_rate",
             FieldKind::Float { min: ABOVE_ZERO, max: 10.0 },
-            "Highest learning rate of the task's head where it is trained whole; left out: `learning_rate`.",
+            "Highest learning rate of the tensors of the task's head that are trained themselves; left out: `learning_rate`.",
         ),
         key("weight_decay", NOT_NEGATIVE, "Decoupled decay of the trained weights.").or(0.0),
         key("schedule", FieldKind::OneOf(&["constant", "linear", "cosine"]), "The rate after the warm-up.")

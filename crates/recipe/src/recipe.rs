@@ -331,7 +331,7 @@ pub struct Train {
     pub gradient_accumulation: usize,
     /// Highest learning rate.
     pub learning_rate: f64,
-    /// Highest learning rate of a head that is trained whole, where it has its own.
+    /// Highest learning rate of the head's own tensors, where they have one of their own.
     pub head_learning_rate: Option<f64>,
     /// Decoupled weight decay.
     pub weight_decay: f64,

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use engraft_data::Tokenizer;
+use engraft_method::algebra::one_base;
 use engraft_method::{
     Ahead, Chosen, Field, FieldKind, Method, Named, SavedAdapter, Settings, attach, choose, find,
     load_adapter, not_in_peft,
@@ -123,7 +124,7 @@ pub(crate) fn from_recipe(
         problems.push(recipe.problem_at("method", title));
     }
     for &number in &attached.without_targets {
-        problems.extend(unheeded(recipe, &methods[number], chosen[number].0.info().title));
+        problems.extend(unheeded(recipe, &methods[number], chosen[number].0.info()));
     }
     for dead in &attached.dead_modules {
         problems.push(dead_module(recipe, methods, dead, model.sites()));
@@ -285,6 +286,9 @@ fn give_adapters(
         }
         if !problems.is_empty() {
             return Err(problems);
+        }
+        if table.settings.get("any_base") != Some(&Value::Bool(true)) {
+            one_base(&adapters).map_err(|e| wrong_settings(recipe, table, e))?;
         }
         method.take_adapters(field.name, adapters).map_err(|e| wrong_settings(recipe, table, e))?;
     }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use engraft_method::Calibration;
+use engraft_method::{Calibration, look_first};
 use engraft_nn::{Adapter, Error as Nn, ModelInfo, Names, Pass, Result as NnResult, SiteId, Sites, Targets};
 use engraft_tensor::{Gradients, Tensor, no_grad, on_pool};
 
@@ -100,6 +100,11 @@ impl Base<'_> {
         let batch = self.feed.micro(number).map_err(as_nn)?;
         let cx = Pass::new(batch.inputs.layout.clone(), Some(probe.clone()))
             .checkpointing(self.session.plan.train.gradient_checkpointing);
+        // Under the adapter itself its methods look first, as in training.
+        if Arc::ptr_eq(probe, &self.session.adapter) {
+            let Session { methods, model, .. } = self.session;
+            look_first(methods, probe, model.as_ref(), &batch.inputs, &cx)?;
+        }
         Ok((batch, cx))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use engraft_method::{Chosen, FieldKind, Method, Settings};
+use engraft_method::{Chosen, FieldKind, Info, Method, Settings};
 use engraft_nn::{Adapter, LayerChoice, Matcher, Role, Site, Sites, TargetError, Targets};
 use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
 use serde_json::Value;
@@ -41,16 +41,25 @@ pub(crate) fn targets(
 }
 
 /// What a recipe says of the sites of a method that has its own, each at its key.
-pub(crate) fn unheeded(recipe: &Recipe, table: &MethodTable, title: &str) -> Vec<Problem> {
+pub(crate) fn unheeded(recipe: &Recipe, table: &MethodTable, info: &Info) -> Vec<Problem> {
     let says = [
         ("targets", table.targets.is_some()),
         ("roles", !table.roles.is_empty()),
         ("exclude", table.exclude.is_some()),
         ("layers", table.layers.is_some()),
     ];
+    let own = ["leave_out", "blocks", "side_layers"];
+    let own = own.into_iter().find(|key| info.fields.iter().any(|field| field.name == *key));
     let problem = |key: &str| {
-        let title = format!("`{key}` says nothing to {title}, which has sites of its own");
-        recipe.problem_at(&format!("{}.{key}", table.at), title).help(format!("leave `{key}` out"))
+        let title = format!("`{key}` says nothing to {}, which has sites of its own", info.title);
+        let help = match own.filter(|_| key == "layers") {
+            Some(own) => format!(
+                "it has a setting of its own for layers: `{own}` (see `engraft methods {}`)",
+                info.name
+            ),
+            None => format!("leave `{key}` out"),
+        };
+        recipe.problem_at(&format!("{}.{key}", table.at), title).help(help)
     };
     says.into_iter().filter(|(_, says)| *says).map(|(key, _)| problem(key)).collect()
 }
@@ -118,18 +127,22 @@ pub(crate) fn dead_module(recipe: &Recipe, methods: &[MethodTable], dead: &str, 
     }
 }
 
-/// A learning rate of the head where no head is trained whole.
+/// A learning rate of the head where nothing of it is trained.
 pub(crate) fn rate_without_head(recipe: &Recipe, adapter: &Adapter, sites: &Sites) -> Option<Problem> {
     if recipe.train.head_learning_rate.is_none() || !head(adapter, sites).is_empty() {
         return None;
     }
-    let title = "`head_learning_rate` is for a head that is trained whole, and none is";
+    let title = "`head_learning_rate` is for a head that is trained, and nothing of it is";
     let problem = recipe.problem_at("train.head_learning_rate", title);
-    Some(match sites.head().find(|site| site.is_weight()) {
-        Some(site) => {
-            problem.help(format!("add `train_also = [\"{}\"]` to `[method]`, or delete it", site.path))
-        }
-        None => problem.help("delete it: this model has no head"),
+    let Some(site) = sites.head().find(|site| site.is_weight() && site.role == Role::Head) else {
+        return Some(problem.help("delete it: this model has no head"));
+    };
+    let shared = |other: &Site| other.id != site.id && other.tensor.is_some() && other.tensor == site.tensor;
+    Some(match sites.iter().any(shared) {
+        true => problem
+            .note("the head is the table of tokens here, which learns at `learning_rate`")
+            .help("delete it"),
+        false => problem.help(format!("add `train_also = [\"{}\"]` to `[method]`, or delete it", site.path)),
     })
 }
 

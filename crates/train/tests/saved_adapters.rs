@@ -45,7 +45,11 @@ fn a_fusion_of_saved_adapters_leaves_them_as_they_were_and_holds_them() {
 fn what_cannot_be_fused_is_told_before_the_start() {
     let message = |cases: &[&str]| session(&recipe(cases)).map(|_| ()).unwrap_err().to_string();
     let other = message(&["bert__seq_bn", "llama__seq_bn"]);
-    assert!(other.contains("trained on a llama"), "{other}");
+    assert!(other.contains("of different bases") && other.contains("any_base"), "{other}");
+    let text = recipe(&["bert__seq_bn", "llama__seq_bn"]);
+    let allowed =
+        session(&text.replace("adapters =", "any_base = true\nadapters =")).map(|_| ()).unwrap_err();
+    assert!(allowed.to_string().contains("trained on a llama"), "{allowed}");
     let lora = message(&["bert__lora"]);
     assert!(lora.contains("is of LoRA, which adds nothing at sublayers"), "{lora}");
     assert!(message(&["bert__seq_bn", "not_there"]).contains("not_there"));

@@ -281,3 +281,12 @@ fn gradients_that_are_seen_are_those_of_the_weights() {
         }
     }
 }
+
+#[test]
+fn a_score_under_the_whole_adapter_gives_its_methods_their_first_look() {
+    // The generated prompt is made of what the base alone says.
+    let method = "name = \"sparse_adapter\"\nscore = \"snip\"\n[[method]]\nname = \"idpg\"\ntokens = 2";
+    let batches = golden().join("trajectories/llama__lora_plus_dora");
+    let text = recipe("llama", &batches, 2, method, "").replacen("[method]", "[[method]]", 1);
+    assert!(first_loss(&session(&text).unwrap()).is_finite());
+}

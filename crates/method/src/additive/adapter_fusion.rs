@@ -24,7 +24,7 @@ use crate::additive::bottleneck::{self, Bottleneck};
 use crate::read::{Reader, as_written, number};
 use crate::shared::activations::Activation;
 use crate::shared::branches::{Branch, Branches, Reads};
-use crate::shared::fields::{choice, float};
+use crate::shared::fields::{ANY_BASE, choice, float};
 use crate::shared::orthogonal::identity;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, SavedAdapter, Step, peft};
 
@@ -85,6 +85,7 @@ static INFO: Info = Info {
             default: None,
             doc: "Directories of the adapters that are fused, all trained on this model: bottleneck, Compacter, AdaptFormer, KronA^B or sparse adapters.",
         },
+        ANY_BASE,
         choice(
             "form",
             &["dynamic", "static"],
@@ -106,6 +107,7 @@ pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let mut r = Reader::settings(settings, INFO.fields);
+    r.ignore(&[ANY_BASE.name]);
     if r.texts("adapters").is_none_or(|paths| paths.is_empty()) {
         r.problem("`adapters`: expected at least one saved adapter");
     }

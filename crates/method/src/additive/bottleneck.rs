@@ -22,7 +22,7 @@ mod settings;
 #[cfg(test)]
 mod tests;
 
-use engraft_nn::{Adapter, Builder, Error, Kind, Patch, Result};
+use engraft_nn::{Adapter, Builder, Error, Kind, Patch, Result, Site, Stack};
 use serde_json::{Map, Value};
 
 pub(crate) use file::{around, from_adapter_hub, read_file};
@@ -90,16 +90,25 @@ pub(crate) static INFO: Info = Info {
         flag(
             "gating",
             "false",
-            "Times the mean of a trained gate σ(w·x + b) over the tokens of the sequence.",
+            "Times the mean of a trained gate σ(w·x + b) over the tokens of the sequence; in training, not over those that are to be predicted.",
         ),
         flag(
             "invertible",
             "false",
             "An invertible adapter behind the embeddings too (MAD-X), each of its two networks half as wide inside.",
         ),
+        LEAVE_OUT,
         DROP,
         ROBUST_DROP,
     ],
+};
+
+/// Blocks of one's choice.
+pub(crate) const LEAVE_OUT: Field = Field {
+    name: "leave_out",
+    kind: FieldKind::IntList,
+    default: None,
+    doc: "Layers without an adapter, from 0; an encoder's layers come before a decoder's.",
 };
 
 /// AdapterDrop, specialised.
@@ -189,6 +198,17 @@ impl Method for Bottleneck {
     /// With robust dropping, the first layers rest in many steps.
     fn rests(&self) -> bool {
         self.robust_drop
+    }
+
+    fn doubts(&self, sites: &[&Site]) -> Vec<String> {
+        let blocks = sites.iter().filter_map(|s| s.layer).max().map_or(1, |last| last + 1);
+        let stacks = if sites.iter().any(|s| s.stack == Stack::Decoder) { 2 } else { 1 };
+        let far = self.leave_out.iter().max().filter(|layer| **layer >= stacks * blocks);
+        far.map(|far| {
+            format!("`leave_out` or `drop` name layer {far}, and there are 0 to {}", stacks * blocks - 1)
+        })
+        .into_iter()
+        .collect()
     }
 
     fn branches(&self) -> Option<Box<dyn Branches>> {

@@ -13,7 +13,7 @@
 use engraft_nn::Result;
 use serde_json::{Map, Value};
 
-use super::bottleneck::{Bottleneck, DROP, Form, Phm, ROBUST_DROP, read_file};
+use super::bottleneck::{Bottleneck, DROP, Form, LEAVE_OUT, Phm, ROBUST_DROP, read_file};
 use crate::read::Reader;
 use crate::shared::activations::{ACTIVATIONS, Activation, NAMES};
 use crate::shared::fields::{choice, flag, float, int};
@@ -45,6 +45,7 @@ pub(super) static INFO: Info = Info {
         choice("activation", NAMES, "\"gelu\"", "Function in the middle."),
         flag("share_factors", "false", "Let all layers share the right factors too."),
         float("dropout", (0.0, 0.999), "0", "Dropout on what is added, while training."),
+        LEAVE_OUT,
         DROP,
         ROBUST_DROP,
     ],

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::Term;
 use super::factors::{ENDS, Scales, path_of};
+use crate::SavedAdapter;
 
 /// Refuses adapters of different bases, and heads of different tasks. `any_base` allows bases that are called differently: a
 /// model may lie in two places.
@@ -36,6 +37,22 @@ pub fn same_base(terms: &[Term], any_base: bool) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Refuses saved adapters of bases that are called differently, where a method puts them on one.
+///
+/// # Errors
+/// The first pair of bases.
+pub fn one_base(adapters: &[SavedAdapter]) -> Result<()> {
+    let mut named = adapters.iter().filter_map(|adapter| Some((&adapter.path, base_of(&adapter.config)?)));
+    let Some((first, base)) = named.next() else { return Ok(()) };
+    match named.find(|(_, other)| called(other) != called(base)) {
+        Some((path, other)) => Err(Error::Mismatch(vec![format!(
+            "`adapters`: adapters of different bases do not work on one: {first} belongs to {base} and {path} to {other}; where both are one \
+             model, set `any_base = true`"
+        )])),
+        None => Ok(()),
+    }
 }
 
 fn text<'a>(config: &'a Value, key: &str) -> Option<&'a str> {

@@ -28,7 +28,7 @@ use engraft_tensor::{DType, Tensor, no_grad};
 use serde_json::Value;
 
 use crate::{Chosen, Named};
-pub use alike::same_base;
+pub use alike::{one_base, same_base};
 pub(crate) use factors::Scales;
 
 use config::lora_config;

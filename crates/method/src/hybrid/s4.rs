@@ -125,6 +125,17 @@ impl Method for S4 {
             let strategy = &self.strategies[self.group(layer.place, layer.of)];
             plans.push((layer, Plan::of(strategy, layer, each)));
         }
+        let total = parameters(b.sites()) as f64;
+        let trained: usize = plans.iter().map(|(layer, plan)| plan.size(layer)).sum();
+        // Sizes are whole: about the budget is what can be had, and no more than twice of it what was meant.
+        if trained as f64 > 2.0 * self.budget * total {
+            let message = format!(
+                "`budget` is {}, and the least that these strategies can train is {trained} of {total} numbers; choose about {:.1e}",
+                self.budget,
+                trained as f64 / total
+            );
+            return Err(Error::Unsupported(message));
+        }
         adapters(b, &plans)?;
         prefixes(b, &plans)?;
         for (layer, plan) in &plans {
@@ -256,7 +267,6 @@ impl Plan {
     }
 
     /// The numbers it trains.
-    #[cfg(test)]
     fn size(&self, layer: &Layer) -> usize {
         let adapter =
             if self.bottleneck > 0 { self.bottleneck * (2 * layer.width + 1) + layer.width } else { 0 };
@@ -372,6 +382,10 @@ mod tests {
         // A fifth of 407 numbers, to a unit of each kind.
         let (count, budget) = (a.adapter.trained_count() as f64, 0.2 * 407.0);
         assert!((count - budget).abs() < 13.0, "{count} of {budget}");
+        let small = [chosen("s4", json!({ "budget": 0.01 }))];
+        let (sites, info) = toy();
+        let error = crate::attach(&small, &[], &sites, &info, 1).err().unwrap().to_string();
+        assert!(error.contains("the least that these strategies can train is"), "{error}");
         let has = |part: &str| names(&a).iter().any(|name| name.contains(part));
         assert!(has("layers.0.output_adapters.adapters.") && has("layers.0.attn.q.lora_A"));
         assert!(!has("layers.1.output_adapters.adapters.") && !has("layers.1.attn.q.lora_A"));
@@ -384,7 +398,7 @@ mod tests {
     #[test]
     fn configurations() {
         survives_saving(&[chosen("s4", json!({ "budget": 0.2, "grouping": "uniform" }))], &["head"]);
-        let good = config(&[chosen("s4", json!({}))], &[]);
+        let good = config(&[chosen("s4", json!({ "budget": 0.2 }))], &[]);
         for bad in [
             json!({ "budget": 0.0 }),
             json!({ "strategies": ["A", "P", "L"] }),

@@ -42,7 +42,10 @@ static INFO: Info = Info {
     peft_type: "ENGRAFT_APT",
     fields: &[
         extra_tokens("20"),
-        sequences::field(Some("\"mean\""), "Which token's state stands for a sequence, or their mean."),
+        sequences::field(
+            Some("\"mean\""),
+            "Which token's state stands for a sequence, or their mean; tokens that are to be predicted are not read.",
+        ),
     ],
 };
 

@@ -62,7 +62,7 @@ static INFO: Info = Info {
         flag("deep", "true", "Give every block rows of its own."),
         sequences::field(
             None,
-            "Which token's state stands for a sequence; last for causal language models, else first.",
+            "Which token's state stands for a sequence; last for causal language models, else first. Tokens that are to be predicted are not read.",
         ),
         float("dropout", (0.0, 0.999), "0.1", "Dropout inside the generator, while training."),
     ],

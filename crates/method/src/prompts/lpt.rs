@@ -79,7 +79,7 @@ static INFO: Info = Info {
         int("bottleneck", (1, SIZE_MAX as i64), Some("256"), "Inner size of the generator."),
         sequences::field(
             None,
-            "What the naive generator reads; last for causal language models, else first.",
+            "What the naive generator reads; last for causal language models, else first. Tokens that are to be predicted are not read.",
         ),
         float("dropout", (0.0, 0.999), "0.1", "Dropout on the rows, while training."),
     ],

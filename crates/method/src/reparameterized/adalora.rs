@@ -472,14 +472,6 @@ mod tests {
     #[test]
     fn configurations() {
         survives_saving(&[chosen("adalora", json!({ "bias": "all", "dropout": 0.1 }))], &["head"]);
-        // A file may have ranks that a run would have to raise; the run is refused, and so is such a recipe.
-        let grown =
-            with(config(&[chosen("adalora", json!({}))], &[]), json!({ "init_r": 4, "total_step": 20 }));
-        let loaded = from_file(&grown).unwrap().unwrap().method;
-        let run = Ahead { steps: 20, task: engraft_nn::Task::CausalLm, tasks: None };
-        let refused = loaded.suits(&run).unwrap_err().to_string();
-        assert!(refused.contains("`target_r` is 8, above the first rank 4"), "{refused}");
-        assert!(from_settings(json!({ "init_rank": 4 }).as_object().unwrap()).is_err());
         let good = config(&[chosen("adalora", json!({ "tinit": 3 }))], &[]);
         assert_eq!((&good["total_step"], &good["rank_pattern"]), (&json!(4), &Value::Null));
         for bad in [

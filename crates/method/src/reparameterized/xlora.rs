@@ -28,7 +28,7 @@ use serde_json::{Map, Value, json};
 
 use self::saved::Packed;
 use crate::read::{Reader, as_written, number};
-use crate::shared::fields::{alpha, choice, dropout, flag, float, int, rank};
+use crate::shared::fields::{ANY_BASE, alpha, choice, dropout, flag, float, int, rank};
 use crate::shared::low_rank::linear;
 use crate::shared::mixture::{EXPERTS_MAX, Mixture};
 use crate::shared::sequences::Summary;
@@ -79,18 +79,14 @@ static INFO: Info = Info {
         rank("8"),
         alpha("16"),
         dropout("0"),
-        int(
-            "experts",
-            (1, EXPERTS_MAX as i64),
-            Some("4"),
-            "LoRAs at each matrix, where no `adapters` are given.",
-        ),
+        int("experts", (1, EXPERTS_MAX as i64), Some("4"), "LoRAs at each matrix, without `adapters`."),
         Field {
             name: "adapters",
             kind: FieldKind::Adapters,
             default: None,
             doc: "Directories of saved LoRAs that are scaled, with their own ranks, scales and targets; new ones without it.",
         },
+        ANY_BASE,
         Field {
             name: "use_trainable_adapters",
             kind: FieldKind::Bool,
@@ -151,6 +147,7 @@ fn read(r: &mut Reader<'_>, names: [&'static str; 3]) -> XLora {
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     peft::own_settings(&INFO, settings, |r| {
         let mut method = read(r, ["rank", "alpha", "dropout"]);
+        r.ignore(&[ANY_BASE.name]);
         let given = r.texts("adapters").map_or(0, |paths| paths.len());
         if given == 0 && !method.trainable {
             r.problem("`use_trainable_adapters`: expected `adapters` that rest, or true");

@@ -43,6 +43,13 @@ pub(crate) const fn extra_tokens(default: &'static str) -> Field {
     int("tokens", (1, TOKENS_MAX as i64), Some(default), "Number of extra keys and values in a layer.")
 }
 
+/// Read where saved adapters are given to a method.
+pub(crate) const ANY_BASE: Field = flag(
+    "any_base",
+    "false",
+    "Takes adapters whose bases are called differently: a model may lie in two places.",
+);
+
 /// The rank of a pair of factors.
 pub(crate) const fn rank(default: &'static str) -> Field {
     int("rank", (1, 1024), Some(default), "Inner size r of the product.")

@@ -157,10 +157,11 @@ impl Bottleneck {
         }
     }
 
-    /// AdapterDrop's settings of a recipe.
+    /// Which layers have none: what a recipe says, and AdapterDrop's settings.
     pub fn read_drop(&mut self, r: &mut Reader<'_>) {
         let first = r.whole("drop", 0, 1 << 16);
-        self.leave_out = (0..first).collect();
+        let named = r.counts("leave_out").unwrap_or_default();
+        self.leave_out = (0..first).chain(named.into_iter().filter(|layer| *layer >= first)).collect();
         self.robust_drop = r.flag("robust_drop", false);
     }
 

@@ -145,6 +145,12 @@ fn first_layers_go_without() {
     let (sites, _) = toy();
     assert_eq!(all.adapter.without_first_blocks(&sites, 1).unwrap().sites(), a.adapter.sites());
 
+    let named = attached(&[chosen("bottleneck", json!({ "leave_out": [0, 2] }))], &[]);
+    assert_eq!(names(&named), names(&a));
+    let method = chosen("bottleneck", json!({ "leave_out": [0, 2] })).0;
+    let doubts = method.doubts(&sites.iter().collect::<Vec<_>>());
+    assert!(matches!(&doubts[..], [one] if one.contains("name layer 2, and there are 0 to 1")), "{doubts:?}");
+
     let prefix = attached(&[chosen("prefix", json!({ "tokens": 2 }))], &[]);
     assert!(prefix.adapter.without_first_blocks(&sites, 1).is_err(), "positions would not fit");
 

@@ -106,3 +106,24 @@ pub(super) fn read_pattern(r: &mut Reader<'_>) -> Option<Map<String, Value>> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use engraft_nn::Task;
+    use serde_json::json;
+
+    use crate::testing::{chosen, config, with};
+    use crate::{Ahead, find, from_file};
+
+    #[test]
+    fn ranks_that_a_run_would_have_to_raise_are_refused_in_recipes_and_runs() {
+        let grown =
+            with(config(&[chosen("adalora", json!({}))], &[]), json!({ "init_r": 4, "total_step": 20 }));
+        let loaded = from_file(&grown).unwrap().method;
+        let run = Ahead { steps: 20, task: Task::CausalLm, tasks: None };
+        let refused = loaded.suits(&run).unwrap_err().to_string();
+        assert!(refused.contains("`target_r` is 8, above the first rank 4"), "{refused}");
+        let recipe = json!({ "init_rank": 4 });
+        assert!((find("adalora").unwrap().from_settings)(recipe.as_object().unwrap()).is_err());
+    }
+}
