@@ -18,6 +18,7 @@ GROUPS = {
     "lora": ("cases_lora", "peft"),
     "interchange": ("cases_interchange", "peft"),
     "numbers": ("cases_numbers", "peft"),
+    "edges": ("cases_edges", "peft"),
     "bitfit": ("selective", "peft"),
     "heads": ("heads", "peft"),
     "combine": ("combine", "peft"),

@@ -10,9 +10,9 @@ def generator(seed):
     return torch.Generator(device="cpu").manual_seed(seed)
 
 
-def case(seed, permutations):
+def case(seed, permutations, count=700):
     # `random_` takes one word modulo its bound where this is small, else two.
-    words = torch.empty(700, dtype=torch.int64).random_(0, 2**27, generator=generator(seed))
+    words = torch.empty(count, dtype=torch.int64).random_(0, 2**27, generator=generator(seed))
     uniform = torch.empty(60).uniform_(-0.35, 0.35, generator=generator(seed))
     normals = [torch.normal(0.0, 0.7, size=(n,), generator=generator(seed)).tolist() for n in (5, 16, 40)]
     return {
@@ -24,5 +24,6 @@ def case(seed, permutations):
 def make():
     out = GOLDEN / "random"
     out.mkdir(exist_ok=True)
-    cases = [case(0, [(1, 1), (2, 2), (9, 9)]), case(777, [(2304, 40), (768 * 768, 20)]), case(2**33 + 5, [(500, 500)])]
+    cases = [case(0, [(1, 1), (2, 2), (9, 9)]), case(777, [(2304, 40), (768 * 768, 20)]), case(2**33 + 5, [(500, 500)]),
+             case(-3, [(9, 9)], 30), case(2**64 - 7, [(9, 9)], 30)]
     write_json(out / "torch.json", {"torch": torch.__version__, "cases": cases})

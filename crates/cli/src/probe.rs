@@ -51,17 +51,52 @@ pub enum Probes {
     Pictures(Box<Inputs>),
 }
 
+/// What is wrong with the texts of `file` for the model in `dir`: told before anything else is read.
+pub fn check(file: Option<&Path>, dir: &Path) -> Outcome {
+    let Some(file) = file else { return Ok(()) };
+    let io = |e| engraft_store::Error::io("read", file, e);
+    std::fs::File::open(file).map_err(io).before_work()?;
+    if has_tokenizer(dir) {
+        return if lines(file)?.0.is_empty() { Err(no_text()) } else { Ok(()) };
+    }
+    Err(Failure::before_work(format!(
+        "{} has no tokenizer.json, so that it cannot read the texts of {}; put the tokenizer there, or leave `--probe` out to \
+         compare on random inputs",
+        dir.display(),
+        file.display()
+    )))
+}
+
+fn has_tokenizer(dir: &Path) -> bool {
+    dir.join("tokenizer.json").is_file()
+}
+
+fn no_text() -> Failure {
+    Failure::before_work("the probe file holds no text; give it a few lines")
+}
+
 impl Probes {
     /// The texts of a file, a text a line, or a few of our own; pictures of noise for models that read pictures.
     pub fn of(file: Option<&Path>, engine: &Engine, cx: &Context) -> Outcome<Probes> {
+        check(file, &engine.dir)?;
         let example = |ids: Vec<u32>| Example { ids, ..Example::default() };
         if let Some(Picture { channels, height, width }) = engine.model.info().picture {
+            if file.is_some() {
+                let message = "`--probe` is a file of texts, and this model reads pictures: leave it out to compare on noise";
+                return Err(Failure::before_work(message));
+            }
             let shape = [4, channels, height, width];
             let inputs = Inputs::pixels(Init::Normal(1.0).tensor(&shape, 0, "probes")?)?;
             return Ok(Probes::Pictures(Box::new(inputs)));
         }
-        if !engine.dir.join("tokenizer.json").is_file() {
+        if !has_tokenizer(&engine.dir) {
             // Without a tokenizer any ids show whether the logits agree; they say nothing of perplexity.
+            if engine.model.info().task == Task::CausalLm {
+                let dir = engine.dir.display();
+                cx.ui.note(&format!(
+                    "{dir} has no tokenizer.json: compared on random ids, which have no perplexity"
+                ));
+            }
             let vocabulary = engine.model.info().vocabulary as u64;
             let mut random = engraft_data::rng::Random::new(0, 0, 0);
             let mut ids = || (0..16).map(|_| random.below(vocabulary) as u32).collect();
@@ -87,7 +122,7 @@ impl Probes {
         }
         examples.retain(|e| e.ids.len() > 1);
         if examples.is_empty() {
-            return Err(Failure::before_work("the probe file holds no text; give it a few lines"));
+            return Err(no_text());
         }
         Ok(Probes::Tokens { examples, is_text: true })
     }

@@ -45,6 +45,10 @@ fn targets_that_match_nothing_name_the_nearest() {
             "targets = [\"self_atn.q_proj\", \"v_prj\"]",
             "did you mean `self_attn.q_proj` for `self_atn.q_proj`, `v_proj` for `v_prj`?",
         ),
+        (
+            "targets = [\"q_proj\", \"k_prj\", \"gate\"]",
+            "did you mean `k_proj` for `k_prj`, `gate_proj` for `gate`?",
+        ),
         ("targets = [\"query\"]", "or `roles = [\"q\", \"v\"]` for any model"),
         ("roles = [\"cross_q\"]", "did you mean `cross.q`?"),
         ("roles = [\"qq\"]", "roles are q, k"),
@@ -127,6 +131,76 @@ fn arguments_name_the_nearest_and_the_way_out() {
     let args = ["convert", "lora.pt", "--model", model.to_str().unwrap(), "--out", "a"];
     let text = refused(dir.path(), &args);
     assert!(text.contains("a pickle") && text.contains("'lora.safetensors'"), "{text}");
+    for (name, expected) in [
+        ("magnitude", "`name = \"supertuning\"` for the entries of largest magnitude, and `name = \"pafi\"`"),
+        ("cross_attention", "`name = \"full\"` with `roles = [\"cross.q\","),
+    ] {
+        let text = refused(dir.path(), &["methods", name]);
+        assert!(text.contains(expected), "{text}");
+    }
+}
+
+#[test]
+fn a_directory_of_tensors_alone_is_told_with_its_files() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("files")).unwrap();
+    let text = refused(dir.path(), &["inspect", "files"]);
+    assert!(text.contains("expected a model") && !text.contains("tensors"), "{text}");
+    for name in ["b.safetensors", "a.safetensors"] {
+        fs::copy(golden("models/vit/model.safetensors"), dir.path().join("files").join(name)).unwrap();
+    }
+    let text = refused(dir.path(), &["inspect", "files"]);
+    assert!(text.contains("`engraft inspect files/a.safetensors`, `engraft inspect files/b.s"), "{text}");
+    assert!(engraft(dir.path(), &["inspect", "files/a.safetensors"]).status.success());
+}
+
+#[test]
+fn sizes_that_the_model_cannot_have_are_told_at_their_key() {
+    for (method, key) in [
+        ("trainable_tokens\"\ntoken_indices = [3, 9999]", "token_indices"),
+        ("boft\"\nblock_size = 7", "block_size"),
+        ("c3a\"\nblock_size = 7", "block_size"),
+        ("vblora\"\nvector_length = 7", "vector_length"),
+        ("psoft\"\nrank = 500", "rank"),
+        ("road\"\ngroup_size = 10", "group_size"),
+        ("fourierft\"\nn_frequency = 99999", "n_frequency"),
+        ("miss\"\nrank = 99", "rank"),
+        ("miss\"\nrank = 7\nform = \"bat\"", "rank"),
+        ("miss\"\nmini_r = 7\nform = \"mini\"\nrank = 4", "mini_r"),
+        ("osf\"\neffective_rank = 48", "effective_rank"),
+    ] {
+        let text = said(&format!("name = \"{method}"), "llama__lora");
+        let line = method.lines().nth(1).unwrap();
+        let shown = text.contains("r.toml:4:") && text.contains(&format!("`{key}`")) && text.contains(line);
+        assert!(shown, "{text}");
+    }
+}
+
+#[test]
+fn texts_to_compare_on_are_read_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("texts.txt"), "Once upon a time\n").unwrap();
+    let (model, adapter) = (golden("models/llama"), golden("cases/llama__lora/adapter"));
+    let [model, adapter] = [&model, &adapter].map(|path| path.to_str().unwrap());
+    let vit = golden("models/vit");
+    let of_vit = golden("cases/vit__lora/adapter");
+    let commands = [
+        vec!["merge", "--model", model, "--adapter", adapter, "--out", "o"],
+        vec!["combine", adapter, adapter, "--model", model, "--out", "o"],
+        vec!["extract", "--model", model, "--tuned", model, "--out", "o"],
+        vec!["merge", "--model", vit.to_str().unwrap(), "--adapter", of_vit.to_str().unwrap(), "--out", "o"],
+    ];
+    for command in &commands {
+        for (file, expected) in [("absent.txt", "absent.txt"), ("texts.txt", "no tokenizer.json")] {
+            let text = refused(dir.path(), &[&command[..], &["--probe", file]].concat());
+            assert!(text.contains(expected), "{command:?}: {text}");
+            assert!(!dir.path().join("o").exists(), "{command:?}");
+        }
+    }
+    let merged = engraft(dir.path(), &commands[0]);
+    let [said, noted] = [merged.stdout, merged.stderr].map(|text| String::from_utf8(text).unwrap());
+    assert!(merged.status.success() && !said.contains("perplexity"), "{said}{noted}");
+    assert_eq!(noted.matches("has no tokenizer.json: compared on random ids").count(), 1, "{noted}");
 }
 
 #[test]

@@ -251,7 +251,7 @@ pub fn save_adapter(
             }
             let of = Saved { adapter, base_model, sites, info };
             let (map, chosen) = config((method.as_ref(), targets.as_ref()), "", &train_also, &of)?;
-            biases_of_decoders(&mut tensors, &train_also, sites);
+            biases_of_decoders(&mut tensors, &map, (&train_also, &chosen), sites);
             tensors.extend(biases_of_saved(&map, &train_also, &tensors, sites));
             tensors.extend(tied::copies(&map, &tensors, sites)?);
             for site in peft::copied_tables(&map, sites, info, &chosen) {

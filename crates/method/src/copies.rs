@@ -1,46 +1,72 @@
 //! What adapter files hold more than once.
 
-use engraft_nn::{Error, Result, Sites, Value as Frozen};
+use engraft_nn::{Error, Result, Site, SiteId, Sites, Value as Frozen};
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value};
 
 use crate::Named;
 
-/// The bias of a masked-word head has two names in files, `X.bias` and `X.decoder.bias`; the second is the one that is
-/// added, and stays under the name of the model's site.
+/// The decoder of the masked-word head whose bias `site` is: the bias lies beside it, in the module above.
+pub(crate) fn decoder_of<'s>(site: &Site, sites: &'s Sites) -> Option<&'s Site> {
+    let decoder = format!("{}.decoder", site.path.strip_suffix(".bias")?);
+    sites.iter().find(|s| s.is_weight() && s.path == decoder)
+}
+
+/// The bias of a masked-word head has two names in files, `X.bias` and that of the decoder, `X.decoder.bias` or below a changed
+/// decoder `X.decoder.base_layer.bias`; the second is the one that is added, and stays under the name of the model's site.
 pub(crate) fn one_bias_a_head(mut tensors: Named, sites: &Sites) -> Named {
     for site in sites.iter() {
-        let Some(stem) = site.path.strip_suffix(".bias") else { continue };
-        let [outer, inner] =
-            [&site.path, &format!("{stem}.decoder.bias")].map(|p| format!("base_model.model.{p}"));
-        if tensors.iter().any(|(name, _)| *name == inner) {
-            tensors.retain(|(name, _)| *name != outer);
-            tensors
-                .iter_mut()
-                .filter(|(name, _)| *name == inner)
-                .for_each(|(name, _)| name.clone_from(&outer));
+        let Some(decoder) = decoder_of(site, sites) else { continue };
+        let outer = key(&site.path);
+        for end in ["bias", "base_layer.bias"] {
+            let inner = key(&format!("{}.{end}", decoder.path));
+            if tensors.iter().any(|(name, _)| *name == inner) {
+                tensors.retain(|(name, _)| *name != outer);
+                let own = tensors.iter_mut().filter(|(name, _)| *name == inner);
+                own.for_each(|(name, _)| name.clone_from(&outer));
+            }
         }
     }
     tensors
 }
 
-/// Writes the bias of a masked-word head as `peft` asks for it where the head is trained whole: under both names, or, where
-/// only the decoder is, under the decoder's alone.
-pub(crate) fn biases_of_decoders(tensors: &mut Named, train_also: &[String], sites: &Sites) {
+/// Writes the trained bias of a masked-word head as `peft` does: `X.bias` where the head is trained whole or all biases are, and
+/// the decoder's name where that is so, where the decoder is trained whole and where it is one of the targets (`chosen`). A
+/// decoder that is trained whole has a bias of its own, so that `X.bias` stays as it was.
+pub(crate) fn biases_of_decoders(
+    tensors: &mut Named,
+    config: &Map<String, Value>,
+    (train_also, chosen): (&[String], &[SiteId]),
+    sites: &Sites,
+) {
+    let within = |path: &str| train_also.iter().any(|name| inside(name, path).is_some());
     for site in sites.iter() {
-        let Some(stem) = site.path.strip_suffix(".bias") else { continue };
-        let inner = format!("{stem}.decoder.bias");
-        let within = |path: &str| train_also.iter().any(|name| inside(name, path).is_some());
-        let decoder = sites.iter().any(|s| s.is_weight() && s.path == format!("{stem}.decoder"));
-        let outer = format!("base_model.model.{}", site.path);
-        let at = tensors.iter().position(|(key, _)| *key == outer).filter(|_| decoder && within(&inner));
-        let Some(at) = at else { continue };
-        let value = tensors[at].1.clone();
-        if !within(&site.path) {
-            tensors.remove(at);
+        let (Some(decoder), Frozen::Vector(base)) = (decoder_of(site, sites), &site.value) else { continue };
+        let Some(at) = tensors.iter().position(|(name, _)| *name == key(&site.path)) else { continue };
+        let inner = format!("{}.bias", decoder.path);
+        let (whole, all) = (within(&inner), all_biases(config));
+        let wrapped = !whole && chosen.contains(&decoder.id);
+        if !(whole || wrapped || all) {
+            continue;
         }
-        tensors.push((format!("base_model.model.{inner}"), value));
+        let value = tensors[at].1.clone();
+        match (within(&site.path), all) {
+            (false, true) if whole => tensors[at].1 = base.clone(),
+            (false, false) => _ = tensors.remove(at),
+            _ => {}
+        }
+        let inner = if wrapped { format!("{}.base_layer.bias", decoder.path) } else { inner };
+        tensors.push((key(&inner), value));
     }
+}
+
+/// The key of a tensor of the model.
+fn key(path: &str) -> String {
+    format!("base_model.model.{path}")
+}
+
+fn all_biases(config: &Map<String, Value>) -> bool {
+    config.get("bias").and_then(Value::as_str) == Some("all")
 }
 
 /// An error where a tensor that is in the file again, under another key, has other values there.
@@ -68,18 +94,22 @@ pub(crate) fn biases_of_saved(
     tensors: &Named,
     sites: &Sites,
 ) -> Named {
-    if config.get("bias").and_then(Value::as_str) != Some("all") {
+    if !all_biases(config) {
         return Vec::new();
     }
     let mut copies = Vec::new();
-    for site in sites.iter() {
+    let biases = sites.iter().filter(|site| site.path.ends_with(".bias"));
+    let named = biases.flat_map(|site| {
+        let of_decoder = decoder_of(site, sites).map(|decoder| format!("{}.bias", decoder.path));
+        [Some(site.path.clone()), of_decoder].into_iter().flatten().map(move |path| (site, path))
+    });
+    for (site, path) in named {
         let Frozen::Vector(base) = &site.value else { continue };
-        let Some((module, rest)) = train_also.iter().find_map(|name| inside(name, &site.path)) else {
+        let Some((module, rest)) = train_also.iter().find_map(|name| inside(name, &path)) else {
             continue;
         };
-        let trained = tensors.iter().find(|(key, _)| *key == format!("base_model.model.{}", site.path));
-        if let (true, Some((_, trained))) = (site.path.ends_with(".bias"), trained) {
-            let key = |part: &str| format!("base_model.model.{module}.{part}.{rest}");
+        if let Some((_, trained)) = tensors.iter().find(|(name, _)| *name == key(&path)) {
+            let key = |part: &str| key(&format!("{module}.{part}.{rest}"));
             // `peft` takes its own name for the adapter out of keys only where it is the last part but one.
             let own = if rest.contains('.') { "modules_to_save.default" } else { "modules_to_save" };
             copies.push((key(own), trained.clone()));

@@ -12,6 +12,8 @@ enum Here {
     Set(&'static str, &'static str),
     /// A method of another name.
     Called,
+    /// Several methods: the words after the name of the first.
+    CalledAs(&'static str),
     /// Keys beside the method: several of its own, or one of another table.
     Beside(&'static str),
     /// A rule that combines saved adapters of the method.
@@ -34,6 +36,10 @@ const TABLE: &[(&str, &str, Here)] = &[
     ("intrinsic-said", "said", Here::Called),
     ("loreft", "reft", Here::Called),
     ("ladder-side-tuning", "lst", Here::Called),
+    ("magnitude", "supertuning", Here::CalledAs(MAGNITUDE)),
+    ("magnitude-mask", "supertuning", Here::CalledAs(MAGNITUDE)),
+    ("cross-attention", "full", Here::Beside(CROSS_ATTENTION)),
+    ("cross-attention-only", "full", Here::Beside(CROSS_ATTENTION)),
     ("bias-tuning", "bitfit", Here::Called),
     ("norm-tuning", "ln_tuning", Here::Called),
     ("layernorm-tuning", "ln_tuning", Here::Called),
@@ -52,6 +58,10 @@ const TABLE: &[(&str, &str, Here)] = &[
     ("task-arithmetic", "lora", Here::Combined("linear")),
 ];
 
+/// Which entries a mask by magnitude trains.
+const MAGNITUDE: &str = "the entries of largest magnitude, and `name = \"pafi\"` for those of smallest";
+const CROSS_ATTENTION: &str = "roles = [\"cross.q\", \"cross.k\", \"cross.v\", \"cross.o\"]";
+
 /// Rules whose names are those of methods elsewhere, and whose adapters they combine.
 const RULES: &[(&str, &str)] = &[("mera", "bottleneck"), ("lorahub", "lora"), ("ties", "lora")];
 
@@ -65,6 +75,7 @@ pub fn elsewhere(entry: &Entry) -> Vec<(String, String)> {
         let how = match here {
             Here::Set(setting, value) => with(setting, value),
             Here::Called => format!("`name = \"{method}\"`"),
+            Here::CalledAs(what) => format!("`name = \"{method}\"` for {what}"),
             Here::Beside(key) => format!("`name = \"{method}\"` with `{key}`"),
             Here::Combined(rule) => combined(rule),
         };
@@ -117,6 +128,8 @@ mod tests {
         assert_eq!(how("bone"), ["`name = \"miss\"`"]);
         assert_eq!(how("ties"), ["`engraft combine --rule ties` on saved adapters"]);
         assert_eq!(how("FISH mask"), ["`name = \"fish\"`"]);
+        assert!(how("magnitude")[0].contains("`name = \"supertuning\"` for the entries of largest"));
+        assert!(how("cross-attention")[0].contains("`name = \"full\"` with `roles = [\"cross.q\","));
         assert!(how("relu").is_empty(), "many methods have it");
         for name in ["kasa", "olora", "eva", "corda", "lora-ga", "rslora", "lorahub", "qlora", "mera"] {
             assert_eq!(how(name).len(), 1, "{name}");
@@ -137,7 +150,7 @@ mod tests {
                     assert!(entry.info.fields.iter().any(|field| field.name == *setting), "{name}");
                 }
                 Here::Combined(rule) => assert!(rules.contains(rule), "{rule}"),
-                Here::Called | Here::Beside(_) => {}
+                Here::Called | Here::CalledAs(_) | Here::Beside(_) => {}
             }
         }
         assert!(RULES.iter().all(|(rule, method)| rules.contains(rule) && find(method).is_some()));

@@ -6,6 +6,7 @@ use engraft_nn::{Error, Pattern as Expression, Result};
 use serde_json::{Map, Value};
 
 use crate::Field;
+use crate::shared::torch_random::Seed;
 
 /// Settings by key. Every key that is looked at is known; a key that is left over and says something is an error.
 pub(crate) struct Reader<'a> {
@@ -71,16 +72,13 @@ impl<'a> Reader<'a> {
         self.read(key, "a number above 0 and at most 1", share).unwrap_or(default)
     }
 
-    /// A probability below one.
+    /// A probability, below one in a recipe. In files it may be one, which leaves everything out while training.
     pub fn dropout(&mut self, key: &'static str) -> f32 {
-        let share = |v: &Value| v.as_f64().filter(|p| (0.0..1.0).contains(p));
-        self.read(key, "a number of at least 0 and less than 1", share).unwrap_or(0.0) as f32
-    }
-
-    /// A probability; one leaves everything out.
-    pub fn probability(&mut self, key: &'static str) -> f32 {
-        let share = |v: &Value| v.as_f64().filter(|p| (0.0..=1.0).contains(p));
-        self.read(key, "a number from 0 to 1", share).unwrap_or(0.0) as f32
+        let (is_file, share) = (self.is_file, |v: &Value| v.as_f64().filter(|p| (0.0..=1.0).contains(p)));
+        let expected =
+            if is_file { "a number from 0 to 1" } else { "a number of at least 0 and less than 1" };
+        let found = self.read(key, expected, |v| share(v).filter(|p| is_file || *p < 1.0));
+        found.unwrap_or(0.0) as f32
     }
 
     /// A count of at least 1 and at most `max`.
@@ -99,6 +97,11 @@ impl<'a> Reader<'a> {
     pub fn at_least(&mut self, key: &'static str, default: u64, least: u64) -> u64 {
         let whole = |v: &Value| v.as_u64().filter(|n| *n >= least);
         self.read(key, format!("a whole number from {least}"), whole).unwrap_or(default)
+    }
+
+    /// A seed of PyTorch's generator.
+    pub fn torch_seed(&mut self, key: &'static str, default: u64) -> Seed {
+        self.read(key, "a whole number of 64 bits", Seed::read).unwrap_or(Seed::of(default))
     }
 
     /// A seed: a whole number of at least 0.

@@ -268,8 +268,6 @@ impl Pass {
         match self.mode {
             Mode::Eval => Ok(x.clone()),
             Mode::Train { .. } if p == 0.0 => Ok(x.clone()),
-            // Nothing is kept, so there is nothing to scale up either.
-            Mode::Train { .. } if p >= 1.0 => Ok(x.scale(0.0)?),
             Mode::Train { seed, step, micro } => {
                 let stream = step << 40 ^ micro << 28 ^ (site.0 as u64) << 8 ^ u64::from(salt);
                 Ok(x.dropout(p, seed, stream)?)

@@ -121,7 +121,7 @@ pub(crate) fn from_recipe(
         (e @ engraft_nn::Error::Targets(TargetError::Dead { .. }), [only]) => {
             vec![dead_targets(recipe, only, e)]
         }
-        (e, _) => vec![recipe.problem_at("method", e.to_string())],
+        (e, _) => vec![unfit(recipe, methods, &e.to_string())],
     })?;
     for dead in &attached.dead_targets {
         // Each method's targets match, but not all under the same names.
@@ -338,6 +338,19 @@ fn wrong_settings(recipe: &Recipe, table: &MethodTable, error: engraft_nn::Error
         }
     };
     lines.iter().map(|line| recipe.problem_at(&place(line), line.clone())).collect()
+}
+
+/// What does not fit the model, at the setting that is named first and that one of the methods alone has.
+fn unfit(recipe: &Recipe, methods: &[MethodTable], message: &str) -> Problem {
+    let settings = methods.iter().flat_map(|table| table.settings.keys().map(move |key| (table, key)));
+    let named: Vec<(usize, &MethodTable, &String)> =
+        settings.filter_map(|(table, key)| Some((message.find(&format!("`{key}`"))?, table, key))).collect();
+    let first = named.iter().map(|(at, ..)| *at).min();
+    let mut there = named.iter().filter(|(at, ..)| Some(*at) == first);
+    match (there.next(), there.next()) {
+        (Some((_, table, key)), None) => recipe.problem_at(&format!("{}.{key}", table.at), message),
+        _ => recipe.problem_at("method", message),
+    }
 }
 
 /// What the methods say of the run that lies ahead, each at the setting that it begins with.

@@ -18,7 +18,7 @@ use super::merge::refuse_full;
 use crate::context::Context;
 use crate::engine::Engine;
 use crate::failure::{BeforeWork, Failure, Outcome};
-use crate::probe::{Measured, Probes, largest_difference};
+use crate::probe::{self, Measured, Probes, largest_difference};
 
 /// How signs are elected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -93,6 +93,9 @@ fn rule(text: &str) -> Result<Rule, String> {
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
     check(args)?;
+    if let Some(model) = &args.model {
+        probe::check(args.probe.as_deref(), &cx.resolve(model)?)?;
+    }
     let mut terms = args.adapters.iter().map(|text| term(text, cx)).collect::<Outcome<Vec<_>>>()?;
     let options = Options {
         rule: args.rule,

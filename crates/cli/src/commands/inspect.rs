@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use engraft_method::foreign::recognise;
+use engraft_recipe::Problem;
 use engraft_report::{Align, Events, Table, human};
 use engraft_store::json::read_capped;
 use engraft_store::{AdapterForm, Weights, disk, read_adapter, read_config};
@@ -90,7 +91,26 @@ fn directory(dir: &Path, cx: &Context) -> Outcome<Found> {
          (MANIFEST.json)",
         dir.display()
     );
-    Err(Failure::before_work(message))
+    let files = tensor_files(dir);
+    if files.is_empty() {
+        return Err(Failure::before_work(message));
+    }
+    let each: Vec<String> =
+        files.iter().map(|file| format!("`engraft inspect {}`", file.display())).collect();
+    let help = format!("it holds tensors all the same: {}", each.join(", "));
+    Err(Failure::problem(Problem::new(message).help(help)))
+}
+
+/// The first safetensors files of a directory by name.
+fn tensor_files(dir: &Path) -> Vec<PathBuf> {
+    /// Files that are named.
+    const MOST: usize = 5;
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_one = |path: &PathBuf| path.extension().is_some_and(|end| end == "safetensors") && path.is_file();
+    let mut files: Vec<PathBuf> = entries.filter(is_one).collect();
+    files.sort();
+    files.truncate(MOST);
+    files
 }
 
 fn model(dir: &Path, cx: &Context) -> Outcome<Found> {

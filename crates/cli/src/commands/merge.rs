@@ -16,7 +16,7 @@ use crate::context::Context;
 use crate::engine::{Choice, Dtype, Engine, ModelArgs};
 use crate::failure::{BeforeWork, Failure, Outcome};
 use crate::merge::Merge;
-use crate::probe::{Measured, Probes, largest_difference};
+use crate::probe::{self, Measured, Probes, largest_difference};
 
 /// Files of a model directory that hold weights in some form and are not copied.
 const WEIGHT_ENDS: [&str; 10] =
@@ -80,6 +80,7 @@ impl WrittenType {
 /// Merges, then compares.
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
+    probe::check(args.probe.as_deref(), &cx.resolve(&args.model)?)?;
     let model = ModelArgs {
         drop_layers: None,
         choose: args.choose.clone(),

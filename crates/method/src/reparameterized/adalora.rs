@@ -178,6 +178,9 @@ impl Method for AdaLora {
     }
 
     fn suits(&self, run: &Ahead) -> Result<()> {
+        if let Some(problem) = self.grows("target_r").filter(|_| self.pattern.is_none()) {
+            return Err(Error::Mismatch(vec![problem]));
+        }
         self.schedule.check(self.schedule.total.unwrap_or(run.steps))
     }
 
@@ -474,7 +477,6 @@ mod tests {
         for bad in [
             json!({ "use_dora": true }),
             json!({ "init_r": 0 }),
-            json!({ "target_r": 99 }),
             json!({ "beta1": 1.0 }),
             json!({ "tfinal": 9 }),
             json!({ "deltaT": 0 }),

@@ -34,7 +34,7 @@ use crate::shared::fields::{flag, float, int};
 use crate::shared::kept::Kept;
 use crate::shared::matrices;
 use crate::shared::sizes;
-use crate::shared::torch_random::Generator;
+use crate::shared::torch_random::{Generator, Seed};
 use crate::{Described, Entry, Forget, Info, Loaded, Method, Step, peft};
 
 mod allocation;
@@ -57,7 +57,7 @@ struct AdaMss {
     threshold: Option<f64>,
     /// The same number where it is not used.
     unused_threshold: f64,
-    seed: u64,
+    seed: Seed,
     init_weights: bool,
     use_asa: bool,
     asa: Allocation,
@@ -139,7 +139,7 @@ fn read(r: &mut Reader<'_>, rank: &'static str) -> AdaMss {
         subspace_rank: r.count("subspace_rank", 1, MOST),
         threshold: dynamic.then_some(unused_threshold),
         unused_threshold,
-        seed: r.seed("random_seed", 0),
+        seed: r.torch_seed("random_seed", 0),
         init_weights: true,
         use_asa: r.flag("use_asa", false),
         asa: Allocation {
@@ -259,7 +259,7 @@ impl Method for AdaMss {
             "asa_target_subspaces": self.asa.target, "asa_uncertainty_beta": self.asa.uncertainty,
             "final_warmup": self.asa.last, "init_warmup": self.asa.first, "init_weights": start, "layers_pattern": null,
             "layers_to_transform": null, "mask_interval": self.asa.interval, "num_subspaces": self.subspaces,
-            "r": self.rank, "random_seed": self.seed, "subspace_rank": self.subspace_rank,
+            "r": self.rank, "random_seed": self.seed.written(), "subspace_rank": self.subspace_rank,
             "svd_threshold": self.unused_threshold, "use_asa": self.use_asa, "use_dynamic_rank": self.threshold.is_some(),
         });
         own.as_object().cloned().unwrap_or_default()

@@ -140,8 +140,8 @@ impl Method for Deft {
             let (out, inn) = matrices::linear(site, INFO.title)?;
             let rank = self.rank.min(out);
             let p = b.param(&format!("{}.deft_P", site.path), &[out, rank], Init::Normal(0.02))?;
-            // As in peft, an alpha of 0 is none.
-            let scale = self.alpha.filter(|a| *a > 0.0).map_or(1.0, |alpha| (alpha / rank as f64) as f32);
+            // As in peft, an alpha of 0 is none, and a negative one takes away.
+            let scale = self.alpha.filter(|a| *a != 0.0).map_or(1.0, |alpha| (alpha / rank as f64) as f32);
             let mut patch = Replaced { p, r: None, basis: self.basis, scale, dropout: self.dropout };
             if !self.para {
                 let start = match self.init_weights {

@@ -17,6 +17,7 @@ use crate::read::{Reader, as_written, number};
 use crate::reparameterized::vera::{Direction, Shape};
 use crate::shared::fields::{float, int};
 use crate::shared::places;
+use crate::shared::torch_random::Seed;
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 14;
@@ -72,7 +73,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 fn read(r: &mut Reader<'_>, rank: &'static str) -> Shape {
     Shape {
         rank: r.count(rank, 1024, RANK_MAX),
-        seed: r.seed("projection_prng_key", 0),
+        seed: r.torch_seed("projection_prng_key", 0),
         d_initial: r.float("d_initial", 0.1),
         dropout: r.dropout("dropout"),
         random: false,
@@ -80,7 +81,7 @@ fn read(r: &mut Reader<'_>, rank: &'static str) -> Shape {
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Dvora(Shape { rank: 4, seed: 1, d_initial: 0.4, dropout: 0.0, random: false }))
+    Box::new(Dvora(Shape { rank: 4, seed: Seed::of(1), d_initial: 0.4, dropout: 0.0, random: false }))
 }
 
 impl Method for Dvora {
@@ -103,7 +104,7 @@ impl Method for Dvora {
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let own = json!({
             "d_initial": number(self.0.d_initial), "dropout": as_written(self.0.dropout), "layers_pattern": null,
-            "layers_to_transform": null, "projection_prng_key": self.0.seed, "r": self.0.rank,
+            "layers_to_transform": null, "projection_prng_key": self.0.seed.written(), "r": self.0.rank,
         });
         own.as_object().cloned().unwrap_or_default()
     }

@@ -20,7 +20,7 @@ use crate::read::{Pattern, Reader, number};
 use crate::shared::biases::Biases;
 use crate::shared::fields::{choice, float, int};
 use crate::shared::places;
-use crate::shared::torch_random::Generator;
+use crate::shared::torch_random::{Generator, Seed};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 const COUNT_MAX: usize = 1 << 24;
@@ -29,7 +29,7 @@ const OF_TARGETS: &str = "fourier_only";
 struct FourierFt {
     count: usize,
     scaling: f64,
-    seed: u64,
+    seed: Seed,
     zero: bool,
     bias: Biases,
     count_pattern: Vec<Pattern>,
@@ -109,7 +109,7 @@ fn read(r: &mut Reader<'_>) -> FourierFt {
     let method = FourierFt {
         count: r.count("n_frequency", 1000, COUNT_MAX),
         scaling: r.float("scaling", 150.0),
-        seed: r.seed("random_loc_seed", 777),
+        seed: r.torch_seed("random_loc_seed", 777),
         zero: false,
         bias: Biases::read(r, OF_TARGETS),
         count_pattern: r.patterns("n_frequency_pattern"),
@@ -122,7 +122,7 @@ fn read(r: &mut Reader<'_>) -> FourierFt {
 
 fn example() -> Box<dyn Method> {
     let (bias, count_pattern) = (Biases::None, vec![]);
-    Box::new(FourierFt { count: 40, scaling: 60.0, seed: 3, zero: false, bias, count_pattern })
+    Box::new(FourierFt { count: 40, scaling: 60.0, seed: Seed::of(3), zero: false, bias, count_pattern })
 }
 
 impl Method for FourierFt {
@@ -154,7 +154,7 @@ impl Method for FourierFt {
         let own = json!({
             "bias": self.bias.name(OF_TARGETS), "fan_in_fan_out": false, "init_weights": self.zero,
             "layers_pattern": null, "layers_to_transform": null, "n_frequency": self.count,
-            "n_frequency_pattern": Pattern::table(&self.count_pattern), "random_loc_seed": self.seed,
+            "n_frequency_pattern": Pattern::table(&self.count_pattern), "random_loc_seed": self.seed.written(),
             "scaling": number(self.scaling),
         });
         own.as_object().cloned().unwrap_or_default()
@@ -205,7 +205,7 @@ mod tests {
             let name = format!("{path}.fourierft_spectrum");
             let c =
                 a.adapter.params().iter().find(|p| p.name == name).unwrap().param.value().to_vec().unwrap();
-            let places = Generator::new(777).permutation(out * 6, count);
+            let places = Generator::new(Seed::of(777)).permutation(out * 6, count);
             let mut change = vec![0.0f32; out * 6];
             for (at, value) in change.iter_mut().enumerate() {
                 let sum = places.iter().zip(&c).map(|(place, c)| {
@@ -233,7 +233,7 @@ mod tests {
         survives_saving(&[chosen("fourierft", settings)], &["head"]);
         let written = config(&[chosen("fourierft", json!({ "n_frequency": 5 }))], &[]);
         assert_eq!((&written["scaling"], &written["random_loc_seed"]), (&json!(150), &json!(777)));
-        for bad in [json!({ "n_frequency": 0 }), json!({ "bias": "some" }), json!({ "random_loc_seed": -3 })]
+        for bad in [json!({ "n_frequency": 0 }), json!({ "bias": "some" }), json!({ "random_loc_seed": 0.5 })]
         {
             assert!(from_file(&with(written.clone(), bad)).is_err());
         }

@@ -33,7 +33,7 @@ use crate::shared::biases::Biases;
 use crate::shared::fields::{choice, float, int};
 use crate::shared::kept::Kept;
 use crate::shared::matrices;
-use crate::shared::torch_random::Generator;
+use crate::shared::torch_random::{Generator, Seed};
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 mod basis;
@@ -51,7 +51,7 @@ struct Frod {
     rate: f64,
     ridge: f64,
     dropout: f32,
-    seed: u64,
+    seed: Seed,
     bias: Biases,
     init_weights: bool,
     /// What a file says about how `peft` works.
@@ -133,7 +133,7 @@ fn read(r: &mut Reader<'_>, dropout: &'static str) -> Frod {
         rate: r.float("sparse_rate", 0.01),
         ridge: r.float("regularization_alpha", 1e-3),
         dropout: r.dropout(dropout),
-        seed: r.seed("projection_prng_key", 0),
+        seed: r.torch_seed("projection_prng_key", 0),
         bias: Biases::read(r, OF_TARGETS),
         init_weights: !r.is_file() || r.flag("init_weights", true),
         unused: [true, false],
@@ -151,7 +151,7 @@ fn example() -> Box<dyn Method> {
         rate: 0.05,
         ridge: 1e-3,
         dropout: 0.0,
-        seed: 3,
+        seed: Seed::of(3),
         bias: Biases::None,
         init_weights: true,
         unused: [true, false],
@@ -183,7 +183,7 @@ impl Method for Frod {
         let own = json!({
             "bias": self.bias.name(OF_TARGETS), "fan_in_fan_out": false, "frod_dropout": as_written(self.dropout),
             "init_weights": self.init_weights, "layers_pattern": null, "layers_to_transform": null,
-            "progressbar": self.unused[0], "projection_prng_key": self.seed, "regularization_alpha": number(self.ridge),
+            "progressbar": self.unused[0], "projection_prng_key": self.seed.written(), "regularization_alpha": number(self.ridge),
             "runtime_offload_base_weight": self.unused[1], "save_projection": true, "sparse_rate": number(self.rate),
         });
         own.as_object().cloned().unwrap_or_default()

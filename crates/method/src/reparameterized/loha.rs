@@ -389,7 +389,7 @@ mod tests {
         let written = config(&[chosen("loha", json!({ "rank": 4, "alpha": 2 }))], &[]);
         assert_eq!((&written["r"], &written["alpha"]), (&json!(4), &json!(2)));
         for bad in
-            [json!({ "r": 0 }), json!({ "rank_dropout": 1.0 }), json!({ "rank_pattern": { "q": 0.5 } })]
+            [json!({ "r": 0 }), json!({ "rank_dropout": 1.5 }), json!({ "rank_pattern": { "q": 0.5 } })]
         {
             assert!(from_file(&with(written.clone(), bad)).is_err());
         }

@@ -133,11 +133,11 @@ impl Method for Miss {
             let (out, inn) = places::linear(site, INFO.title)?;
             let r = self.rank;
             if r > inn {
-                return places::unfit(site, format!("has {inn} inputs; lower the rank from {r}"));
+                return places::unfit(site, format!("has {inn} inputs; lower `rank` from {r}"));
             }
             if self.form == Form::Bat && !(out.is_multiple_of(r) && inn.is_multiple_of(r)) {
                 let message = format!(
-                    "[{out}, {inn}] cannot be cut into blocks of {r}; choose a rank that divides both, such as {}",
+                    "[{out}, {inn}] cannot be cut into blocks of {r}; choose a `rank` that divides both, such as {}",
                     divisors::near(r, &[out, inn])
                 );
                 return places::unfit(site, message);

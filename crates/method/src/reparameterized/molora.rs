@@ -91,7 +91,7 @@ mod tests {
         survives_saving(&[chosen("molora", json!({ "experts": 3, "dropout": 0.1 }))], &["head"]);
         let good = config(&[chosen("molora", json!({}))], &[]);
         assert_eq!((&good["experts"], &good["r"]), (&json!(10), &json!(4)));
-        for bad in [json!({ "experts": 0 }), json!({ "r": 0 }), json!({ "lora_dropout": 1 })] {
+        for bad in [json!({ "experts": 0 }), json!({ "r": 0 }), json!({ "lora_dropout": 2 })] {
             let key = bad.as_object().unwrap().keys().next().unwrap().clone();
             let Err(error) = from_file(&with(good.clone(), bad)) else { panic!("{key} passed") };
             assert!(error.to_string().contains(&key), "{error}");

@@ -19,6 +19,7 @@ use crate::shared::biases::Biases;
 use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::places;
 use crate::shared::projection::{corner, kaiming_pair};
+use crate::shared::torch_random::Seed;
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -27,7 +28,7 @@ const SHARED: [&str; 2] = ["pvera_A", "pvera_B"];
 
 struct Pvera {
     rank: usize,
-    seed: u64,
+    seed: Seed,
     d_initial: f64,
     dropout: f32,
     save_projection: bool,
@@ -35,7 +36,7 @@ struct Pvera {
     /// Whether b and d start as ones and noise.
     random: bool,
     /// Seed of the noise in `peft`, kept for the file alone.
-    generator_seed: Option<u64>,
+    generator_seed: Option<Seed>,
 }
 
 static INFO: Info = Info {
@@ -97,7 +98,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     r.must_be_off(&["sample_at_inference"]);
     let random = !r.flag("init_weights", true);
     let given = r.value("generator_seed").is_some();
-    let generator_seed = Some(r.seed("generator_seed", 0)).filter(|_| given);
+    let generator_seed = Some(r.torch_seed("generator_seed", 0)).filter(|_| given);
     let method = Pvera { random, generator_seed, ..read(&mut r, ("r", "pvera_dropout")) };
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(method), targets, train_also }))
@@ -106,7 +107,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 fn read(r: &mut Reader<'_>, (rank, dropout): (&'static str, &'static str)) -> Pvera {
     Pvera {
         rank: r.count(rank, 256, RANK_MAX),
-        seed: r.seed("projection_prng_key", 0),
+        seed: r.torch_seed("projection_prng_key", 0),
         d_initial: r.float("d_initial", 0.1),
         dropout: r.dropout(dropout),
         save_projection: r.flag("save_projection", true),
@@ -119,7 +120,7 @@ fn read(r: &mut Reader<'_>, (rank, dropout): (&'static str, &'static str)) -> Pv
 fn example() -> Box<dyn Method> {
     Box::new(Pvera {
         rank: 4,
-        seed: 1,
+        seed: Seed::of(1),
         d_initial: 0.4,
         dropout: 0.0,
         save_projection: false,
@@ -157,8 +158,8 @@ impl Method for Pvera {
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let own = json!({
             "bias": self.bias.name(OF_TARGETS), "d_initial": number(self.d_initial), "fan_in_fan_out": false,
-            "generator_seed": self.generator_seed, "init_weights": !self.random, "layers_pattern": null,
-            "layers_to_transform": null, "projection_prng_key": self.seed, "pvera_dropout": as_written(self.dropout),
+            "generator_seed": self.generator_seed.map(Seed::written), "init_weights": !self.random, "layers_pattern": null,
+            "layers_to_transform": null, "projection_prng_key": self.seed.written(), "pvera_dropout": as_written(self.dropout),
             "r": self.rank, "sample_at_inference": false, "save_projection": self.save_projection,
         });
         own.as_object().cloned().unwrap_or_default()

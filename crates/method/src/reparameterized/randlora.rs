@@ -21,7 +21,7 @@ use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::places;
 use crate::shared::projection::largest;
 use crate::shared::sizes;
-use crate::shared::torch_random::Generator;
+use crate::shared::torch_random::{Generator, Seed};
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -32,9 +32,11 @@ struct RandLora {
     rank: usize,
     alpha: f64,
     dropout: f32,
-    seed: u64,
+    seed: Seed,
     save_projection: bool,
     bases: Bases,
+    /// `sparse` of a file beside `very_sparse`, which goes before it.
+    sparse_too: bool,
     /// Whether λ starts random: the adapter then changes the model from the start.
     random: bool,
     bias: Biases,
@@ -114,13 +116,19 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let train_also = peft::read_header(&mut r);
     let targets = peft::read_targets(&mut r);
     r.ignore(&["fan_in_fan_out"]);
-    let bases = match (r.flag("very_sparse", false), r.flag("sparse", false)) {
+    let (very, sparse) = (r.flag("very_sparse", false), r.flag("sparse", false));
+    let bases = match (very, sparse) {
         (true, _) => Bases::VerySparse,
         (false, true) => Bases::Sparse,
         (false, false) => Bases::Uniform,
     };
     let random = !r.flag("init_weights", true);
-    let method = RandLora { bases, random, ..read(&mut r, ["r", "randlora_alpha", "randlora_dropout"]) };
+    let method = RandLora {
+        bases,
+        sparse_too: very && sparse,
+        random,
+        ..read(&mut r, ["r", "randlora_alpha", "randlora_dropout"])
+    };
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(method), targets, train_also }))
 }
@@ -130,9 +138,10 @@ fn read(r: &mut Reader<'_>, [rank, alpha, dropout]: [&'static str; 3]) -> RandLo
         rank: r.count(rank, 32, RANK_MAX),
         alpha: r.float(alpha, 640.0),
         dropout: r.dropout(dropout),
-        seed: r.seed("projection_prng_key", 0),
+        seed: r.torch_seed("projection_prng_key", 0),
         save_projection: r.flag("save_projection", true),
         bases: Bases::Uniform,
+        sparse_too: false,
         random: false,
         bias: Biases::read(r, OF_TARGETS),
     }
@@ -143,9 +152,10 @@ fn example() -> Box<dyn Method> {
         rank: 6,
         alpha: 12.0,
         dropout: 0.0,
-        seed: 1,
+        seed: Seed::of(1),
         save_projection: true,
         bases: Bases::Uniform,
+        sparse_too: false,
         random: false,
         bias: Biases::None,
     })
@@ -204,9 +214,9 @@ impl Method for RandLora {
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let own = json!({
             "bias": self.bias.name(OF_TARGETS), "fan_in_fan_out": false, "init_weights": !self.random,
-            "layers_pattern": null, "layers_to_transform": null, "projection_prng_key": self.seed, "r": self.rank,
+            "layers_pattern": null, "layers_to_transform": null, "projection_prng_key": self.seed.written(), "r": self.rank,
             "randlora_alpha": number(self.alpha), "randlora_dropout": as_written(self.dropout),
-            "save_projection": self.save_projection, "sparse": self.bases == Bases::Sparse,
+            "save_projection": self.save_projection, "sparse": self.sparse_too || self.bases == Bases::Sparse,
             "very_sparse": self.bases == Bases::VerySparse,
         });
         own.as_object().cloned().unwrap_or_default()

@@ -20,7 +20,7 @@ use crate::shared::biases::Biases;
 use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::matrices;
 use crate::shared::sizes;
-use crate::shared::torch_random::Generator;
+use crate::shared::torch_random::{Generator, Seed};
 use crate::{Described, Entry, Info, Loaded, Method, peft, tied};
 
 const SIZE_MAX: usize = 1 << 16;
@@ -32,7 +32,7 @@ struct TinyLora {
     /// Length of v.
     len: usize,
     tying: f64,
-    seed: u64,
+    seed: Seed,
     save_projection: bool,
     /// v starts uniform in ± this where `start` says so.
     bound: f64,
@@ -128,7 +128,7 @@ fn read(r: &mut Reader<'_>, (rank, dropout): (&'static str, &'static str), start
         rank: r.count(rank, 2, SIZE_MAX),
         len: r.count("u", 64, SIZE_MAX),
         tying,
-        seed: r.seed("projection_seed", 42),
+        seed: r.torch_seed("projection_seed", 42),
         save_projection: r.flag("save_projection", true),
         bound: r.float("init_v_bound", 0.02),
         start,
@@ -142,7 +142,7 @@ fn example() -> Box<dyn Method> {
         rank: 2,
         len: 5,
         tying: 0.5,
-        seed: 3,
+        seed: Seed::of(3),
         save_projection: false,
         bound: 0.02,
         start: Start::Zeros,
@@ -198,7 +198,7 @@ impl Method for TinyLora {
         };
         let own = json!({
             "bias": self.bias.name(OF_TARGETS), "fan_in_fan_out": false, "init_v_bound": number(self.bound), "init_weights": start,
-            "layers_pattern": null, "layers_to_transform": null, "projection_seed": self.seed, "r": self.rank,
+            "layers_pattern": null, "layers_to_transform": null, "projection_seed": self.seed.written(), "r": self.rank,
             "save_projection": self.save_projection, "tinylora_dropout": as_written(self.dropout), "u": self.len,
             "weight_tying": number(self.tying),
         });
@@ -228,7 +228,7 @@ impl TinyLora {
         let up = svd.u.narrow(1, 0, rank)?.mul(&roots)?;
         let down = svd.vt.rows_between(0, rank)?.mul(&roots.reshape([rank, 1])?)?;
         let count = self.len * rank * rank;
-        let drawn = Generator::new(self.seed.wrapping_add(number)).normal(1.0 / (rank as f64).sqrt(), count);
+        let drawn = Generator::new(self.seed.plus(number)).normal(1.0 / (rank as f64).sqrt(), count);
         let (out, inn, shape) = (up.dim(0), down.width(), [self.len, rank, rank]);
         let mixing = Init::Values(Tensor::from_vec(drawn, shape)?);
         let name = |end: &str| format!("{}.tinylora_{end}", site.path);

@@ -18,6 +18,7 @@ use crate::shared::biases::Biases;
 use crate::shared::fields::{choice, flag, float, int};
 use crate::shared::places;
 use crate::shared::projection::{corner, kaiming_pair};
+use crate::shared::torch_random::Seed;
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -33,7 +34,7 @@ struct Vera {
 /// What VeRA and DVoRA share.
 pub(crate) struct Shape {
     pub rank: usize,
-    pub seed: u64,
+    pub seed: Seed,
     pub d_initial: f64,
     pub dropout: f32,
     /// Whether b and d start as `peft` leaves them where it does not set them: ones and noise.
@@ -104,7 +105,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 fn read(r: &mut Reader<'_>, (rank, dropout): (&'static str, &'static str), most: usize) -> Vera {
     let shape = Shape {
         rank: r.count(rank, 256, most),
-        seed: r.seed("projection_prng_key", 0),
+        seed: r.torch_seed("projection_prng_key", 0),
         d_initial: r.float("d_initial", 0.1),
         dropout: r.dropout(dropout),
         random: false,
@@ -114,7 +115,7 @@ fn read(r: &mut Reader<'_>, (rank, dropout): (&'static str, &'static str), most:
 }
 
 fn example() -> Box<dyn Method> {
-    let shape = Shape { rank: 4, seed: 1, d_initial: 0.4, dropout: 0.0, random: false };
+    let shape = Shape { rank: 4, seed: Seed::of(1), d_initial: 0.4, dropout: 0.0, random: false };
     Box::new(Vera { shape, save_projection: false, bias: Biases::None })
 }
 
@@ -137,7 +138,7 @@ impl Method for Vera {
         let own = json!({
             "bias": self.bias.name(OF_TARGETS), "d_initial": number(self.shape.d_initial), "fan_in_fan_out": false,
             "init_weights": !self.shape.random, "layers_pattern": null, "layers_to_transform": null,
-            "projection_prng_key": self.shape.seed, "r": self.shape.rank, "save_projection": self.save_projection,
+            "projection_prng_key": self.shape.seed.written(), "r": self.shape.rank, "save_projection": self.save_projection,
             "vera_dropout": as_written(self.shape.dropout),
         });
         own.as_object().cloned().unwrap_or_default()
@@ -269,7 +270,7 @@ mod tests {
         let written = config(&[chosen("vera", json!({}))], &[]);
         assert_eq!(written["d_initial"], json!(0.1));
         assert!(written.get("exclude_modules").is_none(), "peft's has no such key");
-        for bad in [json!({ "bias": "some" }), json!({ "projection_prng_key": -1 }), json!({ "r": 0 })] {
+        for bad in [json!({ "bias": "some" }), json!({ "projection_prng_key": 1e30 }), json!({ "r": 0 })] {
             assert!(from_file(&with(written.clone(), bad)).is_err());
         }
         let (sites, info) = toy();

@@ -20,7 +20,7 @@ use serde_json::{Map, Value, json};
 use crate::read::{Pattern, Reader, number};
 use crate::shared::biases::Biases;
 use crate::shared::fields::{choice, flag, float, int};
-use crate::shared::torch_random::Generator;
+use crate::shared::torch_random::{Generator, Seed};
 use crate::shared::{places, wavelets};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
@@ -32,7 +32,7 @@ struct WaveFt {
     scaling: f64,
     wavelet: String,
     use_idwt: bool,
-    seed: u64,
+    seed: Seed,
     zero: bool,
     /// Whether targets share all coefficients by their sizes.
     proportional: bool,
@@ -128,7 +128,7 @@ fn read(r: &mut Reader<'_>) -> WaveFt {
         scaling: r.float("scaling", 25.0),
         wavelet: r.text("wavelet_family").unwrap_or_else(|| "db1".into()),
         use_idwt: r.flag("use_idwt", true),
-        seed: r.seed("random_loc_seed", 777),
+        seed: r.torch_seed("random_loc_seed", 777),
         zero: true,
         proportional: r.flag("proportional_parameters", false),
         bias: Biases::read(r, OF_TARGETS),
@@ -158,7 +158,7 @@ fn example() -> Box<dyn Method> {
         scaling: 4.0,
         wavelet: "db2".into(),
         use_idwt: true,
-        seed: 3,
+        seed: Seed::of(3),
         zero: true,
         proportional: false,
         bias: Biases::None,
@@ -202,7 +202,7 @@ impl Method for WaveFt {
             "bias": self.bias.name(OF_TARGETS), "fan_in_fan_out": false, "init_weights": self.zero,
             "layers_pattern": null, "layers_to_transform": null, "n_frequency": self.count,
             "n_frequency_pattern": Pattern::table(&self.count_pattern),
-            "proportional_parameters": self.proportional, "random_loc_seed": self.seed,
+            "proportional_parameters": self.proportional, "random_loc_seed": self.seed.written(),
             "scaling": number(self.scaling), "use_idwt": self.use_idwt, "wavelet_family": self.wavelet,
         });
         own.as_object().cloned().unwrap_or_default()
@@ -338,7 +338,7 @@ mod tests {
         let q = "layers.0.attn.q";
         let mut expected = frozen(q).to_vec().unwrap();
         let spectrum = value_of(&a, &format!("{q}.waveft_spectrum")).to_vec().unwrap();
-        let drawn = Generator::new(5).permutation(36, 7);
+        let drawn = Generator::new(Seed::of(5)).permutation(36, 7);
         drawn.iter().zip(&spectrum).for_each(|(&at, c)| expected[at] += 3.0 * c);
         close(&merged(&a, q), &Tensor::from_vec(expected, [6, 6]).unwrap(), 1e-6);
     }

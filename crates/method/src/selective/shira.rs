@@ -19,7 +19,7 @@ use crate::read::Reader;
 use crate::shared::fields::{choice, int};
 use crate::shared::scores::{Data, Score, choose};
 use crate::shared::sparse::{Budget, Group, Mask, Places, shape};
-use crate::shared::torch_random::{DEFAULT_SEED, Generator};
+use crate::shared::torch_random::{DEFAULT_SEED, Generator, Seed};
 use crate::{Calibration, Described, Entry, Info, Loaded, Method, peft};
 
 const RANK_MAX: usize = 1 << 16;
@@ -27,7 +27,7 @@ const RANK_MAX: usize = 1 << 16;
 struct Shira {
     rank: usize,
     mask: Choice,
-    random_seed: Option<u64>,
+    random_seed: Option<Seed>,
     batches: usize,
     /// `init_weights` of a file, which says how the values started.
     zeros: bool,
@@ -88,13 +88,9 @@ static INFO: Info = Info {
 /// In the registry.
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
-fn seed(r: &mut Reader<'_>) -> Option<u64> {
-    let value = r.value("random_seed").cloned()?;
-    let seed = value.as_u64().or(value.as_i64().map(|seed| seed as u64));
-    if seed.is_none() {
-        r.problem(format!("`random_seed`: expected a whole number, found {value}"));
-    }
-    seed
+fn seed(r: &mut Reader<'_>) -> Option<Seed> {
+    let given = r.value("random_seed").is_some();
+    given.then(|| r.torch_seed("random_seed", 0))
 }
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
@@ -126,7 +122,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Shira { rank: 2, mask: Choice::Random, random_seed: Some(3), batches: 1, zeros: true })
+    Box::new(Shira { rank: 2, mask: Choice::Random, random_seed: Some(Seed::of(3)), batches: 1, zeros: true })
 }
 
 impl Shira {
@@ -202,7 +198,7 @@ impl Method for Shira {
             Choice::Custom(name) => name.as_str(),
             _ => named.unwrap_or("random"),
         };
-        let own = json!({ "fan_in_fan_out": false, "init_weights": self.zeros, "mask_type": name, "r": self.rank, "random_seed": self.random_seed });
+        let own = json!({ "fan_in_fan_out": false, "init_weights": self.zeros, "mask_type": name, "r": self.rank, "random_seed": self.random_seed.map(Seed::written) });
         own.as_object().cloned().unwrap_or_default()
     }
 }

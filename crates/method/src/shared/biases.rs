@@ -3,6 +3,7 @@
 use engraft_nn::{Builder, Kind, Result};
 use serde_json::Value;
 
+use crate::copies::decoder_of;
 use crate::read::Reader;
 
 /// Which biases of the model are trained along.
@@ -42,8 +43,10 @@ impl Biases {
         for site in b.sites().of_kind(|k| matches!(k, Kind::Vector { .. })) {
             let Some(module) = site.path.strip_suffix(".bias") else { continue };
             let of_target = targets.contains(&module);
-            if (self == Biases::All || of_target) && !b.replaced(site.id) {
-                // peft moves the layers it changes one level down.
+            let decoder = decoder_of(site, b.sites()).map(|decoder| decoder.path.as_str());
+            let of_decoder = decoder.is_some_and(|path| targets.contains(&path));
+            if (self == Biases::All || of_target || of_decoder) && !b.replaced(site.id) {
+                // peft moves the layers it changes one level down. The bias beside a decoder is called so in files alone.
                 let name = if of_target { format!("{module}.base_layer.bias") } else { site.path.clone() };
                 b.replace_as(site.id, &name)?;
             }

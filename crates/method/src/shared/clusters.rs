@@ -2,7 +2,7 @@
 //! tolerance and handling of clusters that run empty. Sums are in double precision, there in single: only a point that is as
 //! near to two centres, to rounding, may land elsewhere.
 
-use crate::shared::torch_random::Generator;
+use crate::shared::torch_random::{Generator, Seed};
 
 /// How far centres may still move together, as a share of the variance.
 const TOLERANCE: f64 = 1e-4;
@@ -44,7 +44,7 @@ pub(crate) fn clusters(
 
 /// `RandomState(seed).choice(n, count, replace=False, p=…)` of NumPy, all chances equal as single-precision numbers.
 fn chosen(n: usize, count: usize, seed: u64) -> Vec<usize> {
-    let mut generator = Generator::new(seed);
+    let mut generator = Generator::new(Seed::of(seed));
     let mut unit = || {
         let (upper, lower) = (generator.bits() >> 5, generator.bits() >> 6);
         (f64::from(upper) * f64::from(1u32 << 26) + f64::from(lower)) / (1u64 << 53) as f64

@@ -60,3 +60,29 @@ pub(crate) fn kept_outputs(
     // The small number changes no share that is not zero.
     Ok(Some(kept.div(&kept.mean()?.unary(Unary::Shift(1e-12))?)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shared::orthogonal::drop_blocks;
+    use crate::testing::{site_id, toy};
+    use engraft_nn::Layout;
+    use engraft_tensor::testing::{close, sample};
+
+    #[test]
+    fn a_chance_of_one_leaves_out_everything() {
+        let (sites, _) = toy();
+        let site = sites.get(site_id(&sites, "layers.0.attn.q"));
+        for step in 0..20 {
+            let mode = Mode::Train { seed: 1, step, micro: 0 };
+            let cx = Pass::new(Layout::new(&[3], vec![0, 1, 2]).unwrap(), None).training(mode);
+            assert!(left_out(&cx, 1.0, site) && !left_out(&cx, 0.0, site));
+            for scaled in [false, true] {
+                let kept = kept_outputs(&cx, 1.0, scaled, 5, site).unwrap().unwrap();
+                assert_eq!(kept.to_vec().unwrap(), [0.0; 5]);
+            }
+            let one = drop_blocks(&sample(&[4, 2, 2], 1), 1.0, site, &cx, 0).unwrap();
+            close(&one, &Tensor::from_vec([1.0, 0.0, 0.0, 1.0].repeat(4), [4, 2, 2]).unwrap(), 1e-6);
+        }
+    }
+}

@@ -4,7 +4,7 @@ use engraft_nn::{Builder, Init, Kind, Result, Site};
 use engraft_tensor::{Param, Tensor};
 
 use crate::shared::places;
-use crate::shared::torch_random::Generator;
+use crate::shared::torch_random::{Generator, Seed};
 
 /// The largest (out, in) among linear layers.
 pub(crate) fn largest<'s>(sites: impl IntoIterator<Item = &'s Site>) -> (usize, usize) {
@@ -34,7 +34,7 @@ pub(crate) fn kaiming_pair(
     title: &str,
     names: [&str; 2],
     [rows, rank]: [usize; 2],
-    seed: u64,
+    seed: Seed,
     save: bool,
 ) -> Result<[Param; 2]> {
     for site in b.targets() {

@@ -4,8 +4,38 @@
 //! draws from it: a Mersenne Twister MT19937 (Matsumoto and Nishimura, 1998) seeded with the lower 32 bits, one word a
 //! single-precision number.
 
+use serde_json::Value;
+
 /// The seed of a `torch.Generator()` that nobody seeded.
-pub(crate) const DEFAULT_SEED: u64 = 67_280_421_310_721;
+pub(crate) const DEFAULT_SEED: Seed = Seed(67_280_421_310_721);
+
+/// A seed as PyTorch takes it: any 64 bits, with a sign or without.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Seed(i128);
+
+impl Seed {
+    pub const fn of(number: u64) -> Seed {
+        Seed(number as i128)
+    }
+
+    /// The whole numbers that PyTorch takes.
+    pub fn read(value: &Value) -> Option<Seed> {
+        value.as_u64().map(i128::from).or(value.as_i64().map(i128::from)).map(Seed)
+    }
+
+    /// The number itself, as files have it.
+    pub fn written(self) -> Value {
+        match u64::try_from(self.0) {
+            Ok(number) => number.into(),
+            Err(_) => (self.0 as i64).into(),
+        }
+    }
+
+    /// The seed that lies `number` above this one.
+    pub fn plus(self, number: u64) -> Seed {
+        Seed(self.0 + i128::from(number))
+    }
+}
 
 const N: usize = 624;
 const M: usize = 397;
@@ -19,9 +49,10 @@ pub(crate) struct Generator {
 }
 
 impl Generator {
-    pub fn new(seed: u64) -> Generator {
+    pub fn new(seed: Seed) -> Generator {
         let mut state = [0; N];
-        state[0] = seed as u32;
+        // The lower bits of the two's complement.
+        state[0] = seed.0 as u32;
         for i in 1..N {
             let before = state[i - 1];
             state[i] = 1_812_433_253u32.wrapping_mul(before ^ before >> 30).wrapping_add(i as u32);
@@ -138,14 +169,14 @@ impl Generator {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::Value;
 
     #[test]
     fn draws_are_those_of_pytorch() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/random/torch.json");
         let file: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
         for case in file["cases"].as_array().unwrap() {
-            let seed = case["seed"].as_u64().unwrap();
+            let seed = Seed::read(&case["seed"]).unwrap();
+            assert_eq!(seed.written(), case["seed"]);
             let list = |key: &str| case[key].as_array().unwrap().clone();
             let mut g = Generator::new(seed);
             let low: Vec<u64> = list("low_bits").iter().map(|v| v.as_u64().unwrap()).collect();
@@ -153,7 +184,7 @@ mod tests {
             let mut g = Generator::new(seed);
             for bits in list("uniform_bits") {
                 let number = g.uniform(-0.35, 0.35);
-                assert_eq!(u64::from(number.to_bits()), bits.as_u64().unwrap(), "seed {seed}");
+                assert_eq!(u64::from(number.to_bits()), bits.as_u64().unwrap(), "seed {seed:?}");
             }
             for normals in list("normals") {
                 let expected: Vec<f64> =
@@ -161,7 +192,7 @@ mod tests {
                 let found = Generator::new(seed).normal(0.7, expected.len());
                 // Their cosines and logarithms are not those of PyTorch's vector kernels to the last bit.
                 for (a, b) in found.iter().zip(expected) {
-                    assert!((f64::from(*a) - b).abs() < 1e-6, "seed {seed}: {found:?}");
+                    assert!((f64::from(*a) - b).abs() < 1e-6, "seed {seed:?}: {found:?}");
                 }
             }
             for permutation in list("permutations") {
@@ -175,7 +206,7 @@ mod tests {
                 assert_eq!(
                     Generator::new(seed).permutation(n, order.len()),
                     order,
-                    "seed {seed}, {n} places"
+                    "seed {seed:?}, {n} places"
                 );
             }
         }
@@ -189,12 +220,12 @@ mod tests {
 
     #[test]
     fn a_whole_permutation_has_every_number_once() {
-        let mut order = Generator::new(5).permutation(100, 1000);
-        assert_eq!(Generator::new(5).permutation(100, 7), order[..7]);
-        let mut whole = Generator::new(5);
+        let mut order = Generator::new(Seed::of(5)).permutation(100, 1000);
+        assert_eq!(Generator::new(Seed::of(5)).permutation(100, 7), order[..7]);
+        let mut whole = Generator::new(Seed::of(5));
         whole.permutation(100, 100);
         for count in [0, 7, 99, 100] {
-            let mut some = Generator::new(5);
+            let mut some = Generator::new(Seed::of(5));
             assert_eq!(some.whole_permutation(100, count), order[..count]);
             assert_eq!(some.bits(), Generator { state: whole.state, at: whole.at }.bits());
         }

@@ -5,10 +5,11 @@ use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
 impl Tensor {
-    /// x·keep/(1 − p), each element kept with probability 1 − p; the draw is a function of (seed, stream, element).
+    /// x·keep/(1 − p), each element kept with probability 1 − p; the draw is a function of (seed, stream, element). Where p is 1
+    /// nothing is kept, and everything is zero.
     pub fn dropout(&self, p: f32, seed: u64, stream: u64) -> Result<Tensor> {
         self.expect_f32("dropout")?;
-        if !(0.0..1.0).contains(&p) {
+        if !(0.0..=1.0).contains(&p) {
             return Err(Error::Value { op: "dropout", message: format!("probability {p} is outside 0..1") });
         }
         if p == 0.0 {
@@ -37,6 +38,13 @@ mod tests {
         assert_eq!(y, x.dropout(0.25, 7, 3).unwrap().to_vec().unwrap());
         assert_ne!(y, x.dropout(0.25, 7, 4).unwrap().to_vec().unwrap());
         check_gradients(&[sample(&[4, 9], 1)], |v| v[0].dropout(0.5, 1, 2)).unwrap();
-        assert!(x.dropout(1.0, 0, 0).is_err());
+        assert!(x.dropout(1.1, 0, 0).is_err());
+    }
+
+    #[test]
+    fn nothing_is_kept_where_everything_is_dropped() {
+        let x = Tensor::from_vec(vec![1.0, f32::INFINITY, f32::NAN], [3]).unwrap();
+        assert_eq!(x.dropout(1.0, 7, 3).unwrap().to_vec().unwrap(), [0.0; 3]);
+        check_gradients(&[sample(&[4, 9], 1)], |v| v[0].dropout(1.0, 1, 2)).unwrap();
     }
 }

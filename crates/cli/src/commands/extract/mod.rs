@@ -18,7 +18,7 @@ use super::merge::refuse_full;
 use crate::context::Context;
 use crate::engine::Engine;
 use crate::failure::{Failure, Outcome};
-use crate::probe::{Measured, Probes, largest_difference};
+use crate::probe::{self, Measured, Probes, largest_difference};
 
 /// Arguments.
 #[derive(clap::Args)]
@@ -88,8 +88,10 @@ struct Extracted {
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
     let options = LoadOptions { limits: cx.limits.clone(), ..LoadOptions::default() };
+    let base = cx.resolve(&args.model)?;
+    probe::check(args.probe.as_deref(), &base)?;
     let tuned = Engine::open(&cx.resolve(&args.tuned)?, &options, cx)?;
-    let mut engine = Engine::read(&cx.resolve(&args.model)?, &with_head_of(&tuned, options))?;
+    let mut engine = Engine::read(&base, &with_head_of(&tuned, options))?;
     let found = no_grad(|| differences((&args.model, &engine), (&args.tuned, &tuned)))?;
     let head = match found.head[..] {
         [] => vec![],

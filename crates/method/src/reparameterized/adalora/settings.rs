@@ -62,14 +62,22 @@ pub(super) fn read(r: &mut Reader<'_>, names: &Names) -> AdaLora {
             r.problem(format!("`{key}`: expected a number between 0 and 1, found {beta}"));
         }
     }
-    if method.target_rank > method.init_rank {
-        let (target, first) = (method.target_rank, method.init_rank);
-        r.problem(format!("`{}` is {target}, above the first rank {first}", names.target_rank));
+    if let Some(problem) = method.grows(names.target_rank).filter(|_| !r.is_file()) {
+        r.problem(problem);
     }
     if let Some(Err(e)) = method.schedule.total.map(|total| method.schedule.check(total)) {
         r.problem(e.to_string());
     }
     method
+}
+
+impl AdaLora {
+    /// What is wrong with a target above the rank that there is to cut from. A file may say so all the same: it is computed
+    /// with the ranks that it has, and only a run has to cut them.
+    pub(super) fn grows(&self, target: &str) -> Option<String> {
+        let (last, first) = (self.target_rank, self.init_rank);
+        (last > first).then(|| format!("`{target}` is {last}, above the first rank {first}"))
+    }
 }
 
 /// Keys of LoRA that say something to AdaLoRA and are null unless they do.
@@ -96,5 +104,26 @@ pub(super) fn read_pattern(r: &mut Reader<'_>) -> Option<Map<String, Value>> {
             r.problem(format!("`rank_pattern`: expected lists of true and false by tensor, found {value}"));
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use engraft_nn::Task;
+    use serde_json::json;
+
+    use crate::testing::{chosen, config, with};
+    use crate::{Ahead, find, from_file};
+
+    #[test]
+    fn ranks_that_a_run_would_have_to_raise_are_refused_in_recipes_and_runs() {
+        let grown =
+            with(config(&[chosen("adalora", json!({}))], &[]), json!({ "init_r": 4, "total_step": 20 }));
+        let loaded = from_file(&grown).unwrap().method;
+        let run = Ahead { steps: 20, task: Task::CausalLm, tasks: None };
+        let refused = loaded.suits(&run).unwrap_err().to_string();
+        assert!(refused.contains("`target_r` is 8, above the first rank 4"), "{refused}");
+        let recipe = json!({ "init_rank": 4 });
+        assert!((find("adalora").unwrap().from_settings)(recipe.as_object().unwrap()).is_err());
     }
 }

@@ -73,7 +73,7 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
         kept: SILENT.iter().filter_map(|key| Some((key.to_string(), map.get(*key)?.clone()))).collect(),
         ..Lora::default()
     };
-    lora.dropout.elements = r.probability("lora_dropout");
+    lora.dropout.elements = r.dropout("lora_dropout");
     check(&lora, &mut r);
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(lora), targets, train_also }))
