@@ -55,10 +55,8 @@ impl Session {
     /// read.
     pub fn open(recipe: &Recipe, options: &mut SessionOptions<'_>) -> Result<Session> {
         let missing = missing_files(recipe);
-        let model_dir = match model_dir(recipe, options) {
-            Ok(dir) => dir,
-            Err(problem) => return Err(recipe.problems([vec![problem], missing].concat()).into()),
-        };
+        let model_dir = model_dir(recipe, options)
+            .map_err(|problem| recipe.problems([vec![problem], missing.clone()].concat()))?;
         let config = read_config(&model_dir.join("config.json"), &options.limits)?;
         let (task, known_labels) = (decide_task(recipe, &config), known_labels(&config));
         classes_only(recipe, task, &config)?;
