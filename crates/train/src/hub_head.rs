@@ -183,7 +183,7 @@ fn renamed(tensors: Named, flexible: &Flexible, model: &dyn Model) -> Option<Nam
 }
 
 /// The name of a site's tensor in `transformers`.
-fn tensor_name(site: &Site) -> String {
+pub(crate) fn tensor_name(site: &Site) -> String {
     if site.is_weight() { format!("{}.weight", site.path) } else { site.path.clone() }
 }
 

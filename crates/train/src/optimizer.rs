@@ -10,6 +10,7 @@ use engraft_tensor::optim::{AdamW, Moments, clip};
 use engraft_tensor::{Gradients, Param, Tensor};
 
 use crate::Result;
+use crate::hub_head::tensor_name;
 
 /// A trained parameter with its state.
 pub struct Slot {
@@ -97,10 +98,7 @@ impl Optimizer {
 /// The names of the trained parameters of `adapter` that are a head's own tensors.
 pub(crate) fn head<'a>(adapter: &'a Adapter, sites: &Sites) -> Vec<&'a str> {
     let sites = sites.named(adapter.names());
-    let own: Vec<String> = sites
-        .head()
-        .map(|site| if site.is_weight() { format!("{}.weight", site.path) } else { site.path.clone() })
-        .collect();
+    let own: Vec<String> = sites.head().map(tensor_name).collect();
     let names = adapter.trainable().map(|p| p.name.as_str());
     // Where there are several methods, a number may come first.
     let bare = |name: &'a str| match name.split_once('.') {

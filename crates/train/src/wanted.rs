@@ -110,9 +110,25 @@ fn near<'p>(dead: &str, paths: impl IntoIterator<Item = &'p str>) -> Option<Stri
     nearest(dead, others).map(str::to_owned)
 }
 
+/// The sites with each set of names.
+fn views(sites: &Sites) -> impl Iterator<Item = &Sites> {
+    std::iter::once(sites).chain(sites.older().map(AsRef::as_ref))
+}
+
 /// The sites under both sets of names.
 fn both(sites: &Sites) -> impl Iterator<Item = &Site> {
-    sites.iter().chain(sites.older().into_iter().flat_map(|older| older.iter()))
+    views(sites).flat_map(Sites::iter)
+}
+
+/// How many blocks a stack has.
+fn blocks(sites: &Sites) -> usize {
+    sites.iter().filter_map(|s| s.layer).max().map_or(0, |last| last + 1)
+}
+
+/// The paths of the sites that the targets choose.
+fn chosen<'s>(method: &dyn Method, targets: &Targets, sites: &'s Sites) -> Vec<&'s str> {
+    let ids = method.resolve(targets, sites).map_or(vec![], |found| found.sites);
+    ids.into_iter().map(|id| sites.get(id).path.as_str()).collect()
 }
 
 /// A name of `train_also` that the model does not have, with the nearest that it has.
@@ -155,10 +171,9 @@ pub(crate) fn idle(
     sites: &Sites,
 ) -> Vec<Problem> {
     let whole = Targets { exclude: None, layers: None, train_also: vec![], ..targets.clone() };
-    let views = || std::iter::once(sites).chain(sites.older().map(AsRef::as_ref));
     // Where the names themselves match nothing, that is what is told.
-    let found = views().find_map(|sites| Some((sites, method.resolve(&whole, sites).ok()?.sites)));
-    let Some((sites, found)) = found else { return vec![] };
+    let found = views(sites).find_map(|sites| Some((sites, method.resolve(&whole, sites).ok()?.sites)));
+    let (all, Some((sites, found))) = (sites, found) else { return vec![] };
     let mut problems = dead_exclusions(recipe, table, targets, sites);
     if let Some(choice) = &targets.layers {
         let within = |layers: Vec<usize>, patterns: &[String]| {
@@ -167,7 +182,7 @@ pub(crate) fn idle(
         };
         problems.extend(dead_layers(recipe, table, choice, sites, &within));
     }
-    if problems.is_empty() && views().all(|sites| method.resolve(targets, sites).is_err()) {
+    if problems.is_empty() && views(all).all(|sites| method.resolve(targets, sites).is_err()) {
         let keys = [
             ("exclude", targets.exclude.is_some()),
             ("layers", targets.layers.is_some()),
@@ -259,15 +274,14 @@ pub(crate) fn idle_in_file(config: &Value, (method, targets): &Chosen, sites: &S
     for (_, name) in dead {
         notes.push(format!("`exclude_modules` names `{name}`, which matches nothing in this model"));
     }
-    let blocks = sites.iter().filter_map(|s| s.layer).max().map_or(0, |last| last + 1);
+    let blocks = blocks(sites);
     for layer in targets.layers.iter().flat_map(|choice| &choice.layers).filter(|layer| **layer >= blocks) {
         let last = blocks.saturating_sub(1);
         notes.push(format!("`layers_to_transform` names {layer}, and the model's blocks are 0 to {last}"));
     }
-    let ids = method.resolve(&targets, sites).map_or(vec![], |found| found.sites);
     // A module may be named by its parameter.
-    let of = |id| [sites.get(id).path.clone(), format!("{}.weight", sites.get(id).path)];
-    let adapted: Vec<String> = ids.into_iter().flat_map(of).collect();
+    let of = |path: &str| [path.to_owned(), format!("{path}.weight")];
+    let adapted: Vec<String> = chosen(method.as_ref(), &targets, sites).into_iter().flat_map(of).collect();
     let adapted: Vec<&str> = adapted.iter().map(String::as_str).collect();
     for (key, text) in idle_patterns(method.as_ref(), config.as_object(), &adapted) {
         notes.push(format!("`{key}` names `{text}`, which is no adapted module of this model"));
@@ -283,13 +297,7 @@ pub(crate) fn dead_patterns(
     targets: &Targets,
     sites: &Sites,
 ) -> Vec<Problem> {
-    let views = std::iter::once(sites).chain(sites.older().map(AsRef::as_ref));
-    let adapted: Vec<&str> = views
-        .flat_map(|sites| {
-            let ids = method.resolve(targets, sites).map_or(vec![], |found| found.sites);
-            ids.into_iter().map(|id| sites.get(id).path.as_str())
-        })
-        .collect();
+    let adapted: Vec<&str> = views(sites).flat_map(|sites| chosen(method, targets, sites)).collect();
     let example = adapted.first().map_or(String::new(), |path| format!(", such as `{path}`"));
     let problem = |(key, text): (&str, &str)| {
         let title = format!("`{}.{key}` names `{text}`, which is no adapted module", table.at);
@@ -325,7 +333,7 @@ fn dead_layers(
     within: &dyn Fn(Vec<usize>, &[String]) -> bool,
 ) -> Vec<Problem> {
     let (layers, patterns) = (format!("{}.layers", table.at), format!("{}.layers_pattern", table.at));
-    let blocks = sites.iter().filter_map(|s| s.layer).max().map_or(0, |last| last + 1);
+    let blocks = blocks(sites);
     let mut problems = Vec::new();
     for (index, pattern) in choice.patterns.iter().enumerate() {
         if within((0..blocks).collect(), std::slice::from_ref(pattern)) {
