@@ -246,7 +246,7 @@ pub fn save_adapter(
             if let Some((name, kept)) = kept {
                 train_also.push(name.to_owned());
                 for site in kept {
-                    tensors.push((method.file_name(&own_name(site)), own_value(site)?));
+                    tensors.push((method.file_name(&site.tensor_name()), own_value(site)?));
                 }
             }
             let of = Saved { adapter, base_model, sites, info };
@@ -281,11 +281,6 @@ pub fn save_adapter(
     }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
     Ok((Value::Object(config), tensors))
-}
-
-/// The name of a site's tensor in a model's own files.
-fn own_name(site: &Site) -> String {
-    if site.is_weight() { format!("{}.weight", site.path) } else { site.path.clone() }
 }
 
 /// The model's value at a site.

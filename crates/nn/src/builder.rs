@@ -200,8 +200,7 @@ impl<'a> Builder<'a> {
     /// Trains the frozen value at `site` as a whole, saved under the site's own name.
     pub fn replace(&mut self, site: SiteId) -> Result<()> {
         let site = self.sites.get(site);
-        let name = if site.is_weight() { format!("{}.weight", site.path) } else { site.path.clone() };
-        self.replace_as(site.id, &name)?;
+        self.replace_as(site.id, &site.tensor_name())?;
         Ok(())
     }
 

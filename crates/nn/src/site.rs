@@ -268,6 +268,11 @@ impl Site {
         matches!(self.kind, Kind::Linear { .. } | Kind::Convolution { .. } | Kind::Embedding { .. })
     }
 
+    /// The name of its tensor in `transformers`: `weight` of its module, or that of the vector itself.
+    pub fn tensor_name(&self) -> String {
+        if self.is_weight() { format!("{}.weight", self.path) } else { self.path.clone() }
+    }
+
     /// Last component of the path.
     pub fn module(&self) -> &str {
         self.path.rsplit('.').next().unwrap_or(&self.path)

@@ -294,9 +294,7 @@ fn give_adapters(
         if !problems.is_empty() {
             return Err(problems);
         }
-        if table.settings.get("any_base") != Some(&Value::Bool(true)) {
-            one_base(&adapters).map_err(|e| wrong_settings(recipe, table, e))?;
-        }
+        one_base(&adapters, &table.settings).map_err(|e| wrong_settings(recipe, table, e))?;
         method.take_adapters(field.name, adapters).map_err(|e| wrong_settings(recipe, table, e))?;
     }
     Ok(())

@@ -177,14 +177,9 @@ fn renamed(tensors: Named, flexible: &Flexible, model: &dyn Model) -> Option<Nam
     let within = |path: &str| {
         flexible.modules.iter().any(|(_, own)| path.strip_prefix(own).is_some_and(|end| end.starts_with('.')))
     };
-    let own: Vec<String> = model.sites().iter().map(tensor_name).filter(|name| within(name)).collect();
+    let own: Vec<String> = model.sites().iter().map(Site::tensor_name).filter(|name| within(name)).collect();
     let has = |name: &String| tensors.iter().any(|(held, _)| held == name);
     (own.len() == tensors.len() && own.iter().all(has)).then_some(tensors)
-}
-
-/// The name of a site's tensor in `transformers`.
-pub(crate) fn tensor_name(site: &Site) -> String {
-    if site.is_weight() { format!("{}.weight", site.path) } else { site.path.clone() }
 }
 
 fn own_value(site: &Site) -> Result<Option<Tensor>> {
@@ -198,7 +193,7 @@ fn own_value(site: &Site) -> Result<Option<Tensor>> {
 /// Whether these are the model's own values, up to the rounding of bf16, in which it may be held.
 fn are_the_models(tensors: &Named, model: &dyn Model) -> Result<bool> {
     for site in model.sites().iter() {
-        let Some((_, held)) = tensors.iter().find(|(name, _)| *name == tensor_name(site)) else { continue };
+        let Some((_, held)) = tensors.iter().find(|(name, _)| *name == site.tensor_name()) else { continue };
         let Some(own) = own_value(site)? else { continue };
         let same = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() / 128.0;
         if own.shape() != held.shape() || !own.to_vec()?.iter().zip(&held.to_vec()?).all(same) {
@@ -305,7 +300,7 @@ fn head_of(rest: Named, of: &HubModel<'_>) -> Result<(Named, Vec<String>)> {
     let mut head: Named = head.into_iter().map(|(name, tensor)| (own(&name), tensor)).collect();
     if !head.is_empty() {
         for site in of.model.sites().iter() {
-            let name = tensor_name(site);
+            let name = site.tensor_name();
             let missing = is_head(&name) && head.iter().all(|(held, _)| *held != name);
             if let Some(value) = if missing { own_value(site)? } else { None } {
                 head.push((name, value));

@@ -4,13 +4,12 @@
 //! tensor without a gradient in a step stays as it is.
 
 use engraft_method::{Forget, Method, Update};
-use engraft_nn::{Adapter, NamedParam, Sites};
+use engraft_nn::{Adapter, NamedParam, Site, Sites};
 use engraft_recipe::Train;
 use engraft_tensor::optim::{AdamW, Moments, clip};
 use engraft_tensor::{Gradients, Param, Tensor};
 
 use crate::Result;
-use crate::hub_head::tensor_name;
 
 /// A trained parameter with its state.
 pub struct Slot {
@@ -98,7 +97,7 @@ impl Optimizer {
 /// The names of the trained parameters of `adapter` that are a head's own tensors.
 pub(crate) fn head<'a>(adapter: &'a Adapter, sites: &Sites) -> Vec<&'a str> {
     let sites = sites.named(adapter.names());
-    let own: Vec<String> = sites.head().map(tensor_name).collect();
+    let own: Vec<String> = sites.head().map(Site::tensor_name).collect();
     let names = adapter.trainable().map(|p| p.name.as_str());
     // Where there are several methods, a number may come first.
     let bare = |name: &'a str| match name.split_once('.') {

@@ -7,7 +7,8 @@ use serde_json::Value;
 
 use super::Term;
 use super::factors::{ENDS, Scales, path_of};
-use crate::SavedAdapter;
+use crate::shared::fields::ANY_BASE;
+use crate::{SavedAdapter, Settings};
 
 /// Refuses adapters of different bases, and heads of different tasks. `any_base` allows bases that are called differently: a
 /// model may lie in two places.
@@ -39,11 +40,14 @@ pub fn same_base(terms: &[Term], any_base: bool) -> Result<()> {
     Ok(())
 }
 
-/// Refuses saved adapters of bases that are called differently, where a method puts them on one.
+/// Refuses saved adapters of bases that are called differently, where a method puts them on one and its settings do not allow it.
 ///
 /// # Errors
 /// The first pair of bases.
-pub fn one_base(adapters: &[SavedAdapter]) -> Result<()> {
+pub fn one_base(adapters: &[SavedAdapter], settings: &Settings) -> Result<()> {
+    if settings.get(ANY_BASE.name) == Some(&Value::Bool(true)) {
+        return Ok(());
+    }
     let mut named = adapters.iter().filter_map(|adapter| Some((&adapter.path, base_of(&adapter.config)?)));
     let Some((first, base)) = named.next() else { return Ok(()) };
     match named.find(|(_, other)| called(other) != called(base)) {

@@ -119,8 +119,7 @@ impl Method for Whole {
                 b.patch(site.id, Patch::Weight(Box::new(Replacement(tied.clone()))))?;
                 continue;
             }
-            let name = if site.is_weight() { format!("{}.weight", site.path) } else { site.path.clone() };
-            trained.insert(tensor, b.replace_as(site.id, &name)?);
+            trained.insert(tensor, b.replace_as(site.id, &site.tensor_name())?);
         }
         Ok(())
     }
