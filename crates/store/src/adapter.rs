@@ -54,8 +54,12 @@ pub fn read_adapter(dir: &Path, limits: &Limits) -> Result<AdapterFiles> {
         return setup::read_fusion(&fusion, limits);
     }
     let (form, config) = read_adapter_config(dir, limits)?;
-    let weights = weights_of(dir, (&[WEIGHTS, HUB_WEIGHTS], &PICKLES), limits)?;
-    Ok(AdapterFiles { form, config, weights, head: read_head(dir, limits)? })
+    Ok(AdapterFiles { form, config, weights: own_weights(dir, limits)?, head: read_head(dir, limits)? })
+}
+
+/// The tensors of an adapter's directory, without those of a head beside it.
+pub(crate) fn own_weights(dir: &Path, limits: &Limits) -> Result<Weights> {
+    weights_of(dir, (&[WEIGHTS, HUB_WEIGHTS], &PICKLES), limits)
 }
 
 /// Whether `dir` looks like an adapter's directory.

@@ -3,7 +3,7 @@
 //! `adapter_setup.json` lies in the directory around them all. Either that directory or the fusion's own may be named; what is
 //! read is one adapter: `{"adapters": [{"config": …, "name": …}, …], "fusion_config": …, "name": …}` and all tensors.
 
-use crate::adapter::{AdapterFiles, AdapterForm, read_adapter, read_adapter_config, weights_of};
+use crate::adapter::{AdapterFiles, AdapterForm, own_weights, read_adapter_config, weights_of};
 use crate::error::{Error, Result};
 use crate::head::read_head;
 use crate::json::read_config;
@@ -75,7 +75,7 @@ pub(crate) fn read_fusion(dir: &Path, limits: &Limits) -> Result<AdapterFiles> {
     let (config, dirs) = read_fusion_config(dir, limits)?;
     let mut weights = weights_of(dir, (&[WEIGHTS], &[PICKLE]), limits)?;
     for own in dirs {
-        weights.join(read_adapter(&own, limits)?.weights);
+        weights.join(own_weights(&own, limits)?);
     }
     Ok(AdapterFiles { form: AdapterForm::AdapterHub, config, weights, head: read_head(dir, limits)? })
 }
@@ -83,6 +83,7 @@ pub(crate) fn read_fusion(dir: &Path, limits: &Limits) -> Result<AdapterFiles> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::read_adapter;
     use crate::write::Entry;
     use std::collections::BTreeMap;
 
