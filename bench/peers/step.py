@@ -41,7 +41,12 @@ def load():
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float() if settings["dtype"] == "f32" else p.data
-    return model.train()
+    return model.to(settings["device"]).train()
+
+
+def wait():
+    if settings["device"] != "cpu":
+        torch.cuda.synchronize()
 
 
 def batches():
@@ -57,7 +62,7 @@ def batches():
                 batch["labels"] = torch.tensor([r["label"] for r in rows])
             else:
                 batch["labels"] = torch.tensor([pad(r["labels"], -100) for r in rows])
-            yield batch, sum(len(r["ids"]) for r in rows)
+            yield {name: t.to(settings["device"]) for name, t in batch.items()}, sum(len(r["ids"]) for r in rows)
 
 
 with open(settings["examples"]) as f:
@@ -69,6 +74,7 @@ forward = torch.compile(model) if settings["compile"] else model
 feed = batches()
 print(json.dumps({"seconds": time.perf_counter() - START, "torch": torch.__version__}), flush=True)
 for line in sys.stdin:
+    wait()
     tokens, start = 0, time.perf_counter()
     for _ in range(json.loads(line)["steps"]):
         batch, useful = next(feed)
@@ -78,6 +84,10 @@ for line in sys.stdin:
         optimizer.step()
         optimizer.zero_grad()
         tokens += useful
+    wait()
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if settings["device"] == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        peak = torch.cuda.max_memory_allocated()
     print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": float(loss.detach())}), flush=True)

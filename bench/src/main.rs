@@ -51,7 +51,13 @@ enum Command {
     Writer { recipe: PathBuf, sequences: usize, threads: usize },
     /// The engine's side of `step` and `methods`
     #[command(hide = true)]
-    Engine { recipe: PathBuf, examples: PathBuf, threads: usize },
+    Engine {
+        recipe: PathBuf,
+        examples: PathBuf,
+        threads: usize,
+        #[arg(default_value = "cpu")]
+        device: step::On,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -66,7 +72,9 @@ fn main() -> anyhow::Result<()> {
         Command::Growth(args) => growth::run(&args),
         Command::Grower { threads, recipes } => growth::answer(threads, &recipes),
         Command::Writer { recipe, sequences, threads } => generation::answer(&recipe, sequences, threads),
-        Command::Engine { recipe, examples, threads } => step::answer(&recipe, &examples, threads),
+        Command::Engine { recipe, examples, threads, device } => {
+            step::answer(&recipe, &examples, threads, device)
+        }
     }
 }
 

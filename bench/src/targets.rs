@@ -127,6 +127,7 @@ pub fn run(args: &Args) -> Result<()> {
             steps: 1,
             dtypes: args.dtypes.clone(),
             peers: args.peers.clone(),
+            device: step::On::Cpu,
             threads: args.threads,
             json: None,
         })?;

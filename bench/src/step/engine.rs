@@ -10,13 +10,15 @@ use engraft_nn::{Kind, Role};
 use engraft_train::{Session, Trainer};
 use serde_json::{Value, json};
 
+use super::On;
 use crate::open::open;
 use crate::peer::say;
 
 /// Answers lines like `{"steps": 2}` until the input ends.
-pub fn answer(recipe: &Path, examples: &Path, threads: usize) -> Result<()> {
+pub fn answer(recipe: &Path, examples: &Path, threads: usize, on: On) -> Result<()> {
     let started = Instant::now();
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    on.choose()?;
     let session = open(recipe, &Default::default())?;
     if !examples.exists() {
         std::fs::write(examples, dump(&session).to_string())?;
@@ -35,7 +37,7 @@ pub fn answer(recipe: &Path, examples: &Path, threads: usize) -> Result<()> {
             (tokens, loss) = (tokens + event.tokens, event.loss);
         }
         let seconds = started.elapsed().as_secs_f64();
-        let peak = engraft_store::process::peak_memory_bytes();
+        let peak = on.peak_bytes();
         say(&json!({ "seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": loss }))?;
     }
     Ok(())

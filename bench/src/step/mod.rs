@@ -3,6 +3,7 @@
 //! Engine and peers are processes that answer "take n steps" with seconds. They take turns round by round, so that a machine
 //! that slows down does so for all; compared are medians, and the ratio of each pair of neighbours.
 
+mod card;
 mod engine;
 mod table;
 mod work;
@@ -12,11 +13,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+pub use card::On;
 pub use engine::answer;
 pub use table::{Line, Rate};
 
 use crate::peer::Peer;
-use work::{WORKS, Work};
+use work::Work;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -44,6 +46,9 @@ pub struct Args {
     /// Peers: f32, bf16, compiled (bf16 under torch.compile), or none
     #[arg(long, value_delimiter = ',', default_value = "f32,bf16,compiled")]
     pub peers: Vec<String>,
+    /// What to compute on: cpu, or cuda with works of its own (8b-512, 8b-2048, 8b-8192, 1b-1, 1b-32)
+    #[arg(long, default_value = "cpu")]
+    pub device: On,
     /// Threads of everyone
     #[arg(long, default_value_t = 2)]
     pub threads: usize,
@@ -54,21 +59,25 @@ pub struct Args {
 
 /// Measures the works and prints the table.
 pub fn run(args: &Args) -> Result<Vec<Line>> {
-    let unknown = args.only.iter().find(|name| !WORKS.iter().any(|work| work.name == name.as_str()));
+    let works = args.device.works();
+    let unknown = args.only.iter().find(|name| !works.iter().any(|work| work.name == name.as_str()));
     if let Some(name) = unknown {
-        let known: Vec<&str> = WORKS.iter().map(|work| work.name).collect();
+        let known: Vec<&str> = works.iter().map(|work| work.name).collect();
         bail!("there is no work `{name}`; there are {}", known.join(", "));
     }
-    let peak = table::peak(args.threads)?;
-    table::head(args.threads, peak);
+    let peak = match args.device {
+        On::Cpu => table::peak(args.threads)?,
+        On::Cuda => card::peak()?,
+    };
+    table::head(args.device, args.threads, peak);
     let mut lines = Vec::new();
-    for work in WORKS.iter().filter(|work| args.only.is_empty() || args.only.contains(&work.name.into())) {
+    for work in works.iter().filter(|work| args.only.is_empty() || args.only.contains(&work.name.into())) {
         let line = measure(args, work, peak).with_context(|| format!("work {}", work.name))?;
         line.print();
         lines.push(line);
     }
     if let Some(path) = &args.json {
-        let all = json!({ "threads": args.threads, "peak_gflops": { "f32": peak.0, "bf16": peak.1 }, "works": lines });
+        let all = json!({ "device": engraft_tensor::device::name(), "threads": args.threads, "peak_gflops": { "f32": peak.0, "bf16": peak.1 }, "works": lines });
         std::fs::write(path, format!("{all:#}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -87,13 +96,19 @@ fn measure(args: &Args, work: &Work, peak: (f64, f64)) -> Result<Line> {
         std::fs::write(&recipe, work.recipe(&model, &folder, &args.shared, dtype)?)?;
         let examples = folder.join("examples.json");
         let this = std::env::current_exe()?;
-        let words = ["engine".as_ref(), recipe.as_os_str(), examples.as_os_str(), threads.as_ref()];
+        let words = [
+            "engine".as_ref(),
+            recipe.as_os_str(),
+            examples.as_os_str(),
+            threads.as_ref(),
+            args.device.name().as_ref(),
+        ];
         let (engine, hello) = Peer::spawn(&this, &words)?;
         racers.push(Racer::new(format!("engraft {dtype}"), engine, hello));
     }
     for kind in args.peers.iter().filter(|kind| *kind != "none") {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers/step.py");
-        let settings = work.peer(&model, &folder, kind, args.threads).to_string();
+        let settings = work.peer(&model, &folder, kind, args.threads, args.device).to_string();
         match Peer::spawn(&args.python, &[script.as_os_str(), settings.as_ref()]) {
             Ok((peer, hello)) => racers.push(Racer::new(format!("peft {kind}"), peer, hello)),
             Err(error) => println!("{}: no peer {kind}: {error:#}", work.name),

@@ -1,10 +1,12 @@
 //! The table of a race.
 
 use anyhow::Result;
-use engraft_tensor::cpu::gemm::{Precision, isa, peak_flops};
+use engraft_tensor::cpu::gemm::{Precision, peak_flops};
 use rayon::ThreadPoolBuilder;
 use rayon::prelude::*;
 use serde::Serialize;
+
+use super::On;
 
 /// One work.
 #[derive(Serialize)]
@@ -40,11 +42,13 @@ pub fn peak(threads: usize) -> Result<(f64, f64)> {
 }
 
 /// The lines above the table.
-pub fn head(threads: usize, (f32_peak, bf16_peak): (f64, f64)) {
-    println!(
-        "instructions {}, {threads} threads, peak f32 {f32_peak:.0}, bf16 {bf16_peak:.0} GFLOP/s",
-        isa().name()
-    );
+pub fn head(on: On, threads: usize, (f32_peak, bf16_peak): (f64, f64)) {
+    let kernels = engraft_tensor::device::name();
+    let peaks = format!("peak f32 {f32_peak:.0}, bf16 {bf16_peak:.0} GFLOP/s");
+    match on {
+        On::Cpu => println!("instructions {kernels}, {threads} threads, {peaks}"),
+        On::Cuda => println!("{kernels}, {peaks}"),
+    }
     println!("ratio: the engine's best type over this one, median of pairs\n");
     println!(
         "{:<13} {:<16} {:>9} {:>7} {:>9} {:>7} {:>7} {:>8}",

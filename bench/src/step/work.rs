@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use super::On;
 use crate::base::{Llama, write_llama, write_tokens};
 
 /// What is measured.
@@ -82,6 +83,33 @@ pub static WORKS: &[Work] = &[
     },
 ];
 
+/// Llama 3 of 8 B in width and heads, and a few of its 32 layers: a step's time is a sum over layers.
+const EIGHT: Llama =
+    Llama { width: 4096, inner: 14_336, layers: 4, heads: 32, kv_heads: 8, vocabulary: 128_256 };
+
+/// Llama 3.2 of 1 B.
+const ONE: Llama =
+    Llama { width: 2048, inner: 8192, layers: 16, heads: 32, kv_heads: 8, vocabulary: 128_256 };
+
+/// Works for a card.
+pub static CARD_WORKS: &[Work] = &[
+    of_random("8b-512", "4 layers of Llama 3 8B, LoRA 16 on all linears, 8 x 512 tokens", EIGHT, 512, 8),
+    of_random("8b-2048", "the same, 4 x 2,048 tokens", EIGHT, 2048, 4),
+    of_random("8b-8192", "the same, 1 x 8,192 tokens", EIGHT, 8192, 1),
+    of_random("1b-1", "Llama 3.2 1B, LoRA 16 on all linears, 1 x 512 tokens", ONE, 512, 1),
+    of_random("1b-32", "the same, 32 x 512 tokens", ONE, 512, 32),
+];
+
+const fn of_random(
+    name: &'static str,
+    what: &'static str,
+    shape: Llama,
+    length: usize,
+    batch: usize,
+) -> Work {
+    Work { name, what, base: Base::Random { shape, length }, batch, checkpointed: false, packed: false }
+}
+
 impl Work {
     /// The model's directory, made where it is not there yet.
     pub fn model(&self, shared: &Path, folder: &Path) -> Result<PathBuf> {
@@ -148,11 +176,12 @@ impl Work {
     }
 
     /// What the peer is told.
-    pub fn peer(&self, model: &Path, folder: &Path, kind: &str, threads: usize) -> Value {
+    pub fn peer(&self, model: &Path, folder: &Path, kind: &str, threads: usize, on: On) -> Value {
         json!({
             "model": model, "examples": folder.join("examples.json"), "batch": self.batch, "threads": threads,
             "classifies": matches!(self.base, Base::MiniLm), "checkpointing": self.checkpointed,
             "dtype": if kind == "f32" { "f32" } else { "bf16" }, "compile": kind == "compiled",
+            "device": on.name(),
         })
     }
 

@@ -17,6 +17,10 @@ pub struct Environment {
     pub cache: Option<PathBuf>,
     /// `HF_HUB_OFFLINE` is on.
     pub offline: bool,
+    /// `ENGRAFT_DEVICE`.
+    pub device: Option<String>,
+    /// Where kernels compiled for a card are kept, by `XDG_CACHE_HOME` and `HOME`.
+    pub kernels: Option<PathBuf>,
     /// `ENGRAFT_THREADS`.
     pub threads: Option<usize>,
     /// What `ENGRAFT_THREADS` holds where that is not a number of threads.
@@ -65,6 +69,12 @@ impl Environment {
             force_color: switched_on("FORCE_COLOR"),
             dumb_terminal: text("TERM").is_some_and(|term| term == "dumb"),
             cache: cache_dir(hub_cache.as_deref(), hf_home.as_deref(), xdg.as_deref(), home.as_deref()),
+            device: text("ENGRAFT_DEVICE"),
+            kernels: xdg
+                .clone()
+                .map(PathBuf::from)
+                .or_else(|| home.as_ref().map(|home| PathBuf::from(home).join(".cache")))
+                .map(|caches| caches.join("engraft/kernels")),
             offline: switched_on("HF_HUB_OFFLINE"),
             bad_threads: given.filter(|_| threads.is_none()),
             threads,

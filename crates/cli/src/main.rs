@@ -7,6 +7,7 @@ mod answers;
 mod beam;
 mod commands;
 mod context;
+mod device;
 mod engine;
 mod environment;
 mod failure;
@@ -72,6 +73,9 @@ struct Global {
     /// Raises a limit on what a file may ask for; the error that names the limit says when
     #[arg(long, global = true, value_name = "NAME=N", help_heading = "Terminal")]
     limit: Vec<String>,
+    /// What to compute on: cpu, cuda or cuda:N; ENGRAFT_DEVICE and then cpu where left out
+    #[arg(long, global = true, value_name = "DEVICE", help_heading = "Machine")]
+    device: Option<device::Choice>,
 }
 
 fn main() -> ExitCode {
@@ -97,6 +101,7 @@ fn main() -> ExitCode {
         if let Some(threads) = environment.threads {
             set_threads(threads);
         }
+        device::choose(global.device, &environment)?;
         cli.command.run(&Context { ui: ui.clone(), limits, environment })
     });
     match outcome {

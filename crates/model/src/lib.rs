@@ -176,6 +176,7 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<Loaded> {
     if !dry.rows.is_empty() {
         return Err(Error::Tensors(mismatch(dir, &weights, &config, dry)));
     }
+    engraft_tensor::device::compute_in(options.precision);
     let mut reader = Reader::new(dir, &weights, options, prefixes, false);
     reader.sites.set_numbers(numbers);
     let model = (architecture.build)(architecture, &mut c, &mut reader, head)?;

@@ -36,6 +36,9 @@ pub enum Error {
         "tensor contents were read on the host inside a step; keep the value on the device until the step is logged"
     )]
     HostRead,
+    /// A device could not be opened, or something that it was asked for failed.
+    #[error("device: {0}")]
+    Device(String),
     /// A gradient was asked of something that has none.
     #[error("backward: {0}")]
     Backward(String),

@@ -7,6 +7,7 @@
 //! Everything a device must do is listed in one place, `device::Kernels`.
 
 pub mod cpu;
+mod cuda;
 pub mod device;
 mod error;
 pub mod frozen;

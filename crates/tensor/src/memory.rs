@@ -9,6 +9,8 @@ use std::sync::{LazyLock, Mutex};
 
 use memmap2::MmapMut;
 
+use crate::device::card;
+
 static LIVE_BYTES: AtomicUsize = AtomicUsize::new(0);
 static PEAK_BYTES: AtomicUsize = AtomicUsize::new(0);
 static FREE: LazyLock<Mutex<Free>> = LazyLock::new(Default::default);
@@ -110,19 +112,22 @@ impl Free {
     }
 }
 
-/// Bytes of f32 buffers in use now.
+/// Bytes in use now: of f32 buffers, or of the card where one is used.
 pub fn live_bytes() -> usize {
-    LIVE_BYTES.load(Relaxed)
+    card().map_or_else(|| LIVE_BYTES.load(Relaxed), |card| card.memory().0)
 }
 
 /// Largest [`live_bytes`] since the last [`reset_peak`].
 pub fn peak_bytes() -> usize {
-    PEAK_BYTES.load(Relaxed)
+    card().map_or_else(|| PEAK_BYTES.load(Relaxed), |card| card.memory().1)
 }
 
 /// Starts a new measurement of [`peak_bytes`].
 pub fn reset_peak() {
-    PEAK_BYTES.store(live_bytes(), Relaxed);
+    if let Some(card) = card() {
+        card.reset_peak();
+    }
+    PEAK_BYTES.store(LIVE_BYTES.load(Relaxed), Relaxed);
 }
 
 /// Gives every pooled buffer back to the system.
@@ -148,7 +153,7 @@ pub(crate) fn take(len: usize) -> Block {
         let mut free = lock();
         let found = free.take(class);
         if found.is_none() {
-            free.make_room(class, PEAK_BYTES.load(Relaxed).saturating_sub(live_bytes()));
+            free.make_room(class, PEAK_BYTES.load(Relaxed).saturating_sub(LIVE_BYTES.load(Relaxed)));
         }
         found
     };

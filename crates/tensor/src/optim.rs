@@ -1,7 +1,7 @@
 //! What an optimizer does on the device: AdamW's update and clipping by the global norm, without reading anything.
 
 pub use crate::cpu::adamw::AdamW;
-use crate::device::{AdamWState, Buffer, Kernels, cpu};
+use crate::device::{AdamWState, Buffer, device};
 use crate::error::Result;
 use crate::param::Param;
 use crate::tape::Gradients;
@@ -40,7 +40,7 @@ impl AdamW {
         moments.v.expect_shape("adamw", grad.shape())?;
         let m = moments.m.own();
         let v = moments.v.own();
-        param.update(|value| cpu().adamw(self, step, scale, grad, AdamWState { value, m, v }));
+        param.update(|value| device().adamw(self, step, scale, grad, AdamWState { value, m, v }));
         Ok(())
     }
 }
@@ -61,13 +61,13 @@ impl Param {
 /// `max_norm` is 0). Both are scalars on the device; the factor is not finite where a gradient is not.
 pub fn clip(params: &[Param], gradients: &Gradients, max_norm: f32) -> (Tensor, Tensor) {
     let mut squares = Buffer::f32(1);
-    cpu().fill(0.0, &mut squares);
+    device().fill(0.0, &mut squares);
     for gradient in params.iter().filter_map(|p| gradients.get(p)) {
-        cpu().add_sum_of_squares(gradient, &mut squares);
+        device().add_sum_of_squares(gradient, &mut squares);
     }
     let squares = Tensor::new([], squares);
     let (mut norm, mut scale) = (Buffer::f32(1), Buffer::f32(1));
-    cpu().clip_scale(&squares, max_norm, &mut norm, &mut scale);
+    device().clip_scale(&squares, max_norm, &mut norm, &mut scale);
     (Tensor::new([], norm), Tensor::new([], scale))
 }
 

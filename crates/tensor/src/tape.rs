@@ -228,12 +228,12 @@ impl Sink {
 
 /// `sum + more`, in place where `sum` is not shared.
 fn accumulate(mut sum: Tensor, more: Tensor) -> Result<Tensor> {
-    use crate::device::{Kernels, cpu};
+    use crate::device::device;
     if sum.shape() != more.shape() {
         return shape_error("gradient", format!("{:?}", sum.shape()), format!("{:?}", more.shape()));
     }
     if let Some(buffer) = sum.sole_buffer() {
-        cpu().accumulate(&more, buffer);
+        device().accumulate(&more, buffer);
         return Ok(sum);
     }
     sum.add(&more)

@@ -1,9 +1,11 @@
 //! [`Tensor`]: shape, element type, shared storage and, where a gradient is wanted, a place on the tape.
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::sync::Arc;
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::cuda::Arg;
+use crate::device::{Buffer, card, device};
 use crate::error::{Error, Result, shape_error};
 use crate::tape::{Edge, Node};
 
@@ -98,17 +100,17 @@ impl Tensor {
 
     /// `data` as a tensor of `shape`.
     pub fn from_vec(data: Vec<f32>, shape: impl Into<Shape>) -> Result<Self> {
-        Self::from_buffer(Buffer::F32(data.into()), shape.into())
+        Self::from_buffer(data.into(), shape.into())
     }
 
     /// Token ids, labels or row indices as a tensor of `shape`.
     pub fn from_i64(data: Vec<i64>, shape: impl Into<Shape>) -> Result<Self> {
-        Self::from_buffer(Buffer::I64(data), shape.into())
+        Self::from_buffer(Buffer::I64(data.into()), shape.into())
     }
 
     /// Positions as a tensor of `shape`.
     pub fn from_i32(data: Vec<i32>, shape: impl Into<Shape>) -> Result<Self> {
-        Self::from_buffer(Buffer::I32(data), shape.into())
+        Self::from_buffer(Buffer::I32(data.into()), shape.into())
     }
 
     fn from_buffer(buffer: Buffer, shape: Shape) -> Result<Self> {
@@ -122,7 +124,7 @@ impl Tensor {
     pub fn full(value: f32, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
         let mut buffer = Buffer::f32(shape.iter().product());
-        cpu().fill(value, &mut buffer);
+        device().fill(value, &mut buffer);
         Self::new(shape, buffer)
     }
 
@@ -189,7 +191,11 @@ impl Tensor {
         if self.dtype() != DType::F32 {
             return Err(Error::DType { op: "to_vec", expected: "F32", found: self.dtype() });
         }
-        Ok(self.f32().to_vec())
+        let values = self.host_f32().into_owned();
+        match card().and_then(|card| card.failure()) {
+            Some(message) => Err(Error::Device(message)),
+            None => Ok(values),
+        }
     }
 
     /// Whole numbers that came from the host (ids), where they lie.
@@ -206,7 +212,7 @@ impl Tensor {
             return Err(Error::HostRead);
         }
         Ok(match self.dtype() {
-            DType::F32 => self.f32().iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::F32 => self.to_vec()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
             DType::I64 => self.i64().iter().flat_map(|v| v.to_le_bytes()).collect(),
             DType::I32 => self.i32().iter().flat_map(|v| v.to_le_bytes()).collect(),
         })
@@ -254,8 +260,8 @@ impl Tensor {
         let (edge, whole) = (self.edge(), self.shape.clone());
         Ok(out.on_tape("rows_between", &[self], move |dy, sink| {
             let mut buffer = Buffer::f32(whole.iter().product());
-            cpu().fill(0.0, &mut buffer);
-            cpu().copy_block(&dy, &mut buffer, start * row);
+            device().fill(0.0, &mut buffer);
+            device().copy_block(&dy, &mut buffer, start * row);
             sink.add(&edge, Tensor::new(whole, buffer))
         }))
     }
@@ -267,6 +273,23 @@ impl Tensor {
     pub(crate) fn with_node(mut self, node: Option<Arc<Node>>) -> Self {
         self.node = node;
         self
+    }
+
+    /// The memory of the card from the first element on, for its kernels.
+    pub(crate) fn arg(&self) -> Arg {
+        let bytes = match self.dtype() {
+            DType::F32 | DType::I32 => 4,
+            DType::I64 => 8,
+        };
+        self.buffer.arg().offset(bytes * self.offset)
+    }
+
+    /// The elements on the host: where they lie, or a copy of the card's.
+    pub(crate) fn host_f32(&self) -> Cow<'_, [f32]> {
+        match &*self.buffer {
+            Buffer::Card(_) => Cow::Owned(self.buffer.read(self.offset..self.offset + self.len())),
+            _ => Cow::Borrowed(self.f32()),
+        }
     }
 
     /// The elements, for kernels.

@@ -5,6 +5,11 @@ use crate::param::Param;
 use crate::tape::no_grad;
 use crate::tensor::Tensor;
 
+/// The card that test binaries run on, by its number: the only switch of theirs that is not of the processor.
+pub(crate) fn device_of_tests() -> Option<usize> {
+    std::env::var("ENGRAFT_TEST_CUDA").ok().and_then(|number| number.parse().ok())
+}
+
 /// Reproducible numbers in −1..1 without structure.
 pub fn sample(shape: &[usize], seed: u64) -> Tensor {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678);

@@ -18,7 +18,7 @@ pub struct Fingerprint {
     pub version: String,
     /// Operating system and processor family.
     pub target: String,
-    /// The instruction set that the kernels use.
+    /// The instruction set that the kernels use, or the card.
     pub kernels: String,
     /// Threads; sums are split by them.
     pub threads: usize,
@@ -36,7 +36,7 @@ impl Fingerprint {
         Fingerprint {
             version: env!("CARGO_PKG_VERSION").into(),
             target: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
-            kernels: engraft_tensor::cpu::gemm::isa().name().into(),
+            kernels: engraft_tensor::device::name(),
             threads: rayon::current_num_threads(),
             shuffle: engraft_data::rng::VERSION,
             base,

@@ -5,6 +5,7 @@ use std::path::Path;
 use engraft_report::human;
 use engraft_tensor::Tensor;
 use engraft_tensor::cpu::gemm::{Isa, isa};
+use engraft_tensor::device;
 use engraft_tensor::frozen::{FrozenMatrix, Precision};
 use engraft_tensor::ops::frozen_linear;
 use serde_json::json;
@@ -126,14 +127,15 @@ fn worst_errors() -> engraft_tensor::Result<(f32, f32)> {
 }
 
 fn gpu() -> Check {
-    if Path::new("/proc/driver/nvidia/version").exists() {
-        Check::ok(
-            "gpu",
-            "NVIDIA driver found".into(),
-            "ok, not used by this version: trains on the processor",
-        )
-    } else {
-        Check::ok("gpu", "none".into(), "ok, trains on the processor")
+    let driver = Path::new("/proc/driver/nvidia/version").exists();
+    match device::describe_cards() {
+        Ok(cards) if cards.is_empty() => Check::ok("gpu", "none".into(), "ok, trains on the processor"),
+        Ok(cards) => Check::ok("gpu", cards.join("; "), "ok, used with --device cuda"),
+        Err(_) if !driver => Check::ok("gpu", "none".into(), "ok, trains on the processor"),
+        Err(missing) => {
+            let verdict = format!("not used, trains on the processor: {missing}");
+            Check { name: "gpu", found: "NVIDIA driver found".into(), verdict, ok: true }
+        }
     }
 }
 

@@ -5,7 +5,7 @@ mod nf4;
 
 use std::sync::{Arc, OnceLock};
 
-use engraft_tensor::frozen::{FrozenMatrix, Precision, RowSource};
+use engraft_tensor::frozen::{FrozenMatrix, FrozenTable, Precision, RowSource};
 use engraft_tensor::ops::Unary;
 use engraft_tensor::{Tensor, no_grad, ops};
 
@@ -40,7 +40,7 @@ enum Form {
     /// Multiplied by.
     Matrix(Arc<FrozenMatrix>),
     /// Looked up, and, when tied to a head, multiplied by.
-    Table(Arc<dyn RowSource + Send>, Option<Arc<FrozenMatrix>>),
+    Table(FrozenTable),
     /// Matrices whose rows follow one another.
     Joined(Vec<Arc<Weight>>),
 }
@@ -72,7 +72,8 @@ impl Weight {
     pub fn table(rows: Arc<dyn RowSource + Send>, head: Option<Precision>) -> Weight {
         let matrix = head.map(|precision| Arc::new(FrozenMatrix::pack(rows.as_ref(), precision)));
         let bytes = matrix.as_ref().map_or(0, |m| m.bytes());
-        Weight { form: Form::Table(rows, matrix), transposed: false, bytes, row_squares: OnceLock::new() }
+        let form = Form::Table(FrozenTable::new(rows, matrix));
+        Weight { form, transposed: false, bytes, row_squares: OnceLock::new() }
     }
 
     /// The rows of `parts` [out, in] one after another; nothing is copied.
@@ -98,8 +99,11 @@ impl Weight {
     /// x [tokens, in] → x·Wᵀ + bias.
     pub fn multiply(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         match &self.form {
-            Form::Matrix(m) | Form::Table(_, Some(m)) => Ok(ops::frozen_linear(x, m, bias)?),
-            Form::Table(..) => with_bias(x.matmul_t(&self.dense()?)?, bias),
+            Form::Matrix(m) => Ok(ops::frozen_linear(x, m, bias)?),
+            Form::Table(table) => match table.matrix() {
+                Some(m) => Ok(ops::frozen_linear(x, m, bias)?),
+                None => with_bias(x.matmul_t(&self.dense()?)?, bias),
+            },
             Form::Joined(parts) => {
                 let parts = parts.iter().map(|p| p.multiply(x, None)).collect::<Result<Vec<_>>>()?;
                 with_bias(ops::cat(&parts.iter().collect::<Vec<_>>(), 1)?, bias)
@@ -112,7 +116,7 @@ impl Base for Weight {
     fn shape(&self) -> (usize, usize) {
         match &self.form {
             Form::Matrix(m) => m.shape(),
-            Form::Table(rows, _) => rows.shape(),
+            Form::Table(table) => table.shape(),
             Form::Joined(parts) => {
                 let shapes = parts.iter().map(|p| p.shape());
                 shapes.reduce(|(out, inn), (more, _)| (out + more, inn)).unwrap_or((0, 0))
@@ -126,10 +130,7 @@ impl Base for Weight {
 
     fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
         match &self.form {
-            Form::Table(rows, _) => {
-                let rows: Arc<dyn RowSource> = rows.clone();
-                Ok(ops::embed(&rows, ids)?)
-            }
+            Form::Table(table) => Ok(ops::embed(table, ids)?),
             Form::Matrix(_) | Form::Joined(_) => Ok(self.dense()?.gather(ids)?),
         }
     }
@@ -137,10 +138,10 @@ impl Base for Weight {
     fn dense(&self) -> Result<Tensor> {
         match &self.form {
             Form::Matrix(m) => Ok(m.dense()?),
-            Form::Table(rows, _) => {
-                let (n, width) = rows.shape();
+            Form::Table(table) => {
+                let (n, width) = table.shape();
                 let mut values = vec![0.0; n * width];
-                rows.rows(0..n, &mut values);
+                table.source().rows(0..n, &mut values);
                 Ok(Tensor::from_vec(values, [n, width])?)
             }
             Form::Joined(parts) => {

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use engraft_tensor::frozen::RowSource;
+use engraft_tensor::frozen::{FourBit, FourBitScales, RowSource};
 
 use crate::{Error, Result};
 
@@ -183,6 +183,16 @@ impl RowSource for Nf4 {
             }
             i = stop;
         }
+    }
+
+    fn four_bit(&self) -> Option<FourBit<'_>> {
+        let scales = match &self.scales {
+            Scales::Plain(scales) => FourBitScales::Plain(scales),
+            Scales::Double { codes, scales, offset, map } => {
+                FourBitScales::Double { codes, scales, offset: *offset, map }
+            }
+        };
+        Some(FourBit { block: self.block, levels: &LEVELS, codes: &self.codes, scales })
     }
 }
 

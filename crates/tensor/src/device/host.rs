@@ -6,18 +6,13 @@ use crate::cpu::{
     attention, blocks, cross_entropy, dense, dropout, fourier, hadamard, math, norm, primitives, rope,
     soft_top_k, sparse,
 };
-use crate::frozen::{FrozenMatrix, RowSource};
+use crate::frozen::{FrozenMatrix, FrozenTable};
 use crate::ops::{Anneal, Attention, Binary, Frequencies, Norm, Pattern, Product, Unary};
 use crate::optim::AdamW;
 use crate::tensor::Tensor;
 
 /// The CPU.
 pub(crate) struct Cpu;
-
-/// The device every tensor lives on.
-pub(crate) fn cpu() -> &'static Cpu {
-    &Cpu
-}
 
 impl Kernels for Cpu {
     fn fill(&self, value: f32, y: &mut Buffer) {
@@ -62,10 +57,10 @@ impl Kernels for Cpu {
     fn scatter_add_rows(&self, x: &Tensor, index: &Tensor, y: &mut Buffer) {
         primitives::scatter_add_rows(x.f32(), index.i64(), y.as_f32_mut());
     }
-    fn gather_frozen(&self, table: &dyn RowSource, ids: &Tensor, y: &mut Buffer) {
+    fn gather_frozen(&self, table: &FrozenTable, ids: &Tensor, y: &mut Buffer) {
         let width = table.shape().1;
         for (&id, row) in ids.i64().iter().zip(y.as_f32_mut().chunks_exact_mut(width)) {
-            table.rows(id as usize..id as usize + 1, row);
+            table.source().rows(id as usize..id as usize + 1, row);
         }
     }
     fn top_k(&self, x: &Tensor, width: usize, k: usize, y: &mut Buffer, columns: &mut Buffer) {

@@ -7,13 +7,105 @@
 mod buffer;
 mod host;
 
-pub(crate) use buffer::Buffer;
-pub(crate) use host::cpu;
+use std::sync::OnceLock;
 
-use crate::frozen::{FrozenMatrix, RowSource};
+pub(crate) use buffer::{Buffer, Indices};
+use host::Cpu;
+
+pub use crate::cuda::KernelCache;
+use crate::cuda::{self, Cuda};
+use crate::error::{Error, Result};
+
+use crate::frozen::{FrozenMatrix, FrozenTable, Precision};
 use crate::ops::{Anneal, Attention, Binary, Frequencies, Norm, Pattern, Product, Unary};
 use crate::optim::AdamW;
 use crate::tensor::Tensor;
+
+/// What the process computes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// The processor.
+    Cpu,
+    /// An NVIDIA card, by its number.
+    Cuda(usize),
+}
+
+static CHOSEN: OnceLock<Device> = OnceLock::new();
+
+/// Makes the whole process compute on `device`; to be called before the first tensor is made. Compiled kernels are kept in
+/// `cache`.
+///
+/// # Errors
+/// The card or one of NVIDIA's libraries is not there, or another device is in use already.
+pub fn choose(device: Device, cache: Option<Box<dyn KernelCache>>) -> Result<()> {
+    let taken = |other: &Device| Error::Device(format!("{other:?} is in use already"));
+    if let Some(other) = CHOSEN.get() {
+        return if *other == device { Ok(()) } else { Err(taken(other)) };
+    }
+    if let Device::Cuda(ordinal) = device {
+        cuda::open(ordinal, cache)?;
+    }
+    let _ = CHOSEN.set(device);
+    Ok(())
+}
+
+/// What the process computes on: the processor, unless [`choose`] came first.
+pub fn chosen() -> Device {
+    *CHOSEN.get_or_init(|| match crate::testing::device_of_tests() {
+        None => Device::Cpu,
+        Some(ordinal) => match cuda::open(ordinal, None) {
+            Ok(()) => Device::Cuda(ordinal),
+            Err(e) => panic!("these tests are to run on a card: {e}"),
+        },
+    })
+}
+
+/// The card in use, if one is.
+pub(crate) fn card() -> Option<&'static Cuda> {
+    match chosen() {
+        Device::Cpu => None,
+        Device::Cuda(_) => cuda::card(),
+    }
+}
+
+/// The kernels of the device in use.
+pub(crate) fn device() -> &'static dyn Kernels {
+    match card() {
+        Some(card) => card,
+        None => &Cpu,
+    }
+}
+
+/// What the model computes in. With bf16 weights a card rounds the factors of other products too, to TF32, and attention's to
+/// bf16; the processor computes these in f32 always.
+pub fn compute_in(precision: Precision) {
+    if let Some(card) = card() {
+        card.allow_bf16(precision == Precision::Bf16);
+    }
+}
+
+/// The instruction set that the kernels use, or the card: what decides a result's last bits.
+pub fn name() -> String {
+    match card() {
+        Some(card) => card.name(),
+        None => crate::cpu::gemm::isa().name().into(),
+    }
+}
+
+/// Waits until the device has done everything that it was asked for: for clocks.
+///
+/// # Errors
+/// What went wrong on the card.
+pub fn wait() -> Result<()> {
+    let Some(card) = card() else { return Ok(()) };
+    card.wait();
+    card.failure().map_or(Ok(()), |message| Err(Error::Device(message)))
+}
+
+/// The card's name, memory and libraries, without using it; an error says what is missing.
+pub fn describe_cards() -> Result<Vec<String>> {
+    cuda::describe().map_err(Error::Device)
+}
 
 /// The kernels of a device. `y`, `dx`, … are outputs, overwritten unless said otherwise.
 pub(crate) trait Kernels {
@@ -42,7 +134,7 @@ pub(crate) trait Kernels {
     /// y[index[i]] += x[i], in order of i; y is not cleared.
     fn scatter_add_rows(&self, x: &Tensor, index: &Tensor, y: &mut Buffer);
     /// y[i] = table row ids[i].
-    fn gather_frozen(&self, table: &dyn RowSource, ids: &Tensor, y: &mut Buffer);
+    fn gather_frozen(&self, table: &FrozenTable, ids: &Tensor, y: &mut Buffer);
     /// The `k` largest of each row of `width`, the largest and earliest first, and their columns (`I64`).
     fn top_k(&self, x: &Tensor, width: usize, k: usize, y: &mut Buffer, columns: &mut Buffer);
     /// Shares of a soft choice of k of each segment (its length, k) of s.

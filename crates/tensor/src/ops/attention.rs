@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use crate::cpu::attention::{AttentionSpec, Span};
-use crate::device::{AttentionBackward, Buffer, Kernels, cpu};
+use crate::device::{AttentionBackward, Buffer, device};
 use crate::error::{Error, Result, shape_error};
 use crate::tape::Edge;
 use crate::tensor::{DType, Tensor};
@@ -63,7 +63,7 @@ pub fn attention(a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Te
     check(a, q, k, v)?;
     let mut y = Buffer::f32(q.len());
     let mut lse = Buffer::f32(q.dim(0) * q.dim(1));
-    cpu().attention(a, q, k, v, &mut y, &mut lse);
+    device().attention(a, q, k, v, &mut y, &mut lse);
     let y = Tensor::new(q.shape(), y);
     let lse = Tensor::new([q.dim(0), q.dim(1)], lse);
     // Where there is no bias, q stands in for it and nobody wants its gradient.
@@ -76,7 +76,8 @@ pub fn attention(a: &Attention, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Te
         let of = [q, k, v, bias];
         let mut d = [0, 1, 2, 3].map(|i| edges[i].wanted().then(|| Buffer::f32(of[i].len())));
         let [dq, dk, dv, dbias] = d.each_mut().map(Option::as_mut);
-        cpu().attention_backward(&a, AttentionBackward { q, k, v, y, lse: &lse, dy: &dy, dq, dk, dv, dbias });
+        device()
+            .attention_backward(&a, AttentionBackward { q, k, v, y, lse: &lse, dy: &dy, dq, dk, dv, dbias });
         for ((edge, d), of) in edges.iter().zip(d).zip(of) {
             if let Some(d) = d {
                 sink.add(edge, Tensor::new(of.shape(), d))?;

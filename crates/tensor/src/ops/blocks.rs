@@ -1,6 +1,6 @@
 //! Rows times matrices on a diagonal.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Result, shape_error};
 use crate::tensor::Tensor;
 
@@ -19,7 +19,7 @@ impl Tensor {
         }
         let n = blocks.width();
         let mut y = Buffer::f32(self.len());
-        cpu().block_product(self, blocks, n, transposed, &mut y);
+        device().block_product(self, blocks, n, transposed, &mut y);
         let (edge_x, edge_r) = (self.edge(), blocks.edge());
         let x = edge_r.wanted().then(|| self.detach());
         let r = edge_x.wanted().then(|| blocks.detach());
@@ -31,7 +31,7 @@ impl Tensor {
             if let Some(x) = x {
                 let mut dr = Buffer::f32(shape.iter().product());
                 let (left, right) = if transposed { (&dy, &x) } else { (&x, &dy) };
-                cpu().block_gradient(left, right, n, &mut dr);
+                device().block_gradient(left, right, n, &mut dr);
                 sink.add(&edge_r, Tensor::new(shape, dr))?;
             }
             Ok(())

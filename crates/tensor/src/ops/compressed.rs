@@ -1,6 +1,6 @@
 //! A product that keeps a few numbers of each row of its input for backward (VeLoRA, arXiv:2405.17991).
 
-use crate::device::{Kernels, cpu};
+use crate::device::device;
 use crate::error::{Result, shape_error};
 use crate::ops::{Product, cat};
 use crate::tensor::Tensor;
@@ -43,7 +43,12 @@ impl Tensor {
                 sink.add(&ew, spread.narrow(1, 0, inn)?.scale(scale)?)?;
             }
             sink.grow(&ex, &[rows, inn], |dx, accumulate| {
-                cpu().matmul(Product { accumulate, ..Product::new(rows, out, inn) }, &dy, &weight_kept, dx);
+                device().matmul(
+                    Product { accumulate, ..Product::new(rows, out, inn) },
+                    &dy,
+                    &weight_kept,
+                    dx,
+                );
             })
         }))
     }

@@ -1,6 +1,6 @@
 //! Small dense algebra with gradients: inverses of matrices (Cayley's transform), orthonormal bases (QR).
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Result, shape_error};
 use crate::tensor::Tensor;
 
@@ -13,7 +13,7 @@ impl Tensor {
             return shape_error("inverse", "square matrices", format!("{:?}", self.shape()));
         }
         let mut y = Buffer::f32(self.len());
-        cpu().inverse(self, &mut y);
+        device().inverse(self, &mut y);
         let y = Tensor::new(self.shape(), y);
         let (edge, kept) = (self.edge(), y.detach());
         // dA = −A⁻ᵀ·dY·A⁻ᵀ.
@@ -39,12 +39,12 @@ impl Tensor {
             }
         };
         let (mut q, mut r) = (Buffer::f32(m * n), Buffer::f32(n * n));
-        cpu().qr(self, &mut q, &mut r);
+        device().qr(self, &mut q, &mut r);
         let (q, r) = (Tensor::new([m, n], q), Tensor::new([n, n], r));
         let (edge, kept) = (self.edge(), q.detach());
         Ok(q.on_tape("orthonormal", &[self], move |dy, sink| {
             let mut da = Buffer::f32(m * n);
-            cpu().qr_backward(&kept, &r, &dy, &mut da);
+            device().qr_backward(&kept, &r, &dy, &mut da);
             sink.add(&edge, Tensor::new([m, n], da))
         }))
     }

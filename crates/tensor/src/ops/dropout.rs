@@ -1,6 +1,6 @@
 //! Dropout drawn from counters: backward and a recomputed block see the same mask without storing it.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -16,7 +16,7 @@ impl Tensor {
             return Ok(self.clone());
         }
         let mut y = Buffer::f32(self.len());
-        cpu().dropout(p, seed, stream, self, &mut y);
+        device().dropout(p, seed, stream, self, &mut y);
         let edge = self.edge();
         Ok(Tensor::new(self.shape(), y)
             .on_tape("dropout", &[self], move |dy, sink| sink.add(&edge, dy.dropout(p, seed, stream)?)))

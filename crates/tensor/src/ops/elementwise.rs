@@ -1,6 +1,6 @@
 //! Elementwise functions of one tensor, and of two with broadcasting.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Error, Result, shape_error};
 use crate::tensor::{DType, Shape, Tensor};
 
@@ -81,11 +81,11 @@ impl Tensor {
     pub fn unary(&self, f: Unary) -> Result<Tensor> {
         self.expect_f32("unary")?;
         let mut y = Buffer::f32(self.len());
-        cpu().unary(f, self, &mut y);
+        device().unary(f, self, &mut y);
         let (edge, x) = (self.edge(), self.detach());
         Ok(Tensor::new(self.shape(), y).on_tape("unary", &[self], move |dy, sink| {
             let mut dx = Buffer::f32(x.len());
-            cpu().unary_backward(f, &x, &dy, &mut dx);
+            device().unary_backward(f, &x, &dy, &mut dx);
             sink.add(&edge, Tensor::new(x.shape(), dx))
         }))
     }
@@ -94,7 +94,7 @@ impl Tensor {
     pub fn scale(&self, c: f32) -> Result<Tensor> {
         self.expect_f32("scale")?;
         let mut y = Buffer::f32(self.len());
-        cpu().unary(Unary::Scale(c), self, &mut y);
+        device().unary(Unary::Scale(c), self, &mut y);
         let edge = self.edge();
         // Nothing of x is needed, so nothing of it is kept.
         Ok(Tensor::new(self.shape(), y)
@@ -117,7 +117,7 @@ impl Tensor {
         let repeats = self.shape().ends_with(other.shape()) && !other.is_empty();
         let in_place = repeats && other.dtype() == DType::F32 && self.dtype() == DType::F32;
         let Some(sum) = self.sole_buffer().filter(|_| in_place) else { return self.add(other) };
-        cpu().accumulate(other, sum);
+        device().accumulate(other, sum);
         let (ea, eb) = (self.edge(), other.edge());
         let (sa, sb) = (self.shape().to_vec(), other.shape().to_vec());
         let y = self.detach();
@@ -167,7 +167,7 @@ impl Tensor {
         other.expect_f32(op)?;
         let shape = broadcast(op, self.shape(), other.shape())?;
         let mut y = Buffer::f32(shape.iter().product());
-        cpu().binary(f, self, other, &shape, &mut y);
+        device().binary(f, self, other, &shape, &mut y);
         Ok(Tensor::new(shape, y))
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Error, Result, shape_error};
 use crate::tensor::Tensor;
 
@@ -40,12 +40,12 @@ impl Tensor {
         shape.pop();
         shape.extend([n / 2 + 1, 2]);
         let mut y = Buffer::f32(shape.iter().product());
-        cpu().half_spectrum(self, n, 1.0, 1.0, &mut y);
+        device().half_spectrum(self, n, 1.0, 1.0, &mut y);
         let (edge, before) = (self.edge(), self.shape().to_vec());
         Ok(Tensor::new(shape, y).on_tape("rfft", &[self], move |dy, sink| {
             // The sum of all frequencies counts those inside twice, and the gradient has them once.
             let mut dx = Buffer::f32(before.iter().product());
-            cpu().spectrum_sum(&dy, n, 0.5, 1.0, &mut dx);
+            device().spectrum_sum(&dy, n, 0.5, 1.0, &mut dx);
             sink.add(&edge, Tensor::new(before, dx))
         }))
     }
@@ -64,11 +64,11 @@ impl Tensor {
         shape.push(n);
         let scale = 1.0 / n as f32;
         let mut y = Buffer::f32(shape.iter().product());
-        cpu().spectrum_sum(self, n, 1.0, scale, &mut y);
+        device().spectrum_sum(self, n, 1.0, scale, &mut y);
         let (edge, before) = (self.edge(), self.shape().to_vec());
         Ok(Tensor::new(shape, y).on_tape("irfft", &[self], move |dy, sink| {
             let mut dx = Buffer::f32(before.iter().product());
-            cpu().half_spectrum(&dy, n, 2.0, scale, &mut dx);
+            device().half_spectrum(&dy, n, 2.0, scale, &mut dx);
             sink.add(&edge, Tensor::new(before, dx))
         }))
     }
@@ -87,18 +87,18 @@ impl Tensor {
         let mut shape = self.shape().to_vec();
         *shape.last_mut().expect("has a width") = f.out;
         let mut y = Buffer::f32(shape.iter().product());
-        cpu().few_frequencies(f, false, c, self, &mut y);
+        device().few_frequencies(f, false, c, self, &mut y);
         let (ex, ec) = (self.edge(), c.edge());
         let (x, kept, f) = (self.detach(), c.detach(), f.clone());
         Ok(Tensor::new(shape, y).on_tape("few frequencies", &[self, c], move |dy, sink| {
             if ec.wanted() {
                 let mut dc = Buffer::f32(kept.len());
-                cpu().few_frequencies_backward(&f, &x, &dy, &mut dc);
+                device().few_frequencies_backward(&f, &x, &dy, &mut dc);
                 sink.add(&ec, Tensor::new(kept.shape(), dc))?;
             }
             if ex.wanted() {
                 let mut dx = Buffer::f32(x.len());
-                cpu().few_frequencies(&f, true, &kept, &dy, &mut dx);
+                device().few_frequencies(&f, true, &kept, &dy, &mut dx);
                 sink.add(&ex, Tensor::new(x.shape(), dx))?;
             }
             Ok(())

@@ -1,6 +1,6 @@
 //! The gated MLP's product: silu(gate)·up.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -9,12 +9,12 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.expect_f32("silu_mul")?;
     up.expect_shape("silu_mul", gate.shape())?;
     let mut y = Buffer::f32(gate.len());
-    cpu().silu_mul(gate, up, &mut y);
+    device().silu_mul(gate, up, &mut y);
     let (eg, eu) = (gate.edge(), up.edge());
     let (g, u) = (gate.detach(), up.detach());
     Ok(Tensor::new(gate.shape(), y).on_tape("silu_mul", &[gate, up], move |dy, sink| {
         let (mut dg, mut du) = (Buffer::f32(g.len()), Buffer::f32(g.len()));
-        cpu().silu_mul_backward(&g, &u, &dy, &mut dg, &mut du);
+        device().silu_mul_backward(&g, &u, &dy, &mut dg, &mut du);
         sink.add(&eg, Tensor::new(g.shape(), dg))?;
         sink.add(&eu, Tensor::new(g.shape(), du))
     }))

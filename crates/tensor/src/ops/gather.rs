@@ -1,10 +1,8 @@
 //! Picking rows, and adding rows where they came from.
 
-use std::sync::Arc;
-
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Error, Result, shape_error};
-use crate::frozen::RowSource;
+use crate::frozen::FrozenTable;
 use crate::tensor::{DType, Tensor};
 
 /// An error unless every index lies in `0..rows`. Indices are made on the host, so this reads no device.
@@ -29,7 +27,7 @@ impl Tensor {
         let mut shape = self.shape().to_vec();
         shape[0] = index.len();
         let mut y = Buffer::f32(shape.iter().product());
-        cpu().gather_rows(self, index, &mut y);
+        device().gather_rows(self, index, &mut y);
         let (edge, rows, index) = (self.edge(), self.shape()[0], index.clone());
         Ok(Tensor::new(shape, y)
             .on_tape("gather", &[self], move |dy, sink| sink.add(&edge, dy.scatter_add(&index, rows)?)))
@@ -49,25 +47,20 @@ impl Tensor {
         let mut shape = self.shape().to_vec();
         shape[0] = rows;
         let mut y = Buffer::f32(shape.iter().product());
-        cpu().fill(0.0, &mut y);
-        cpu().scatter_add_rows(self, index, &mut y);
+        device().fill(0.0, &mut y);
+        device().scatter_add_rows(self, index, &mut y);
         let (edge, index) = (self.edge(), index.clone());
         Ok(Tensor::new(shape, y)
             .on_tape("scatter_add", &[self], move |dy, sink| sink.add(&edge, dy.gather(&index)?)))
     }
 }
 
-/// The shape [`embed`] gives: [ids, width].
-pub fn embed_shape(table: &dyn RowSource, ids: &Tensor) -> [usize; 2] {
-    [ids.len(), table.shape().1]
-}
-
 /// Rows of a frozen table; ids `[n]` → [n, width]. No gradient goes to the table.
-pub fn embed(table: &Arc<dyn RowSource>, ids: &Tensor) -> Result<Tensor> {
+pub fn embed(table: &FrozenTable, ids: &Tensor) -> Result<Tensor> {
     check_index("embedding", ids, table.shape().0)?;
-    let shape = embed_shape(table.as_ref(), ids);
+    let shape = [ids.len(), table.shape().1];
     let mut y = Buffer::f32(shape[0] * shape[1]);
-    cpu().gather_frozen(table.as_ref(), ids, &mut y);
+    device().gather_frozen(table, ids, &mut y);
     Ok(Tensor::new(shape, y))
 }
 

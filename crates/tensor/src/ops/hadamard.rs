@@ -1,6 +1,6 @@
 //! The Walsh–Hadamard transform, which mixes all numbers of a row with signs alone.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Result, shape_error};
 use crate::tensor::Tensor;
 
@@ -14,8 +14,8 @@ impl Tensor {
             return shape_error("hadamard", "rows of a power of two", format!("{:?}", self.shape()));
         }
         let mut y = Buffer::f32(self.len());
-        cpu().copy_block(self, &mut y, 0);
-        cpu().hadamard(n, &mut y);
+        device().copy_block(self, &mut y, 0);
+        device().hadamard(n, &mut y);
         let edge = self.edge();
         Ok(Tensor::new(self.shape(), y)
             .on_tape("hadamard", &[self], move |dy, sink| sink.add(&edge, dy.hadamard()?)))

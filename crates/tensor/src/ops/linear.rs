@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Result, shape_error};
 use crate::frozen::FrozenMatrix;
 use crate::tensor::Tensor;
@@ -24,7 +24,7 @@ pub fn frozen_linear(x: &Tensor, w: &Arc<FrozenMatrix>, bias: Option<&Tensor>) -
         *last = out;
     }
     let mut y = Buffer::f32(x.rows() * out);
-    cpu().frozen_forward(w, x, bias, &mut y);
+    device().frozen_forward(w, x, bias, &mut y);
     let y = Tensor::new(shape, y);
     let (ex, eb) = (x.edge(), bias.map(Tensor::edge));
     let (before, w) = (x.shape().to_vec(), w.clone());
@@ -33,7 +33,7 @@ pub fn frozen_linear(x: &Tensor, w: &Arc<FrozenMatrix>, bias: Option<&Tensor>) -
         if let Some(eb) = eb.filter(|e| e.wanted()) {
             sink.add(&eb, dy.sum_to(&[out])?)?;
         }
-        sink.grow(&ex, &before, |dx, accumulate| cpu().frozen_backward(&w, &dy, accumulate, dx))
+        sink.grow(&ex, &before, |dx, accumulate| device().frozen_backward(&w, &dy, accumulate, dx))
     }))
 }
 

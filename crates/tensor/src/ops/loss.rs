@@ -1,6 +1,6 @@
 //! Cross-entropy over rows.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Error, Result, shape_error};
 use crate::tensor::{DType, Tensor};
 
@@ -30,12 +30,12 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     }
     let mut loss = Buffer::f32(labels.len());
     let mut lse = Buffer::f32(labels.len());
-    cpu().cross_entropy(logits, labels, &mut loss, &mut lse);
+    device().cross_entropy(logits, labels, &mut loss, &mut lse);
     let lse = Tensor::new([labels.len()], lse);
     let (edge, kept, labels) = (logits.edge(), logits.detach(), labels.clone());
     Ok(Tensor::new([labels.len()], loss).on_tape("cross_entropy", &[logits], move |dy, sink| {
         let mut dx = Buffer::f32(kept.len());
-        cpu().cross_entropy_backward(&kept, &labels, &lse, &dy, &mut dx);
+        device().cross_entropy_backward(&kept, &labels, &lse, &dy, &mut dx);
         sink.add(&edge, Tensor::new(kept.shape(), dx))
     }))
 }

@@ -1,6 +1,6 @@
 //! A product of two trained factors, added to what a layer gave.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Result, shape_error};
 use crate::ops::Product;
 use crate::tensor::Tensor;
@@ -24,17 +24,17 @@ impl Tensor {
             );
         }
         let mut h = Buffer::f32(rows * rank);
-        cpu().matmul(Product { transpose_b: true, ..Product::new(rows, inn, rank) }, x, a, &mut h);
+        device().matmul(Product { transpose_b: true, ..Product::new(rows, inn, rank) }, x, a, &mut h);
         let h = Tensor::new([rows, rank], h);
         let base = self.edge();
         let up = Product { transpose_b: true, scale, accumulate: true, ..Product::new(rows, rank, out) };
         if self.sole_buffer().is_none() {
             let mut copy = Buffer::f32(self.len());
-            cpu().copy_block(&self, &mut copy, 0);
+            device().copy_block(&self, &mut copy, 0);
             self = Tensor::new(self.shape(), copy).with_node(base.0.clone());
         }
         if let Some(y) = self.sole_buffer() {
-            cpu().matmul(up, &h, b, y);
+            device().matmul(up, &h, b, y);
         }
         let y = self.detach();
         let edges = (x.edge(), a.edge(), b.edge());
@@ -45,21 +45,21 @@ impl Tensor {
             let (ex, ea, eb) = edges;
             sink.grow(&eb, kb.shape(), |db, accumulate| {
                 let p = Product { transpose_a: true, scale, accumulate, ..Product::new(out, rows, rank) };
-                cpu().matmul(p, &dy, &h, db);
+                device().matmul(p, &dy, &h, db);
             })?;
             if ea.wanted() || ex.wanted() {
                 let mut dh = Buffer::f32(rows * rank);
-                cpu().matmul(Product { scale, ..Product::new(rows, out, rank) }, &dy, &kb, &mut dh);
+                device().matmul(Product { scale, ..Product::new(rows, out, rank) }, &dy, &kb, &mut dh);
                 let dh = Tensor::new([rows, rank], dh);
                 if let Some(kx) = kx {
                     sink.grow(&ea, ka.shape(), |da, accumulate| {
                         let p = Product { transpose_a: true, accumulate, ..Product::new(rank, rows, inn) };
-                        cpu().matmul(p, &dh, &kx, da);
+                        device().matmul(p, &dh, &kx, da);
                     })?;
                 }
                 sink.grow(&ex, &x_shape, |dx, accumulate| {
                     let p = Product { accumulate, ..Product::new(rows, rank, inn) };
-                    cpu().matmul(p, &dh, &ka, dx);
+                    device().matmul(p, &dh, &ka, dx);
                 })?;
             }
             sink.add(&base, dy)

@@ -1,6 +1,6 @@
 //! General products, both sides differentiable: low-rank factors, generated weights, attention over prompts.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Result, shape_error};
 use crate::tensor::Tensor;
 
@@ -81,7 +81,7 @@ fn product(a: &Tensor, b: &Tensor, ta: bool, tb: bool) -> Result<Tensor> {
         return shape_error("matmul", "inner dimensions that agree", found);
     };
     let mut y = Buffer::f32(shape.iter().product());
-    cpu().matmul(p, a, b, &mut y);
+    device().matmul(p, a, b, &mut y);
     let (ea, eb) = (a.edge(), b.edge());
     let keep_a = eb.wanted().then(|| a.detach());
     let keep_b = ea.wanted().then(|| b.detach());

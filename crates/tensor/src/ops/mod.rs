@@ -34,7 +34,7 @@ pub use attention::{Attention, RelativeBias, Spans, attention};
 pub use elementwise::{Binary, Unary};
 pub use fourier::Frequencies;
 pub use gated::silu_mul;
-pub use gather::{embed, embed_shape};
+pub use gather::embed;
 pub use linear::frozen_linear;
 pub use loss::cross_entropy;
 pub use lstm::lstm;

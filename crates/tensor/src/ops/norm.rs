@@ -1,6 +1,6 @@
 //! Layer norm and RMS norm over the last dimension.
 
-use crate::device::{Buffer, Kernels, NormBackward, cpu};
+use crate::device::{Buffer, NormBackward, device};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -38,7 +38,7 @@ fn norm(kind: Norm, x: &Tensor, gain: &Tensor, bias: Option<&Tensor>) -> Result<
     let per_row = if matches!(kind, Norm::Layer { .. }) { 2 } else { 1 };
     let mut y = Buffer::f32(x.len());
     let mut stats = Buffer::f32(x.rows() * per_row);
-    cpu().norm(kind, x, gain, bias, &mut y, &mut stats);
+    device().norm(kind, x, gain, bias, &mut y, &mut stats);
     let y = Tensor::new(x.shape(), y);
     let stats = Tensor::new([x.rows() * per_row], stats);
     let (ex, eg, eb) = (x.edge(), gain.edge(), bias.map(Tensor::edge));
@@ -50,7 +50,7 @@ fn norm(kind: Norm, x: &Tensor, gain: &Tensor, bias: Option<&Tensor>) -> Result<
         let eb = eb.filter(|e| e.wanted());
         let mut dgain = eg.wanted().then(|| Buffer::f32(width));
         let mut dbias = eb.is_some().then(|| Buffer::f32(width));
-        cpu().norm_backward(
+        device().norm_backward(
             kind,
             NormBackward {
                 x: &kept,

@@ -1,6 +1,6 @@
 //! Sums and means.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Result, shape_error};
 use crate::tensor::Tensor;
 
@@ -24,7 +24,7 @@ impl Tensor {
             );
         }
         let mut y = Buffer::f32(padded.iter().product());
-        cpu().sum_to(self, &padded, &mut y);
+        device().sum_to(self, &padded, &mut y);
         let (edge, before) = (self.edge(), self.shape().to_vec());
         Ok(Tensor::new(shape, y).on_tape("sum_to", &[self], move |dy, sink| {
             let dy = dy.reshape(padded)?;

@@ -1,6 +1,6 @@
 //! Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as in `transformers`.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Error, Result, shape_error};
 use crate::tensor::{DType, Tensor};
 
@@ -28,7 +28,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, positions: &Tensor) -> Resul
 
 fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, positions: &Tensor, inverse: bool) -> Result<Tensor> {
     let mut y = Buffer::f32(x.len());
-    cpu().rope(x, cos, sin, positions, inverse, &mut y);
+    device().rope(x, cos, sin, positions, inverse, &mut y);
     let (edge, cos, sin, positions) = (x.edge(), cos.clone(), sin.clone(), positions.clone());
     Ok(Tensor::new(x.shape(), y).on_tape("rope", &[x], move |dy, sink| {
         sink.add(&edge, rotate(&dy, &cos, &sin, &positions, !inverse)?)

@@ -1,6 +1,6 @@
 //! Reordering, cutting and joining.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Result, shape_error};
 use crate::tensor::Tensor;
 
@@ -19,7 +19,7 @@ impl Tensor {
         self.expect_f32("permute")?;
         let shape: Vec<usize> = order.iter().map(|&d| self.shape()[d]).collect();
         let mut y = Buffer::f32(self.len());
-        cpu().permute(self, order, &mut y);
+        device().permute(self, order, &mut y);
         let edge = self.edge();
         let mut inverse = vec![0; order.len()];
         for (to, &from) in order.iter().enumerate() {
@@ -52,12 +52,12 @@ impl Tensor {
         let mut shape = self.shape().to_vec();
         shape[dim] = len;
         let mut y = Buffer::f32(shape.iter().product());
-        cpu().take_columns(self, total, start * inner, len * inner, &mut y);
+        device().take_columns(self, total, start * inner, len * inner, &mut y);
         let (edge, before) = (self.edge(), self.shape().to_vec());
         Ok(Tensor::new(shape, y).on_tape("narrow", &[self], move |dy, sink| {
             let mut dx = Buffer::f32(before.iter().product());
-            cpu().fill(0.0, &mut dx);
-            cpu().put_columns(&dy, len * inner, &mut dx, total, start * inner);
+            device().fill(0.0, &mut dx);
+            device().put_columns(&dy, len * inner, &mut dx, total, start * inner);
             sink.add(&edge, Tensor::new(before, dx))
         }))
     }
@@ -77,7 +77,7 @@ impl Tensor {
             );
         }
         let width: usize = self.shape()[1..].iter().product();
-        cpu().copy_block(rows, self.own(), at * width);
+        device().copy_block(rows, self.own(), at * width);
         Ok(())
     }
 
@@ -85,7 +85,7 @@ impl Tensor {
     pub(crate) fn own(&mut self) -> &mut Buffer {
         if self.sole_buffer().is_none() {
             let mut copy = Buffer::f32(self.len());
-            cpu().copy_block(self, &mut copy, 0);
+            device().copy_block(self, &mut copy, 0);
             *self = Tensor::new(self.shape(), copy);
         }
         self.sole_buffer().expect("just became the only holder")
@@ -125,7 +125,7 @@ pub fn cat(parts: &[&Tensor], dim: usize) -> Result<Tensor> {
     let mut pieces = Vec::with_capacity(parts.len());
     for part in parts {
         let size = part.shape()[dim];
-        cpu().put_columns(part, size * inner, &mut y, total, at * inner);
+        device().put_columns(part, size * inner, &mut y, total, at * inner);
         pieces.push((part.edge(), at, size));
         at += size;
     }

@@ -1,6 +1,6 @@
 //! The soft choice of some of many, whose shares have a gradient (CoDA, Lei et al. 2023, arXiv:2304.04947).
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::{Result, shape_error};
 use crate::tensor::Tensor;
 
@@ -33,13 +33,13 @@ impl Tensor {
             );
         }
         let mut y = Buffer::f32(total);
-        cpu().soft_top_k(self, segments, &anneal, &mut y);
+        device().soft_top_k(self, segments, &anneal, &mut y);
         let y = Tensor::new([total], y);
-        let chosen = cpu().largest_places(self, segments);
+        let chosen = device().largest_places(self, segments);
         let (edge, scores, segments) = (self.edge(), self.detach(), segments.to_vec());
         let y = y.on_tape("soft top k", &[self], move |dy, sink| {
             let mut ds = Buffer::f32(scores.len());
-            cpu().soft_top_k_backward(&scores, &segments, &anneal, &dy, &mut ds);
+            device().soft_top_k_backward(&scores, &segments, &anneal, &dy, &mut ds);
             sink.add(&edge, Tensor::new(scores.shape(), ds))
         });
         Ok((y, chosen))

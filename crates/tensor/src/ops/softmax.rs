@@ -1,6 +1,6 @@
 //! Softmax over the last dimension.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, device};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -9,12 +9,12 @@ impl Tensor {
     pub fn softmax(&self) -> Result<Tensor> {
         self.expect_f32("softmax")?;
         let mut y = Buffer::f32(self.len());
-        cpu().softmax(self, &mut y);
+        device().softmax(self, &mut y);
         let y = Tensor::new(self.shape(), y);
         let (edge, kept) = (self.edge(), y.clone());
         Ok(y.on_tape("softmax", &[self], move |dy, sink| {
             let mut dx = Buffer::f32(kept.len());
-            cpu().softmax_backward(&kept, &dy, &mut dx);
+            device().softmax_backward(&kept, &dy, &mut dx);
             sink.add(&edge, Tensor::new(kept.shape(), dx))
         }))
     }

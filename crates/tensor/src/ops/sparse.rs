@@ -1,9 +1,11 @@
 //! A sparse matrix of trained values, added to a frozen one: its product, its scattered sum, and the values' gradient.
 
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
 
 use crate::cpu::sparse::Places;
-use crate::device::{Kernels, cpu};
+use crate::cuda::{Arg, Cuda, DeviceMemory};
+use crate::device::device;
 use crate::error::{Error, Result, shape_error};
 use crate::tensor::Tensor;
 
@@ -14,6 +16,24 @@ pub struct Pattern {
     columns: Vec<u32>,
     inn: usize,
     first: usize,
+    by_row: OnceLock<OnCard>,
+    by_column: OnceLock<OnCard>,
+}
+
+/// Entries on a card, kept from when it first wanted them: where those of each row start and the column of each; and, where
+/// rows are the columns of S, its number in S.
+struct OnCard(DeviceMemory, DeviceMemory, Option<DeviceMemory>);
+
+impl OnCard {
+    fn args(&self) -> [Arg; 3] {
+        [self.0.arg(), self.1.arg(), self.2.as_ref().map_or(Arg::Ptr(0), DeviceMemory::arg)]
+    }
+}
+
+impl fmt::Debug for OnCard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("on a card")
+    }
 }
 
 impl Pattern {
@@ -61,7 +81,7 @@ impl Pattern {
         for row in 0..out {
             starts[row + 1] += starts[row];
         }
-        Ok(Pattern { starts, columns, inn, first })
+        Ok(Pattern { starts, columns, inn, first, by_row: OnceLock::new(), by_column: OnceLock::new() })
     }
 
     /// (out, in).
@@ -91,6 +111,45 @@ impl Pattern {
     /// Its part of a vector of values.
     pub(crate) fn part_mut<'v>(&self, values: &'v mut [f32]) -> &'v mut [f32] {
         &mut values[self.first..self.first + self.len()]
+    }
+
+    /// Its part of a vector of values on a card.
+    pub(crate) fn part_on_card(&self, values: Arg) -> Arg {
+        values.offset(4 * self.first)
+    }
+
+    /// Starts and columns on the card, and no order.
+    pub(crate) fn by_row(&self, card: &Cuda) -> [Arg; 3] {
+        let kept = || OnCard(card.upload(&self.starts), card.upload(&self.columns), None);
+        self.by_row.get_or_init(kept).args()
+    }
+
+    /// The same of Sᵀ, and the number in S of each of its entries; those of a column stay in their order.
+    pub(crate) fn by_column(&self, card: &Cuda) -> [Arg; 3] {
+        let kept = || {
+            let (starts, rows, order) = self.turned();
+            OnCard(card.upload(&starts), card.upload(&rows), Some(card.upload(&order)))
+        };
+        self.by_column.get_or_init(kept).args()
+    }
+
+    /// Where the entries of each column start, the row of each, and its number.
+    fn turned(&self) -> (Vec<usize>, Vec<u32>, Vec<u32>) {
+        let mut starts = vec![0; self.inn + 1];
+        self.columns.iter().for_each(|&column| starts[column as usize + 1] += 1);
+        for column in 0..self.inn {
+            starts[column + 1] += starts[column];
+        }
+        let mut next = starts.clone();
+        let (mut rows, mut order) = (vec![0; self.len()], vec![0; self.len()]);
+        for (row, range) in self.starts.windows(2).enumerate() {
+            for entry in range[0]..range[1] {
+                let place = &mut next[self.columns[entry] as usize];
+                (rows[*place], order[*place]) = (row as u32, entry as u32);
+                *place += 1;
+            }
+        }
+        (starts, rows, order)
     }
 
     fn expect_values(&self, values: &Tensor) -> Result<()> {
@@ -127,7 +186,7 @@ impl Tensor {
             return shape_error("sparse", format!("[.., {out}] and [.., {inn}]"), found);
         }
         let base = self.edge();
-        cpu().sparse_forward(pattern, values, x, self.own());
+        device().sparse_forward(pattern, values, x, self.own());
         let (ex, ev) = (x.edge(), values.edge());
         let below = self.detach().with_node(base.0.clone());
         let (kept_x, kept_values, pattern) =
@@ -137,16 +196,16 @@ impl Tensor {
             if let Some(x) = kept_x {
                 sink.grow(&ev, kept_values.shape(), |dv, accumulate| {
                     if !accumulate {
-                        cpu().fill(0.0, dv);
+                        device().fill(0.0, dv);
                     }
-                    cpu().sparse_entries(&pattern, &x, &dy, dv);
+                    device().sparse_entries(&pattern, &x, &dy, dv);
                 })?;
             }
             sink.grow(&ex, &shape, |dx, accumulate| {
                 if !accumulate {
-                    cpu().fill(0.0, dx);
+                    device().fill(0.0, dx);
                 }
-                cpu().sparse_backward(&pattern, &kept_values, &dy, dx);
+                device().sparse_backward(&pattern, &kept_values, &dy, dx);
             })?;
             sink.add(&base, dy)
         }))
@@ -159,15 +218,15 @@ impl Tensor {
         let (out, inn) = pattern.shape();
         self.expect_shape("sparse", &[out, inn])?;
         let base = self.edge();
-        cpu().sparse_scatter(pattern, values, self.own());
+        device().sparse_scatter(pattern, values, self.own());
         let (ev, pattern, shape) = (values.edge(), pattern.clone(), values.shape().to_vec());
         let below = self.detach().with_node(base.0.clone());
         Ok(self.detach().on_tape("sparse sum", &[&below, values], move |dw, sink| {
             sink.grow(&ev, &shape, |dv, accumulate| {
                 if !accumulate {
-                    cpu().fill(0.0, dv);
+                    device().fill(0.0, dv);
                 }
-                cpu().sparse_gather(&pattern, &dw, dv);
+                device().sparse_gather(&pattern, &dw, dv);
             })?;
             sink.add(&base, dw)
         }))
@@ -206,6 +265,15 @@ mod tests {
             let sum = w.clone().scatter_sparse(&values, &pattern(first)).unwrap();
             close(&sum, &w.add(&dense(&values, first)).unwrap(), 0.0);
         }
+    }
+
+    #[test]
+    fn turned_over_the_entries_of_a_column_keep_their_order() {
+        let pattern = Pattern::with_repeats([0, 2, 2, 8, 9], (3, 4), 0).unwrap();
+        let (starts, rows, order) = pattern.turned();
+        assert_eq!(starts, [0, 2, 3, 5, 5]);
+        assert_eq!(rows, [0, 2, 2, 0, 0]);
+        assert_eq!(order, [0, 3, 4, 1, 2]);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The largest numbers of each row.
 
-use crate::device::{Buffer, Kernels, cpu};
+use crate::device::{Buffer, Indices, device};
 use crate::error::{Result, shape_error};
 use crate::tensor::Tensor;
 
@@ -16,8 +16,8 @@ impl Tensor {
         let mut shape = self.shape().to_vec();
         *shape.last_mut().expect("has a width") = k;
         let count = self.rows() * k;
-        let (mut y, mut columns) = (Buffer::f32(count), Buffer::I64(vec![0; count]));
-        cpu().top_k(self, n, k, &mut y, &mut columns);
+        let (mut y, mut columns) = (Buffer::f32(count), Buffer::I64(Indices::output(count)));
+        device().top_k(self, n, k, &mut y, &mut columns);
         let columns = Tensor::new(shape.clone(), columns);
         let (edge, before, chosen) = (self.edge(), self.shape().to_vec(), columns.clone());
         let y = Tensor::new(shape, y).on_tape("top k", &[self], move |dy, sink| {
@@ -35,9 +35,8 @@ impl Tensor {
     pub fn to_f32(&self) -> Tensor {
         match self.dtype() {
             crate::DType::I64 => {
-                let mut y = Buffer::f32(self.len());
-                y.as_f32_mut().iter_mut().zip(self.i64()).for_each(|(y, &i)| *y = i as f32);
-                Tensor::new(self.shape(), y)
+                let floats: Vec<f32> = self.i64().iter().map(|&i| i as f32).collect();
+                Tensor::new(self.shape(), floats.into())
             }
             _ => self.detach(),
         }
@@ -46,9 +45,10 @@ impl Tensor {
     /// Floats that hold indices as `I64`.
     pub fn as_i64(&self) -> Tensor {
         match self.dtype() {
-            crate::DType::F32 => {
-                Tensor::new(self.shape(), Buffer::I64(self.f32().iter().map(|&v| v as i64).collect()))
-            }
+            crate::DType::F32 => Tensor::new(
+                self.shape(),
+                Buffer::I64(self.host_f32().iter().map(|&v| v as i64).collect::<Vec<_>>().into()),
+            ),
             _ => self.detach(),
         }
     }

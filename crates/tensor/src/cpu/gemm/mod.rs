@@ -30,7 +30,7 @@ use rayon::prelude::*;
 pub use isa::{Isa, choose_isa, isa};
 pub use pack::Precision;
 pub use peak::peak_flops;
-pub use stream::{RowSource, streamed_backward, streamed_forward};
+pub use stream::{FourBit, FourBitScales, RowSource, streamed_backward, streamed_forward};
 
 use isa::dispatch;
 use pack::{Layout, PackPanel, Words};

@@ -19,6 +19,40 @@ pub trait RowSource: Sync {
 
     /// Writes `rows` to `dense` `[rows, in]`. Called from several threads.
     fn rows(&self, rows: Range<usize>, dense: &mut [f32]);
+
+    /// Its codes, where it is four bits wide: a card expands them itself.
+    fn four_bit(&self) -> Option<FourBit<'_>> {
+        None
+    }
+}
+
+/// A matrix of 4-bit codes, row-major: element i is `levels[code i] · scale(i / block)`.
+pub struct FourBit<'a> {
+    /// Elements that share a scale, an even number.
+    pub block: usize,
+    /// What each code stands for.
+    pub levels: &'a [f32; 16],
+    /// Two codes a byte, the even element in the high half.
+    pub codes: &'a [u8],
+    /// A scale a block.
+    pub scales: FourBitScales<'a>,
+}
+
+/// Scales of a [`FourBit`].
+pub enum FourBitScales<'a> {
+    /// As they are.
+    Plain(&'a [f32]),
+    /// `map[code i] · scales[i / 256] + offset`.
+    Double {
+        /// An 8-bit code a block.
+        codes: &'a [u8],
+        /// A scale for each 256 codes.
+        scales: &'a [f32],
+        /// Added to all.
+        offset: f32,
+        /// What each 8-bit code stands for.
+        map: &'a [f32; 256],
+    },
 }
 
 /// `y = x · Wᵀ (+ bias)` with the rows of W taken from `source`; shapes as in [`PackedMatrix::forward`].
