@@ -128,6 +128,7 @@ pub fn run(args: &Args) -> Result<()> {
             dtypes: args.dtypes.clone(),
             peers: args.peers.clone(),
             device: step::On::Cpu,
+            profile: false,
             threads: args.threads,
             json: None,
         })?;

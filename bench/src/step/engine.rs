@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use engraft_data::{Example, IGNORED, Labels};
 use engraft_nn::{Kind, Role};
+use engraft_tensor::device;
 use engraft_train::{Session, Trainer};
 use serde_json::{Value, json};
 
@@ -30,6 +31,8 @@ pub fn answer(recipe: &Path, examples: &Path, threads: usize, on: On) -> Result<
         let request: Value = serde_json::from_str(&line?)?;
         let steps = request["steps"].as_u64().context("expected steps")?;
         let (mut tokens, mut loss) = (0, 0.0);
+        let profiled = request["profile"].as_bool() == Some(true);
+        device::profile(profiled);
         let started = Instant::now();
         for _ in 0..steps {
             number += 1;
@@ -38,7 +41,11 @@ pub fn answer(recipe: &Path, examples: &Path, threads: usize, on: On) -> Result<
         }
         let seconds = started.elapsed().as_secs_f64();
         let peak = on.peak_bytes();
-        say(&json!({ "seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": loss }))?;
+        let calls: Vec<_> = if profiled { device::profiled() } else { Vec::new() };
+        device::profile(false);
+        say(
+            &json!({ "calls": calls, "seconds": seconds, "tokens": tokens, "peak_bytes": peak, "loss": loss }),
+        )?;
     }
     Ok(())
 }

@@ -49,6 +49,9 @@ pub struct Args {
     /// What to compute on: cpu, or cuda with works of its own (8b-512, 8b-2048, 8b-8192, 1b-1, 1b-32)
     #[arg(long, default_value = "cpu")]
     pub device: On,
+    /// Also tells where a step's time goes on a card, call by call
+    #[arg(long)]
+    pub profile: bool,
     /// Threads of everyone
     #[arg(long, default_value_t = 2)]
     pub threads: usize,
@@ -120,6 +123,9 @@ fn measure(args: &Args, work: &Work, peak: (f64, f64)) -> Result<Line> {
             racer.go(if round == 0 { 1 } else { args.steps }, round > 0)?;
         }
     }
+    if args.profile {
+        racers[0].profile()?;
+    }
     let operations = work.operations(&racers[0].hello)?;
     let rates = racers.iter().map(|racer| racer.rate(operations, peak)).collect();
     Ok(Line { work: work.name, what: work.what, operations_per_token: operations, rates })
@@ -147,6 +153,18 @@ impl Racer {
         self.peak_bytes = number("peak_bytes")?;
         if counts {
             self.rates.push(rate);
+        }
+        Ok(())
+    }
+
+    /// Prints what one step calls, and how long each takes by itself.
+    fn profile(&mut self) -> Result<()> {
+        let answer = self.process.ask(&json!({ "steps": 1, "profile": true }))?;
+        let calls: Vec<(String, usize, f64)> = serde_json::from_value(answer["calls"].clone())?;
+        let total: f64 = calls.iter().map(|call| call.2).sum();
+        println!("{}: one step, {:.1} ms in calls", self.name, 1e3 * total);
+        for (name, count, seconds) in calls.iter().take(45) {
+            println!("{:8.2} ms {count:5} {name}", 1e3 * seconds);
         }
         Ok(())
     }

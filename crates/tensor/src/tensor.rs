@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::cell::Cell;
 use std::sync::Arc;
 
-use crate::cuda::Arg;
+use crate::cuda::{Arg, Cuda};
 use crate::device::{Buffer, card, device};
 use crate::error::{Error, Result, shape_error};
 use crate::tape::{Edge, Node};
@@ -284,6 +284,11 @@ impl Tensor {
         self.buffer.arg().offset(bytes * self.offset)
     }
 
+    /// The same in bf16.
+    pub(crate) fn bf16(&self, card: &Cuda) -> Arg {
+        self.buffer.bf16(card).offset(2 * self.offset)
+    }
+
     /// The elements on the host: where they lie, or a copy of the card's.
     pub(crate) fn host_f32(&self) -> Cow<'_, [f32]> {
         match &*self.buffer {
@@ -310,7 +315,7 @@ impl Tensor {
     /// The buffer, if nobody else holds it and it is whole: an accumulator may then be added to in place.
     pub(crate) fn sole_buffer(&mut self) -> Option<&mut Buffer> {
         let whole = self.offset == 0 && self.len() == self.buffer.len();
-        if whole { Arc::get_mut(&mut self.buffer) } else { None }
+        if whole { Arc::get_mut(&mut self.buffer).map(Buffer::changes) } else { None }
     }
 
     /// An error unless the element type is `F32`.

@@ -8,10 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use engraft_nn::{Base, Kind, Value};
+use engraft_tensor::device::temporary_elements;
 use serde::Serialize;
 
 use crate::Result;
-use crate::objective::CHUNK_ELEMENTS;
 use crate::session::Session;
 use crate::trainer::Trainer;
 
@@ -115,7 +115,8 @@ pub(crate) fn activations(session: &Session, tokens: usize, checkpointing: bool)
     if checkpointing {
         blocks = blocks / info.layers.max(1) as u64 + (info.layers * info.width) as u64;
     }
-    let logits = 3 * info.outputs.saturating_mul(tokens).min(CHUNK_ELEMENTS.max(64 * info.outputs)) as u64;
+    let logits =
+        3 * info.outputs.saturating_mul(tokens).min(temporary_elements().max(64 * info.outputs)) as u64;
     4 * (blocks * tokens as u64 + logits)
 }
 

@@ -334,7 +334,7 @@ unsafe impl Sync for Parts {}
 
 /// Batched product; large ones are cut by rows or columns of the result, in the same places for any number of threads.
 pub fn matmul(p: Product, a: &[f32], b: &[f32], y: &mut [f32]) {
-    let Product { batch, m, k, n, transpose_a, transpose_b, scale, accumulate } = p;
+    let Product { batch, m, k, n, transpose_a, transpose_b, scale, accumulate, .. } = p;
     if m * n == 0 {
         return;
     }

@@ -3,7 +3,6 @@
 use super::attention::{BLOCK, Sight, Tile, form, place};
 use super::compile::Source;
 use super::driver::{Arg, Cuda};
-use super::frozen::to_bf16;
 use crate::device::{AttentionBackward, Buffer};
 use crate::ops::Attention;
 use crate::tensor::Tensor;
@@ -29,6 +28,11 @@ fn width(dim: usize) -> Option<usize> {
 /// Whether `x` can be read by twos.
 fn even(x: &Tensor) -> bool {
     x.arg().address().is_multiple_of(8)
+}
+
+/// Whether rows of bf16 can be read sixteen bytes at a time.
+fn whole(rows: &[Arg]) -> bool {
+    rows.iter().all(|row| row.address().is_multiple_of(16))
 }
 
 fn pick(width: usize, [narrow, wide]: [&'static str; 2]) -> &'static str {
@@ -69,8 +73,11 @@ impl Cuda {
         if tiles.is_empty() {
             return true;
         }
-        let (k, v) = (to_bf16(self, k.arg(), k.len()), to_bf16(self, v.arg(), v.len()));
-        let before = [&[k.arg(), v.arg()][..], &form(a, sight)].concat();
+        let (k, v) = (k.bf16(self), v.bf16(self));
+        if !whole(&[k, v]) {
+            return false;
+        }
+        let before = [&[k, v][..], &form(a, sight)].concat();
         self.launch_tiles(Work {
             source: ["forward_64", "forward_128"],
             tiles,
@@ -93,8 +100,11 @@ impl Cuda {
     ) -> bool {
         let Some(width) = width(a.spec.dim).filter(|_| even(g.q) && even(g.dy)) else { return false };
         let s = &a.spec;
-        let (k, v) = (to_bf16(self, g.k.arg(), g.k.len()), to_bf16(self, g.v.arg(), g.v.len()));
-        let before = [&[k.arg(), v.arg()][..], &form(a, sight)].concat();
+        let [k, v, q, dy] = [g.k, g.v, g.q, g.dy].map(|x| x.bf16(self));
+        if !whole(&[k, v, q, dy]) {
+            return false;
+        }
+        let before = [&[k, v][..], &form(a, sight)].concat();
         let kept = [g.lse.arg(), delta.arg()];
         if let Some(dq) = &g.dq {
             self.launch_tiles(Work {
@@ -108,7 +118,6 @@ impl Cuda {
             });
         }
         if g.dk.is_some() || g.dv.is_some() {
-            let (q, dy) = (to_bf16(self, g.q.arg(), g.q.len()), to_bf16(self, g.dy.arg(), g.dy.len()));
             self.launch_tiles(Work {
                 source: ["backward_keys_64", "backward_keys_128"],
                 tiles: sight.key_tiles(ROWS),
@@ -116,7 +125,7 @@ impl Cuda {
                 width,
                 shared: 2 * 2 * width * (ROWS + 2 * QUERIES) + BESIDE,
                 before: &before,
-                behind: &[q.arg(), dy.arg(), kept[0], kept[1], place(&g.dk), place(&g.dv)],
+                behind: &[q, dy, kept[0], kept[1], place(&g.dk), place(&g.dv)],
             });
         }
         true

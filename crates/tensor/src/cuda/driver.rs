@@ -13,6 +13,7 @@ use cudarc::driver::{result, sys};
 
 use super::compile::{self, Source};
 use super::gemm::Gemm;
+use super::profile::Profile;
 
 /// A CUDA device, in use by the whole process.
 pub(crate) struct Cuda {
@@ -20,13 +21,16 @@ pub(crate) struct Cuda {
     stream: sys::CUstream,
     architecture: (i32, i32),
     processors: usize,
+    total_memory: usize,
     driver: i32,
     cache: Option<Box<dyn super::KernelCache>>,
     functions: Mutex<HashMap<(Source, &'static str), Function>>,
     modules: Mutex<HashMap<Source, usize>>,
     failure: Mutex<Option<String>>,
+    has_failed: AtomicBool,
     memory: Memory,
     bf16: AtomicBool,
+    pub(crate) profile: Profile,
     pub(super) gemm: Gemm,
 }
 
@@ -40,11 +44,18 @@ unsafe impl Send for Cuda {}
 // SAFETY: as above.
 unsafe impl Sync for Cuda {}
 
-/// Bytes taken from the card.
+/// Bytes taken from the card, and memory that was given back: by size, as a step asks for what the one before it gave back.
 #[derive(Default)]
 struct Memory {
     live: AtomicUsize,
     peak: AtomicUsize,
+    free: Mutex<HashMap<usize, Vec<u64>>>,
+}
+
+/// The next of eight sizes within an octave, so that ragged batches find memory of a similar size.
+fn class_of(bytes: usize) -> usize {
+    let bytes = bytes.max(512);
+    bytes.next_multiple_of(bytes.next_power_of_two() / 16)
 }
 
 /// Sizes of up to eight dimensions, as `struct Dims` of the kernels.
@@ -163,6 +174,9 @@ impl Cuda {
             return Err(format!("expected a card of compute capability 8.0 or more, found {major}.{minor}"));
         }
         let processors = attribute(Has::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        // SAFETY: `device` came from the driver.
+        let total_memory =
+            unsafe { result::device::total_mem(device) }.map_err(said("the card does not answer"))?;
         // SAFETY: `device` came from the driver; the context is kept for the life of the process.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(said("no context"))?;
         // SAFETY: the context was just retained.
@@ -176,13 +190,16 @@ impl Cuda {
             stream,
             architecture,
             processors,
+            total_memory,
             driver: super::probe::driver_version(),
             cache,
             functions: Mutex::default(),
             modules: Mutex::default(),
             failure: Mutex::default(),
+            has_failed: AtomicBool::new(false),
             memory: Memory::default(),
             bf16: AtomicBool::new(false),
+            profile: Profile::default(),
             gemm,
         })
     }
@@ -191,6 +208,11 @@ impl Cuda {
     pub(crate) fn name(&self) -> String {
         let (major, minor) = self.architecture;
         format!("cuda {major}.{minor}, {} processors, driver {}", self.processors, self.driver)
+    }
+
+    /// Bytes of memory that the card has.
+    pub(crate) fn total_memory(&self) -> usize {
+        self.total_memory
     }
 
     /// Number of multiprocessors.
@@ -222,6 +244,12 @@ impl Cuda {
     /// Keeps the first failure.
     pub(super) fn fail(&self, what: String) {
         lock(&self.failure).get_or_insert(what);
+        self.has_failed.store(true, Relaxed);
+    }
+
+    /// Whether anything went wrong.
+    pub(super) fn has_failed(&self) -> bool {
+        self.has_failed.load(Relaxed)
     }
 
     /// What went wrong, if anything did.
@@ -240,13 +268,13 @@ impl Cuda {
 
     /// `bytes` of arbitrary contents.
     pub(crate) fn take(&self, bytes: usize) -> DeviceMemory {
-        let bytes = bytes.max(4);
-        self.here();
-        if self.failure().is_some() {
+        let bytes = class_of(bytes);
+        if self.has_failed() {
             return DeviceMemory { at: 0, bytes };
         }
-        // SAFETY: the stream is ours, and the context is that of this thread.
-        match unsafe { result::malloc_async(self.stream, bytes) } {
+        let kept = lock(&self.memory.free).get_mut(&bytes).and_then(Vec::pop);
+        let at = kept.map_or_else(|| self.take_from_driver(bytes), Ok);
+        match at {
             Ok(at) => {
                 let live = self.memory.live.fetch_add(bytes, Relaxed) + bytes;
                 self.memory.peak.fetch_max(live, Relaxed);
@@ -267,13 +295,26 @@ impl Cuda {
         }
     }
 
+    /// Memory that is not kept here; where there is none, what is kept goes back to the driver first.
+    fn take_from_driver(&self, bytes: usize) -> Result<u64, result::DriverError> {
+        self.here();
+        // SAFETY: the stream is ours, and the context is that of this thread.
+        let take = || unsafe { result::malloc_async(self.stream, bytes) };
+        take().or_else(|_| {
+            for at in std::mem::take(&mut *lock(&self.memory.free)).into_values().flatten() {
+                // SAFETY: nobody holds what was given back, and what still reads it was put on the stream before.
+                unsafe { result::free_async(at, self.stream) }?;
+            }
+            // SAFETY: the stream is ours; what it frees is there when it has come to it.
+            unsafe { result::stream::synchronize(self.stream) }?;
+            take()
+        })
+    }
+
+    /// What is put on the stream from now on may use this memory for something else.
     fn give(&self, at: u64, bytes: usize) {
         self.memory.live.fetch_sub(bytes, Relaxed);
-        self.here();
-        // SAFETY: `at` came from `take`, is given back once, and what still reads it was put on the stream before.
-        if let Err(e) = unsafe { result::free_async(at, self.stream) } {
-            self.fail(format!("memory cannot be given back: {e:?}"));
-        }
+        lock(&self.memory.free).entry(bytes).or_default().push(at);
     }
 
     /// Copies `values` to new memory of the card.
@@ -298,7 +339,7 @@ impl Cuda {
 
     /// Waits for everything and copies memory of the card to `values`.
     pub(crate) fn read<T: bytemuck::Pod>(&self, from: Arg, values: &mut [T]) {
-        if from.address() == 0 || values.is_empty() || self.failure().is_some() {
+        if from.address() == 0 || values.is_empty() || self.has_failed() {
             return;
         }
         self.here();
@@ -343,11 +384,12 @@ impl Cuda {
         shared_bytes: usize,
         args: &[Arg],
     ) {
-        if grid.contains(&0) || self.failure().is_some() {
+        if grid.contains(&0) || self.has_failed() {
             return;
         }
         self.here();
         let Some(function) = self.function(source, kernel) else { return };
+        let started = self.profile.start(self);
         let mut places: Vec<*mut c_void> = args.iter().map(Arg::place).collect();
         let grid = grid.map(|n| u32::try_from(n).expect("grids are below 2³²"));
         // SAFETY: the function was loaded from our own source, whose parameters `args` are; memory that they name is held
@@ -365,12 +407,7 @@ impl Cuda {
         if let Err(e) = launched {
             self.fail(format!("kernel {kernel} with grid {grid:?}, block {block:?}: {e:?}"));
         }
-        if cfg!(test) && std::env::var_os("ENGRAFT_CUDA_WAIT").is_some() {
-            // SAFETY: the stream is ours.
-            if let Err(e) = unsafe { result::stream::synchronize(self.stream) } {
-                self.fail(format!("kernel {kernel} with grid {grid:?}, block {block:?}: {e:?}"));
-            }
-        }
+        self.profile.stop(self, started, || kernel.to_owned());
     }
 
     /// Launches `kernel` over `n` elements that it goes over in a loop.

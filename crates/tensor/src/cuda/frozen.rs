@@ -155,25 +155,37 @@ fn expand(card: &Cuda, w: &Expandable, n: usize, bf16: Arg, f32: Arg) {
 /// x in bf16 and back.
 fn rounded(card: &Cuda, x: &Buffer) -> Buffer {
     let n = x.len();
-    let short = to_bf16(card, x.arg(), n);
+    let short = card.to_bf16(x.arg(), n);
     let y = Buffer::f32(n);
     card.launch_over(Source::Frozen, "from_bf16_of", n, &[short.arg(), y.arg(), Arg::I64(n as i64)]);
     y
 }
 
-/// `n` floats in bf16.
-pub(super) fn to_bf16(card: &Cuda, x: Arg, n: usize) -> DeviceMemory {
-    let y = card.take(2 * n);
-    let args = [x, y.arg(), Arg::I64(n as i64)];
-    if x.address().is_multiple_of(16) {
-        card.launch_over(Source::Frozen, "to_bf16_of", n.div_ceil(4), &args);
-    } else {
-        card.launch_over(Source::Frozen, "to_bf16_unaligned", n, &args);
-    }
-    y
-}
-
 impl Cuda {
+    /// `n` floats in bf16.
+    pub(crate) fn to_bf16(&self, x: Arg, n: usize) -> DeviceMemory {
+        let y = self.take(2 * n);
+        let args = [x, y.arg(), Arg::I64(n as i64)];
+        if x.address().is_multiple_of(16) {
+            self.launch_over(Source::Frozen, "to_bf16_of", n.div_ceil(4), &args);
+        } else {
+            self.launch_over(Source::Frozen, "to_bf16_unaligned", n, &args);
+        }
+        y
+    }
+
+    /// A product of two tensors, none of them empty.
+    pub(super) fn product(&self, p: Product, a: &Tensor, b: &Tensor, y: &Buffer) {
+        let y = y.arg().address();
+        let at = |a: Arg, b: Arg| Places { a: a.address(), b: b.address(), bias: 0, y };
+        let bf16 = self.bf16_allowed();
+        if bf16 && p.rounds && self.multiply(Kind::Bf16, p, at(a.bf16(self), b.bf16(self))) {
+            return;
+        }
+        let kind = if bf16 { Kind::Tf32 } else { Kind::F32 };
+        let _ = self.multiply(kind, p, at(a.arg(), b.arg()));
+    }
+
     /// What the model computes in.
     pub(super) fn precision(&self) -> Precision {
         if self.bf16_allowed() { Precision::Bf16 } else { Precision::F32 }
@@ -236,13 +248,13 @@ impl Cuda {
             let _ = self.multiply(Kind::F32, p, places(x.arg(), weights));
             return;
         }
-        let short = to_bf16(self, x.arg(), x.len());
-        if !self.multiply(Kind::Bf16, p, places(short.arg(), weights)) {
+        let short = x.bf16(self);
+        if !self.multiply(Kind::Bf16, p, places(short, weights)) {
             let (left, right) = (self.take(4 * x.len()), self.take(4 * n));
             let widen = |from: Arg, to: &DeviceMemory, n: usize| {
                 self.launch_over(Source::Frozen, "from_bf16_of", n, &[from, to.arg(), Arg::I64(n as i64)]);
             };
-            widen(short.arg(), &left, x.len());
+            widen(short, &left, x.len());
             widen(weights, &right, n);
             let _ = self.multiply(Kind::F32, p, places(left.arg(), right.arg()));
         }

@@ -80,12 +80,17 @@ impl Cuda {
     /// cuBLASLt has nothing for such bf16 factors: nothing was done then.
     #[must_use]
     pub(super) fn multiply(&self, kind: Kind, p: Product, at: Places) -> bool {
-        if self.failure().is_some() || at.a == 0 || at.b == 0 || at.y == 0 {
+        if self.has_failed() || at.a == 0 || at.b == 0 || at.y == 0 {
             return true;
         }
         self.here();
+        let started = self.profile.start(self);
         match self.try_multiply(kind, p, at) {
-            Ok(()) => true,
+            Ok(()) => {
+                let accumulated = if p.accumulate { ", added" } else { "" };
+                self.profile.stop(self, started, || format!("{}x{}x{} {kind:?}{accumulated}", p.m, p.k, p.n));
+                true
+            }
             Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) if kind == Kind::Bf16 => false,
             Err(e) => {
                 self.fail(format!("product {p:?} in {kind:?}: {e:?}"));

@@ -1,19 +1,11 @@
 //! The list of kernels, each handed to the file that launches it.
 
 use super::driver::Cuda;
-use super::gemm::{Kind, Places};
 use crate::device::{AdamWState, AttentionBackward, Buffer, Kernels, NormBackward};
 use crate::frozen::{FrozenMatrix, FrozenTable};
 use crate::ops::{Anneal, Attention, Binary, Frequencies, Norm, Pattern, Product, Unary};
 use crate::optim::AdamW;
 use crate::tensor::Tensor;
-
-impl Cuda {
-    /// General products in f32, or with factors rounded to TF32 where bf16 is allowed.
-    fn product_kind(&self) -> Kind {
-        if self.bf16_allowed() { Kind::Tf32 } else { Kind::F32 }
-    }
-}
 
 impl Kernels for Cuda {
     fn fill(&self, value: f32, y: &mut Buffer) {
@@ -96,8 +88,7 @@ impl Kernels for Cuda {
         if p.k == 0 {
             return self.empty_sum(p, None, y);
         }
-        let places = Places { a: a.arg().address(), b: b.arg().address(), bias: 0, y: y.arg().address() };
-        let _ = self.multiply(self.product_kind(), p, places);
+        self.product(p, a, b, y);
     }
     fn block_product(&self, x: &Tensor, r: &Tensor, n: usize, transposed: bool, y: &mut Buffer) {
         Cuda::block_product(self, x, r, n, transposed, y);

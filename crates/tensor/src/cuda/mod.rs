@@ -15,6 +15,7 @@ mod frozen;
 mod gemm;
 mod kernels;
 mod probe;
+mod profile;
 mod rows;
 mod sparse;
 mod transforms;

@@ -4,7 +4,7 @@
 use std::sync::OnceLock;
 
 use super::card;
-use crate::cuda::{Arg, DeviceMemory};
+use crate::cuda::{Arg, Cuda, DeviceMemory};
 use crate::memory::{self, Block};
 use crate::tensor::DType;
 
@@ -26,7 +26,15 @@ pub(crate) struct Pooled {
 /// f32 on the card.
 pub(crate) struct CardFloats {
     memory: DeviceMemory,
+    /// The same in bf16, made when a product first wants it: several products read one input.
+    bf16: OnceLock<DeviceMemory>,
     len: usize,
+}
+
+impl CardFloats {
+    fn new(memory: DeviceMemory, len: usize) -> Self {
+        CardFloats { memory, bf16: OnceLock::new(), len }
+    }
 }
 
 /// Whole numbers, on the host, on the card or both.
@@ -79,7 +87,7 @@ impl<T> From<Vec<T>> for Indices<T> {
 impl From<Vec<f32>> for Buffer {
     fn from(values: Vec<f32>) -> Self {
         if let Some(card) = card() {
-            return Buffer::Card(CardFloats { memory: card.upload(&values), len: values.len() });
+            return Buffer::Card(CardFloats::new(card.upload(&values), values.len()));
         }
         let mut block = memory::take(values.len());
         block.as_mut_slice()[..values.len()].copy_from_slice(&values);
@@ -97,7 +105,7 @@ impl Buffer {
     /// `len` floats of arbitrary content, to be overwritten.
     pub(crate) fn f32(len: usize) -> Self {
         match card() {
-            Some(card) => Buffer::Card(CardFloats { memory: card.take(4 * len), len }),
+            Some(card) => Buffer::Card(CardFloats::new(card.take(4 * len), len)),
             None => Buffer::F32(Pooled { block: memory::take(len), len }),
         }
     }
@@ -129,6 +137,22 @@ impl Buffer {
                 panic!("kernel of the card wants its memory, has the host's: made before the card was chosen")
             }
         }
+    }
+
+    /// Its memory in bf16, of f32 on the card.
+    pub(crate) fn bf16(&self, card: &Cuda) -> Arg {
+        match self {
+            Buffer::Card(b) => b.bf16.get_or_init(|| card.to_bf16(b.memory.arg(), b.len)).arg(),
+            other => panic!("kernel of the card wants F32 of its memory, has {:?}", other.dtype()),
+        }
+    }
+
+    /// To be called before contents change: what was made from them no longer holds.
+    pub(crate) fn changes(&mut self) -> &mut Buffer {
+        if let Buffer::Card(b) = self {
+            b.bf16.take();
+        }
+        self
     }
 
     /// A copy of elements `range` of f32 on the host.

@@ -92,6 +92,11 @@ pub fn name() -> String {
     }
 }
 
+/// Numbers that one temporary of a step may hold, such as logits: few beside a large model, enough to keep the device busy.
+pub fn temporary_elements() -> usize {
+    card().map_or(8 << 20, |card| (card.total_memory() / 1024).max(8 << 20))
+}
+
 /// Waits until the device has done everything that it was asked for: for clocks.
 ///
 /// # Errors
@@ -100,6 +105,18 @@ pub fn wait() -> Result<()> {
     let Some(card) = card() else { return Ok(()) };
     card.wait();
     card.failure().map_or(Ok(()), |message| Err(Error::Device(message)))
+}
+
+/// Times every call of the card by itself from now on, or no longer. Steps are slower then.
+pub fn profile(on: bool) {
+    if let Some(card) = card() {
+        card.profile.switch(on);
+    }
+}
+
+/// What was timed, the longest first: a kernel or the shape of a product, how often, and its seconds.
+pub fn profiled() -> Vec<(String, usize, f64)> {
+    card().map(|card| card.profile.calls()).unwrap_or_default()
 }
 
 /// The card's name, memory and libraries, without using it; an error says what is missing.

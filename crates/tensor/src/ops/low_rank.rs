@@ -5,6 +5,11 @@ use crate::error::{Result, shape_error};
 use crate::ops::Product;
 use crate::tensor::Tensor;
 
+/// As [`Product::new`]; like the frozen product that it goes along with, it may round.
+fn product(m: usize, k: usize, n: usize) -> Product {
+    Product { rounds: true, ..Product::new(m, k, n) }
+}
+
 impl Tensor {
     /// self + scale·(x·Aᵀ)·Bᵀ; self [.., out], x [.., in], A [rank, in], B [out, rank].
     ///
@@ -24,10 +29,10 @@ impl Tensor {
             );
         }
         let mut h = Buffer::f32(rows * rank);
-        device().matmul(Product { transpose_b: true, ..Product::new(rows, inn, rank) }, x, a, &mut h);
+        device().matmul(Product { transpose_b: true, ..product(rows, inn, rank) }, x, a, &mut h);
         let h = Tensor::new([rows, rank], h);
         let base = self.edge();
-        let up = Product { transpose_b: true, scale, accumulate: true, ..Product::new(rows, rank, out) };
+        let up = Product { transpose_b: true, scale, accumulate: true, ..product(rows, rank, out) };
         if self.sole_buffer().is_none() {
             let mut copy = Buffer::f32(self.len());
             device().copy_block(&self, &mut copy, 0);
@@ -44,21 +49,21 @@ impl Tensor {
         Ok(y.on_tape("low rank", &[&self, x, a, b], move |dy, sink| {
             let (ex, ea, eb) = edges;
             sink.grow(&eb, kb.shape(), |db, accumulate| {
-                let p = Product { transpose_a: true, scale, accumulate, ..Product::new(out, rows, rank) };
+                let p = Product { transpose_a: true, scale, accumulate, ..product(out, rows, rank) };
                 device().matmul(p, &dy, &h, db);
             })?;
             if ea.wanted() || ex.wanted() {
                 let mut dh = Buffer::f32(rows * rank);
-                device().matmul(Product { scale, ..Product::new(rows, out, rank) }, &dy, &kb, &mut dh);
+                device().matmul(Product { scale, ..product(rows, out, rank) }, &dy, &kb, &mut dh);
                 let dh = Tensor::new([rows, rank], dh);
                 if let Some(kx) = kx {
                     sink.grow(&ea, ka.shape(), |da, accumulate| {
-                        let p = Product { transpose_a: true, accumulate, ..Product::new(rank, rows, inn) };
+                        let p = Product { transpose_a: true, accumulate, ..product(rank, rows, inn) };
                         device().matmul(p, &dh, &kx, da);
                     })?;
                 }
                 sink.grow(&ex, &x_shape, |dx, accumulate| {
-                    let p = Product { accumulate, ..Product::new(rows, rank, inn) };
+                    let p = Product { accumulate, ..product(rows, rank, inn) };
                     device().matmul(p, &dh, &ka, dx);
                 })?;
             }

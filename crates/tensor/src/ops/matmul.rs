@@ -23,13 +23,15 @@ pub struct Product {
     pub scale: f32,
     /// y is added to.
     pub accumulate: bool,
+    /// A card may round the factors as it does those of frozen products.
+    pub rounds: bool,
 }
 
 impl Product {
     /// a [m, k] · b [k, n], neither transposed.
     pub(crate) fn new(m: usize, k: usize, n: usize) -> Product {
         let (transpose_a, transpose_b) = (false, false);
-        Product { batch: 1, m, k, n, transpose_a, transpose_b, scale: 1.0, accumulate: false }
+        Product { batch: 1, m, k, n, transpose_a, transpose_b, scale: 1.0, accumulate: false, rounds: false }
     }
 }
 

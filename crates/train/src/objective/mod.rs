@@ -10,13 +10,11 @@ mod token_classification;
 use std::sync::Arc;
 
 use engraft_nn::{Adapter, Kind, Layout, Model, Output, Pass, Task};
+use engraft_tensor::device::temporary_elements;
 use engraft_tensor::{Tensor, checkpoint, ops};
 
 use crate::batch::{Batch, labelled};
 use crate::{Error, Result};
-
-/// Elements of logits that exist at once, in rows × outputs: 32 MiB.
-pub(crate) const CHUNK_ELEMENTS: usize = 8 << 20;
 
 /// The objective of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,7 +197,7 @@ pub(crate) fn parts(
         let (features, pass) = (out.features.clone(), out.pass.clone());
         return Ok(vec![Part { features, pass, labels: found.labels, is_whole: true }]);
     }
-    let size = (CHUNK_ELEMENTS / model.info().outputs.max(1)).max(64);
+    let size = (temporary_elements() / model.info().outputs.max(1)).max(64);
     let is_whole = found.rows.len() <= size;
     let part = |(rows, labels): (&[i64], &[i64])| -> Result<Part> {
         let index = Tensor::from_i64(rows.to_vec(), [rows.len()])?;
