@@ -54,7 +54,7 @@ unsafe fn measure<K: Kernel, const NV: usize>(words: &[u32]) -> f64 {
         for _ in 0..STEPS {
             K::step::<MR, MR, NV>(&mut acc, words.as_ptr(), words.as_ptr());
         }
-        std::hint::black_box(&acc);
+        std::hint::black_box(acc);
         let seconds = start.elapsed().as_secs_f64();
         (2 * STEPS * K::STEP_K * MR * NV * K::L::WIDTH) as f64 / seconds
     }
