@@ -3,6 +3,8 @@
 
 use std::time::Instant;
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::isa::{Task, dispatch, isa};
 use super::lanes::Lanes;
 use super::pack::{Precision, Words};
@@ -17,6 +19,12 @@ pub fn peak_flops(precision: Precision, tries: usize) -> f64 {
     let words = Words::zeroed(MR * RUN_WORDS);
     let mut best = 0.0;
     for _ in 0..tries {
+        #[cfg(target_arch = "x86_64")]
+        if isa() == super::Isa::AmxBf16 && precision == Precision::Bf16 {
+            // SAFETY: only a set that is available is in use.
+            best = f64::max(best, unsafe { amx::measure() });
+            continue;
+        }
         dispatch(isa(), Measure { precision, words: words.as_slice(), best: &mut best });
     }
     best
