@@ -18,6 +18,9 @@ use crate::peer::Peer;
 const SHAPES: [(usize, usize, usize); 4] =
     [(1024, 768, 768), (1024, 3072, 768), (1024, 2048, 2048), (512, 4096, 4096)];
 
+/// Short runs of the tile alone in each round; the best counts.
+const PEAK_TRIES: usize = 20;
+
 #[derive(clap::Args)]
 pub struct Args {
     /// The Python that has PyTorch (bench/requirements.txt)
@@ -47,7 +50,9 @@ struct Line {
     threads: usize,
     forward_gflops: f64,
     backward_gflops: f64,
-    /// The forward rate as a share of the tile's peak on as many cores.
+    /// The tile's peak on one core in the same rounds: where others use the machine, it changes from minute to minute.
+    peak_gflops: f64,
+    /// The forward rate as a share of this peak on as many cores.
     forward_share_of_peak: f64,
     peer_gflops: Option<f64>,
     ratio_to_peer: Option<f64>,
@@ -76,8 +81,8 @@ pub fn run(args: &Args) -> Result<()> {
         let pool = ThreadPoolBuilder::new().num_threads(threads).build()?;
         for (rows, out, inn) in SHAPES {
             let shape = (args.rows.unwrap_or(rows), out, inn);
-            for (precision, peak) in [Precision::F32, Precision::Bf16].into_iter().zip(peaks) {
-                let line = measure(args.rounds, &pool, shape, precision, peak, peer.as_mut())?;
+            for precision in [Precision::F32, Precision::Bf16] {
+                let line = measure(args.rounds, &pool, shape, precision, peer.as_mut())?;
                 print_line(&line);
                 lines.push(line);
             }
@@ -112,7 +117,6 @@ fn measure(
     pool: &ThreadPool,
     (rows, out, inn): (usize, usize, usize),
     precision: Precision,
-    peak: f64,
     mut peer: Option<&mut Peer>,
 ) -> Result<Line> {
     let name = match precision {
@@ -127,10 +131,14 @@ fn measure(
     let (mut y, mut dx) = (vec![0.0; rows * out], vec![0.0; rows * inn]);
     let request =
         json!({ "rows": rows, "out": out, "in": inn, "precision": name, "threads": threads, "runs": 1 });
-    let (mut forward, mut backward, mut peers) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut forward, mut backward, mut peers, mut peaks) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..=rounds {
-        let first = pool.install(|| seconds(|| packed.forward(&x, rows, None, &mut y)));
-        let second = pool.install(|| seconds(|| packed.backward(&dy, rows, false, &mut dx)));
+        let peak = peak_flops(precision, PEAK_TRIES) / 1e9;
+        // Each once untimed, as in the peer: caches are warm and threads awake for both.
+        let mut forward_once = || pool.install(|| seconds(|| packed.forward(&x, rows, None, &mut y)));
+        let (_, first) = (forward_once(), forward_once());
+        let mut backward_once = || pool.install(|| seconds(|| packed.backward(&dy, rows, false, &mut dx)));
+        let (_, second) = (backward_once(), backward_once());
         let other = match &mut peer {
             Some(peer) => Some(peer.ask(&request)?["seconds"][0].as_f64().context("the peer gave no time")?),
             None => None,
@@ -139,10 +147,12 @@ fn measure(
         if round > 0 {
             forward.push(first);
             backward.push(second);
+            peaks.push(peak);
             peers.extend(other);
         }
     }
     let gflop = 2e-9 * rows as f64 * out as f64 * inn as f64;
+    let peak_gflops = median(&mut peaks);
     let forward_gflops = gflop / median(&mut forward);
     let peer_gflops = (!peers.is_empty()).then(|| gflop / median(&mut peers));
     Ok(Line {
@@ -153,7 +163,8 @@ fn measure(
         threads,
         forward_gflops,
         backward_gflops: gflop / median(&mut backward),
-        forward_share_of_peak: forward_gflops / (peak * threads as f64),
+        peak_gflops,
+        forward_share_of_peak: forward_gflops / (peak_gflops * threads as f64),
         peer_gflops,
         ratio_to_peer: peer_gflops.map(|rate| forward_gflops / rate),
     })

@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+#[cfg(target_arch = "x86_64")]
+use engraft_tensor::cpu::gemm::Isa;
+
 /// Threads that can run at once.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
@@ -18,6 +21,7 @@ pub fn features() -> Vec<&'static str> {
             ("F16C", is_x86_feature_detected!("f16c")),
             ("AVX-512", is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")),
             ("AVX-512-BF16", is_x86_feature_detected!("avx512bf16")),
+            ("AMX-BF16", Isa::AmxBf16.is_available()),
         ];
         found.extend(known.iter().filter(|(_, has)| *has).map(|(name, _)| *name));
     }

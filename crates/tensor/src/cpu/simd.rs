@@ -19,7 +19,8 @@ pub enum Level {
 
 /// The level every kernel of this process runs at: the widest the processor has.
 ///
-/// A test binary runs at a lower one when `ENGRAFT_CPU` is `portable` or `avx2`.
+/// A test binary runs at a lower one when `ENGRAFT_CPU` is `portable` or `avx2`; packed products also know `avx512`,
+/// `avx512-bf16` and `amx-bf16` (`gemm::isa`), which are one level here.
 #[inline]
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();

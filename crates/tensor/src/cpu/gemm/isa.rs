@@ -12,6 +12,8 @@ use super::x86::{Avx2, Avx512, Avx512Bf16};
 /// A set of vector instructions that the products are compiled for, the fastest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Isa {
+    /// AVX-512 with the bf16 tiles of AMX; for f32 the same as `Avx512`.
+    AmxBf16,
     /// AVX-512 with the bf16 dot product: bf16 at twice the f32 rate or more.
     Avx512Bf16,
     /// AVX-512; bf16 weights are widened to f32 in registers.
@@ -28,7 +30,7 @@ pub enum Isa {
 impl Isa {
     /// All sets that this machine can run, the fastest first; `Portable` is always the last.
     pub fn available() -> Vec<Isa> {
-        [Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2, Isa::Portable]
+        [Isa::AmxBf16, Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2, Isa::Portable]
             .into_iter()
             .filter(|isa| isa.is_available())
             .collect()
@@ -37,6 +39,8 @@ impl Isa {
     /// Whether this machine can run the set.
     pub fn is_available(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::AmxBf16 => Isa::Avx512Bf16.is_available() && super::amx::is_available(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(target_arch = "x86_64")]
@@ -49,16 +53,17 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx512Bf16 | Isa::Avx512 | Isa::Avx2 => false,
+            Isa::AmxBf16 | Isa::Avx512Bf16 | Isa::Avx512 | Isa::Avx2 => false,
             Isa::Portable => true,
             #[cfg(test)]
             Isa::Emulated512 => true,
         }
     }
 
-    /// The name in reports: `avx512-bf16`, `avx512`, `avx2`, `portable`.
+    /// The name in reports: `amx-bf16`, `avx512-bf16`, `avx512`, `avx2`, `portable`.
     pub fn name(self) -> &'static str {
         match self {
+            Isa::AmxBf16 => "amx-bf16",
             Isa::Avx512Bf16 => "avx512-bf16",
             Isa::Avx512 => "avx512",
             Isa::Avx2 => "avx2",
@@ -71,7 +76,7 @@ impl Isa {
     /// Columns of one panel of packed weights: what one row of a tile keeps in registers.
     pub(super) fn panel_width(self) -> usize {
         match self {
-            Isa::Avx512Bf16 | Isa::Avx512 => 64,
+            Isa::AmxBf16 | Isa::Avx512Bf16 | Isa::Avx512 => 64,
             Isa::Avx2 => 16,
             Isa::Portable => 8,
             #[cfg(test)]
@@ -82,9 +87,19 @@ impl Isa {
 
 static CHOSEN: OnceLock<Isa> = OnceLock::new();
 
-/// The set that the process uses: the fastest available one, unless [`choose_isa`] came first.
+/// The set that the process uses: the fastest available one, unless [`choose_isa`] came first. A test binary uses the one that
+/// `ENGRAFT_CPU` names.
 pub fn isa() -> Isa {
-    *CHOSEN.get_or_init(|| Isa::available()[0])
+    *CHOSEN.get_or_init(|| {
+        #[cfg(test)]
+        if let Ok(name) = std::env::var("ENGRAFT_CPU") {
+            return Isa::available()
+                .into_iter()
+                .find(|isa| isa.name() == name)
+                .expect("ENGRAFT_CPU names a set of this machine");
+        }
+        Isa::available()[0]
+    })
 }
 
 /// Makes the whole process use `isa`; to be called before the first weight is packed. Returns whether `isa` is now in
@@ -109,13 +124,13 @@ pub(super) fn dispatch(isa: Isa, task: impl Task) {
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => run_avx512_bf16(task),
+            Isa::AmxBf16 | Isa::Avx512Bf16 => run_avx512_bf16(task),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => run_avx512(task),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => run_avx2(task),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx512Bf16 | Isa::Avx512 | Isa::Avx2 => unreachable!("refused above"),
+            Isa::AmxBf16 | Isa::Avx512Bf16 | Isa::Avx512 | Isa::Avx2 => unreachable!("refused above"),
             Isa::Portable => task.run::<Portable<4>, 2>(),
             #[cfg(test)]
             Isa::Emulated512 => task.run::<super::lanes::Emulated512, 4>(),

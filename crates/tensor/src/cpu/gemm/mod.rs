@@ -10,6 +10,8 @@
 //! of the call. The structure (tiles in registers, panels in the first cache, rows in the second) follows K. Goto and R. van
 //! de Geijn, "Anatomy of high-performance matrix multiplication" (2008), without the packing of weights.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod few;
 mod isa;
 mod lanes;

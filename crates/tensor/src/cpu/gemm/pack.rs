@@ -1,7 +1,7 @@
 //! How weights lie in memory, and the moves between that layout, row-major matrices and the transposed layout.
 //!
 //! W `[out, in]` is cut into panels of NR outs (see `Isa::panel_width`), each stored as `[steps, NR]` words. In f32 a step
-//! is one in; in bf16 it is two, the word holding both. Missing outs and an odd last in are zeros. So a panel is the
+//! is one in; in bf16 it is two, the word holding both. Missing outs, an odd last in and what tiles have beyond it are zeros. So a panel is the
 //! transpose, as 32-bit words, of NR rows of W, and every move here is a transpose of words:
 //!
 //! - packing transposes NR rows (rounded to bf16 first where asked);
@@ -103,9 +103,14 @@ impl Layout {
     pub fn width(&self) -> usize {
         self.isa.panel_width()
     }
-    /// Steps of a panel.
+    /// Whether products go by the tiles of AMX.
+    pub fn is_tiled(&self) -> bool {
+        self.isa == Isa::AmxBf16 && self.precision == Precision::Bf16
+    }
+    /// Steps of a panel; tiles have 16.
     pub fn steps(&self) -> usize {
-        self.inn.div_ceil(self.precision.per_word())
+        let steps = self.inn.div_ceil(self.precision.per_word());
+        if self.is_tiled() { steps.next_multiple_of(16) } else { steps }
     }
     /// Number of panels.
     pub fn panels(&self) -> usize {
@@ -152,7 +157,9 @@ impl Task for PackPanel<'_> {
                 self.pairs.reserve(width * steps);
                 let pairs = self.pairs.as_mut_slice();
                 for r in 0..rows {
-                    round_row(&self.rows[r * inn..(r + 1) * inn], &mut pairs[r * steps..(r + 1) * steps]);
+                    let row = &mut pairs[r * steps..(r + 1) * steps];
+                    row[inn.div_ceil(2)..].fill(0);
+                    round_row(&self.rows[r * inn..(r + 1) * inn], row);
                 }
                 self.pairs.as_slice().as_ptr()
             }

@@ -3,6 +3,8 @@
 
 use std::time::Instant;
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::isa::{Task, dispatch, isa};
 use super::lanes::Lanes;
 use super::pack::{Precision, Words};
@@ -17,6 +19,12 @@ pub fn peak_flops(precision: Precision, tries: usize) -> f64 {
     let words = Words::zeroed(MR * RUN_WORDS);
     let mut best = 0.0;
     for _ in 0..tries {
+        #[cfg(target_arch = "x86_64")]
+        if isa() == super::Isa::AmxBf16 && precision == Precision::Bf16 {
+            // SAFETY: only a set that is available is in use.
+            best = f64::max(best, unsafe { amx::measure() });
+            continue;
+        }
         dispatch(isa(), Measure { precision, words: words.as_slice(), best: &mut best });
     }
     best
@@ -54,7 +62,7 @@ unsafe fn measure<K: Kernel, const NV: usize>(words: &[u32]) -> f64 {
         for _ in 0..STEPS {
             K::step::<MR, MR, NV>(&mut acc, words.as_ptr(), words.as_ptr());
         }
-        std::hint::black_box(&acc);
+        std::hint::black_box(acc);
         let seconds = start.elapsed().as_secs_f64();
         (2 * STEPS * K::STEP_K * MR * NV * K::L::WIDTH) as f64 / seconds
     }

@@ -21,11 +21,21 @@ const FORWARD_ROWS: usize = 240;
 /// Rows of a backward chunk: more, because every chunk transposes its weights anew.
 const BACKWARD_ROWS: usize = 960;
 
+/// The same with the tiles of AMX, whose runs of k are longer (see `amx.rs`): a MiB, half of a second-level cache.
+const TILED_FORWARD_ROWS: usize = 256;
+const TILED_BACKWARD_ROWS: usize = 512;
+
+/// Rows of a block of these tiles.
+const TILED_UNIT: usize = 32;
+
 /// Products of fewer multiplications than this run on the calling thread: waking another one costs more.
 const SERIAL_MACS: usize = 1 << 17;
 
 /// Chunks made for each thread, so that a thread which is held up does not hold up the others.
 const CHUNKS_A_THREAD: usize = 4;
+
+/// The same with the tiles of AMX, beside which packing the left side once more weighs more.
+const TILED_CHUNKS_A_THREAD: usize = 2;
 
 /// Up to so many rows are multiplied by `few.rs`; more of them share a widening of bf16 weights.
 const FEW_ROWS: usize = 2 * MR;
@@ -77,12 +87,12 @@ unsafe impl Sync for Target {}
 
 impl Product<'_> {
     /// Length of the sums.
-    fn k(&self) -> usize {
+    pub fn k(&self) -> usize {
         if self.direction == Direction::Forward { self.layout.inn } else { self.layout.out }
     }
 
     /// Columns of the result.
-    fn n(&self) -> usize {
+    pub fn n(&self) -> usize {
         if self.direction == Direction::Forward { self.layout.out } else { self.layout.inn }
     }
 
@@ -131,14 +141,20 @@ impl Product<'_> {
 
     /// Rows and panels of a chunk.
     fn chunk_size(&self, threads: usize) -> (usize, usize) {
-        let row_max = if self.direction == Direction::Forward { FORWARD_ROWS } else { BACKWARD_ROWS };
+        let (row_max, unit) = match (self.direction, self.layout.is_tiled()) {
+            (Direction::Forward, false) => (FORWARD_ROWS, MR),
+            (Direction::Backward, false) => (BACKWARD_ROWS, MR),
+            (Direction::Forward, true) => (TILED_FORWARD_ROWS, TILED_UNIT),
+            (Direction::Backward, true) => (TILED_BACKWARD_ROWS, TILED_UNIT),
+        };
         let down = self.rows.div_ceil(row_max);
-        let row_step = self.rows.div_ceil(down).next_multiple_of(MR);
+        let row_step = self.rows.div_ceil(down).next_multiple_of(unit);
         let panels = self.n().div_ceil(self.layout.width());
         if threads == 1 {
             return (row_step, panels);
         }
-        let across = (threads * CHUNKS_A_THREAD).div_ceil(down);
+        let chunks_a_thread = if self.layout.is_tiled() { TILED_CHUNKS_A_THREAD } else { CHUNKS_A_THREAD };
+        let across = (threads * chunks_a_thread).div_ceil(down);
         let panels_min = CHUNK_COLUMNS.div_ceil(self.layout.width());
         (row_step, panels.div_ceil(across).max(panels_min))
     }
@@ -198,6 +214,8 @@ impl Task for Chunk<'_> {
         unsafe {
             let few = self.product.direction == Direction::Forward && self.rows.len() <= FEW_ROWS;
             match self.product.layout.precision {
+                #[cfg(target_arch = "x86_64")]
+                Precision::Bf16 if self.product.layout.is_tiled() => self.tiles::<L, NV>(&mut scratch),
                 Precision::F32 if few => self.few::<Plain<L>, NV>(&mut scratch),
                 Precision::Bf16 if few => self.few::<L::Bf16, NV>(&mut scratch),
                 Precision::F32 => self.runs::<Plain<L>, NV>(&mut scratch),
@@ -321,12 +339,7 @@ impl Chunk<'_> {
                 for word in (i / MR * share..((i / MR + 1) * share).min(ahead.len())).step_by(16) {
                     K::L::prefetch(&ahead[word]);
                 }
-                for row in MR..2 * MR {
-                    let next = c.wrapping_add(row * product.c_stride);
-                    for word in (0..width).step_by(16).chain([width - 1]) {
-                        K::L::prefetch(next.wrapping_add(word));
-                    }
-                }
+                prefetch_rows::<K::L>(c, product.c_stride, MR..2 * MR, width);
                 let a = left[i * RUN_WORDS..].as_ptr();
                 let run = Run { a, b: weights, b_stride: 0, steps, init, c, c_stride: product.c_stride };
                 if columns == width {
@@ -340,24 +353,33 @@ impl Chunk<'_> {
     }
 }
 
+/// Asks for `rows` of `width` words each, `stride` apart from `c` on; they need not exist.
+///
+/// # Safety
+/// The processor has the lanes' instructions.
+#[inline(always)]
+pub(super) unsafe fn prefetch_rows<L: Lanes>(c: *const u32, stride: usize, rows: Range<usize>, width: usize) {
+    for row in rows {
+        let at = c.wrapping_add(row * stride);
+        for word in (0..width).step_by(16).chain([width - 1]) {
+            // SAFETY: the caller's promise.
+            unsafe { L::prefetch(at.wrapping_add(word)) };
+        }
+    }
+}
+
 /// A run for a tile of which only the first `columns` exist, computed in `edge` `[rows, width]`; [`out_of_edge`] puts the result in
 /// its place.
 ///
 /// # Safety
-/// `init` of `run` is good for `rows` rows of `columns`.
+/// `init` of `run` is good for `rows` rows of `columns`, `edge` for `[rows, width]`.
 #[inline(always)]
-pub(super) unsafe fn in_edge(
-    rows: usize,
-    columns: usize,
-    width: usize,
-    run: &Run,
-    edge: &mut [u32; MR * 64],
-) -> Run {
+pub(super) unsafe fn in_edge(rows: usize, columns: usize, width: usize, run: &Run, edge: &mut [u32]) -> Run {
     let at = edge.as_mut_ptr();
     let mut init = run.init;
     if !init.at.is_null() {
         for i in 0..rows {
-            // SAFETY: the caller's promise, and `edge` holds `[MR, width]`.
+            // SAFETY: the caller's promise, and `edge` holds `[rows, width]`.
             unsafe {
                 let from = init.at.add(i * init.row_stride);
                 std::ptr::copy_nonoverlapping(from, at.add(i * width), columns);
@@ -371,17 +393,11 @@ pub(super) unsafe fn in_edge(
 /// See [`in_edge`].
 ///
 /// # Safety
-/// `c` of `run` is good for `rows` rows of `columns`.
+/// `c` of `run` is good for `rows` rows of `columns`, `edge` for `[rows, width]`.
 #[inline(always)]
-pub(super) unsafe fn out_of_edge(
-    rows: usize,
-    columns: usize,
-    width: usize,
-    run: &Run,
-    edge: &[u32; MR * 64],
-) {
+pub(super) unsafe fn out_of_edge(rows: usize, columns: usize, width: usize, run: &Run, edge: &[u32]) {
     for i in 0..rows {
-        // SAFETY: the caller's promise, and `edge` holds `[MR, width]`.
+        // SAFETY: the caller's promise, and `edge` holds `[rows, width]`.
         unsafe {
             let from = edge.as_ptr().add(i * width);
             std::ptr::copy_nonoverlapping(from, run.c.add(i * run.c_stride), columns);

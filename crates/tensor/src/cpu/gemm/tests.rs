@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::*;
 
 /// Shapes `(rows, out, in)` around every edge: one, odd, tile and panel widths and their neighbours, several runs of k.
-const SHAPES: [(usize, usize, usize); 14] = [
+const SHAPES: [(usize, usize, usize); 18] = [
     (1, 1, 1),
     (1, 17, 5),
     (2, 8, 64),
@@ -20,6 +20,10 @@ const SHAPES: [(usize, usize, usize); 14] = [
     (241, 33, 20),
     (9, 515, 31),
     (8, 300, 1027),
+    (16, 32, 32),
+    (33, 97, 2100),
+    (49, 1100, 65),
+    (31, 64, 95),
 ];
 
 const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
@@ -142,33 +146,37 @@ fn large_matrices_are_asked_for_block_by_block() {
 
 #[test]
 fn bits_do_not_depend_on_threads_or_on_other_rows() {
-    let (rows, out, inn) = (247, 530, 519);
-    let (w, x, dy) = (values(out * inn, 1), values(rows * inn, 2), values(rows * out, 3));
-    let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+    // The second shape takes several runs of k in both directions.
     for isa in Isa::available() {
         for precision in BOTH {
-            let packed = pack(isa, out, inn, precision, &w);
-            let both = |rows: usize, first: usize| {
-                let (mut y, mut dx) = (vec![0.0; rows * out], vec![0.0; rows * inn]);
-                packed.forward(&x[first * inn..][..rows * inn], rows, None, &mut y);
-                packed.backward(&dy[first * out..][..rows * out], rows, false, &mut dx);
-                (y, dx)
-            };
-            let (y, dx) = pool(1).install(|| both(rows, 0));
-            for threads in [2, 5] {
-                assert_eq!(
-                    pool(threads).install(|| both(rows, 0)),
-                    (y.clone(), dx.clone()),
-                    "{threads} threads"
-                );
-            }
-            // All heights of few rows, and more.
-            for (first, some) in (1..=13).map(|some| (19 * some - 19, some)).chain([(246, 1)]) {
-                let (y_some, dx_some) = both(some, first);
-                assert_eq!(y_some, y[first * out..][..some * out], "{some} rows from {first} on");
-                assert_eq!(dx_some, dx[first * inn..][..some * inn], "{some} rows from {first} on");
+            for shape in [(247, 530, 519), (67, 1100, 2100)] {
+                same_bits(isa, precision, shape);
             }
         }
+    }
+}
+
+fn same_bits(isa: Isa, precision: Precision, (rows, out, inn): (usize, usize, usize)) {
+    let (w, x, dy) = (values(out * inn, 1), values(rows * inn, 2), values(rows * out, 3));
+    let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+    let packed = pack(isa, out, inn, precision, &w);
+    let both = |rows: usize, first: usize| {
+        let (mut y, mut dx) = (vec![0.0; rows * out], vec![0.0; rows * inn]);
+        packed.forward(&x[first * inn..][..rows * inn], rows, None, &mut y);
+        packed.backward(&dy[first * out..][..rows * out], rows, false, &mut dx);
+        (y, dx)
+    };
+    let (y, dx) = pool(1).install(|| both(rows, 0));
+    for threads in [2, 5] {
+        assert_eq!(pool(threads).install(|| both(rows, 0)), (y.clone(), dx.clone()), "{threads} threads");
+    }
+    // All heights of few rows, and more.
+    for some in (1..=17).chain([31, 32, 33]) {
+        let first = 19 * some % (rows - some);
+        let (y_some, dx_some) = both(some, first);
+        let what = format!("{} {precision:?}: {some} rows from {first} on", isa.name());
+        assert_eq!(y_some, y[first * out..][..some * out], "{what}");
+        assert_eq!(dx_some, dx[first * inn..][..some * inn], "{what}");
     }
 }
 
