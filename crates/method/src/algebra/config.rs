@@ -84,6 +84,11 @@ fn most_frequent(ranks: impl Iterator<Item = usize>) -> usize {
     counts.into_iter().max_by_key(|&(rank, count)| (count, rank)).map_or(1, |(rank, _)| rank)
 }
 
+/// Whether a value of a key `init_…` says what the tensors mean: what they are added to (PiSSA, OLoRA), or how they are read (MiSS).
+fn is_form(value: &Value) -> bool {
+    value.as_str().is_some_and(|text| ["pissa", "olora", "bat", "mini"].contains(&text))
+}
+
 /// A list whose order says nothing.
 fn unordered(value: Option<&Value>) -> Value {
     match value.map(|v| (v, texts(v))) {
@@ -121,7 +126,11 @@ pub(super) fn same_configuration(terms: &[Term]) -> Result<()> {
     let Some(first) = terms.first() else { return Ok(()) };
     let keys: BTreeSet<&String> =
         terms.iter().filter_map(|t| t.config.as_object()).flat_map(|m| m.keys()).collect();
-    for key in keys.into_iter().filter(|key| !is_aside(key)) {
+    let is_told = |key: &&String| {
+        !is_aside(key)
+            || key.starts_with("init_") && terms.iter().filter_map(|t| t.config.get(*key)).any(is_form)
+    };
+    for key in keys.into_iter().filter(is_told) {
         for term in &terms[1..] {
             let (a, b) = (telling(first.config.get(key)), telling(term.config.get(key)));
             if a != b {

@@ -251,3 +251,51 @@ fn forms_of_training_add_as_plain_products() {
     let error = combine(&activated, &options(Rule::Cat)).err().unwrap();
     assert!(error.to_string().contains("aLoRA"), "{error}");
 }
+
+/// A file of `peft` whose start was taken off the base, with the change that it stands for.
+fn unconverted(start: &str, settings: Value, weight: f64) -> (Term, Tensor) {
+    let mut file = term(settings, weight);
+    file.config["init_lora_weights"] = json!(start);
+    let change = change(&file.config, &file.tensors);
+    (file, change)
+}
+
+#[test]
+fn a_product_on_a_base_without_its_start_is_made_plain_before_it_is_added() {
+    let plain = || term(json!({ "rank": 2 }), 1.0);
+    let (sites, info) = crate::testing::toy();
+    for (start, settings) in [
+        ("pissa", json!({ "rank": 2 })),
+        ("olora", json!({ "rank": 3, "rslora": true, "rank_pattern": { "v": 1 } })),
+    ] {
+        let (file, expected) = unconverted(start, settings, 0.6);
+        for rule in
+            Rule::ALL.iter().map(|(_, rule)| *rule).filter(|r| !matches!(r, Rule::Average | Rule::Mera))
+        {
+            let error = combine(&[plain(), file.clone()], &options(rule)).err().unwrap().to_string();
+            let says = "`engraft convert weight 0.6 --model base --out DIR`";
+            assert!(error.contains(start) && error.contains(says), "{error}");
+        }
+        // Alike they average: what was taken off is the same.
+        let soup = combine(&[file.clone(), file.clone()], &options(Rule::Average)).unwrap();
+        assert_eq!((&soup.config["init_lora_weights"], soup.error), (&json!(start), None));
+        close(&change(&soup.config, &soup.tensors), &expected, 1e-5);
+        let converted = Term { config: file.config.clone(), ..file.clone() };
+        let mut other = converted.clone();
+        other.config["init_lora_weights"] = json!(true);
+        let error = combine(&[converted, other], &options(Rule::Average)).err().unwrap().to_string();
+        assert!(error.contains("init_lora_weights"), "{error}");
+        // As it is converted it adds.
+        let loaded = crate::load_adapter(&file.config, file.tensors.clone(), &sites, &info).unwrap();
+        let methods = [crate::joined_start(&file.config).unwrap().unwrap()];
+        let (config, tensors) =
+            crate::save_adapter(&loaded.adapter, &methods, &[], "base", &sites, &info).unwrap();
+        let joined = Term { config, tensors, ..file.clone() };
+        close(&change(&joined.config, &joined.tensors), &expected, 1e-5);
+        let sum = combine(&[plain(), joined], &options(Rule::Cat)).unwrap();
+        let plain = plain();
+        let both = change(&plain.config, &plain.tensors).add(&expected.scale(0.6).unwrap()).unwrap();
+        close(&change(&sum.config, &sum.tensors), &both, 1e-5);
+    }
+    assert!(crate::joined_start(&plain().config).unwrap().is_none());
+}
