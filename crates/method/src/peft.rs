@@ -335,8 +335,9 @@ pub(crate) fn kept_classifier<'s>(
 
 /// Says in `fan_in_fan_out` how the files hold the adapted matrices: as `peft` leaves it, what holds for the last of them.
 pub(crate) fn agree_on_storage(map: &mut Map<String, Value>, sites: &Sites, chosen: &[SiteId]) {
-    // `peft` knows no parameters there.
-    if map.get("target_parameters").is_some_and(|names| !names.is_null()) {
+    // `peft` knows no parameters there, and leaves HiRA's key as it is given.
+    let is_hira = map.get("peft_type").is_some_and(|name| name == "HIRA");
+    if is_hira || map.get("target_parameters").is_some_and(|names| !names.is_null()) {
         return;
     }
     let linear = |id: &SiteId| match sites.get(*id).kind {
