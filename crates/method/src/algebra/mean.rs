@@ -28,7 +28,7 @@ fn mean(name: &str, terms: &[(f64, Tensor)]) -> Result<(String, Tensor)> {
     if terms.iter().any(|(_, t)| t.dtype() != DType::F32) {
         return same(name, terms);
     }
-    if terms.len() > 1 && (total == 0.0 || terms.iter().any(|(w, _)| *w < 0.0)) {
+    if total == 0.0 || terms.len() > 1 && terms.iter().any(|(w, _)| *w < 0.0) {
         return Err(Error::Unsupported(format!(
             "{name} is trained as a whole and can only be averaged, which a negative weight or a sum of zero does not allow; \
              give positive weights, or combine adapters without it"

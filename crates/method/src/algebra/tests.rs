@@ -74,6 +74,20 @@ fn a_factor_s_weight_is_shared_and_its_sign_kept() {
 }
 
 #[test]
+fn a_weight_of_zero_leaves_an_adapter_out() {
+    let terms = [term(json!({ "rank": 2 }), 0.0), term(json!({ "rank": 2, "alpha": 3.0 }), 0.5)];
+    let expected = change(&terms[1].config, &terms[1].tensors).scale(0.5).unwrap();
+    for rule in [Rule::Cat, Rule::Svd, Rule::Linear] {
+        let sum = combine(&terms, &options(rule)).unwrap();
+        close(&change(&sum.config, &sum.tensors), &expected, 1e-6);
+    }
+    // What is trained as a whole has no mean of nothing.
+    let error =
+        combine(&[term(json!({ "rank": 2, "bias": "all" }), 0.0)], &options(Rule::Cat)).err().unwrap();
+    assert!(error.to_string().contains("sum of zero"), "{error}");
+}
+
+#[test]
 fn pruning_keeps_its_share_and_dare_its_mean() {
     let stack = |recipe, density, seed| {
         let tensors = vec![sample(&[40, 50], 1)];
