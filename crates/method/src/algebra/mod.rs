@@ -19,6 +19,7 @@ mod factors;
 mod hub;
 mod mean;
 mod rules;
+mod tokens;
 
 use std::collections::BTreeMap;
 
@@ -275,6 +276,7 @@ fn low_rank(first: &Term, terms: &[Term], options: &Options, measured: bool) -> 
         tensors.extend(module.written(a, b)?);
     }
     tensors.extend(found.biases);
+    config::whole_or_product(&found, terms)?;
     let mut notes = Vec::new();
     if let Some(carried) = &carried
         && let Some((name, _)) = carried.first()

@@ -1,3 +1,4 @@
+use engraft_nn::Targets;
 use engraft_tensor::testing::{close, sample};
 use serde_json::json;
 
@@ -312,4 +313,107 @@ fn a_product_on_a_base_without_its_start_is_made_plain_before_it_is_added() {
         close(&change(&sum.config, &sum.tensors), &both, 1e-5);
     }
     assert!(crate::joined_start(&plain().config).unwrap().is_none());
+}
+
+/// What a combined file does, on the toy model.
+fn loaded(sum: &Combined) -> engraft_nn::Adapter {
+    let (sites, info) = crate::testing::toy();
+    crate::load_adapter(&sum.config, sum.tensors.clone(), &sites, &info).unwrap().adapter
+}
+
+fn vector(adapter: &engraft_nn::Adapter, path: &str) -> Tensor {
+    let (sites, _) = crate::testing::toy();
+    let merged = engraft_nn::merged_tensors(&sites, adapter).unwrap();
+    merged.iter().find(|m| m.site.path == path).unwrap().value.clone()
+}
+
+#[test]
+fn what_one_of_the_files_has_beside_its_products_comes_along() {
+    let plain = || term(json!({ "rank": 2 }), 0.5);
+    // A product's bias is zero where an adapter has none.
+    let with_bias = |targets: &[&str], weight| {
+        let methods = [(
+            chosen("lora", json!({ "rank": 2, "lora_bias": true })).0,
+            Some(Targets::names(targets.to_vec())),
+        )];
+        let a = attached(&methods, &[]);
+        stir(&a, 0.3);
+        let (sites, info) = crate::testing::toy();
+        let (config, tensors) =
+            crate::save_adapter(&a.adapter, &methods, &[], "base", &sites, &info).unwrap();
+        (Term { name: "with biases".into(), config, tensors, weight }, a)
+    };
+    let (other, a) = with_bias(&["attn.q", "mlp.down"], 0.4);
+    let expected = vector(&a.adapter, "layers.1.attn.q.bias").sub(&frozen("layers.1.attn.q.bias")).unwrap();
+    for terms in [[plain(), other.clone()], [other, plain()]] {
+        let sum = combine(&terms, &options(Rule::Cat)).unwrap();
+        assert_eq!(sum.config["lora_bias"], json!(true));
+        let zero = sum.tensors.iter().find(|(name, _)| name.ends_with("0.attn.v.lora_B.bias")).unwrap();
+        close(&zero.1, &Tensor::zeros([4]), 0.0);
+        let (sites, info) = crate::testing::toy();
+        assert!(crate::load_adapter(&sum.config, sum.tensors.clone(), &sites, &info).is_ok());
+        let bias = sum.tensors.iter().find(|(name, _)| name.ends_with("1.attn.q.lora_B.bias")).unwrap();
+        close(&bias.1, &expected.scale(0.4).unwrap(), 1e-6);
+    }
+    // The model's biases are those of the adapter that trains them all.
+    let all = term(json!({ "rank": 2, "bias": "all" }), 1.0);
+    let trained = all.tensors.iter().find(|(name, _)| name.ends_with("1.attn.k.bias")).unwrap().1.clone();
+    for terms in [[plain(), all.clone()], [all.clone(), plain()]] {
+        let sum = combine(&terms, &options(Rule::Cat)).unwrap();
+        assert_eq!(sum.config["bias"], json!("all"));
+        close(&vector(&loaded(&sum), "layers.1.attn.k.bias"), &trained, 1e-6);
+    }
+    // Where the targets differ, one names a bias as of a target and another as it is.
+    let methods = [(chosen("lora", json!({ "rank": 2, "bias": "all" })).0, Some(Targets::names(["attn.k"])))];
+    let a = attached(&methods, &[]);
+    let (sites, info) = crate::testing::toy();
+    let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "base", &sites, &info).unwrap();
+    let keys = Term { name: "keys".into(), config, tensors, weight: 1.0 };
+    let sum = combine(&[all.clone(), keys], &options(Rule::Cat)).unwrap();
+    let mean = trained.add(&frozen("layers.1.attn.k.bias")).unwrap().scale(0.5).unwrap();
+    close(&vector(&loaded(&sum), "layers.1.attn.k.bias"), &mean, 1e-6);
+    let refused = |a: Term, b: Term| combine(&[a, b], &options(Rule::Cat)).err().unwrap().to_string();
+    let some = term(json!({ "rank": 2, "bias": "lora_only" }), 1.0);
+    assert!(refused(plain(), some).contains("`bias` is \"none\" in weight 0.5 and \"lora_only\""));
+    let mut ties = plain();
+    ties.config["ensure_weight_tying"] = json!(true);
+    assert!(refused(plain(), ties).contains("`ensure_weight_tying` differs"));
+    let mut whole = plain();
+    whole.config["modules_to_save"] = json!(["layers.0.attn.q"]);
+    whole.tensors.retain(|(name, _)| !name.contains("layers.0.attn.q."));
+    whole.tensors.push(("base_model.model.layers.0.attn.q.weight".into(), frozen("layers.0.attn.q")));
+    assert!(refused(plain(), whole).contains("layers.0.attn.q: it is trained as a whole"));
+}
+
+#[test]
+fn rows_of_tokens_meet_by_their_tokens() {
+    const NAME: &str = "base_model.model.tok.token_adapter.trainable_tokens_delta";
+    let with = |tokens: Value, seed, weight| {
+        let mut found = term(json!({ "rank": 2 }), weight);
+        let ids = tokens.as_array().cloned().unwrap_or_else(|| tokens["tok"].as_array().unwrap().clone());
+        let rows = sample(&[ids.len(), 6], seed);
+        found.config["trainable_token_indices"] = tokens;
+        found.tensors.push((NAME.into(), rows.clone()));
+        (found, rows)
+    };
+    let row = |rows: &Tensor, at: usize| rows.rows_between(at, at + 1).unwrap();
+    for in_table in [false, true] {
+        let of = |ids: Value| if in_table { json!({ "tok": ids }) } else { ids };
+        let (a, rows_a) = with(of(json!([7, 3])), 1, 0.25);
+        let (b, rows_b) = with(of(json!([2, 7])), 2, 0.75);
+        let sum = combine(&[a.clone(), b], &options(Rule::Cat)).unwrap();
+        assert_eq!(sum.config["trainable_token_indices"], of(json!([7, 3, 2])));
+        let both = row(&rows_a, 0).scale(0.25).unwrap().add(&row(&rows_b, 1).scale(0.75).unwrap()).unwrap();
+        let table = vector(&loaded(&sum), "tok");
+        for (token, expected) in [(7, &both), (3, &row(&rows_a, 1)), (2, &row(&rows_b, 0))] {
+            close(&row(&table, token), expected, 1e-6);
+        }
+        // Beside an adapter without any they stay as they are.
+        let sum = combine(&[term(json!({ "rank": 2 }), 1.0), a.clone()], &options(Rule::Cat)).unwrap();
+        assert_eq!(sum.config["trainable_token_indices"], of(json!([7, 3])));
+        close(&row(&vector(&loaded(&sum), "tok"), 3), &row(&rows_a, 1), 1e-6);
+        let (other, _) = with(if in_table { json!([1]) } else { json!({ "tok": [1] }) }, 3, 1.0);
+        let error = combine(&[a, other], &options(Rule::Cat)).err().unwrap().to_string();
+        assert!(error.contains("names tables otherwise"), "{error}");
+    }
 }
