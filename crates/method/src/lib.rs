@@ -11,6 +11,7 @@ mod assemble;
 mod bases;
 mod calibration;
 mod choices;
+mod classifier;
 mod copies;
 mod count;
 mod elsewhere;

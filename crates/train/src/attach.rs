@@ -142,13 +142,8 @@ pub(crate) fn from_recipe(
     if attached.adapter.trained_count() == 0 {
         return Err(vec![recipe.problem_at("method", "nothing would be trained")]);
     }
-    let own_type = not_in_peft(&attached.adapter, &chosen, &train_also, model.sites());
-    if let Some(own_type) = own_type.map_err(|e| vec![recipe.problem_at("method", e.to_string())])? {
-        notes.push(format!(
-            "`peft` cannot hold this method at matrices that are stored transposed (`Conv1D`): the adapter is saved as \
-             {own_type}, which Engraft alone reads"
-        ));
-    }
+    let own_type = not_in_peft(&attached.adapter, &chosen, &train_also, model.sites(), model.info());
+    notes.extend(own_type.map_err(|e| vec![recipe.problem_at("method", e.to_string())])?);
     notes.extend(doubts(&attached.adapter, &chosen, &train_also, model.sites()));
     Ok(AttachedAdapter { adapter: attached.adapter, methods: chosen, train_also, notes, saved: false })
 }
