@@ -235,6 +235,7 @@ impl Lora {
             return Ok(tensors);
         }
         let find = |named: &Named, name: &str| named.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
+        let taken_off = self.start.is_taken_off();
         let mut file = Named::new();
         for (name, value) in &tensors {
             let value = match (name.strip_suffix(".lora_A.weight"), name.strip_suffix(".lora_B.weight")) {
@@ -253,6 +254,13 @@ impl Lora {
                     None => value.clone(),
                 },
                 _ if self.mixer != Mixer::None && name.ends_with(".lora_mixer") => continue,
+                // A table's start is not taken off: ranks of zero, for the file says one rank of all.
+                _ if taken_off && name.ends_with(".lora_embedding_A") => {
+                    cat(&[value, &Tensor::zeros(value.shape())], 0)?
+                }
+                _ if taken_off && name.ends_with(".lora_embedding_B") => {
+                    cat(&[value, &Tensor::zeros(value.shape())], 1)?
+                }
                 _ => value.clone(),
             };
             file.push((name.clone(), value));
