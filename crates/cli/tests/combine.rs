@@ -98,7 +98,9 @@ fn what_cannot_be_combined_is_said() {
     assert!(combine(&[text(&a), "--sign", "frequency"]).contains("ties"));
     assert!(combine(&[text(&a), "--rule", "sum"]).contains("expected one of cat"));
     assert!(combine(&[&format!("{}=x", text(&a))]).contains("found `x`"));
-    assert!(combine(&[&format!("{}=0", text(&a))]).contains("other than zero"));
+    let ia3_of_none = format!("{}=0", text(&ia3));
+    assert!(combine(&[&ia3_of_none, "--rule", "average"]).contains("add up to zero"));
+    assert!(combine(&[&format!("{}=1e-60", text(&a))]).contains("32 bits"));
     assert!(!out.exists());
     // Adapters that are no products can be averaged, where they are alike.
     succeeds(&["combine", text(&ia3), text(&ia3), "--rule", "average", "--out", text(&out)]);

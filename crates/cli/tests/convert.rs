@@ -125,6 +125,55 @@ fn the_first_ranks_of_a_dylora_become_a_lora() {
 }
 
 #[test]
+fn a_start_that_was_taken_off_is_joined_to_the_factors() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    for (model, case) in [
+        ("llama", "llama__lora_pissa_patterns"),
+        ("llama", "llama__lora_olora"),
+        ("llama", "llama__lora_pissa_embed"),
+        ("llama", "llama__lora_parameters_pissa"),
+        ("gpt2", "gpt2__lora_pissa"),
+        ("roberta", "roberta__lora_olora"),
+    ] {
+        let (adapter, own) =
+            (text(&golden("cases").join(case).join("adapter")), golden("models").join(model));
+        let (plain, both, model_dir) =
+            (text(&dir.path().join(case)), text(&dir.path().join(format!("{case}-both"))), text(&own));
+        assert!(
+            refused(&["combine", &adapter, &adapter, "--out", &both]).contains("engraft convert"),
+            "{case}"
+        );
+        succeeds(&["convert", &adapter, "--model", &model_dir, "--out", &plain]);
+        let inputs = text(&golden("inputs").join(model).join("inputs.safetensors"));
+        let logits = |adapter: &str| {
+            let to = dir.path().join("logits.safetensors");
+            succeeds(&[
+                "logits",
+                "--model",
+                &model_dir,
+                "--adapter",
+                adapter,
+                "--inputs",
+                &inputs,
+                "--out",
+                &text(&to),
+            ]);
+            to
+        };
+        close(&logits(&plain), &golden("cases").join(case).join("logits.safetensors"));
+        // Halves of one and the same are that one.
+        let half = format!("{plain}=0.5");
+        succeeds(&["combine", &half, &half, "--out", &both]);
+        close(&logits(&both), &golden("cases").join(case).join("logits.safetensors"));
+        assert!(
+            refused(&["convert", &plain, "--model", &model_dir, "--out", &format!("{both}-2")])
+                .contains("fits its base as it is")
+        );
+    }
+}
+
+#[test]
 fn the_published_checkpoint_is_recognised() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../../shared/data/models/roberta-base-lora-mnli/adapter_loralib.safetensors");

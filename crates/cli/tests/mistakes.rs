@@ -57,6 +57,42 @@ fn a_mistyped_path_is_no_hub_id() {
 }
 
 #[test]
+fn an_adapter_that_gives_no_numbers_is_told() {
+    let (golden, dir) = (root().join("tests/golden"), tempfile::tempdir().unwrap());
+    let (model, adapter) = (golden.join("models/llama"), golden.join("cases/llama__lora/adapter"));
+    let inputs = golden.join("inputs/llama/inputs.safetensors");
+    let told = |config: String, tensors: &[u8]| {
+        fs::write(dir.path().join("adapter_config.json"), config).unwrap();
+        fs::write(dir.path().join("adapter_model.safetensors"), tensors).unwrap();
+        let words = [
+            "--model",
+            model.to_str().unwrap(),
+            "--inputs",
+            inputs.to_str().unwrap(),
+            "--adapter",
+            ".",
+            "--out",
+            "l",
+        ];
+        let output = engraft(dir.path(), &[&["logits"], &words[..]].concat());
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let config = fs::read_to_string(adapter.join("adapter_config.json")).unwrap();
+    let tensors = fs::read(adapter.join("adapter_model.safetensors")).unwrap();
+    assert!(!told(config.clone(), &tensors).contains("no number"));
+    let mut broken = tensors.clone();
+    let last = broken.len() - 4;
+    broken[last..].copy_from_slice(&f32::NAN.to_le_bytes());
+    let text = told(config.clone(), &broken);
+    assert!(text.contains(".weight` holds NaN"), "{text}");
+    let mut large: serde_json::Value = serde_json::from_str(&config).unwrap();
+    large["lora_alpha"] = 1e308.into();
+    let text = told(large.to_string(), &tensors);
+    assert!(text.contains("`lora_alpha` is 1e308"), "{text}");
+}
+
+#[test]
 fn too_few_rows_for_two_levels_are_said_before_anything_is_written() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("few.csv"), "text,intent\nhello there,a\nmy password,b\n").unwrap();

@@ -18,7 +18,7 @@ use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_b
 use crate::names::{file_names, prefix, stored_as};
 use crate::transposed::{turned, type_of_file};
 use crate::written::{as_held, as_stored, as_trained, written};
-use crate::{Described, Method, from_file, peft, tied};
+use crate::{Described, Method, classifier, from_file, peft, tied};
 
 const UNION: &str = "ENGRAFT_UNION";
 
@@ -187,7 +187,7 @@ fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelIn
     attached.adapter.set_idle_keys(peft::idle_keys(config, &methods));
     // AdapterHub's files have neither key; what its library saved is trained as there.
     attached.adapter.set_reads_answers(says("peft_type").is_none());
-    let dead_modules = peft::unmatched(attached.dead_modules, &train_also, config);
+    let dead_modules = classifier::unmatched(attached.dead_modules, &train_also, config);
     let dead = attached.dead_targets.into_iter().chain(dead_modules).collect();
     Ok(LoadedAdapter { adapter: attached.adapter, methods, train_also, dead })
 }
@@ -237,17 +237,14 @@ pub fn save_adapter(
         let (key, copies) = file_names(methods, adapter, &name);
         tensors.extend(copies.into_iter().chain([key]).map(|key| (key, value.clone())));
     }
-    let mut train_also = train_also.to_vec();
     let config = match methods {
         [(method, targets)] => {
-            let (_, chosen) = chosen_by((method.as_ref(), targets.as_ref()), &train_also, sites)?;
-            let file_type = type_of_file(method.file_type(adapter), sites, &chosen);
-            let kept = peft::kept_classifier(&file_type, info, sites, adapter);
-            if let Some((name, kept)) = kept {
-                train_also.push(name.to_owned());
-                for site in kept {
-                    tensors.push((method.file_name(&site.tensor_name()), own_value(site)?));
-                }
+            let (_, chosen) = chosen_by((method.as_ref(), targets.as_ref()), train_also, sites)?;
+            let is_adapted = classifier::is_adapted(info, sites, adapter);
+            let file_type = type_of_file(method.file_type(adapter), sites, &chosen, is_adapted);
+            let (train_also, kept) = classifier::kept(&file_type, info, sites, adapter, train_also);
+            for site in kept {
+                tensors.push((method.file_name(&site.tensor_name()), own_value(site)?));
             }
             let of = Saved { adapter, base_model, sites, info };
             let (map, chosen) = config((method.as_ref(), targets.as_ref()), "", &train_also, &of)?;
@@ -268,8 +265,7 @@ pub fn save_adapter(
                 let before = prefix(several, number);
                 Ok(Value::Object(config((m.as_ref(), t.as_ref()), &before, &[], &saved)?.0))
             };
-            let mut union =
-                peft::write_header(UNION, base_model, peft::task_type(adapter, info), &train_also);
+            let mut union = peft::write_header(UNION, base_model, peft::task_type(adapter, info), train_also);
             let configs = several.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
             union.insert("methods".into(), json!(configs));
             peft::keep_idle(&mut union, adapter, "");
@@ -327,7 +323,9 @@ fn config(
     let Saved { adapter, base_model, sites, info } = *saved;
     let task = peft::task_type(adapter, info);
     let (targets, chosen) = chosen_by((method, targets), train_also, sites)?;
-    let file_type = type_of_file(method.file_type(adapter), sites, &chosen);
+    // Of several methods the file has a type of its own already.
+    let is_adapted = prefix.is_empty() && classifier::is_adapted(info, sites, adapter);
+    let file_type = type_of_file(method.file_type(adapter), sites, &chosen, is_adapted);
     let mut map = peft::write_header(&file_type, base_model, task, train_also);
     map.insert(peft::AUTO_MAPPING.into(), peft::auto_mapping(adapter, info));
     map.extend(method.config(&Described { info, sites, chosen: &chosen, adapter, prefix, base_model }));

@@ -1,9 +1,10 @@
 //! LoRA files of other programs, recognised by the names of their tensors.
 //!
 //! `loralib` has `PATH.lora_A` and `PATH.lora_B` beside tensors trained whole; kohya's scripts `PATH_WITH_UNDERSCORES.lora_down.weight`,
-//! `lora_up` and a scalar `alpha`; diffusers `PATH.to_q_lora.down.weight` or, since it uses `peft`, `PATH.lora_A.weight`; the first
-//! LoRA for diffusion models (cloneofsimo) `unet:NUMBER:down`. Only forms that name modules of models that are here can be made
-//! `peft`'s; the others are listed.
+//! `lora_up` and a scalar `alpha`; diffusers `PATH.to_q_lora.down.weight`, then `PATH.to_q.lora.down.weight` and in a text encoder
+//! `PATH.q_proj.lora_linear_layer.down.weight`, and since it uses `peft` `PATH.lora_A.weight`; the first LoRA for diffusion models
+//! (cloneofsimo) `unet:NUMBER:down`. Only forms that name modules of models that are here can be made `peft`'s; the others are
+//! listed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -25,9 +26,17 @@ struct Form {
 /// What the names of `peft`'s files begin with.
 pub(crate) const PREFIX: &str = "base_model.model.";
 
-const FORMS: [Form; 5] = [
+const FORMS: [Form; 7] = [
     Form { name: "loralib", a: ".lora_A", b: ".lora_B", alpha: None, convertible: true },
     Form { name: "diffusers", a: "_lora.down.weight", b: "_lora.up.weight", alpha: None, convertible: false },
+    Form { name: "diffusers", a: ".lora.down.weight", b: ".lora.up.weight", alpha: None, convertible: false },
+    Form {
+        name: "diffusers",
+        a: ".lora_linear_layer.down.weight",
+        b: ".lora_linear_layer.up.weight",
+        alpha: None,
+        convertible: false,
+    },
     Form {
         name: "kohya",
         a: ".lora_down.weight",
@@ -217,7 +226,7 @@ mod tests {
 
     #[test]
     fn files_are_known_by_their_names() {
-        let forms: [(&str, Named); 4] = [
+        let forms: [(&str, Named); 6] = [
             (
                 "loralib",
                 file(&[("x.q.lora_A", &[2, 6]), ("x.q.lora_B", &[4, 2]), ("classifier.weight", &[3, 6])]),
@@ -233,6 +242,20 @@ mod tests {
             (
                 "diffusers",
                 file(&[("unet.to_q_lora.down.weight", &[2, 6]), ("unet.to_q_lora.up.weight", &[4, 2])]),
+            ),
+            (
+                "diffusers",
+                file(&[
+                    ("unet.processor.to_q.lora.down.weight", &[2, 6]),
+                    ("unet.processor.to_q.lora.up.weight", &[4, 2]),
+                ]),
+            ),
+            (
+                "diffusers",
+                file(&[
+                    ("text.q_proj.lora_linear_layer.down.weight", &[2, 6]),
+                    ("text.q_proj.lora_linear_layer.up.weight", &[4, 2]),
+                ]),
             ),
             ("cloneofsimo", file(&[("unet:0:down", &[2, 6]), ("unet:0:up", &[4, 2])])),
         ];

@@ -11,6 +11,7 @@ mod assemble;
 mod bases;
 mod calibration;
 mod choices;
+mod classifier;
 mod copies;
 mod count;
 mod elsewhere;
@@ -70,6 +71,7 @@ pub use names::{prefix, stored_as};
 pub use neurons::{active_neurons, overlap};
 pub use prompts::transfer::prompt_similarity;
 pub use reparameterized::dylora::sliced_dylora;
+pub use reparameterized::lora::joined_start;
 pub use shared::branches::{Branch, Branches, Form, Reads};
 pub use transposed::not_in_peft;
 

@@ -2,7 +2,7 @@
 
 use engraft_nn::{
     Adapter, Kind, LayerChoice, Matcher, ModelInfo, Pattern, Result, Role, Site, SiteId, Sites, Stack,
-    Targets, Task, TaskName, Value as Frozen,
+    Targets, Task, TaskName,
 };
 use serde_json::{Map, Value, json};
 
@@ -39,7 +39,7 @@ const NO_EXCLUSION: &[&str] = &[
 ];
 
 /// Types whose configuration in `peft` has no `modules_to_save`.
-const NOTHING_BESIDE: &[&str] = &["ADAPTION_PROMPT", "TRAINABLE_TOKENS"];
+pub(crate) const NOTHING_BESIDE: &[&str] = &["ADAPTION_PROMPT", "TRAINABLE_TOKENS"];
 
 /// Whether this is the configuration of `peft_type`.
 pub(crate) fn is_type(config: &Value, peft_type: &str) -> bool {
@@ -294,49 +294,11 @@ pub(crate) fn copied_tables<'s>(
     sites.iter().filter(copied).collect()
 }
 
-/// What `peft` trains and saves with an adapter of a classifier, whatever the configuration says.
-const CLASSIFIERS: &[&str] = &["classifier", "score"];
-
-/// Those of `dead` among `train_also` that a user may have named, each once: `peft` names all classifiers that it knows by itself,
-/// and one of them is the model's.
-pub(crate) fn unmatched(mut dead: Vec<String>, train_also: &[String], config: &Value) -> Vec<String> {
-    let classifies = matches!(config.get("task_type").and_then(Value::as_str), Some("SEQ_CLS" | "TOKEN_CLS"));
-    let is_usual = |name: &String| CLASSIFIERS.contains(&name.as_str());
-    let has_one = train_also.iter().any(|name| is_usual(name) && !dead.contains(name));
-    dead.retain(|name| !(classifies && has_one && is_usual(name)));
-    dead.sort();
-    dead.dedup();
-    dead
-}
-
-/// The classifier that a file of `peft_type` must hold although the adapter leaves it as it is: `peft` asks for its
-/// tensors by the task alone. `None` where there is none, or where the adapter holds or changes it itself.
-pub(crate) fn kept_classifier<'s>(
-    peft_type: &str,
-    info: &ModelInfo,
-    sites: &'s Sites,
-    adapter: &Adapter,
-) -> Option<(&'static str, Vec<&'s Site>)> {
-    // A file may name another task, or none.
-    let classifies = matches!(task_type(adapter, info), Some("SEQ_CLS" | "TOKEN_CLS"));
-    if !classifies || peft_type.starts_with("ENGRAFT_") || NOTHING_BESIDE.contains(&peft_type) {
-        return None;
-    }
-    CLASSIFIERS.iter().find_map(|name| {
-        let inside = |s: &&Site| {
-            s.path.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-        };
-        let kept: Vec<&Site> =
-            sites.iter().filter(|s| !matches!(s.value, Frozen::None)).filter(inside).collect();
-        let untouched = !kept.is_empty() && kept.iter().all(|s| adapter.at(s.id).is_empty());
-        untouched.then_some((*name, kept))
-    })
-}
-
 /// Says in `fan_in_fan_out` how the files hold the adapted matrices: as `peft` leaves it, what holds for the last of them.
 pub(crate) fn agree_on_storage(map: &mut Map<String, Value>, sites: &Sites, chosen: &[SiteId]) {
-    // `peft` knows no parameters there.
-    if map.get("target_parameters").is_some_and(|names| !names.is_null()) {
+    // `peft` knows no parameters there, and leaves HiRA's key as it is given.
+    let is_hira = map.get("peft_type").is_some_and(|name| name == "HIRA");
+    if is_hira || map.get("target_parameters").is_some_and(|names| !names.is_null()) {
         return;
     }
     let linear = |id: &SiteId| match sites.get(*id).kind {
@@ -434,20 +396,6 @@ mod tests {
     use super::*;
     use crate::testing::{attached, chosen, toy};
     use crate::{load_adapter, save_adapter};
-
-    #[test]
-    fn names_that_peft_adds_are_not_missed() {
-        let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
-        let of = |dead: &[&str], all: &[&str], task: &str| {
-            unmatched(list(dead), &list(all), &json!({ "task_type": task }))
-        };
-        let both = ["classifier", "score", "classifier", "score"];
-        assert!(of(&["score", "score"], &both, "SEQ_CLS").is_empty());
-        assert_eq!(of(&["score", "score"], &both, "CAUSAL_LM"), ["score"]);
-        assert_eq!(of(&both, &both, "SEQ_CLS"), ["classifier", "score"]);
-        assert_eq!(of(&["x", "score"], &["x", "score", "classifier"], "TOKEN_CLS"), ["x"]);
-        assert_eq!(of(&["score"], &["score", "x"], "SEQ_CLS"), ["score"]);
-    }
 
     #[test]
     fn what_a_file_gives_without_a_meaning_stays_as_it_is_written() {

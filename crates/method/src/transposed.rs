@@ -1,12 +1,14 @@
-//! Matrices that files store transposed (GPT-2's `Conv1D`): trained whole they lie so in adapters' files too, and where `peft`
-//! cannot hold what changes them the file has a type of our own, so that no program loads it as something that it is not.
+//! Matrices that files store transposed (GPT-2's `Conv1D`): trained whole they lie so in adapters' files too. And where `peft` cannot
+//! hold what changes them, or what changes a classifier, the type of the file: one of our own, so that no program loads it as
+//! something that it is not.
 
-use engraft_nn::{Adapter, Kind, Result, Site, SiteId, Sites};
+use engraft_nn::{Adapter, Kind, ModelInfo, Result, Site, SiteId, Sites};
 use engraft_tensor::Tensor;
 use serde_json::Value;
 
 use crate::Chosen;
 use crate::assemble::chosen_by;
+use crate::classifier::{self, ADAPTED};
 
 /// Types that `peft` has for `nn.Linear`: a matrix that files store transposed (GPT-2's `Conv1D`) it refuses, or leaves as it
 /// is (OSF).
@@ -46,18 +48,25 @@ pub(crate) fn turned(key: &str, tensor: Tensor, sites: &Sites) -> Result<Tensor>
     if sites.iter().any(stored_so) && tensor.shape().len() == 2 { Ok(tensor.t()?) } else { Ok(tensor) }
 }
 
-/// The type of a file: that of `peft`, unless it cannot hold what is adapted at `chosen`.
-pub(crate) fn type_of_file(peft_type: &str, sites: &Sites, chosen: &[SiteId]) -> String {
+/// The type of a file: that of `peft`, unless it cannot hold what is adapted at `chosen`, or that the classifier is.
+pub(crate) fn type_of_file(
+    peft_type: &str,
+    sites: &Sites,
+    chosen: &[SiteId],
+    classifier_adapted: bool,
+) -> String {
     let turned = |id: &SiteId| matches!(sites.get(*id).kind, Kind::Linear { transposed: true, .. });
     match NOT_TRANSPOSED.contains(&peft_type) && chosen.iter().any(turned) {
         true => format!("{TRANSPOSED}{peft_type}"),
+        false if classifier_adapted && !peft_type.starts_with("ENGRAFT_") => format!("{ADAPTED}{peft_type}"),
         false => peft_type.to_owned(),
     }
 }
 
 /// Whether `file_type` stands for a type of `peft` where that cannot hold the adapter.
 pub(crate) fn stands_for(file_type: &str) -> Option<&str> {
-    file_type.strip_prefix(TRANSPOSED).filter(|peft_type| NOT_TRANSPOSED.contains(peft_type))
+    let transposed = file_type.strip_prefix(TRANSPOSED).filter(|own| NOT_TRANSPOSED.contains(own));
+    transposed.or_else(|| file_type.strip_prefix(ADAPTED))
 }
 
 /// The configuration with the type of `peft` that its own stands for, if it does.
@@ -68,7 +77,7 @@ pub(crate) fn as_in_peft(config: &Value) -> Option<Value> {
     Some(config)
 }
 
-/// The type that the file of the adapter will have where it is a method of `peft` and yet `peft` cannot hold what it changes.
+/// What to say where the adapter is of a method of `peft` and yet `peft` cannot hold what it changes.
 ///
 /// # Errors
 /// Targets that match nothing.
@@ -77,12 +86,19 @@ pub fn not_in_peft(
     methods: &[Chosen],
     train_also: &[String],
     sites: &Sites,
+    info: &ModelInfo,
 ) -> Result<Option<String>> {
     let [(method, targets)] = methods else { return Ok(None) };
     let sites = sites.named(adapter.names());
     let (_, chosen) = chosen_by((method.as_ref(), targets.as_ref()), train_also, sites)?;
-    let file_type = type_of_file(method.file_type(adapter), sites, &chosen);
-    Ok(stands_for(&file_type).is_some().then_some(file_type))
+    let is_adapted = classifier::is_adapted(info, sites, adapter);
+    let file_type = type_of_file(method.file_type(adapter), sites, &chosen, is_adapted);
+    let what = match file_type.strip_prefix(ADAPTED) {
+        Some(_) => "trains a classifier as a whole and cannot hold what is adapted in it",
+        None => "cannot hold this method at matrices that are stored transposed (`Conv1D`)",
+    };
+    let own = stands_for(&file_type).is_some();
+    Ok(own.then(|| format!("`peft` {what}: the adapter is saved as {file_type}, which Engraft alone reads")))
 }
 
 #[cfg(test)]
@@ -123,7 +139,7 @@ mod tests {
             stir(&a, 0.3);
             let (config, tensors) = save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
             assert_eq!(config["peft_type"], expected, "{name}");
-            let own = not_in_peft(&a.adapter, &methods, &[], &sites).unwrap();
+            let own = not_in_peft(&a.adapter, &methods, &[], &sites, &info).unwrap();
             assert_eq!(own.is_some(), expected.contains("CONV1D"), "{name}");
             let loaded = load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
             let again = save_adapter(&loaded.adapter, &loaded.methods, &[], "b", &sites, &info).unwrap();

@@ -24,7 +24,7 @@ pub fn mergeable_sites<'a>(sites: &'a Sites, adapter: &Adapter) -> Result<Vec<&'
     let refused: Vec<String> = patched
         .iter()
         .filter(|s| !adapter.at(s.id).iter().all(mergeable))
-        .map(|s| format!("{}: what is attached there depends on the input", s.path))
+        .map(|s| format!("{}: {}", s.path, reason(adapter.at(s.id))))
         .collect();
     if !refused.is_empty() {
         return Err(Error::Mismatch(refused));
@@ -56,6 +56,15 @@ fn mergeable(patch: &Patch) -> bool {
         Patch::Weight(p) => p.mergeable(),
         Patch::Vector(_) => true,
         _ => false,
+    }
+}
+
+/// Why patches, some of which are not mergeable, are no weight.
+fn reason(patches: &[Patch]) -> &'static str {
+    let lacks_bias = |p: &Patch| matches!(p, Patch::Weight(p) if p.lacks_bias());
+    match patches.iter().filter(|p| !mergeable(p)).all(lacks_bias) {
+        true => "a constant is added to its output, and the layer has no bias that could take it",
+        false => "what is attached there depends on the input",
     }
 }
 

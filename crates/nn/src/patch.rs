@@ -39,6 +39,11 @@ pub trait WeightPatch: Send + Sync {
     fn mergeable(&self) -> bool {
         true
     }
+
+    /// Whether all that W′ lacks is a constant added to the output, for which the layer has no bias.
+    fn lacks_bias(&self) -> bool {
+        false
+    }
 }
 
 /// v → v′.

@@ -13,6 +13,7 @@ use engraft_recipe::{MethodTable, Problem, Recipe};
 use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
 use serde_json::{Value, json};
 
+use crate::finite::without_numbers;
 use crate::hub_head::{Parts, adapter_parts};
 use crate::task_names::numbered;
 use crate::wanted::{
@@ -66,8 +67,15 @@ pub fn open_adapter_choosing(
     let sites = model.sites().named(loaded.adapter.names());
     let dead = loaded.dead.iter().map(|name| format!("`{name}` is named and matches nothing in this model"));
     let idle = loaded.methods.iter().flat_map(|one| idle_in_file(&config, one, sites));
+    let broken = without_numbers(&config, &loaded.adapter);
     let mut told: Vec<String> = Vec::new();
-    for note in notes.into_iter().chain(dead).chain(idle).map(|note| format!("{}: {note}", dir.display())) {
+    for note in notes
+        .into_iter()
+        .chain(dead)
+        .chain(idle)
+        .chain(broken)
+        .map(|note| format!("{}: {note}", dir.display()))
+    {
         if !told.contains(&note) {
             told.push(note);
         }
@@ -142,13 +150,8 @@ pub(crate) fn from_recipe(
     if attached.adapter.trained_count() == 0 {
         return Err(vec![recipe.problem_at("method", "nothing would be trained")]);
     }
-    let own_type = not_in_peft(&attached.adapter, &chosen, &train_also, model.sites());
-    if let Some(own_type) = own_type.map_err(|e| vec![recipe.problem_at("method", e.to_string())])? {
-        notes.push(format!(
-            "`peft` cannot hold this method at matrices that are stored transposed (`Conv1D`): the adapter is saved as \
-             {own_type}, which Engraft alone reads"
-        ));
-    }
+    let own_type = not_in_peft(&attached.adapter, &chosen, &train_also, model.sites(), model.info());
+    notes.extend(own_type.map_err(|e| vec![recipe.problem_at("method", e.to_string())])?);
     notes.extend(doubts(&attached.adapter, &chosen, &train_also, model.sites()));
     Ok(AttachedAdapter { adapter: attached.adapter, methods: chosen, train_also, notes, saved: false })
 }

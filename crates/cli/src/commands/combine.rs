@@ -184,15 +184,16 @@ fn term(text: &str, cx: &Context) -> Outcome<Term> {
         (name, None) => (name, 1.0),
         (name, Some(weight)) => match weight.parse::<f64>() {
             // Tensors are multiplied in 32 bits.
-            Ok(weight) if (weight as f32).is_finite() && weight as f32 != 0.0 => (name, weight),
-            Ok(weight) if weight.is_finite() && weight != 0.0 => {
+            Ok(weight) if (weight as f32).is_finite() && (weight == 0.0 || weight as f32 != 0.0) => {
+                (name, weight)
+            }
+            Ok(weight) if weight.is_finite() => {
                 return Err(Failure::before_work(format!(
                     "{text}: the weight {weight:e} is out of the range of 32 bits"
                 )));
             }
             _ => {
-                let message =
-                    format!("{text}: expected a weight other than zero after `=`, found `{weight}`");
+                let message = format!("{text}: expected a weight after `=`, found `{weight}`");
                 return Err(Failure::before_work(message));
             }
         },

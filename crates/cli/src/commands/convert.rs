@@ -1,10 +1,10 @@
 //! `engraft convert`: a LoRA file of another program to an adapter directory in `peft`'s form; an adapter to AdapterHub's; the first
-//! ranks of a DyLoRA to a LoRA.
+//! ranks of a DyLoRA to a LoRA; a LoRA whose start was taken off the base to one that fits the base as it is.
 
 use std::path::PathBuf;
 
 use engraft_method::foreign::convert;
-use engraft_method::{LoadedAdapter, load_adapter, save_adapter, sliced_dylora};
+use engraft_method::{LoadedAdapter, joined_start, load_adapter, save_adapter, sliced_dylora};
 use engraft_model::LoadOptions;
 use engraft_nn::Task;
 use engraft_store::Weights;
@@ -27,12 +27,14 @@ Examples:
   engraft inspect lora.safetensors          whose form it is, and what it holds
   engraft convert runs/a/adapter --to adapterhub --model bert-base --out hub
   engraft convert runs/dylora/adapter --rank 4 --model qwen3-0.6b --out lora-4
+  engraft convert pissa --model qwen3-0.6b --out lora
 
 Reads the names of loralib, and peft's without their prefix; tensors trained as a whole come along. With --to adapterhub an
 adapter directory is written as AdapterHub's library reads it, a trained head beside it, a fusion with its adapters as a setup. With --rank the first ranks
-of a DyLoRA become a LoRA, which peft reads.")]
+of a DyLoRA become a LoRA, which peft reads. An adapter directory of peft with the start pissa or olora becomes a plain LoRA of twice the
+rank, the start taken off as a product of its own.")]
 pub struct Args {
-    /// A safetensors file; with --to adapterhub or --rank an adapter directory
+    /// A safetensors file, or an adapter directory with --to adapterhub, --rank or a start that was taken off the base
     file: PathBuf,
     /// Whose form to write
     #[arg(long, value_enum, default_value_t = Form::Peft)]
@@ -110,6 +112,24 @@ fn of_rank(args: &Args, rank: usize, cx: &Context) -> Outcome {
     Ok(engine.labels.iter().try_for_each(|labels| write_label_names(&args.out, labels))?)
 }
 
+/// A LoRA that fits only a base without its start, as one that fits the base.
+fn of_start(args: &Args, cx: &Context) -> Outcome {
+    let files = engraft_store::read_adapter(&cx.resolve(&args.file.display().to_string())?, &cx.limits);
+    let files = files.before_work()?;
+    let Some(plain) = joined_start(&files.config).before_work()? else {
+        return Err(Failure::before_work(format!(
+            "{}: this adapter directory fits its base as it is, with no start to take off; --to adapterhub writes it in AdapterHub's form, \
+             --rank takes the first ranks of a DyLoRA",
+            args.file.display()
+        )));
+    };
+    let engine = on_model(args, cx)?;
+    let (sites, info) = (engine.model.sites(), engine.model.info());
+    let loaded = load_adapter(&files.config, adapter_tensors(&files)?, sites, info).before_work()?;
+    write(args, &LoadedAdapter { methods: vec![plain], ..loaded }, &engine, cx)?;
+    Ok(engine.labels.iter().try_for_each(|labels| write_label_names(&args.out, labels))?)
+}
+
 /// The model with the adapter of the directory that is converted.
 fn on_model(args: &Args, cx: &Context) -> Outcome<Engine> {
     let model = ModelArgs {
@@ -126,13 +146,15 @@ fn on_model(args: &Args, cx: &Context) -> Outcome<Engine> {
 /// Converts, on the model that it belongs to: every name and shape is checked.
 pub fn run(args: &Args, cx: &Context) -> Outcome {
     refuse_full(&args.out)?;
-    let of_directory = args.to == Form::AdapterHub || args.rank.is_some();
+    let is_file = args.file.is_file() || args.file.extension().is_some_and(|end| end == "safetensors");
+    let of_directory = args.to == Form::AdapterHub || args.rank.is_some() || !is_file;
     if of_directory && args.alpha.is_some() {
         return Err(Failure::before_work("--alpha is for files without one; an adapter directory has it"));
     }
     match args.rank {
         Some(rank) => return of_rank(args, rank, cx),
         None if args.to == Form::AdapterHub => return to_adapter_hub(args, cx),
+        None if !is_file => return of_start(args, cx),
         None => {}
     }
     let weights = Weights::open_file(&args.file, &cx.limits).before_work()?;

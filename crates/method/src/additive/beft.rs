@@ -112,6 +112,10 @@ impl WeightPatch for Shift {
     fn mergeable(&self) -> bool {
         false
     }
+
+    fn lacks_bias(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]
@@ -131,6 +135,11 @@ mod tests {
         let x = sample(&[5, 6], 3);
         let expected = x.matmul_t(&frozen("layers.0.attn.v")).unwrap().add(&c).unwrap();
         close(&both_ways(&a, "layers.0.attn.v", &x).0, &expected, 1e-6);
+        let refused = engraft_nn::merged_tensors(&toy().0, &a.adapter).err().unwrap().to_string();
+        assert!(
+            refused.contains("attn.v: a constant is added to its output, and the layer has no bias"),
+            "{refused}"
+        );
 
         let queries = [(chosen("beft", json!({})).0, Some(Targets::names(["attn.q"])))];
         let a = attached(&queries, &[]);

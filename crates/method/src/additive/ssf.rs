@@ -196,6 +196,10 @@ impl WeightPatch for Scaled {
     fn mergeable(&self) -> bool {
         self.shift.is_none()
     }
+
+    fn lacks_bias(&self) -> bool {
+        self.shift.is_some()
+    }
 }
 
 #[cfg(test)]

@@ -78,11 +78,32 @@ fn is_whole(name: &str) -> bool {
     !name.contains("lora_")
 }
 
+/// The start that the product of a LoRA's file is missing, which only the base's decomposition gives: W' = W − start + s·B·A.
+pub(super) fn start_off_base(config: &Value) -> Option<&str> {
+    text(config, "init_lora_weights").filter(|start| ["pissa", "olora"].contains(start))
+}
+
+/// Refuses a product that is no change of the base.
+fn changes_base(term: &Term) -> Result<()> {
+    let Some(start) = start_off_base(&term.config) else { return Ok(()) };
+    let base = base_of(&term.config).unwrap_or("MODEL");
+    Err(of(
+        term,
+        &format!(
+            "`init_lora_weights` is \"{start}\": its product changes a base from which the start was taken off, and what it was only the base \
+             says; make it a plain LoRA first, with `engraft convert {} --model {base} --out DIR`, or average adapters configured alike with \
+             the rule average",
+            term.name
+        ),
+    ))
+}
+
 /// Checks that a LoRA's configuration speaks of its tensors: ranks, and the modules that it names.
 ///
 /// # Errors
-/// A rank of none, a rank unlike the configuration's, modules that the configuration does not name or that are not there.
+/// A change that is no plain product, a rank of none, a rank unlike the configuration's, modules that the configuration does not name or that are not there.
 pub(super) fn fits_itself(term: &Term) -> Result<()> {
+    changes_base(term)?;
     for (key, what) in
         [("kasa_config", "KaSA"), ("use_bdlora", "BD-LoRA"), ("alora_invocation_tokens", "aLoRA")]
     {

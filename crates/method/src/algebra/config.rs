@@ -6,7 +6,8 @@ use engraft_nn::{Error, Result};
 use serde_json::{Map, Value, json};
 
 use super::Term;
-use super::factors::{FORMS, Scales};
+use super::factors::{FORMS, Found, Scales, path_of};
+use super::tokens::{ROWS, united_config};
 use crate::read::texts;
 
 /// Keys that say nothing about what an adapter computes.
@@ -43,6 +44,7 @@ pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String,
             first.name, other.name
         )));
     }
+    same_tying(first, terms)?;
     let scales = Scales::of(&first.config)?;
     let mut map: Map<String, Value> = first.config.as_object().cloned().unwrap_or_default();
     let rank = most_frequent(ranks.values().copied());
@@ -74,7 +76,60 @@ pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String,
     let saved: BTreeSet<String> =
         terms.iter().filter_map(|t| texts(t.config.get("modules_to_save")?)).flatten().collect();
     map.insert("modules_to_save".into(), if saved.is_empty() { Value::Null } else { json!(saved) });
+    map.insert("bias".into(), united_biases(first, terms)?);
+    let product_bias = terms.iter().any(|t| t.config.get("lora_bias") == Some(&Value::Bool(true)));
+    map.insert("lora_bias".into(), json!(product_bias));
+    map.insert("trainable_token_indices".into(), united_config(terms)?);
     Ok(Value::Object(map))
+}
+
+/// Refuses heads that follow their table in one adapter and do not in another.
+fn same_tying(first: &Term, terms: &[Term]) -> Result<()> {
+    let ties = |t: &Term| t.config.get("ensure_weight_tying").and_then(Value::as_bool) == Some(true);
+    match terms.iter().find(|t| ties(t) != ties(first)) {
+        None => Ok(()),
+        Some(other) => Err(Error::Unsupported(format!(
+            "`ensure_weight_tying` differs in {} and {}: the head follows its table in one of them; merge one after another",
+            first.name, other.name
+        ))),
+    }
+}
+
+/// `bias` of the result: all where some adapter trains all, since its file then holds every bias.
+fn united_biases(first: &Term, terms: &[Term]) -> Result<Value> {
+    let of = |t: &Term| t.config.get("bias").and_then(Value::as_str).unwrap_or("none").to_owned();
+    let own = of(first);
+    match terms.iter().find(|t| of(t) != own) {
+        None => Ok(json!(own)),
+        Some(_) if terms.iter().any(|t| of(t) == "all") => Ok(json!("all")),
+        Some(other) => Err(Error::Unsupported(format!(
+            "`bias` is \"{own}\" in {} and \"{}\" in {}: one of them holds no biases of its targets, and a file of both would lack them; \
+             merge one after another",
+            first.name,
+            of(other),
+            other.name
+        ))),
+    }
+}
+
+/// Refuses a matrix that one adapter trains as a whole while another has a product or rows for it: a file holds one of the two.
+pub(super) fn whole_or_product(found: &Found, terms: &[Term]) -> Result<()> {
+    let whole = |key: &&str| found.others.contains_key(&format!("{key}.weight"));
+    let products = found.modules.iter().map(|module| module.key.as_str());
+    let Some(key) =
+        products.chain(found.others.keys().filter_map(|name| name.strip_suffix(ROWS))).find(whole)
+    else {
+        return Ok(());
+    };
+    let names: Vec<&str> = terms.iter().map(|t| t.name.as_str()).collect();
+    Err(Error::Site {
+        path: path_of(key).to_owned(),
+        message: format!(
+            "it is trained as a whole in one of {}, and has a product or rows of single tokens in another, and a file holds one of the two; \
+             merge one after another",
+            names.join(", ")
+        ),
+    })
 }
 
 /// The most frequent; of equals the largest.
@@ -82,6 +137,11 @@ fn most_frequent(ranks: impl Iterator<Item = usize>) -> usize {
     let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
     ranks.for_each(|rank| *counts.entry(rank).or_default() += 1);
     counts.into_iter().max_by_key(|&(rank, count)| (count, rank)).map_or(1, |(rank, _)| rank)
+}
+
+/// Whether a value of a key `init_…` says what the tensors mean: what they are added to (PiSSA, OLoRA), or how they are read (MiSS).
+fn is_form(value: &Value) -> bool {
+    value.as_str().is_some_and(|text| ["pissa", "olora", "bat", "mini"].contains(&text))
 }
 
 /// A list whose order says nothing.
@@ -121,7 +181,11 @@ pub(super) fn same_configuration(terms: &[Term]) -> Result<()> {
     let Some(first) = terms.first() else { return Ok(()) };
     let keys: BTreeSet<&String> =
         terms.iter().filter_map(|t| t.config.as_object()).flat_map(|m| m.keys()).collect();
-    for key in keys.into_iter().filter(|key| !is_aside(key)) {
+    let is_told = |key: &&String| {
+        !is_aside(key)
+            || key.starts_with("init_") && terms.iter().filter_map(|t| t.config.get(*key)).any(is_form)
+    };
+    for key in keys.into_iter().filter(is_told) {
         for term in &terms[1..] {
             let (a, b) = (telling(first.config.get(key)), telling(term.config.get(key)));
             if a != b {

@@ -8,6 +8,7 @@ use engraft_tensor::Tensor;
 use serde_json::Value;
 
 use super::Term;
+use super::tokens::{ROWS, Rows, aligned, of_rows};
 use crate::Named;
 use crate::read::{Pattern, Reader};
 use crate::shared::parameters::pattern_name;
@@ -43,7 +44,8 @@ impl Factors {
 pub(super) struct Module {
     /// Path of the module.
     pub path: String,
-    key: String,
+    /// What the names of its tensors begin with.
+    pub key: String,
     ends: (&'static str, &'static str),
     /// Dimensions of A after the rank, of B after out and rank.
     tails: (Vec<usize>, Vec<usize>),
@@ -138,6 +140,7 @@ pub(super) fn modules(terms: &[Term]) -> Result<Found> {
     let mut found: BTreeMap<String, Module> = BTreeMap::new();
     let mut biases: BTreeMap<String, Tensor> = BTreeMap::new();
     let mut others: BTreeMap<String, Vec<(f64, Tensor)>> = BTreeMap::new();
+    let mut rows: BTreeMap<String, Rows> = BTreeMap::new();
     for (number, term) in terms.iter().enumerate() {
         let scales = Scales::of(&term.config)?;
         let of = |name: &str| term.tensors.iter().find(|(n, _)| n == name).map(|(_, t)| t);
@@ -161,41 +164,90 @@ pub(super) fn modules(terms: &[Term]) -> Result<Found> {
             if ENDS.iter().any(|ends| name.ends_with(ends.1)) || FORMS.iter().any(|of| name.contains(of.1)) {
                 continue;
             }
+            if name.ends_with(ROWS) {
+                let tokens = of_rows(term, name, tensor)?;
+                rows.entry(name.clone()).or_default().push((term.weight, tokens, tensor.clone()));
+                continue;
+            }
             let Some(ends) = ENDS.iter().find(|ends| name.ends_with(ends.0)) else {
                 others.entry(name.clone()).or_default().push((term.weight, tensor.clone()));
                 continue;
             };
-            let key = &name[..name.len() - ends.0.len()];
-            let b = of(&format!("{key}{}", ends.1))
-                .ok_or_else(|| Error::Mismatch(vec![format!("{}: {key}{} is missing", term.name, ends.1)]))?;
-            let (rank, out) = (tensor.dim(0), b.dim(0));
-            let module = found.entry(key.to_owned()).or_insert_with(|| Module {
-                path: path_of(key).to_owned(),
-                key: key.to_owned(),
-                ends: *ends,
-                tails: (tensor.shape()[1..].to_vec(), b.shape()[2..].to_vec()),
-                factors: terms.iter().map(|_| None).collect(),
-            });
-            let same = module.tails.0 == tensor.shape()[1..]
-                && module.factors.iter().flatten().all(|f| f.b.dim(0) == out);
-            if !same {
-                let message = format!(
-                    "{}: {name} is {:?}, another adapter's {:?} wide",
-                    term.name,
-                    tensor.shape(),
-                    module.tails.0
-                );
-                return Err(Error::Mismatch(vec![message]));
-            }
-            let inn = tensor.shape()[1..].iter().product::<usize>();
-            module.factors[number] = Some(Factors {
-                a: tensor.reshape([rank, inn])?,
-                b: b.reshape([out, rank])?,
-                scale: scales.at(path_of(key), rank),
-            });
+            put(&mut found, (number, terms), &scales, (name, tensor), *ends)?;
         }
     }
-    Ok(Found { modules: found.into_values().collect(), biases: biases.into_iter().collect(), others })
+    for (name, rows) in rows {
+        let same = rows.iter().all(|(_, tokens, _)| *tokens == rows[0].1);
+        let of_all = match same {
+            true => rows.into_iter().map(|(weight, _, tensor)| (weight, tensor)).collect(),
+            false => vec![(1.0, aligned(&name, &rows)?)],
+        };
+        others.insert(name, of_all);
+    }
+    let modules: Vec<Module> = found.into_values().collect();
+    // The bias of a module with a product lies one level down, be it that another adapter leaves the module alone.
+    for module in &modules {
+        if let Some(own) = others.remove(&format!("{}.bias", module.key)) {
+            others.entry(format!("{}.base_layer.bias", module.key)).or_default().extend(own);
+        }
+    }
+    if !biases.is_empty() {
+        fill_biases(&mut biases, &modules)?;
+    }
+    Ok(Found { modules, biases: biases.into_iter().collect(), others })
+}
+
+/// Puts the product of one of `terms`, by its A, to those of others at its module.
+fn put(
+    found: &mut BTreeMap<String, Module>,
+    (number, terms): (usize, &[Term]),
+    scales: &Scales,
+    (name, a): (&str, &Tensor),
+    ends: (&'static str, &'static str),
+) -> Result<()> {
+    let term = &terms[number];
+    let key = &name[..name.len() - ends.0.len()];
+    let name_b = format!("{key}{}", ends.1);
+    let b = term.tensors.iter().find(|(other, _)| *other == name_b).map(|(_, tensor)| tensor);
+    let b = b.ok_or_else(|| Error::Mismatch(vec![format!("{}: {name_b} is missing", term.name)]))?;
+    let (rank, out) = (a.dim(0), b.dim(0));
+    let module = found.entry(key.to_owned()).or_insert_with(|| Module {
+        path: path_of(key).to_owned(),
+        key: key.to_owned(),
+        ends,
+        tails: (a.shape()[1..].to_vec(), b.shape()[2..].to_vec()),
+        factors: terms.iter().map(|_| None).collect(),
+    });
+    let same = module.tails.0 == a.shape()[1..] && module.factors.iter().flatten().all(|f| f.b.dim(0) == out);
+    if !same {
+        let (own, others) = (a.shape(), &module.tails.0);
+        let message = format!("{}: {name} is {own:?}, another adapter's {others:?} wide", term.name);
+        return Err(Error::Mismatch(vec![message]));
+    }
+    let inn = a.shape()[1..].iter().product::<usize>();
+    module.factors[number] = Some(Factors {
+        a: a.reshape([rank, inn])?,
+        b: b.reshape([out, rank])?,
+        scale: scales.at(path_of(key), rank),
+    });
+    Ok(())
+}
+
+/// A bias of zero for every product that has none: a file says of all its products whether they have one.
+fn fill_biases(biases: &mut BTreeMap<String, Tensor>, modules: &[Module]) -> Result<()> {
+    for module in modules {
+        let name = format!("{}.lora_B.bias", module.key);
+        let Some(out) = module.factors.iter().flatten().next().map(|f| f.b.dim(0)) else { continue };
+        if module.ends != ENDS[0] {
+            return Err(Error::Site {
+                path: module.path.clone(),
+                message: "a table's product has no bias, and one adapter says that all its products have one (`lora_bias`); merge one after another"
+                    .into(),
+            });
+        }
+        biases.entry(name).or_insert_with(|| Tensor::zeros([out]));
+    }
+    Ok(())
 }
 
 /// The path of a module as patterns see it.

@@ -7,6 +7,7 @@ use engraft_nn::{Error, Result};
 use engraft_tensor::{DType, Tensor};
 use serde_json::Value;
 
+use super::alike::start_off_base;
 use super::assignment::assign;
 use super::config::{hub_name, same_configuration};
 use super::factors::modules;
@@ -27,7 +28,7 @@ fn mean(name: &str, terms: &[(f64, Tensor)]) -> Result<(String, Tensor)> {
     if terms.iter().any(|(_, t)| t.dtype() != DType::F32) {
         return same(name, terms);
     }
-    if terms.len() > 1 && (total == 0.0 || terms.iter().any(|(w, _)| *w < 0.0)) {
+    if total == 0.0 || terms.len() > 1 && terms.iter().any(|(w, _)| *w < 0.0) {
         return Err(Error::Unsupported(format!(
             "{name} is trained as a whole and can only be averaged, which a negative weight or a sum of zero does not allow; \
              give positive weights, or combine adapters without it"
@@ -103,6 +104,10 @@ pub(super) fn average(terms: &[Term]) -> Result<Combined> {
 /// How far the product of mean factors is from the mean of the products; `None` where the factors are not plain.
 fn distance(terms: &[Term], combined: &Combined) -> Result<Option<f64>> {
     let total: f64 = terms.iter().map(|t| t.weight).sum();
+    // Equal starts below the products leave them no changes of the base to compare.
+    if terms.iter().any(|term| start_off_base(&term.config).is_some()) {
+        return Ok(None);
+    }
     let Ok(found) = modules(terms) else { return Ok(None) };
     let mean = Term {
         name: "mean".into(),

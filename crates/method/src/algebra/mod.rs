@@ -19,6 +19,7 @@ mod factors;
 mod hub;
 mod mean;
 mod rules;
+mod tokens;
 
 use std::collections::BTreeMap;
 
@@ -31,7 +32,7 @@ use crate::{Chosen, Named};
 pub use alike::{one_base, same_base};
 pub(crate) use factors::Scales;
 
-use config::lora_config;
+use config::{lora_config, whole_or_product};
 use factors::{Factors, Module, modules};
 pub use hub::{Found, Search, search};
 use mean::{average, means, mera};
@@ -247,6 +248,7 @@ fn combine_checked(terms: &[Term], options: &Options, measured: bool) -> Result<
 
 fn low_rank(first: &Term, terms: &[Term], options: &Options, measured: bool) -> Result<Combined> {
     let found = modules(terms)?;
+    whole_or_product(&found, terms)?;
     let carried = match options.rule {
         Rule::LoraHub => Some(hub::carried(&found, terms)?),
         _ => None,

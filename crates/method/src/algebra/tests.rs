@@ -1,3 +1,4 @@
+use engraft_nn::Targets;
 use engraft_tensor::testing::{close, sample};
 use serde_json::json;
 
@@ -71,6 +72,20 @@ fn a_factor_s_weight_is_shared_and_its_sign_kept() {
     let two = [term(json!({ "rank": 2 }), 1.0), term(json!({ "rank": 3 }), 1.0)];
     let error = combine(&two, &options(Rule::Linear)).err().unwrap().to_string();
     assert!(error.contains("ranks 2 and 3") && error.contains("cat"), "{error}");
+}
+
+#[test]
+fn a_weight_of_zero_leaves_an_adapter_out() {
+    let terms = [term(json!({ "rank": 2 }), 0.0), term(json!({ "rank": 2, "alpha": 3.0 }), 0.5)];
+    let expected = change(&terms[1].config, &terms[1].tensors).scale(0.5).unwrap();
+    for rule in [Rule::Cat, Rule::Svd, Rule::Linear] {
+        let sum = combine(&terms, &options(rule)).unwrap();
+        close(&change(&sum.config, &sum.tensors), &expected, 1e-6);
+    }
+    // What is trained as a whole has no mean of nothing.
+    let error =
+        combine(&[term(json!({ "rank": 2, "bias": "all" }), 0.0)], &options(Rule::Cat)).err().unwrap();
+    assert!(error.to_string().contains("sum of zero"), "{error}");
 }
 
 #[test]
@@ -250,4 +265,155 @@ fn forms_of_training_add_as_plain_products() {
     let activated = [term(json!({ "rank": 2, "alora_invocation_tokens": [3] }), 0.5)];
     let error = combine(&activated, &options(Rule::Cat)).err().unwrap();
     assert!(error.to_string().contains("aLoRA"), "{error}");
+}
+
+/// A file of `peft` whose start was taken off the base, with the change that it stands for.
+fn unconverted(start: &str, settings: Value, weight: f64) -> (Term, Tensor) {
+    let mut file = term(settings, weight);
+    file.config["init_lora_weights"] = json!(start);
+    let change = change(&file.config, &file.tensors);
+    (file, change)
+}
+
+#[test]
+fn a_product_on_a_base_without_its_start_is_made_plain_before_it_is_added() {
+    let plain = || term(json!({ "rank": 2 }), 1.0);
+    let (sites, info) = crate::testing::toy();
+    for (start, settings) in [
+        ("pissa", json!({ "rank": 2 })),
+        ("olora", json!({ "rank": 3, "rslora": true, "rank_pattern": { "v": 1 } })),
+    ] {
+        let (file, expected) = unconverted(start, settings, 0.6);
+        for rule in
+            Rule::ALL.iter().map(|(_, rule)| *rule).filter(|r| !matches!(r, Rule::Average | Rule::Mera))
+        {
+            let error = combine(&[plain(), file.clone()], &options(rule)).err().unwrap().to_string();
+            let says = "`engraft convert weight 0.6 --model base --out DIR`";
+            assert!(error.contains(start) && error.contains(says), "{error}");
+        }
+        // Alike they average: what was taken off is the same.
+        let soup = combine(&[file.clone(), file.clone()], &options(Rule::Average)).unwrap();
+        assert_eq!((&soup.config["init_lora_weights"], soup.error), (&json!(start), None));
+        close(&change(&soup.config, &soup.tensors), &expected, 1e-5);
+        let converted = Term { config: file.config.clone(), ..file.clone() };
+        let mut other = converted.clone();
+        other.config["init_lora_weights"] = json!(true);
+        let error = combine(&[converted, other], &options(Rule::Average)).err().unwrap().to_string();
+        assert!(error.contains("init_lora_weights"), "{error}");
+        // As it is converted it adds.
+        let loaded = crate::load_adapter(&file.config, file.tensors.clone(), &sites, &info).unwrap();
+        let methods = [crate::joined_start(&file.config).unwrap().unwrap()];
+        let (config, tensors) =
+            crate::save_adapter(&loaded.adapter, &methods, &[], "base", &sites, &info).unwrap();
+        let joined = Term { config, tensors, ..file.clone() };
+        close(&change(&joined.config, &joined.tensors), &expected, 1e-5);
+        let sum = combine(&[plain(), joined], &options(Rule::Cat)).unwrap();
+        let plain = plain();
+        let both = change(&plain.config, &plain.tensors).add(&expected.scale(0.6).unwrap()).unwrap();
+        close(&change(&sum.config, &sum.tensors), &both, 1e-5);
+    }
+    assert!(crate::joined_start(&plain().config).unwrap().is_none());
+}
+
+/// What a combined file does, on the toy model.
+fn loaded(sum: &Combined) -> engraft_nn::Adapter {
+    let (sites, info) = crate::testing::toy();
+    crate::load_adapter(&sum.config, sum.tensors.clone(), &sites, &info).unwrap().adapter
+}
+
+fn vector(adapter: &engraft_nn::Adapter, path: &str) -> Tensor {
+    let (sites, _) = crate::testing::toy();
+    let merged = engraft_nn::merged_tensors(&sites, adapter).unwrap();
+    merged.iter().find(|m| m.site.path == path).unwrap().value.clone()
+}
+
+#[test]
+fn what_one_of_the_files_has_beside_its_products_comes_along() {
+    let plain = || term(json!({ "rank": 2 }), 0.5);
+    // A product's bias is zero where an adapter has none.
+    let with_bias = |targets: &[&str], weight| {
+        let methods = [(
+            chosen("lora", json!({ "rank": 2, "lora_bias": true })).0,
+            Some(Targets::names(targets.to_vec())),
+        )];
+        let a = attached(&methods, &[]);
+        stir(&a, 0.3);
+        let (sites, info) = crate::testing::toy();
+        let (config, tensors) =
+            crate::save_adapter(&a.adapter, &methods, &[], "base", &sites, &info).unwrap();
+        (Term { name: "with biases".into(), config, tensors, weight }, a)
+    };
+    let (other, a) = with_bias(&["attn.q", "mlp.down"], 0.4);
+    let expected = vector(&a.adapter, "layers.1.attn.q.bias").sub(&frozen("layers.1.attn.q.bias")).unwrap();
+    for terms in [[plain(), other.clone()], [other, plain()]] {
+        let sum = combine(&terms, &options(Rule::Cat)).unwrap();
+        assert_eq!(sum.config["lora_bias"], json!(true));
+        let zero = sum.tensors.iter().find(|(name, _)| name.ends_with("0.attn.v.lora_B.bias")).unwrap();
+        close(&zero.1, &Tensor::zeros([4]), 0.0);
+        let (sites, info) = crate::testing::toy();
+        assert!(crate::load_adapter(&sum.config, sum.tensors.clone(), &sites, &info).is_ok());
+        let bias = sum.tensors.iter().find(|(name, _)| name.ends_with("1.attn.q.lora_B.bias")).unwrap();
+        close(&bias.1, &expected.scale(0.4).unwrap(), 1e-6);
+    }
+    // The model's biases are those of the adapter that trains them all.
+    let all = term(json!({ "rank": 2, "bias": "all" }), 1.0);
+    let trained = all.tensors.iter().find(|(name, _)| name.ends_with("1.attn.k.bias")).unwrap().1.clone();
+    for terms in [[plain(), all.clone()], [all.clone(), plain()]] {
+        let sum = combine(&terms, &options(Rule::Cat)).unwrap();
+        assert_eq!(sum.config["bias"], json!("all"));
+        close(&vector(&loaded(&sum), "layers.1.attn.k.bias"), &trained, 1e-6);
+    }
+    // Where the targets differ, one names a bias as of a target and another as it is.
+    let methods = [(chosen("lora", json!({ "rank": 2, "bias": "all" })).0, Some(Targets::names(["attn.k"])))];
+    let a = attached(&methods, &[]);
+    let (sites, info) = crate::testing::toy();
+    let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "base", &sites, &info).unwrap();
+    let keys = Term { name: "keys".into(), config, tensors, weight: 1.0 };
+    let sum = combine(&[all.clone(), keys], &options(Rule::Cat)).unwrap();
+    let mean = trained.add(&frozen("layers.1.attn.k.bias")).unwrap().scale(0.5).unwrap();
+    close(&vector(&loaded(&sum), "layers.1.attn.k.bias"), &mean, 1e-6);
+    let refused = |a: Term, b: Term| combine(&[a, b], &options(Rule::Cat)).err().unwrap().to_string();
+    let some = term(json!({ "rank": 2, "bias": "lora_only" }), 1.0);
+    assert!(refused(plain(), some).contains("`bias` is \"none\" in weight 0.5 and \"lora_only\""));
+    let mut ties = plain();
+    ties.config["ensure_weight_tying"] = json!(true);
+    assert!(refused(plain(), ties).contains("`ensure_weight_tying` differs"));
+    let mut whole = plain();
+    whole.config["modules_to_save"] = json!(["layers.0.attn.q"]);
+    whole.tensors.retain(|(name, _)| !name.contains("layers.0.attn.q."));
+    whole.tensors.push(("base_model.model.layers.0.attn.q.weight".into(), frozen("layers.0.attn.q")));
+    assert!(refused(plain(), whole).contains("layers.0.attn.q: it is trained as a whole"));
+}
+
+#[test]
+fn rows_of_tokens_meet_by_their_tokens() {
+    const NAME: &str = "base_model.model.tok.token_adapter.trainable_tokens_delta";
+    let with = |tokens: Value, seed, weight| {
+        let mut found = term(json!({ "rank": 2 }), weight);
+        let ids = tokens.as_array().cloned().unwrap_or_else(|| tokens["tok"].as_array().unwrap().clone());
+        let rows = sample(&[ids.len(), 6], seed);
+        found.config["trainable_token_indices"] = tokens;
+        found.tensors.push((NAME.into(), rows.clone()));
+        (found, rows)
+    };
+    let row = |rows: &Tensor, at: usize| rows.rows_between(at, at + 1).unwrap();
+    for in_table in [false, true] {
+        let of = |ids: Value| if in_table { json!({ "tok": ids }) } else { ids };
+        let (a, rows_a) = with(of(json!([7, 3])), 1, 0.25);
+        let (b, rows_b) = with(of(json!([2, 7])), 2, 0.75);
+        let sum = combine(&[a.clone(), b], &options(Rule::Cat)).unwrap();
+        assert_eq!(sum.config["trainable_token_indices"], of(json!([7, 3, 2])));
+        let both = row(&rows_a, 0).scale(0.25).unwrap().add(&row(&rows_b, 1).scale(0.75).unwrap()).unwrap();
+        let table = vector(&loaded(&sum), "tok");
+        for (token, expected) in [(7, &both), (3, &row(&rows_a, 1)), (2, &row(&rows_b, 0))] {
+            close(&row(&table, token), expected, 1e-6);
+        }
+        // Beside an adapter without any they stay as they are.
+        let sum = combine(&[term(json!({ "rank": 2 }), 1.0), a.clone()], &options(Rule::Cat)).unwrap();
+        assert_eq!(sum.config["trainable_token_indices"], of(json!([7, 3])));
+        close(&row(&vector(&loaded(&sum), "tok"), 3), &row(&rows_a, 1), 1e-6);
+        let (other, _) = with(if in_table { json!([1]) } else { json!({ "tok": [1] }) }, 3, 1.0);
+        let error = combine(&[a, other], &options(Rule::Cat)).err().unwrap().to_string();
+        assert!(error.contains("names tables otherwise"), "{error}");
+    }
 }

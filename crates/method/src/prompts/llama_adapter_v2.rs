@@ -189,6 +189,10 @@ impl WeightPatch for OfWeight {
     fn mergeable(&self) -> bool {
         !self.shifts
     }
+
+    fn lacks_bias(&self) -> bool {
+        self.shifts
+    }
 }
 
 struct OfBias(Affine);

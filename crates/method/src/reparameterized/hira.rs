@@ -26,6 +26,8 @@ struct Hira {
     start: Start,
     /// `peft` 0.21 reads ranks of single modules and gives every module the same one; kept as it was in the file.
     rank_pattern: Value,
+    /// Says nothing in `peft`, which writes it as it was given.
+    fan_in_fan_out: bool,
 }
 
 /// How A and B start.
@@ -75,6 +77,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
         dropout: r.dropout("dropout"),
         start: r.one_of("init", STARTS),
         rank_pattern: json!({}),
+        fan_in_fan_out: false,
     };
     r.finish()?;
     Ok(Box::new(hira))
@@ -87,7 +90,6 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let targets = peft::read_targets(&mut r);
-    r.ignore(&["fan_in_fan_out"]);
     let start = match r.value("init_weights").cloned() {
         None | Some(Value::Bool(true)) => Start::Kaiming,
         Some(Value::Bool(false)) => Start::Random,
@@ -102,13 +104,20 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
         dropout: r.dropout("hira_dropout"),
         start,
         rank_pattern: r.value("rank_pattern").cloned().unwrap_or_else(|| json!({})),
+        fan_in_fan_out: r.flag("fan_in_fan_out", false),
     };
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(hira), targets, train_also }))
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Hira { rank: 3, dropout: 0.0, start: Start::Kaiming, rank_pattern: json!({}) })
+    Box::new(Hira {
+        rank: 3,
+        dropout: 0.0,
+        start: Start::Kaiming,
+        rank_pattern: json!({}),
+        fan_in_fan_out: false,
+    })
 }
 
 impl Method for Hira {
@@ -151,7 +160,7 @@ impl Method for Hira {
             Start::Random => json!(false),
         };
         let own = json!({
-            "fan_in_fan_out": false, "hira_dropout": as_written(self.dropout), "init_weights": start, "layers_pattern": null,
+            "fan_in_fan_out": self.fan_in_fan_out, "hira_dropout": as_written(self.dropout), "init_weights": start, "layers_pattern": null,
             "layers_to_transform": null, "r": self.rank, "rank_pattern": self.rank_pattern,
         });
         own.as_object().cloned().unwrap_or_default()
@@ -273,6 +282,18 @@ mod tests {
         }
         let good = config(&[chosen("hira", json!({}))], &[]);
         assert_eq!((&good["r"], &good["init_weights"]), (&json!(32), &json!(true)));
+        // `peft` writes what it was given, whatever the matrices are.
+        let (sites, info) = toy();
+        let a = attached(&[chosen("hira", json!({}))], &[]);
+        let tensors =
+            crate::save_adapter(&a.adapter, &[chosen("hira", json!({}))], &[], "b", &sites, &info).unwrap().1;
+        for given in [true, false] {
+            let given = with(good.clone(), json!({ "fan_in_fan_out": given }));
+            let loaded = crate::load_adapter(&given, tensors.clone(), &sites, &info).unwrap();
+            let again =
+                crate::save_adapter(&loaded.adapter, &loaded.methods, &[], "b", &sites, &info).unwrap().0;
+            assert_eq!(again["fan_in_fan_out"], given["fan_in_fan_out"]);
+        }
         for bad in [json!({ "r": 0 }), json!({ "init_weights": "pissa" }), json!({ "hira_dropout": 2 })] {
             assert!(from_file(&with(good.clone(), bad.clone())).is_err(), "{bad}");
         }

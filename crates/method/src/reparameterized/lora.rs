@@ -46,6 +46,7 @@ use crate::shared::token_indices::Tokens;
 use crate::{Calibration, Described, Entry, Info, Method, Named, Step, tied};
 use factors::{Dropout, Factors, Inner, Table};
 use file::Found;
+pub use file::joined_start;
 use form::{At, Form};
 use prepare::Search;
 use settings::INFO;

@@ -63,4 +63,8 @@ impl WeightPatch for Shift {
     fn mergeable(&self) -> bool {
         false
     }
+
+    fn lacks_bias(&self) -> bool {
+        !matches!(self.form, At::Alora(_))
+    }
 }

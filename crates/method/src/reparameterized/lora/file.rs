@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use engraft_nn::{Error, Result, Site};
+use engraft_nn::{Error, Result, Site, Targets};
 use engraft_tensor::Tensor;
 use engraft_tensor::ops::cat;
 use serde_json::{Map, Value, json};
@@ -18,7 +18,7 @@ use crate::hybrid::{Alone, alone};
 use crate::read::{Pattern, Reader, as_written, number};
 use crate::shared::biases::Biases;
 use crate::shared::token_indices::Tokens;
-use crate::{Described, Loaded, Named, peft};
+use crate::{Chosen, Described, Loaded, Method, Named, peft};
 
 /// Keys of variants that are not here.
 const OFF: &[&str] = &["megatron_config"];
@@ -44,6 +44,25 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
         return alone(config, &INFO, Alone::Lora);
     };
+    let (lora, targets, train_also) = read(map)?;
+    Ok(Some(Loaded { method: Box::new(lora), targets, train_also }))
+}
+
+/// The LoRA of `config` where its file fits only a base without the start, as a method that saves what it is loaded with as a
+/// plain LoRA of twice the rank, which is what `peft` converts such files to. `None` where the file is plain, or none of a LoRA.
+///
+/// # Errors
+/// A configuration that cannot be read.
+pub fn joined_start(config: &Value) -> Result<Option<Chosen>> {
+    let Some(map) = config.as_object().filter(|_| peft::is_type(config, INFO.peft_type)) else {
+        return Ok(None);
+    };
+    let (lora, targets, _) = read(map)?;
+    let taken_off = lora.start.is_taken_off();
+    Ok(taken_off.then(|| (Box::new(Lora { from_file: false, ..lora }) as Box<dyn Method>, targets)))
+}
+
+fn read(map: &Map<String, Value>) -> Result<(Lora, Option<Targets>, Vec<String>)> {
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let targets = peft::read_targets(&mut r);
@@ -76,7 +95,7 @@ pub(super) fn from_file(config: &Value) -> Result<Option<Loaded>> {
     lora.dropout.elements = r.dropout("lora_dropout");
     check(&lora, &mut r);
     r.finish()?;
-    Ok(Some(Loaded { method: Box::new(lora), targets, train_also }))
+    Ok((lora, targets, train_also))
 }
 
 /// Variants that adapt what no model here has, or what this file does not hold.
@@ -216,6 +235,7 @@ impl Lora {
             return Ok(tensors);
         }
         let find = |named: &Named, name: &str| named.iter().find(|(n, _)| n == name).map(|(_, t)| t.clone());
+        let taken_off = self.start.is_taken_off();
         let mut file = Named::new();
         for (name, value) in &tensors {
             let value = match (name.strip_suffix(".lora_A.weight"), name.strip_suffix(".lora_B.weight")) {
@@ -234,6 +254,13 @@ impl Lora {
                     None => value.clone(),
                 },
                 _ if self.mixer != Mixer::None && name.ends_with(".lora_mixer") => continue,
+                // A table's start is not taken off: ranks of zero, for the file says one rank of all.
+                _ if taken_off && name.ends_with(".lora_embedding_A") => {
+                    cat(&[value, &Tensor::zeros(value.shape())], 0)?
+                }
+                _ if taken_off && name.ends_with(".lora_embedding_B") => {
+                    cat(&[value, &Tensor::zeros(value.shape())], 1)?
+                }
                 _ => value.clone(),
             };
             file.push((name.clone(), value));
