@@ -140,7 +140,7 @@ fn lock() -> std::sync::MutexGuard<'static, Free> {
 }
 
 /// The capacity that serves `len` elements: the next of eight steps within an octave.
-fn class_of(len: usize) -> usize {
+pub(crate) fn class_of(len: usize) -> usize {
     let len = len.max(64);
     let step = (len.next_power_of_two() / 16).max(1);
     len.div_ceil(step) * step

@@ -14,6 +14,7 @@ use cudarc::driver::{result, sys};
 use super::compile::{self, Source};
 use super::gemm::Gemm;
 use super::profile::Profile;
+use crate::memory::class_of;
 
 /// A CUDA device, in use by the whole process.
 pub(crate) struct Cuda {
@@ -52,11 +53,8 @@ struct Memory {
     free: Mutex<HashMap<usize, Vec<u64>>>,
 }
 
-/// The next of eight sizes within an octave, so that ragged batches find memory of a similar size.
-fn class_of(bytes: usize) -> usize {
-    let bytes = bytes.max(512);
-    bytes.next_multiple_of(bytes.next_power_of_two() / 16)
-}
+/// Bytes that the smallest memory has.
+const LEAST_BYTES: usize = 512;
 
 /// Sizes of up to eight dimensions, as `struct Dims` of the kernels.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -268,7 +266,7 @@ impl Cuda {
 
     /// `bytes` of arbitrary contents.
     pub(crate) fn take(&self, bytes: usize) -> DeviceMemory {
-        let bytes = class_of(bytes);
+        let bytes = class_of(bytes.max(LEAST_BYTES));
         if self.has_failed() {
             return DeviceMemory { at: 0, bytes };
         }

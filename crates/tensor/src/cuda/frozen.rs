@@ -108,14 +108,7 @@ impl Matrix {
             Form::Dense(memory) if self.precision == Precision::F32 => {
                 card.copy(memory.arg().address(), y.arg().address(), 4 * n);
             }
-            Form::Dense(memory) => {
-                card.launch_over(
-                    Source::Frozen,
-                    "from_bf16_of",
-                    n,
-                    &[memory.arg(), y.arg(), Arg::I64(n as i64)],
-                );
-            }
+            Form::Dense(memory) => card.widen(memory.arg(), y.arg(), n),
         }
         if self.precision == Precision::Bf16 && matches!(self.form, Form::FourBit(_)) {
             // What is multiplied by is rounded.
@@ -157,7 +150,7 @@ fn rounded(card: &Cuda, x: &Buffer) -> Buffer {
     let n = x.len();
     let short = card.to_bf16(x.arg(), n);
     let y = Buffer::f32(n);
-    card.launch_over(Source::Frozen, "from_bf16_of", n, &[short.arg(), y.arg(), Arg::I64(n as i64)]);
+    card.widen(short.arg(), y.arg(), n);
     y
 }
 
@@ -172,6 +165,11 @@ impl Cuda {
             self.launch_over(Source::Frozen, "to_bf16_unaligned", n, &args);
         }
         y
+    }
+
+    /// `n` numbers of bf16 in f32.
+    fn widen(&self, x: Arg, y: Arg, n: usize) {
+        self.launch_over(Source::Frozen, "from_bf16_of", n, &[x, y, Arg::I64(n as i64)]);
     }
 
     /// A product of two tensors, none of them empty.
@@ -251,11 +249,8 @@ impl Cuda {
         let short = x.bf16(self);
         if !self.multiply(Kind::Bf16, p, places(short, weights)) {
             let (left, right) = (self.take(4 * x.len()), self.take(4 * n));
-            let widen = |from: Arg, to: &DeviceMemory, n: usize| {
-                self.launch_over(Source::Frozen, "from_bf16_of", n, &[from, to.arg(), Arg::I64(n as i64)]);
-            };
-            widen(short, &left, x.len());
-            widen(weights, &right, n);
+            self.widen(short, left.arg(), x.len());
+            self.widen(weights, right.arg(), n);
             let _ = self.multiply(Kind::F32, p, places(left.arg(), right.arg()));
         }
     }
