@@ -3,7 +3,12 @@
 //! A block of rows by two vectors of columns is held in registers while the inner dimension runs. Nothing is packed or
 //! allocated, so a product of 12 × 12 × 32 costs its arithmetic; `a` may be read transposed, `b` and `c` by rows.
 
+use crate::cpu::gemm::lanes::{Lanes, Portable};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::gemm::x86::{Avx2, Avx512};
 use crate::cpu::simd::fma;
+
+static ONE: f32 = 1.0;
 
 /// The left matrix: element (i, p) at `i·row + p·col`.
 #[derive(Clone, Copy)]
@@ -35,27 +40,33 @@ pub(crate) struct Out {
 /// The matrices lie where their pointers and strides say, and c overlaps neither a nor b.
 #[inline(always)]
 pub(crate) unsafe fn product<const LANES: usize>(m: usize, n: usize, k: usize, a: Left, b: Right, c: Out) {
-    // SAFETY: the caller's; every part stays inside m, n and k.
+    // SAFETY: the caller's; `LANES` is the level's that runs this, and every part stays inside m, n and k.
     unsafe {
-        let mut done = match LANES {
-            16 => columns::<LANES, 32>(0, m, n, k, a, b, c),
-            8 => columns::<LANES, 16>(0, m, n, k, a, b, c),
-            _ => 0,
+        let done = match LANES {
+            #[cfg(target_arch = "x86_64")]
+            16 => {
+                let done = columns::<Avx512, 8, 2>(0, m, n, k, a, b, c);
+                let done = columns::<Avx512, 8, 1>(done, m, n, k, a, b, c);
+                columns::<Avx2, 6, 1>(done, m, n, k, a, b, c)
+            }
+            #[cfg(target_arch = "x86_64")]
+            8 => {
+                let done = columns::<Avx2, 6, 2>(0, m, n, k, a, b, c);
+                columns::<Avx2, 6, 1>(done, m, n, k, a, b, c)
+            }
+            _ => columns::<Portable<8>, 6, 1>(0, m, n, k, a, b, c),
         };
-        if LANES == 16 {
-            done = columns::<LANES, 16>(done, m, n, k, a, b, c);
-        }
-        done = columns::<LANES, 8>(done, m, n, k, a, b, c);
-        columns::<LANES, 1>(done, m, n, k, a, b, c);
+        single_columns::<LANES>(done, m, n, k, a, b, c);
     }
 }
 
-/// All rows of the columns from `from` on that come in whole groups of `COLS`; returns the first column left.
+/// All rows of the columns from `from` on that come in whole groups of `NV` vectors, `MR` rows at once where there are as
+/// many; returns the first column left.
 ///
 /// # Safety
-/// As [`product`].
+/// As [`product`]; the processor has the lanes' instructions.
 #[inline(always)]
-unsafe fn columns<const LANES: usize, const COLS: usize>(
+unsafe fn columns<L: Lanes, const MR: usize, const NV: usize>(
     from: usize,
     m: usize,
     n: usize,
@@ -65,60 +76,87 @@ unsafe fn columns<const LANES: usize, const COLS: usize>(
     c: Out,
 ) -> usize {
     let mut j = from;
-    while j + COLS <= n {
+    while j + NV * L::WIDTH <= n {
         let mut i = 0;
-        // SAFETY: i + rows <= m and j + COLS <= n, inside the caller's matrices.
+        // SAFETY: i + rows <= m and j + NV·WIDTH <= n, inside the caller's matrices.
         unsafe {
             let b = Right { data: b.data.add(j), ..b };
             let rows_from = |i: usize| {
                 (Left { data: a.data.add(i * a.row), ..a }, Out { data: c.data.add(i * c.stride + j), ..c })
             };
-            while i + 6 <= m {
+            while i + MR <= m {
                 let (a, c) = rows_from(i);
-                block::<LANES, 6, COLS>(k, a, b, c);
-                i += 6;
+                block::<L, MR, NV>(k, a, b, c);
+                i += MR;
             }
             while i + 2 <= m {
                 let (a, c) = rows_from(i);
-                block::<LANES, 2, COLS>(k, a, b, c);
+                block::<L, 2, NV>(k, a, b, c);
                 i += 2;
             }
             if i < m {
                 let (a, c) = rows_from(i);
-                block::<LANES, 1, COLS>(k, a, b, c);
+                block::<L, 1, NV>(k, a, b, c);
             }
         }
-        j += COLS;
+        j += NV * L::WIDTH;
     }
     j
 }
 
+/// `MR` rows of `NV` vectors of columns. Each sum runs through k in order in one lane, so its bits do not depend on the lanes'
+/// number. The vectors are named: arrays of as many numbers the compiler leaves in memory and adds up one by one.
+///
 /// # Safety
-/// As [`product`], for m = ROWS and n = COLS.
+/// As [`columns`], for m = MR and n = NV·WIDTH.
 #[inline(always)]
-unsafe fn block<const LANES: usize, const ROWS: usize, const COLS: usize>(
+unsafe fn block<L: Lanes, const MR: usize, const NV: usize>(k: usize, a: Left, b: Right, c: Out) {
+    // SAFETY: p < k, i < MR; the rows and columns are the caller's, and c overlaps nothing that is read.
+    unsafe {
+        let mut sums = [[L::zero(); NV]; MR];
+        for p in 0..k {
+            let row = b.data.add(p * b.stride).cast::<u32>();
+            let row: [L::V; NV] = std::array::from_fn(|v| L::load(row.add(v * L::WIDTH)));
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let x = L::splat(a.data.add(i * a.row + p * a.col).cast());
+                for (sum, &row) in sums.iter_mut().zip(&row) {
+                    *sum = L::fma(*sum, x, row);
+                }
+            }
+        }
+        let one = L::splat((&raw const ONE).cast());
+        for (i, sums) in sums.iter().enumerate() {
+            for (v, &sum) in sums.iter().enumerate() {
+                let c_at = c.data.add(i * c.stride + v * L::WIDTH).cast::<u32>();
+                L::store(c_at, if c.add { L::fma(L::load(c_at), sum, one) } else { sum });
+            }
+        }
+    }
+}
+
+/// The columns from `from` on, one by one.
+///
+/// # Safety
+/// As [`product`].
+#[inline(always)]
+unsafe fn single_columns<const LANES: usize>(
+    from: usize,
+    m: usize,
+    n: usize,
     k: usize,
     a: Left,
     b: Right,
     c: Out,
 ) {
-    let mut sums = [[0.0f32; COLS]; ROWS];
-    for p in 0..k {
-        // SAFETY: p < k, the rows and columns are the caller's.
-        let row = unsafe { &*b.data.add(p * b.stride).cast::<[f32; COLS]>() };
-        for (i, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: as above.
-            let x = unsafe { *a.data.add(i * a.row + p * a.col) };
-            for j in 0..COLS {
-                sums[j] = fma::<LANES>(x, row[j], sums[j]);
+    for j in from..n {
+        for i in 0..m {
+            // SAFETY: i < m, j < n and p < k, inside the caller's matrices.
+            unsafe {
+                let x = |p: usize| *a.data.add(i * a.row + p * a.col);
+                let sum = (0..k).fold(0.0, |sum, p| fma::<LANES>(x(p), *b.data.add(p * b.stride + j), sum));
+                let c_at = &mut *c.data.add(i * c.stride + j);
+                *c_at = if c.add { *c_at + sum } else { sum };
             }
-        }
-    }
-    for (i, sums) in sums.iter().enumerate() {
-        // SAFETY: i < ROWS, and c overlaps nothing that is read.
-        let row = unsafe { &mut *c.data.add(i * c.stride).cast::<[f32; COLS]>() };
-        for j in 0..COLS {
-            row[j] = if c.add { row[j] + sums[j] } else { sums[j] };
         }
     }
 }

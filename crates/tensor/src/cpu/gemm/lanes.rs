@@ -4,12 +4,13 @@
 //! bf16 is the upper half of an f32, hence widening the odd one is a mask and the even one a shift.
 
 use super::tile::{Kernel, Widened};
+use crate::cpu::simd::fma;
 
 /// A vector register of f32 lanes.
 ///
 /// # Safety of its functions
 /// The processor has the instructions of the implementing type, and pointers are good for `WIDTH` words (`splat`: one).
-pub(super) trait Lanes: 'static {
+pub(in crate::cpu) trait Lanes: 'static {
     /// The register.
     type V: Copy;
     /// The kernel that multiplies bf16 weights on these lanes.
@@ -45,7 +46,7 @@ pub(super) trait DotLanes: Lanes {
 }
 
 /// Lanes as an array, which the compiler maps to whatever the target has.
-pub(super) struct Portable<const W: usize>;
+pub(in crate::cpu) struct Portable<const W: usize>;
 
 impl<const W: usize> Lanes for Portable<W> {
     type V = [f32; W];
@@ -71,10 +72,9 @@ impl<const W: usize> Lanes for Portable<W> {
         // SAFETY: `from` is good for one word.
         [f32::from_bits(unsafe { *from }); W]
     }
-    // Multiply, then add: `f32::mul_add` without a hardware instruction is a slow library call.
     #[inline(always)]
     unsafe fn fma(acc: Self::V, a: Self::V, b: Self::V) -> Self::V {
-        std::array::from_fn(|i| acc[i] + a[i] * b[i])
+        std::array::from_fn(|i| fma::<4>(a[i], b[i], acc[i]))
     }
     #[inline(always)]
     unsafe fn widen_even(from: *const u32) -> Self::V {

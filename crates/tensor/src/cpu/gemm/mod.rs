@@ -14,7 +14,7 @@
 mod amx;
 mod few;
 mod isa;
-mod lanes;
+pub(super) mod lanes;
 mod pack;
 mod peak;
 mod product;
@@ -23,7 +23,7 @@ mod stream;
 mod tests;
 mod tile;
 #[cfg(target_arch = "x86_64")]
-mod x86;
+pub(super) mod x86;
 
 use std::ops::Range;
 

@@ -20,7 +20,7 @@ pub(super) const RUN_WORDS: usize = 256;
 pub(super) const MR: usize = 6;
 
 /// How one step of k is multiplied, for one precision on one kind of lanes.
-pub(super) trait Kernel {
+pub(in crate::cpu) trait Kernel {
     /// The lanes.
     type L: Lanes;
     /// How many k a step takes: two when the weights are bf16 pairs.
@@ -68,7 +68,7 @@ impl<L: Lanes> Kernel for Plain<L> {
 }
 
 /// bf16 weights, widened to f32 in registers; the left side is f32 that was rounded to bf16.
-pub(super) struct Widened<L>(PhantomData<L>);
+pub(in crate::cpu) struct Widened<L>(PhantomData<L>);
 
 impl<L: Lanes> Kernel for Widened<L> {
     type L = L;

@@ -10,7 +10,7 @@ use super::lanes::{DotLanes, Lanes};
 use super::tile::{Dot, Widened};
 
 /// Eight lanes: AVX2 with FMA.
-pub(super) struct Avx2;
+pub(in crate::cpu) struct Avx2;
 
 // SAFETY: the processor has AVX2 and FMA, and pointers are good for 8 words (see `Lanes`).
 impl Lanes for Avx2 {
@@ -62,7 +62,7 @@ impl Lanes for Avx2 {
 }
 
 /// Sixteen lanes: AVX-512 without the bf16 dot product.
-pub(super) struct Avx512;
+pub(in crate::cpu) struct Avx512;
 
 // SAFETY: the processor has AVX-512F, and pointers are good for 16 words (see `Lanes`).
 impl Lanes for Avx512 {
