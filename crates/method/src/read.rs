@@ -66,6 +66,11 @@ impl<'a> Reader<'a> {
         self.read(key, "a number", Value::as_f64).unwrap_or(default)
     }
 
+    /// A width over that of a bottleneck: at least 0.01, since a bottleneck of a hundred times the width is a mistake.
+    pub fn reduction(&mut self, key: &'static str, default: f64) -> f64 {
+        self.read(key, "a number of at least 0.01", reduction).unwrap_or(default)
+    }
+
     /// A share above zero, one at most; absent is `default`.
     pub fn share(&mut self, key: &'static str, default: f64) -> f64 {
         let share = |v: &Value| v.as_f64().filter(|p| *p > 0.0 && *p <= 1.0);
@@ -295,4 +300,8 @@ impl Pattern {
     pub fn table(patterns: &[Pattern]) -> Value {
         Value::Object(patterns.iter().map(|p| (p.text.clone(), number(p.number))).collect())
     }
+}
+/// A number that [`Reader::reduction`] takes.
+pub(crate) fn reduction(value: &Value) -> Option<f64> {
+    value.as_f64().filter(|reduction| *reduction >= 0.01)
 }

@@ -86,7 +86,8 @@ pub fn read_adapter_config(dir: &Path, limits: &Limits) -> Result<(AdapterForm, 
     }
     let path = dir.join(CONFIG);
     if !path.exists() {
-        let text = format!("expected an adapter directory with {CONFIG} and {WEIGHTS}");
+        let text =
+            format!("expected an adapter directory with {CONFIG} and {WEIGHTS}{}", adapters_below(dir));
         return Err(Error::missing(&path, text));
     }
     paths::allowed_link(dir, &path)?;
@@ -113,6 +114,18 @@ pub fn read_adapter_config(dir: &Path, limits: &Limits) -> Result<(AdapterForm, 
         }
     };
     Ok((form, config))
+}
+
+/// Words on the adapters one level below: `peft` saves an adapter that has a name of its own in a folder of that name.
+fn adapters_below(dir: &Path) -> String {
+    let below = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut found: Vec<PathBuf> = below.filter(|path| path.join(CONFIG).is_file()).collect();
+    found.sort();
+    match found.first() {
+        Some(one) if found.len() == 1 => format!("; there is one in {}", one.display()),
+        Some(one) => format!("; there are {} below it, the first in {}", found.len(), one.display()),
+        None => String::new(),
+    }
 }
 
 fn weights_path(dir: &Path, names: &[&str], pickles: &[&str]) -> Result<PathBuf> {
@@ -230,6 +243,17 @@ mod tests {
         let tight = Limits { adapter_file: 10, ..Limits::default() };
         let e = read_adapter(dir.path(), &tight).unwrap_err().to_string();
         assert!(e.contains("adapter_file = 10"), "{e}");
+    }
+
+    #[test]
+    fn adapters_below_are_pointed_at() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, said) in [("b", "there is one in"), ("a", "there are 2 below it, the first in")] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            std::fs::write(dir.path().join(name).join(CONFIG), "{}").unwrap();
+            let said = format!("{said} {}", dir.path().join(name).display());
+            assert!(message(dir.path()).contains(&said), "{}", message(dir.path()));
+        }
     }
 
     #[test]

@@ -70,10 +70,7 @@ pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example
 fn read(r: &mut Reader<'_>) -> AdaMix {
     let activation =
         if r.value("activation").is_some() { r.one_of("activation", ACTIVATIONS) } else { Activation::GELU };
-    let reduction = r.float("reduction", 16.0);
-    if reduction <= 0.0 {
-        r.problem(format!("`reduction`: expected a number above 0, found {reduction}"));
-    }
+    let reduction = r.reduction("reduction", 16.0);
     AdaMix {
         experts: r.count("experts", 4, EXPERTS_MAX),
         share_down: r.flag("share_down", false),

@@ -132,7 +132,7 @@ pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let mut r = Reader::settings(settings, INFO.fields);
     let mut method = Bottleneck::of(r.one_of("form", FORMS));
-    method.reduction = r.float("reduction", method.reduction);
+    method.reduction = r.reduction("reduction", method.reduction);
     if r.value("activation").is_some() {
         method.activation = r.one_of("activation", ACTIVATIONS);
     }

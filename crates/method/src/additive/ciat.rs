@@ -58,10 +58,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 }
 
 fn read(r: &mut Reader<'_>) -> Ciat {
-    let reduction = r.float("reduction", 2.0);
-    if reduction <= 0.0 {
-        r.problem(format!("`reduction`: expected a number above 0, found {reduction}"));
-    }
+    let reduction = r.reduction("reduction", 2.0);
     Ciat { reduction, dropout: r.dropout("dropout"), zero_init: r.flag("zero_init", false) }
 }
 

@@ -64,7 +64,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
         ..Phm::default()
     };
     let mut method = of(after_attention, phm);
-    method.reduction = r.float("reduction", 32.0);
+    method.reduction = r.reduction("reduction", 32.0);
     method.activation = r.one_of("activation", ACTIVATIONS);
     method.dropout = r.dropout("dropout");
     method.read_drop(&mut r);

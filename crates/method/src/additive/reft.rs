@@ -2,7 +2,8 @@
 //!
 //! LoReFT: h′ = h + Pᵀ·(W·h + b − P·h), P [r, width] with orthonormal rows; NoReFT: the same with a free P; DiReFT: h′ = h +
 //! Pᵀ·(W·h + b). The first `prefix` and the last `suffix` positions of each sequence have interventions of their own (where
-//! both meet the last ones hold), or one for both with `tied`. While a text is generated, what is written is left as it is.
+//! both meet the last ones hold), or one for both with `tied`. Positions are those of what is read: while a text is generated, what
+//! is written is left as it is, and an answer that is trained on likewise; a text without a prompt is read as a whole.
 //!
 //! P's rows are the first r columns of base·H₁…H_r, Householder reflections under a fixed orthogonal base, as PyTorch's
 //! parametrisation has it, so that any step keeps them orthonormal. W starts Kaiming-uniform.
@@ -344,8 +345,10 @@ impl BlockPatch for Intervention {
             return Ok(h);
         }
         let (mut firsts, mut lasts) = (Vec::new(), Vec::new());
-        for (s, &before) in cx.layout().sequences().iter().zip(cx.layout().virtual_counts()) {
-            let real = s.start + before..s.end;
+        let rows = cx.layout().sequences().iter().zip(cx.layout().virtual_counts());
+        for (given, (s, &before)) in cx.given().into_iter().zip(rows) {
+            // An answer is not there yet when its prompt is read. A text that is asked for from its first token on has no prompt.
+            let real = if given.len() > 1 { given } else { s.start + before..s.end };
             let last = real.end.saturating_sub(self.config.suffix).max(real.start);
             let first = (real.start + self.config.prefix).min(last);
             firsts.extend((real.start..first).map(|row| row as i64));

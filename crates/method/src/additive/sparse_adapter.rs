@@ -91,7 +91,7 @@ static INFO: Info = Info {
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn read(r: &mut Reader<'_>) -> Result<SparseAdapter> {
-    let (form, reduction) = (r.one_of("form", FORMS), r.float("reduction", 16.0));
+    let (form, reduction) = (r.one_of("form", FORMS), r.reduction("reduction", 16.0));
     let (widen, sparsity) = (r.count("widen", 1, 1024), r.float("sparsity", 0.8));
     if !(0.0..1.0).contains(&sparsity) {
         r.problem(format!("`sparsity`: expected a number of at least 0 and less than 1, found {sparsity}"));

@@ -52,6 +52,16 @@ fn cat_is_the_exact_sum_whatever_ranks_and_scales() {
 }
 
 #[test]
+fn a_task_that_one_adapter_alone_says_is_the_sum_s() {
+    let (mut silent, telling) = (term(json!({ "rank": 1 }), 1.0), term(json!({ "rank": 1 }), 1.0));
+    let task = telling.config["task_type"].clone();
+    assert!(task.is_string());
+    silent.config["task_type"] = Value::Null;
+    let sum = combine(&[silent, telling], &options(Rule::Cat)).unwrap();
+    assert_eq!(sum.config["task_type"], task);
+}
+
+#[test]
 fn what_is_cut_without_a_rank_is_cut_to_the_largest_of_all_everywhere() {
     let terms =
         [term(json!({ "rank": 2 }), 0.7), term(json!({ "rank": 4, "rank_pattern": { "q": 1 } }), -0.4)];

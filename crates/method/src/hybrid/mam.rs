@@ -53,7 +53,7 @@ fn mam(prefix: Prefix, reduction: f64, scaling: f64) -> Result<Box<dyn Method>> 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let mut r = Reader::settings(settings, INFO.fields);
     let prefix = Prefix::new(r.count("tokens", 30, TOKENS_MAX), r.whole("projection", 800, INNER_MAX), false);
-    let (reduction, scaling) = (r.float("reduction", 2.0), r.float("scaling", 4.0));
+    let (reduction, scaling) = (r.reduction("reduction", 2.0), r.float("scaling", 4.0));
     r.finish()?;
     mam(prefix, reduction, scaling)
 }

@@ -108,7 +108,7 @@ fn read(r: &mut Reader<'_>) -> Propetl {
     Propetl {
         form,
         keep: r.share("keep", keep),
-        reduction: r.float("reduction", 12.0),
+        reduction: r.reduction("reduction", 12.0),
         rank: r.count("rank", 32, RANK_MAX),
         alpha: r.float("alpha", 48.0),
         tokens: r.count("tokens", 64, TOKENS_MAX),

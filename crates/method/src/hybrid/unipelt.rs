@@ -52,7 +52,7 @@ pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let mut r = Reader::settings(settings, INFO.fields);
     let prefix = Prefix::new(r.count("tokens", 10, TOKENS_MAX), r.whole("projection", 512, INNER_MAX), true);
-    let adapters = Adapters::from_settings(json!({ "reduction": r.float("reduction", 16.0) }), true)?;
+    let adapters = Adapters::from_settings(json!({ "reduction": r.reduction("reduction", 16.0) }), true)?;
     let lora = Lora::new(r.count("rank", 8, 1024), true);
     r.finish()?;
     Ok(Box::new(Union::new(&INFO, Some(prefix), Some(adapters), Some(lora))))

@@ -206,8 +206,9 @@ fn differences((name, base): (&str, &Engine), (tuned_name, tuned): (&str, &Engin
         let Some(other) = tuned.model.sites().iter().find(|s| s.path == site.path) else {
             return Err(unlike(site, "the tuned model does not have it"));
         };
-        // A tied head is the table's own tensor; what a file holds as one matrix is several with rows of their own.
-        let place = (site.tensor.clone(), site.rows.clone());
+        // A tied head is the table's own tensor, unless the tuned model has one of its own; what a file holds as one matrix is
+        // several with rows of their own.
+        let place = (site.tensor.clone(), other.tensor.clone(), site.rows.clone());
         if site.tensor.is_some() && seen.contains(&place) {
             continue;
         }

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::phm::Phm;
 use super::settings::{Bottleneck, Form, Residual, Scaling, Start};
-use crate::read::{Reader, as_written, number};
+use crate::read::{Reader, as_written, number, reduction};
 use crate::shared::activations::ACTIVATIONS;
 use crate::{Described, Info, Loaded, peft};
 
@@ -69,7 +69,7 @@ fn saved(config: &Value, info: &Info, has_phm: bool) -> Result<Option<Bottleneck
 pub(crate) fn read(r: &mut Reader<'_>, name: &str, has_phm: bool) -> Bottleneck {
     let invertible = match r.value("inv_adapter").cloned() {
         None => None,
-        Some(kind) if kind == "nice" => Some(r.float("inv_adapter_reduction_factor", 2.0)),
+        Some(kind) if kind == "nice" => Some(r.reduction("inv_adapter_reduction_factor", 2.0)),
         Some(kind) => {
             r.problem(format!(
                 "`inv_adapter`: expected nice, found {kind}; glow fails in the library that writes such files"
@@ -77,9 +77,6 @@ pub(crate) fn read(r: &mut Reader<'_>, name: &str, has_phm: bool) -> Bottleneck 
             None
         }
     };
-    if invertible.is_some_and(|reduction| reduction <= 0.0) {
-        r.problem("`inv_adapter_reduction_factor`: expected a number above 0");
-    }
     if r.flag("phm_layer", has_phm) != has_phm {
         r.problem("`phm_layer` does not agree with the file's `peft_type`");
     }
@@ -123,7 +120,6 @@ pub(crate) fn read(r: &mut Reader<'_>, name: &str, has_phm: bool) -> Bottleneck 
 
 /// A number, or numbers by layer with a `default`.
 fn read_reduction(r: &mut Reader<'_>) -> (f64, Vec<(usize, f64)>) {
-    let positive = |v: &Value| v.as_f64().filter(|f| *f > 0.0);
     let (mut all, mut by_layer) = (16.0, Vec::new());
     let Some(value) = r.value("reduction_factor").cloned() else { return (all, by_layer) };
     let table = match &value {
@@ -131,11 +127,11 @@ fn read_reduction(r: &mut Reader<'_>) -> (f64, Vec<(usize, f64)>) {
         single => Map::from_iter([("default".to_string(), single.clone())]),
     };
     for (key, value) in &table {
-        match (key.as_str(), key.parse(), positive(value)) {
+        match (key.as_str(), key.parse(), reduction(value)) {
             ("default", _, Some(reduction)) => all = reduction,
             (_, Ok(layer), Some(reduction)) => by_layer.push((layer, reduction)),
             _ => r.problem(format!(
-                "`reduction_factor`: expected a number above 0 by layer or `default`, found `{key}`: {value}"
+                "`reduction_factor`: expected a number of at least 0.01 by layer or `default`, found `{key}`: {value}"
             )),
         }
     }
