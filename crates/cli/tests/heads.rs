@@ -39,6 +39,17 @@ fn apart(found: &Path, expected: &Path) -> f32 {
         / largest
 }
 
+/// The largest difference of the logits that the program wrote, over the largest one.
+fn difference(found: &Path, expected: &Path) -> f32 {
+    let values = |path: &Path| {
+        Weights::open_file(path, &Limits::default()).unwrap().get("logits").unwrap().to_f32().unwrap()
+    };
+    let (a, b) = (values(found), values(expected));
+    assert_eq!(a.len(), b.len());
+    let largest = b.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    a.iter().zip(&b).fold(0.0f32, |m, (a, b)| m.max((a - b).abs())) / largest
+}
+
 #[test]
 fn heads_of_another_size_are_those_of_the_reference() {
     let dir = tempfile::tempdir().unwrap();
@@ -101,4 +112,47 @@ fn heads_of_another_size_are_those_of_the_reference() {
         assert!(difference < 5e-4, "{name} extracted: {difference:e}");
     }
     assert!(count >= 6, "{count}");
+}
+
+#[test]
+fn a_head_that_the_tuned_model_has_untied_is_extracted() {
+    let dir = tempfile::tempdir().unwrap();
+    for (model, case) in [("llama_tied", "lora_tokens_head"), ("qwen2", "lora_tokens_apart")] {
+        let (base, adapter) =
+            (golden("models").join(model), golden("cases").join(format!("{model}__{case}")).join("adapter"));
+        let at = |name: &str| dir.path().join(format!("{model} {name}"));
+        let (merged, extracted) = (at("merged"), at("extracted"));
+        succeeds(&[
+            &"merge",
+            &"--model",
+            &base,
+            &"--adapter",
+            &adapter,
+            &"--out",
+            &merged,
+            &"--dtype",
+            &"f32",
+        ]);
+        succeeds(&[
+            &"extract", &"--model", &base, &"--tuned", &merged, &"--rank", &"64", &"--out", &extracted,
+        ]);
+        let (before, wanted, found) = (at("base logits"), at("merged logits"), at("extracted logits"));
+        let inputs = golden("inputs").join(model).join("inputs.safetensors");
+        succeeds(&[&"logits", &"--model", &base, &"--inputs", &inputs, &"--out", &before]);
+        succeeds(&[&"logits", &"--model", &merged, &"--inputs", &inputs, &"--out", &wanted]);
+        succeeds(&[
+            &"logits",
+            &"--model",
+            &base,
+            &"--adapter",
+            &extracted,
+            &"--inputs",
+            &inputs,
+            &"--out",
+            &found,
+        ]);
+        assert!(difference(&before, &wanted) > 0.1, "{model}");
+        let left = difference(&found, &wanted);
+        assert!(left < 1e-4, "{model}: {left:e}");
+    }
 }

@@ -37,7 +37,10 @@ pub struct AttachedAdapter {
 
 /// The tensors of an adapter's file by name.
 pub fn adapter_tensors(files: &AdapterFiles) -> Result<Named> {
-    let tensor = |(name, raw): (&str, &RawTensor)| Ok((name.to_owned(), crate::tensors::tensor(raw)?));
+    let tensor = |(name, raw): (&str, &RawTensor)| match crate::tensors::tensor(raw) {
+        Ok(tensor) => Ok((name.to_owned(), tensor)),
+        Err(error) => Err(Error::Setup(format!("{name}: {error}"))),
+    };
     files.weights.iter().map(tensor).collect()
 }
 

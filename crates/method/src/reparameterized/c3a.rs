@@ -4,7 +4,8 @@
 //! the blocks of x turns the product into one of (out/b)×(in/b) matrices for each frequency, so ΔW is not formed where blocks
 //! are long. The vectors start as Xavier-uniform noise, which changes the model, or otherwise, as `init` says.
 //!
-//! Chen et al. 2024, arXiv:2407.19342. As `peft` has it, the division by `in` included.
+//! Chen et al. 2024, arXiv:2407.19342. As `peft` has it, the division by `in` included, but for training: the input's gradient that
+//! `peft` 0.21 writes by hand is not that of its forward, and here it is.
 //!
 //! c3a_kernel (w) [out/b, in/b, b].
 

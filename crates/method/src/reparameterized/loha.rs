@@ -6,7 +6,8 @@
 //! Rank dropout leaves out outputs of ΔW, module dropout all of it.
 //!
 //! Hyeon-Woo et al. 2022 (FedPara), arXiv:2108.06098, proposition 1; of convolutions (`use_effective_conv2d`) proposition 3:
-//! each factor is T ×₁ Bᵀ ×₂ Aᵀ. As `peft` and LyCORIS have it.
+//! each factor is T ×₁ Bᵀ ×₂ Aᵀ. As `peft` and LyCORIS have it, but for training proposition 3: the gradients of B that `peft` 0.21
+//! writes by hand there are not those of its forward, and here they are.
 //!
 //! hada_w1_a, hada_w2_a (B) [out, r], hada_w1_b, hada_w2_b (A) [r, in]; a convolution's `in` is a window, or with
 //! `use_effective_conv2d` B [r, out], A [r, channels] and hada_t1, hada_t2 (T) [r, r, height, width].
