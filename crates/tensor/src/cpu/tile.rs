@@ -8,6 +8,7 @@ use crate::cpu::gemm::lanes::{Lanes, Portable};
 use crate::cpu::gemm::x86::{Avx2, Avx512};
 use crate::cpu::simd::fma;
 
+/// What sums are multiplied by where they are added to what is there: exact in one operation.
 static ONE: f32 = 1.0;
 
 /// The left matrix: element (i, p) at `i·row + p·col`.
