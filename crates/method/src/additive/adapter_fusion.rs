@@ -83,7 +83,7 @@ static INFO: Info = Info {
             name: "adapters",
             kind: FieldKind::Adapters,
             default: None,
-            doc: "Directories of the adapters that are fused, all trained on this model: bottleneck, Compacter, AdaptFormer, KronA^B or sparse adapters.",
+            doc: "Directories of the adapters that are fused, all trained on this model: bottleneck, Compacter, AdaptFormer, KronA^B or sparse adapters, of which all sit at the same places and read the same rows.",
         },
         ANY_BASE,
         choice(
