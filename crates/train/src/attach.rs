@@ -10,12 +10,13 @@ use engraft_method::{
 };
 use engraft_nn::{Adapter, Model, Sites, TargetError, Targets};
 use engraft_recipe::{MethodTable, Problem, Recipe};
-use engraft_store::{AdapterFiles, Limits, RawTensor, read_adapter};
+use engraft_store::{AdapterFiles, Limits, read_adapter};
 use serde_json::{Value, json};
 
 use crate::finite::without_numbers;
 use crate::hub_head::{Parts, adapter_parts};
 use crate::task_names::numbered;
+use crate::tensors::named;
 use crate::wanted::{
     dead_module, dead_patterns, dead_targets, idle, idle_in_file, partly_dead, targets, unheeded,
 };
@@ -37,11 +38,7 @@ pub struct AttachedAdapter {
 
 /// The tensors of an adapter's file by name.
 pub fn adapter_tensors(files: &AdapterFiles) -> Result<Named> {
-    let tensor = |(name, raw): (&str, &RawTensor)| match crate::tensors::tensor(raw) {
-        Ok(tensor) => Ok((name.to_owned(), tensor)),
-        Err(error) => Err(Error::Setup(format!("{name}: {error}"))),
-    };
-    files.weights.iter().map(tensor).collect()
+    named(&files.weights)
 }
 
 /// Reads an adapter directory onto `model`.

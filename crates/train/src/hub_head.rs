@@ -10,12 +10,13 @@ use std::path::Path;
 use engraft_method::{HubDirectory, Named, adapter_hub};
 use engraft_model::{Architecture, Flexible, flexible_task, has_head, labels_in};
 use engraft_nn::{Base, Model, Site, Task, Value as Frozen};
-use engraft_store::{AdapterFiles, AdapterForm, Entry, HEAD_CONFIG, HEAD_WEIGHTS, RawTensor, SavedHead};
+use engraft_store::{AdapterFiles, AdapterForm, Entry, HEAD_CONFIG, HEAD_WEIGHTS, SavedHead};
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value, json};
 
 use crate::attach::adapter_tensors;
 use crate::read::{config_classes, known_labels};
+use crate::tensors::named;
 use crate::{Error, Result};
 
 /// What precedes the model's own tensors in an adapter's file.
@@ -106,8 +107,7 @@ fn own_tensors(
     model: &dyn Model,
 ) -> Result<std::result::Result<Named, String>> {
     let info = model.info();
-    let read = |(name, raw): (&str, &RawTensor)| Ok((name.to_owned(), crate::tensors::tensor(raw)?));
-    let tensors = head.weights.iter().map(read).collect::<Result<Named>>()?;
+    let tensors = named(&head.weights)?;
     let class = head.config.get("model_class").and_then(Value::as_str);
     let described = description(head);
     let task = match (described, class) {

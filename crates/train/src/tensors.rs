@@ -1,7 +1,7 @@
 //! Tensors of adapters and checkpoints, to and from files: numbers are f32, places and counters whole.
 
-use engraft_method::Stored;
-use engraft_store::{Dtype, Entry, RawTensor};
+use engraft_method::{Named, Stored};
+use engraft_store::{Dtype, Entry, RawTensor, Weights};
 use engraft_tensor::{DType, Tensor};
 use half::{bf16, f16};
 
@@ -55,6 +55,15 @@ pub(crate) fn tensor(raw: &RawTensor) -> Result<Tensor> {
         }
         _ => Tensor::from_vec(raw.numbers()?, raw.shape.clone())?,
     })
+}
+
+/// The tensors of a file by name.
+pub(crate) fn named(weights: &Weights) -> Result<Named> {
+    let read = |(name, raw): (&str, &RawTensor)| match tensor(raw) {
+        Ok(tensor) => Ok((name.to_owned(), tensor)),
+        Err(error) => Err(Error::Setup(format!("{name}: {error}"))),
+    };
+    weights.iter().map(read).collect()
 }
 
 #[cfg(test)]

@@ -48,11 +48,9 @@ pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String,
     let scales = Scales::of(&first.config)?;
     let mut map: Map<String, Value> = first.config.as_object().cloned().unwrap_or_default();
     // An adapter that says no task may be summed with one that does.
-    let tasks = terms.iter().filter_map(|term| term.config.get("task_type"));
-    if let Some(task) =
-        tasks.filter(|task| !task.is_null()).find(|_| map.get("task_type").is_none_or(Value::is_null))
-    {
-        map.insert("task_type".into(), task.clone());
+    let task = |term: &Term| term.config.get("task_type").filter(|task| !task.is_null()).cloned();
+    if let Some(task) = task(first).or_else(|| terms.iter().find_map(task)) {
+        map.insert("task_type".into(), task);
     }
     let rank = most_frequent(ranks.values().copied());
     let others: Map<String, Value> = ranks
