@@ -2,7 +2,9 @@
 
 - ProPETL (arXiv:2305.17682): one adapter, LoRA or prefix for all layers, of which a layer uses the entries with the largest
   |score|, n - int((1 - keep) n) of n; the mask's gradient goes to |score| as it is. Scores start uniform in
-  +-1 / sqrt(columns), from philox.py with seed 0 and the name of the tensor. Files hold the masks in bits.
+  +-1 / sqrt(columns), from philox.py with seed 0 and the name of the tensor. Files hold the masks in bits. With several
+  tasks each shared tensor has a mask of each task too, the same in all layers, and a row of task t has
+  1 - (1 - the layer's) (1 - the task's), the authors' OR.
 - SparseAdapter (arXiv:2210.04284): bottleneck adapters after the MLP; |w g| of the first batch over all matrices together
   keeps total - int(sparsity total) entries. Matrices start N(0, 0.02) from philox.py.
 """
@@ -24,6 +26,7 @@ from training import DEFAULTS, run, trajectory, well_posed
 
 PREFIX = "base_model.model."
 PRO = dict(reduction=4, rank=4, alpha=6, tokens=4, mask_rate=1)
+THREE = dict(PRO, tasks=3, task=1)
 TABLE = [
     ("bert", "propetl", None, "", dict(PRO, form="adapter", keep=0.5), "a shared adapter"),
     ("roberta", "propetl", None, "", dict(PRO, form="adapter", keep=0.3), "a shared adapter"),
@@ -33,6 +36,10 @@ TABLE = [
     ("bert", "propetl", "prefix", "", dict(PRO, form="prefix", keep=0.4), "a shared prefix, positions stay"),
     ("gpt2", "propetl", "prefix", "", dict(PRO, form="prefix", keep=0.4), "causal"),
     ("llama", "propetl", "prefix", "_left", dict(PRO, form="prefix", keep=0.4), "grouped-query attention, padding on the left"),
+    ("bert", "propetl", "tasks", "", dict(THREE, form="adapter", keep=0.3), "every row another task"),
+    ("roberta", "propetl", "usual", "", dict(THREE, form="adapter", keep=0.5), "rows that name no task"),
+    ("llama", "propetl", "lora_tasks", "", dict(THREE, form="lora", keep=0.3), "every row another task"),
+    ("gpt2", "propetl", "prefix_tasks", "", dict(THREE, form="prefix", keep=0.4), "every row another task"),
     ("bert", "sparse_adapter", None, "", dict(form="pfeiffer", reduction=4, sparsity=0.8, widen=1, score="snip", batches=1), "masks"),
     ("roberta", "sparse_adapter", "wide", "", dict(form="pfeiffer", reduction=4, sparsity=0.5, widen=2, score="random", batches=1),
      "twice as wide, half of it"),
@@ -53,21 +60,34 @@ class Keep(torch.autograd.Function):
         return g, None
 
 
-class Masked(nn.Module):
-    """A shared tensor under the mask of one layer: `scores`, or bits that are given."""
+class Scored(nn.Module):
+    """A mask over a shared tensor by `scores`."""
 
     def __init__(self, shared, keep, name):
         super().__init__()
         n, bound = shared.numel(), np.float32(shared.shape[-1] ** -0.5)
-        self.shared, self.count, self.name = shared, n - int((1 - keep) * n), name
+        self.count, self.name = n - int((1 - keep) * n), name
         start = (2 * philox.uniform(0, name + ".mask_scores", tuple(shared.shape)) - 1) * bound
         self.scores = nn.Parameter(torch.from_numpy(start.astype(np.float32)))
 
     def mask(self):
         return Keep.apply(self.scores.abs(), self.count)
 
+
+class Masked(Scored):
+    """A shared tensor under the mask of one layer, [rows, ...] under those of the rows' tasks too where there are any."""
+
+    def __init__(self, shared, keep, name, tasks):
+        super().__init__(shared, keep, name)
+        self.shared, self.tasks, self.rows = shared, nn.ModuleList(tasks), None
+
     def forward(self):
-        return self.shared * self.mask()
+        if not len(self.tasks):
+            return self.shared * self.mask()
+        # Masks of tasks without a row have no gradient, and rest in the step.
+        masks = {task: self.tasks[task].mask() for task in set(self.rows.tolist())}
+        own = torch.stack([masks[task] for task in self.rows.tolist()])
+        return self.shared * (1 - (1 - self.mask()) * (1 - own))
 
 
 class Adapted(nn.Module):
@@ -80,7 +100,7 @@ class Adapted(nn.Module):
     def forward(self, hidden_states, input_tensor):
         g = self.base.dense(hidden_states)
         x = self.base.LayerNorm(g + input_tensor)
-        added = (x @ self.down().T + self.down_bias).relu() @ self.up().T + self.up_bias
+        added = (x @ self.down().mT + self.down_bias).relu() @ self.up().mT + self.up_bias
         return self.base.LayerNorm(g + added + input_tensor)
 
 
@@ -100,7 +120,7 @@ class WithLora(nn.Module):
         self.base, self.a, self.b, self.scale = base, a, b, scale
 
     def forward(self, x):
-        return self.base(x) + self.scale * x @ self.a().T @ self.b().T
+        return self.base(x) + self.scale * x @ self.a().mT @ self.b().mT
 
 
 class Hybrid(nn.Module):
@@ -115,6 +135,8 @@ class Hybrid(nn.Module):
             p.requires_grad = False
         self.named = nn.ParameterDict()
         self.parts = nn.ModuleList()
+        self.of_tasks = nn.ModuleList()
+        self.known = {}
         (self.sparse if method == "sparse_adapter" else getattr(self, config["form"]))()
 
     def own(self, name, *shape):
@@ -126,6 +148,13 @@ class Hybrid(nn.Module):
     def part(self, module):
         self.parts.append(module)
         return module
+
+    def masked(self, shared, name, prototype):
+        if prototype not in self.known:
+            count = self.config.get("tasks", 1)
+            self.known[prototype] = [Scored(shared, self.config["keep"], f"{prototype}.task_{t}") for t in range(count if count > 1 else 0)]
+            self.of_tasks.extend(self.known[prototype])
+        return self.part(Masked(shared, self.config["keep"], name, self.known[prototype]))
 
     def sizes(self):
         d = self.model.config.hidden_size
@@ -140,7 +169,7 @@ class Hybrid(nn.Module):
         down, up = self.own("prototype.adapter_down.weight", k, d), self.own("prototype.adapter_up.weight", d, k)
         biases = self.own("prototype.adapter_down.bias", k), self.own("prototype.adapter_up.bias", d)
         for layer, path in zip(layers(self.model), self.paths(lambda l: l.output)):
-            own = [self.part(Masked(w, self.config["keep"], f"{path}.{n}")) for w, n in ((down, "adapter_down"), (up, "adapter_up"))]
+            own = [self.masked(w, f"{path}.{n}", f"prototype.{n}") for w, n in ((down, "adapter_down"), (up, "adapter_up"))]
             layer.output = Adapted(layer.output, own[0], biases[0], own[1], biases[1])
 
     def sparse(self):
@@ -160,7 +189,7 @@ class Hybrid(nn.Module):
                 out, inn = linear.weight.shape
                 stem = f"prototype.{role}_{out}x{inn}"
                 a, b = self.own(f"{stem}.lora_A", r, inn), self.own(f"{stem}.lora_B", out, r)
-                own = [self.part(Masked(w, self.config["keep"], f"{path}.{name}.{n}")) for w, n in ((a, "lora_A"), (b, "lora_B"))]
+                own = [self.masked(w, f"{path}.{name}.{n}", f"{stem}.{n}") for w, n in ((a, "lora_A"), (b, "lora_B"))]
                 setattr(attention(layer), name, WithLora(linear, *own, self.config["alpha"] / r))
 
     def prefix(self):
@@ -172,15 +201,17 @@ class Hybrid(nn.Module):
         self.dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         shared = self.own("prototype.prefix", self.config["tokens"], 2 * self.heads * self.dim)
         for path in self.paths(attention):
-            self.part(Masked(shared, self.config["keep"], f"{path}.prefix"))
+            self.masked(shared, f"{path}.prefix", "prototype.prefix")
 
-    def forward(self, **inputs):
+    def forward(self, task_ids=None, **inputs):
+        for part in self.parts if len(self.of_tasks) else []:
+            part.rows = torch.full((len(inputs["input_ids"]),), self.config["task"]) if task_ids is None else task_ids
         if self.config.get("form") != "prefix":
             return self.model(**inputs)
         count = len(inputs["input_ids"])
         for layer, part in zip(layers(self.model), self.parts):
-            halves = part().split(self.heads * self.dim, 1)
-            split = lambda p: p.reshape(1, -1, self.heads, self.dim).transpose(1, 2).expand(count, -1, -1, -1)
+            halves = part().split(self.heads * self.dim, -1)
+            split = lambda p: p.reshape(-1, self.config["tokens"], self.heads, self.dim).transpose(1, 2).expand(count, -1, -1, -1)
             attention(layer).prefix = [split(p) for p in halves]
         try:
             return self.model(**inputs)
@@ -196,7 +227,7 @@ def bits(mask):
 def tensors(model, masks=True):
     out = {PREFIX + k.replace("/", ".") if ".adapters." not in k.replace("/", ".") else k.replace("/", "."): p
            for k, p in model.named.items()}
-    for part in model.parts if masks else []:
+    for part in [*model.parts, *model.of_tasks] if masks else []:
         key = part.name if ".adapters." in part.name else PREFIX + part.name
         out[f"{key}.mask"] = bits(part.keep if isinstance(part, Plain) else part.mask())
     return out
@@ -232,12 +263,16 @@ def write_case(base, method, variant, side, config, checks):
     out = fresh(CASES / name)
     inputs = tensors_of(INPUTS / base / f"inputs{side}.safetensors")
     before = tensors_of(INPUTS / base / f"base_logits{side}.safetensors")["logits"]
+    tasks = "tasks" in config and variant != "usual"
+    if tasks:
+        inputs["task_ids"] = torch.tensor([2, 0, 1] * len(inputs["input_ids"]))[:len(inputs["input_ids"])]
+        write_tensors(out / "inputs.safetensors", inputs)
     model = fill(Hybrid(base, method, config), name)
     logits, rel = forward_both(model, inputs)
     save(model, out / "adapter")
     meta = {"case": name, "model": base, "method": method, "variant": variant, "checks": checks, "task_type": task_of(base),
             "merge": False, "tolerance": TOLERANCE, "num_virtual_tokens": 0,
-            "inputs": f"../../inputs/{base}/inputs{side}.safetensors" if side else None, "effect_rel": relative(logits, before),
+            "inputs": "./inputs.safetensors" if tasks else f"../../inputs/{base}/inputs{side}.safetensors" if side else None, "effect_rel": relative(logits, before),
             "transcription": "tools/golden/cases_hybrid.py", "transformers": transformers.__version__,
             "self_check": {"f32_f64_rel": rel}}
     assert rel < 2e-5 and meta["effect_rel"] > 0.01, meta
@@ -248,6 +283,7 @@ def write_case(base, method, variant, side, config, checks):
 
 # name -> kind of batches, settings
 TRAINED = {"bert__propetl": ("padded", dict(PRO, form="adapter", keep=0.5)),
+           "bert__propetl_tasks": ("padded", dict(THREE, form="adapter", keep=0.3)),
            "llama__propetl_lora": ("full", dict(PRO, form="lora", keep=0.3))}
 
 
@@ -255,6 +291,8 @@ def attempt(name, out, salt):
     base, kind, config = name.split("__")[0], *TRAINED[name]
     o = {**DEFAULTS, "learning_rate": 3e-3}
     data = batches(name + salt, base, kind, o["steps"] * o["batch_size"])
+    if "tasks" in config:
+        data["task_ids"] = torch.from_numpy(rng("tasks", name).integers(0, config["tasks"], len(data["labels"])))
     model = fill(Hybrid(base, "propetl", config), "trajectory/" + name)
     save(model, out / "init_adapter", masks=False)
     expected = trajectory(model, data, zoo.is_causal(base), learning_rate=o["learning_rate"])

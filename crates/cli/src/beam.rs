@@ -144,6 +144,7 @@ mod tests {
                 model,
                 adapter: None,
                 methods: Vec::new(),
+                beside: Vec::new(),
                 labels: None,
                 tasks: Vec::new(),
                 new_tensors: Vec::new(),

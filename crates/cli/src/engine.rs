@@ -6,12 +6,13 @@ use std::sync::Arc;
 use engraft_method::{Chosen, Settings, look_first};
 use engraft_model::LoadOptions;
 use engraft_nn::weight::Storage;
-use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Site};
+use engraft_nn::{Adapter, Inputs, KvCache, Model, Pass, Route, Site};
 use engraft_store::{read_adapter, read_config};
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::{Tensor, no_grad};
 use engraft_train::{
-    label_names, labels_of_adapter, open_adapter_choosing, task_names, task_number, task_of_adapter,
+    AttachedAdapter, label_names, labels_of_adapter, open_adapter_choosing, task_names, task_number,
+    task_of_adapter,
 };
 use serde_json::Value;
 
@@ -124,6 +125,8 @@ pub struct Engine {
     pub adapter: Option<Arc<Adapter>>,
     /// The adapter's methods.
     pub methods: Vec<Chosen>,
+    /// Further adapters that rows of the same batches may use, each with its methods.
+    pub beside: Vec<(Arc<Adapter>, Vec<Chosen>)>,
     /// The names of the classes that the adapter was trained on.
     pub labels: Option<Vec<String>>,
     /// The names of the tasks that it was trained on, by their numbers.
@@ -193,6 +196,7 @@ impl Engine {
             model: loaded.model,
             adapter: None,
             methods: Vec::new(),
+            beside: Vec::new(),
             labels: None,
             tasks: Vec::new(),
             new_tensors: loaded.new_tensors,
@@ -211,8 +215,8 @@ impl Engine {
         }
     }
 
-    /// Takes the adapter of a directory.
-    fn attach(&mut self, dir: &Path, choices: &Settings, cx: &Context) -> Outcome {
+    /// The adapter of a directory; its notes are said.
+    fn opened(&self, dir: &Path, choices: &Settings, cx: &Context) -> Outcome<AttachedAdapter> {
         let opened = open_adapter_choosing(self.model.as_ref(), dir, &cx.limits, choices).map_err(
             |error| match error {
                 engraft_train::Error::Choice(text) => Failure::before_work(format!("--choose: {text}")),
@@ -224,6 +228,22 @@ impl Engine {
             },
         )?;
         opened.notes.iter().for_each(|note| cx.ui.note(note));
+        Ok(opened)
+    }
+
+    /// Opens another adapter, which rows may use beside the first.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn open_beside(&mut self, name: &str, cx: &Context) -> Outcome {
+        let opened = self.opened(&cx.resolve(name)?, &Settings::new(), cx)?;
+        self.beside.push((Arc::new(opened.adapter), opened.methods));
+        Ok(())
+    }
+
+    /// Takes the adapter of a directory.
+    fn attach(&mut self, dir: &Path, choices: &Settings, cx: &Context) -> Outcome {
+        let opened = self.opened(dir, choices, cx)?;
         (self.adapter, self.methods) = (Some(Arc::new(opened.adapter)), opened.methods);
         self.labels = label_names(dir).before_work()?;
         self.tasks = task_names(dir).before_work()?;
@@ -252,6 +272,29 @@ impl Engine {
     /// Tokens → logits of the real tokens [tokens, outputs], or [sequences, outputs].
     pub fn logits(&self, inputs: &Inputs) -> engraft_nn::Result<Tensor> {
         no_grad(|| self.model.forward(inputs, &self.pass(inputs, None)?))
+    }
+
+    /// As [`Engine::logits`], where row i uses the adapter `users[i]`, 0 the engine's own and then those beside it, or none.
+    pub fn logits_of(&self, inputs: &Inputs, users: &[Option<usize>]) -> engraft_nn::Result<Tensor> {
+        let own = self.adapter.iter().map(|adapter| (adapter, &self.methods));
+        let all: Vec<_> =
+            own.chain(self.beside.iter().map(|(adapter, methods)| (adapter, methods))).collect();
+        let mut routes: Vec<Route> = Vec::new();
+        let alike = users.chunk_by(|a, b| a == b);
+        for rows in alike {
+            let first = routes.last().map_or(0, |route| route.sequences.end);
+            let adapter = rows[0].map(|number| all[number].0.clone());
+            routes.push(Route { sequences: first..first + rows.len(), adapter });
+        }
+        no_grad(|| {
+            let pass = Pass::with_routes(inputs.layout.clone(), routes)?;
+            for (number, (adapter, methods)) in all.iter().enumerate() {
+                if users.contains(&Some(number)) {
+                    look_first(methods, adapter, self.model.as_ref(), inputs, &pass)?;
+                }
+            }
+            self.model.forward(inputs, &pass)
+        })
     }
 
     /// Tokens → logits after the last token of each sequence [sequences, outputs], reading and extending `cache`.

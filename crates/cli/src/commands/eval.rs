@@ -216,6 +216,7 @@ fn answered(
         model: session.model,
         adapter: with_adapter.then_some(session.adapter),
         methods: if with_adapter { session.methods } else { Vec::new() },
+        beside: Vec::new(),
         labels: None,
         tasks: Vec::new(),
         new_tensors: Vec::new(),

@@ -168,16 +168,17 @@ fn example() -> Box<dyn Method> {
 }
 
 impl Reft {
-    fn unit(&self, b: &mut Builder<'_>, stem: &str, width: usize) -> Result<Unit> {
+    /// The intervention for `positions` positions; for none its tensors are saved, as their form wants them, and not trained.
+    fn unit(&self, b: &mut Builder<'_>, stem: &str, width: usize, positions: usize) -> Result<Unit> {
         let r = self.rank;
-        let source = b.param(&format!("{stem}.learned_source.weight"), &[r, width], Init::kaiming(width))?;
-        let bias = b.param(&format!("{stem}.learned_source.bias"), &[r], Init::kaiming(width))?;
+        let mut own = |name: &str, shape: &[usize], init: Init| match positions {
+            0 => b.fixed(&format!("{stem}.{name}"), shape, init),
+            _ => b.param(&format!("{stem}.{name}"), shape, init),
+        };
+        let source = own("learned_source.weight", &[r, width], Init::kaiming(width))?;
+        let bias = own("learned_source.bias", &[r], Init::kaiming(width))?;
         let projection = match self.orthogonal {
-            false => Projection::Free(b.param(
-                &format!("{stem}.projection.weight"),
-                &[r, width],
-                Init::kaiming(width),
-            )?),
+            false => Projection::Free(own("projection.weight", &[r, width], Init::kaiming(width))?),
             true => {
                 if r >= width {
                     let message = format!(
@@ -185,14 +186,11 @@ impl Reft {
                     );
                     return Err(Error::Unsupported(message));
                 }
-                let (original, base) = (
-                    "projection.parametrizations.weight.original",
-                    "projection.parametrizations.weight.0.base",
-                );
-                let (original, base) = (format!("{stem}.{original}"), format!("{stem}.{base}"));
+                let start = Init::Values(diagonal(r, width, -1.0)?);
+                let original = own("projection.parametrizations.weight.original", &[r, width], start)?;
+                let base = format!("{stem}.projection.parametrizations.weight.0.base");
                 let noise = Init::Normal(1.0).tensor(&[width, width], b.seed(), &base)?;
                 let (turned, _) = linalg::qr(&noise)?;
-                let original = b.param(&original, &[r, width], Init::Values(diagonal(r, width, -1.0)?))?;
                 Projection::Orthogonal(original, b.fixed(&base, &[width, width], Init::Values(turned))?)
             }
         };
@@ -213,6 +211,13 @@ impl Method for Reft {
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let mut found = 0;
+        let there = b.sites().iter().filter(|site| matches!(site.kind, Kind::Block { .. }));
+        let there: Vec<usize> = there.filter_map(|site| b.sites().number(site)).collect();
+        if let Some(far) = self.layers.iter().flatten().find(|layer| !there.contains(layer)) {
+            let last = there.iter().max().copied().unwrap_or(0);
+            let message = format!("`blocks` names {far}, and this model has the blocks 0 to {last}");
+            return Err(Error::Unsupported(message));
+        }
         for site in b.sites().iter() {
             let Kind::Block { width } = site.kind else { continue };
             let number = b.sites().number(site);
@@ -221,8 +226,13 @@ impl Method for Reft {
             }
             found += 1;
             let stem = format!("{}.reft_layer.refts.{}.units", hub_name(b.sites(), site), self.name);
-            let first = self.unit(b, &format!("{stem}.0"), width)?;
-            let last = if self.tied { None } else { Some(self.unit(b, &format!("{stem}.1"), width)?) };
+            let (first, last) = match self.tied {
+                true => (self.unit(b, &format!("{stem}.0"), width, self.prefix + self.suffix)?, None),
+                false => {
+                    let first = self.unit(b, &format!("{stem}.0"), width, self.prefix)?;
+                    (first, Some(self.unit(b, &format!("{stem}.1"), width, self.suffix)?))
+                }
+            };
             b.patch(site.id, Patch::Block(Box::new(Intervention { first, last, config: self.clone() })))?;
         }
         match found {
@@ -371,6 +381,9 @@ mod tests {
         let unit = |rank: usize| rank * (6 + 1 + 6);
         assert_eq!(count(json!({ "rank": 2, "prefix": 2, "suffix": 1 })), 2 * 2 * unit(2));
         assert_eq!(count(json!({ "rank": 3, "prefix": 2, "suffix": 1, "tied": true })), 2 * unit(3));
+        // What no position has is saved and not trained.
+        assert_eq!(count(json!({ "rank": 2, "prefix": 2, "suffix": 0 })), 2 * unit(2));
+        assert_eq!(count(json!({ "rank": 2, "prefix": 0, "suffix": 1 })), 2 * unit(2));
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! ProPETL: one small module, the prototype, shared by all layers; each layer uses the part of it that a binary mask of its
-//! own keeps.
+//! ProPETL: one small module, the prototype, shared by all layers and tasks; each layer uses the part of it that a binary mask
+//! of its own keeps, and with several tasks also what the task's mask, one for all layers, keeps.
 //!
-//! Φⱼ = Φ ⊙ mⱼ; mⱼ keeps the share `keep` of the entries of each matrix, those of the largest |score|. Scores are trained with
+//! Φⱼ = Φ ⊙ mⱼ, for task t Φ ⊙ (mⱼ ∨ mₜ) with 1 − (1 − mⱼ)·(1 − mₜ) for gradients. A mask keeps the share `keep` of the entries of each matrix, those of the largest |score|. Scores are trained with
 //! the mask's gradient as it is (straight through the choice) and are not needed afterwards. Φ is
 //!   adapter  a bottleneck after the MLP, h ← h + W_u·ReLU(W_d·x + b_d) + b_u, x the normed sum of stream and output; biases
 //!            have no masks
@@ -13,25 +13,30 @@
 //! The prefix is trained as it is, without a network that makes it.
 //!
 //! prototype.adapter_down.weight and so on, prototype.ROLE_OUTxIN.lora_A and .lora_B, or prototype.prefix; in files
-//! PATH.PART.mask, bits. While training PATH.PART.mask_scores, of the matrix's shape, Kaiming-uniform.
+//! PATH.PART.mask and, of several tasks, prototype.PART.task_T.mask, bits. While training .mask_scores, of the matrix's shape,
+//! Kaiming-uniform.
+
+mod masks;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use engraft_nn::{
     Base, Builder, Error, Init, KeyValuePatch, KeyValues, Kind, Pass, Patch, Result, Role, Site, Sites,
     Stack, Sublayer, SublayerPatch, Targets, WeightPatch,
 };
-use engraft_tensor::ops::Unary;
+use engraft_tensor::ops::{Unary, cat};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
+use self::masks::{Mask, Masked, Prototype, chosen};
 use crate::prompts::prompt::TOKENS_MAX;
 use crate::read::{Reader, number};
 use crate::shared::bits::{Bits, MASK, pack};
 use crate::shared::fields::{choice, float, int};
-use crate::shared::kept::Kept;
 use crate::shared::low_rank::{RANK_MAX, added, changed, linear};
-use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, Stored, peft};
+use crate::shared::tasks::{Tasks, task_field, tasks_field};
+use crate::{Ahead, Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, Stored, peft};
 
 const SCORES: &str = ".mask_scores";
 const GROUP: &str = "mask";
@@ -39,6 +44,7 @@ const GROUP: &str = "mask";
 #[derive(Clone, Debug)]
 struct Propetl {
     form: Form,
+    tasks: Tasks,
     keep: f64,
     reduction: f64,
     rank: usize,
@@ -71,6 +77,8 @@ static INFO: Info = Info {
     peft_type: "ENGRAFT_PROPETL",
     fields: &[
         choice("form", &["adapter", "lora", "prefix"], "\"adapter\"", "What is shared."),
+        tasks_field("1"),
+        task_field(),
         Field {
             name: "keep",
             kind: FieldKind::Float { min: 0.0, max: 1.0 },
@@ -107,6 +115,7 @@ fn read(r: &mut Reader<'_>) -> Propetl {
     };
     Propetl {
         form,
+        tasks: Tasks::read(r, ["tasks", "task"], 1),
         keep: r.share("keep", keep),
         reduction: r.reduction("reduction", 12.0),
         rank: r.count("rank", 32, RANK_MAX),
@@ -128,6 +137,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 fn example() -> Box<dyn Method> {
     Box::new(Propetl {
         form: Form::Adapter,
+        tasks: Tasks { count: 2, usual: 1 },
         keep: 0.5,
         reduction: 4.0,
         rank: 2,
@@ -141,6 +151,18 @@ fn example() -> Box<dyn Method> {
 impl Method for Propetl {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn tasks(&self) -> Option<usize> {
+        (self.tasks.count > 1).then_some(self.tasks.count)
+    }
+
+    fn suits(&self, run: &Ahead) -> Result<()> {
+        self.tasks.suit(run)
+    }
+
+    fn chosen_in_use(&self) -> &'static [(&'static str, &'static str)] {
+        &[("task", "task")]
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
@@ -163,10 +185,14 @@ impl Method for Propetl {
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let form = FORMS.iter().find(|f| f.1 == self.form).map_or("adapter", |f| f.0);
-        let own = json!({
+        let mut own = json!({
             "alpha": number(self.alpha), "form": form, "keep": self.keep, "mask_rate": number(self.mask_rate),
             "rank": self.rank, "reduction": number(self.reduction), "tokens": self.tokens,
         });
+        if self.tasks.count > 1 {
+            own["tasks"] = json!(self.tasks.count);
+            own["task"] = json!(self.tasks.usual);
+        }
         own.as_object().cloned().unwrap_or_default()
     }
 
@@ -200,8 +226,23 @@ impl Propetl {
         }
         let start = Init::kaiming(shape.last().copied().unwrap_or(1));
         let scores = b.working(&format!("{name}{SCORES}"), shape, start, GROUP)?;
-        let kept = self.kept(shape.iter().product());
-        Ok(Mask::Trained { scores, kept, mask: Kept::new() })
+        Ok(Mask::trained(scores, self.kept(shape.iter().product())))
+    }
+
+    /// A matrix for all layers, with the masks of the tasks.
+    fn prototype(&self, b: &mut Builder<'_>, name: &str, shape: &[usize], init: Init) -> Result<Prototype> {
+        let name = format!("prototype.{name}");
+        let values = b.param(&name, shape, init)?;
+        let stem = name.strip_suffix(".weight").unwrap_or(&name);
+        let count = if self.tasks.count > 1 { self.tasks.count } else { 0 };
+        let of_task = |task| Ok(Arc::new(self.mask(b, &format!("{stem}.task_{task}"), shape)?));
+        Ok(Prototype { values, tasks: (0..count).map(of_task).collect::<Result<_>>()? })
+    }
+
+    /// What the layer's matrix at `path` has of it.
+    fn masked(&self, b: &mut Builder<'_>, prototype: &Prototype, path: &str) -> Result<Masked> {
+        let shape = prototype.values.value().shape().to_vec();
+        Ok(Masked { prototype: prototype.clone(), layer: self.mask(b, path, &shape)? })
     }
 
     fn adapters(&self, b: &mut Builder<'_>) -> Result<()> {
@@ -214,45 +255,42 @@ impl Propetl {
             return Err(Error::Unsupported("ProPETL's adapters need a model with MLPs".into()));
         };
         let inner = ((width as f64 / self.reduction).floor() as usize).max(1);
-        let mut own =
-            |name: &str, shape: &[usize], init: Init| b.param(&format!("prototype.{name}"), shape, init);
-        let (down, up) = ([inner, width], [width, inner]);
-        let prototype = [
-            own("adapter_down.weight", &down, Init::Normal(0.02))?,
-            own("adapter_down.bias", &[inner], Init::Zeros)?,
-            own("adapter_up.weight", &up, Init::Normal(0.02))?,
-            own("adapter_up.bias", &[width], Init::Zeros)?,
-        ];
+        let down = self.prototype(b, "adapter_down.weight", &[inner, width], Init::Normal(0.02))?;
+        let down_bias = b.param("prototype.adapter_down.bias", &[inner], Init::Zeros)?;
+        let up = self.prototype(b, "adapter_up.weight", &[width, inner], Init::Normal(0.02))?;
+        let up_bias = b.param("prototype.adapter_up.bias", &[width], Init::Zeros)?;
         for (site, path, _) in places {
-            let masks = [
-                self.mask(b, &format!("{path}.adapter_down"), &down)?,
-                self.mask(b, &format!("{path}.adapter_up"), &up)?,
-            ];
-            let adapter = MaskedAdapter { prototype: prototype.clone(), masks };
+            let adapter = MaskedAdapter {
+                down: self.masked(b, &down, &format!("{path}.adapter_down"))?,
+                up: self.masked(b, &up, &format!("{path}.adapter_up"))?,
+                biases: [down_bias.clone(), up_bias.clone()],
+                tasks: self.tasks,
+            };
             b.patch(site, Patch::Sublayer(Box::new(adapter)))?;
         }
         Ok(())
     }
 
     fn loras(&self, b: &mut Builder<'_>) -> Result<()> {
-        let mut prototypes: HashMap<String, [Param; 2]> = HashMap::new();
+        let mut prototypes: HashMap<String, [Prototype; 2]> = HashMap::new();
         for site in b.targets() {
             let (out, inn) = linear(site, INFO.title)?;
-            let key = format!("prototype.{}_{out}x{inn}", site.role.name());
-            let (a, up) = ([self.rank, inn], [out, self.rank]);
+            let key = format!("{}_{out}x{inn}", site.role.name());
             if !prototypes.contains_key(&key) {
+                let (name_a, name_b) = (format!("{key}.lora_A"), format!("{key}.lora_B"));
                 let pair = [
-                    b.param(&format!("{key}.lora_A"), &a, Init::kaiming(inn))?,
-                    b.param(&format!("{key}.lora_B"), &up, Init::Zeros)?,
+                    self.prototype(b, &name_a, &[self.rank, inn], Init::kaiming(inn))?,
+                    self.prototype(b, &name_b, &[out, self.rank], Init::Zeros)?,
                 ];
                 prototypes.insert(key.clone(), pair);
             }
-            let masks = [
-                self.mask(b, &format!("{}.lora_A", site.path), &a)?,
-                self.mask(b, &format!("{}.lora_B", site.path), &up)?,
-            ];
-            let scale = (self.alpha / self.rank as f64) as f32;
-            let lora = MaskedLora { prototype: prototypes[&key].clone(), masks, scale };
+            let [a, up] = &prototypes[&key];
+            let lora = MaskedLora {
+                a: self.masked(b, a, &format!("{}.lora_A", site.path))?,
+                b: self.masked(b, up, &format!("{}.lora_B", site.path))?,
+                tasks: self.tasks,
+                scale: (self.alpha / self.rank as f64) as f32,
+            };
             b.patch(site.id, Patch::Weight(Box::new(lora)))?;
         }
         Ok(())
@@ -271,103 +309,85 @@ impl Propetl {
                 "ProPETL's prefix needs a model with one stack and attention; choose `form = \"adapter\"`";
             return Err(Error::Unsupported(text.into()));
         };
-        let shape = [self.tokens, 2 * heads * dim];
-        let prototype = b.param("prototype.prefix", &shape, Init::Normal(1.0))?;
+        let prototype = self.prototype(b, "prefix", &[self.tokens, 2 * heads * dim], Init::Normal(1.0))?;
         for (site, path, heads, dim) in places {
-            let mask = self.mask(b, &format!("{path}.prefix"), &shape)?;
-            let prefix = MaskedPrefix { prototype: prototype.clone(), mask, heads, dim };
+            let part = self.masked(b, &prototype, &format!("{path}.prefix"))?;
+            let prefix = MaskedPrefix { part, tasks: self.tasks, heads, dim };
             b.patch(site, Patch::KeyValue(Box::new(prefix)))?;
         }
         Ok(())
     }
 }
 
-/// One where |score| is among the `kept` largest, else zero.
-fn chosen(scores: &Tensor, kept: usize) -> Result<Tensor> {
-    let n = scores.len();
-    let sizes = scores.detach().unary(Unary::Abs)?.reshape([1, n])?;
-    let places = sizes.top_k(kept)?.1.reshape([kept])?;
-    Ok(Tensor::full(1.0, [kept]).scatter_add(&places, n)?.reshape(scores.shape())?)
-}
-
-/// A mask, trained or from a file.
-enum Mask {
-    Trained { scores: Param, kept: usize, mask: Kept<Tensor> },
-    Saved(Bits),
-}
-
-impl Mask {
-    /// Φ where it is kept; the mask's gradient is that of |scores|.
-    fn of(&self, prototype: &Param) -> Result<Tensor> {
-        let mask = match self {
-            Mask::Saved(bits) => bits.mask()?,
-            Mask::Trained { scores, kept, mask } => mask.of(&[scores], || {
-                let sizes = scores.get().unary(Unary::Abs)?;
-                // The difference is zero, and has a slope.
-                Ok(sizes.sub(&sizes.detach())?.add(&chosen(&scores.value(), *kept)?)?)
-            })?,
-        };
-        Ok(prototype.get().mul(&mask)?)
-    }
-}
-
-/// The adapter of one layer: W_d, b_d, W_u, b_u of all.
+/// The adapter of one layer: W_d, W_u, and b_d, b_u of all.
 struct MaskedAdapter {
-    prototype: [Param; 4],
-    masks: [Mask; 2],
+    down: Masked,
+    up: Masked,
+    biases: [Param; 2],
+    tasks: Tasks,
 }
 
 impl SublayerPatch for MaskedAdapter {
-    fn output(&self, s: &Sublayer<'_>, _site: &Site, _cx: &Pass) -> Result<Tensor> {
-        let [down, down_bias, up, up_bias] = &self.prototype;
+    fn output(&self, s: &Sublayer<'_>, _site: &Site, cx: &Pass) -> Result<Tensor> {
+        let [down_bias, up_bias] = &self.biases;
         let sum = s.output.add(s.residual)?;
         let x = s.norm.map_or_else(|| Ok(sum.clone()), |norm| norm(&sum))?;
-        let inner = x.matmul_t(&self.masks[0].of(down)?)?.plus(&down_bias.get())?.unary(Unary::Relu)?;
-        let added = inner.matmul_t(&self.masks[1].of(up)?)?.plus(&up_bias.get())?;
+        let added = self.tasks.each(&x, cx, |task, x| {
+            let inner = x.matmul_t(&self.down.of(task)?)?.plus(&down_bias.get())?.unary(Unary::Relu)?;
+            Ok(inner.matmul_t(&self.up.of(task)?)?.plus(&up_bias.get())?)
+        })?;
         Ok(added.plus(&s.output)?)
     }
 }
 
-/// The LoRA of one matrix: A and B of all of its kind.
+/// The LoRA of one matrix.
 struct MaskedLora {
-    prototype: [Param; 2],
-    masks: [Mask; 2],
+    a: Masked,
+    b: Masked,
+    tasks: Tasks,
     scale: f32,
-}
-
-impl MaskedLora {
-    fn own(&self) -> Result<[Tensor; 2]> {
-        Ok([self.masks[0].of(&self.prototype[0])?, self.masks[1].of(&self.prototype[1])?])
-    }
 }
 
 impl WeightPatch for MaskedLora {
     fn weight(&self, base: &dyn Base) -> Result<Tensor> {
-        let [a, b] = self.own()?;
-        changed(base, &a, &b, self.scale)
+        let task = self.tasks.usual;
+        changed(base, &self.a.of(task)?, &self.b.of(task)?, self.scale)
     }
 
-    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, _cx: &Pass) -> Result<Tensor> {
-        let [a, b] = self.own()?;
-        added(base.forward(x)?, x, &a, &b, self.scale)
+    fn forward(&self, x: &Tensor, base: &dyn Base, _site: &Site, cx: &Pass) -> Result<Tensor> {
+        let y = base.forward(x)?;
+        if self.tasks.count == 1 {
+            return added(y, x, &self.a.of(0)?, &self.b.of(0)?, self.scale);
+        }
+        let change = self.tasks.each(x, cx, |task, x| {
+            Ok(x.matmul_t(&self.a.of(task)?)?.matmul_t(&self.b.of(task)?)?.scale(self.scale)?)
+        })?;
+        Ok(y.plus(&change)?)
     }
 }
 
-/// The prefix of one attention: keys beside values of all.
+/// The prefix of one attention: keys beside values.
 struct MaskedPrefix {
-    prototype: Param,
-    mask: Mask,
+    part: Masked,
+    tasks: Tasks,
     heads: usize,
     dim: usize,
 }
 
 impl KeyValuePatch for MaskedPrefix {
     fn count(&self) -> usize {
-        self.prototype.value().dim(0)
+        self.part.prototype.values.value().dim(0)
     }
 
-    fn rows(&self, _input: &Tensor, _cx: &Pass) -> Result<KeyValues> {
-        let (rows, width) = (self.mask.of(&self.prototype)?, self.heads * self.dim);
+    fn rows(&self, _input: &Tensor, cx: &Pass) -> Result<KeyValues> {
+        let mut tasks = self.tasks.of(cx)?;
+        if tasks.iter().all(|task| Some(task) == tasks.first()) {
+            // One prefix for all sequences.
+            tasks.truncate(1);
+        }
+        let rows = tasks.iter().map(|&task| self.part.of(task)).collect::<Result<Vec<_>>>()?;
+        let rows = cat(&rows.iter().collect::<Vec<_>>(), 0)?;
+        let width = self.heads * self.dim;
         let part = |first: usize| rows.narrow(1, first, width)?.reshape([rows.dim(0), self.heads, self.dim]);
         Ok(KeyValues { keys: part(0)?, values: part(width)? })
     }
@@ -378,90 +398,4 @@ impl KeyValuePatch for MaskedPrefix {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::*;
-    use engraft_tensor::testing::{close, sample};
-
-    fn small(form: &str) -> Value {
-        json!({ "form": form, "reduction": 2, "rank": 2, "alpha": 4, "tokens": 3, "keep": 0.3 })
-    }
-
-    #[test]
-    fn a_layer_keeps_its_share_of_the_prototype() {
-        let a = attached(&[crate::testing::chosen("propetl", small("lora"))], &[]);
-        // Prototypes of q and v once, scores in each of two layers: r·(6 + 6) and r·(6 + 4).
-        assert_eq!(a.adapter.trained_count(), 3 * 2 * (12 + 10));
-        stir(&a, 0.5);
-        for end in ["A", "B"] {
-            let scores = value_of(&a, &format!("layers.0.attn.q.lora_{end}{SCORES}"));
-            // 12 − ⌊0.7·12⌋.
-            let ones = super::chosen(&scores, 4).unwrap().to_vec().unwrap();
-            assert_eq!(ones.iter().sum::<f32>(), 4.0);
-            let least = |of: f32| {
-                let sizes = scores.to_vec().unwrap().into_iter().map(f32::abs);
-                let own: Vec<f32> = sizes.zip(&ones).filter(|(_, one)| **one == of).map(|(s, _)| s).collect();
-                own
-            };
-            let smallest = least(1.0).into_iter().fold(f32::MAX, f32::min);
-            assert!(least(0.0).into_iter().all(|s| s <= smallest));
-        }
-        let x = sample(&[5, 6], 3);
-        let (fast, defined) = both_ways(&a, "layers.0.attn.q", &x);
-        close(&fast, &defined, 1e-5);
-        let other = both_ways(&a, "layers.1.attn.q", &x).0;
-        let plain = |path: &str| x.matmul_t(&frozen(path)).unwrap();
-        let change = |y: &Tensor, path: &str| y.sub(&plain(path)).unwrap().to_vec().unwrap();
-        assert_ne!(
-            change(&fast, "layers.0.attn.q"),
-            change(&other, "layers.1.attn.q"),
-            "masks are a layer's own"
-        );
-    }
-
-    #[test]
-    fn the_prototype_has_the_gradients_of_all_layers_under_their_masks() {
-        let prototype = Param::new(sample(&[3, 4], 1));
-        let masks: Vec<Mask> = (0..2)
-            .map(|i| Mask::Trained {
-                scores: Param::new(sample(&[3, 4], 10 + i)),
-                kept: 5,
-                mask: Kept::new(),
-            })
-            .collect();
-        let weights = [sample(&[3, 4], 20), sample(&[3, 4], 21)];
-        let mut loss = Tensor::scalar(0.0);
-        for (mask, w) in masks.iter().zip(&weights) {
-            loss = loss.add(&mask.of(&prototype).unwrap().mul(w).unwrap().sum().unwrap()).unwrap();
-        }
-        let gradients = loss.backward().unwrap();
-        let mut expected = Tensor::zeros([3, 4]);
-        for (mask, w) in masks.iter().zip(&weights) {
-            let Mask::Trained { scores, kept, .. } = mask else { panic!() };
-            let own = super::chosen(&scores.value(), *kept).unwrap().mul(w).unwrap();
-            expected = expected.add(&own).unwrap();
-            // Straight through: Φ·w, by the sign of the score.
-            let signs: Vec<f32> = scores.value().to_vec().unwrap().into_iter().map(f32::signum).collect();
-            let through = prototype.value().mul(w).unwrap();
-            let through = through.mul(&Tensor::from_vec(signs, [3, 4]).unwrap()).unwrap();
-            close(gradients.get(scores).unwrap(), &through, 1e-6);
-        }
-        close(gradients.get(&prototype).unwrap(), &expected, 1e-6);
-    }
-
-    #[test]
-    fn configurations() {
-        for form in ["adapter", "lora", "prefix"] {
-            survives_saving(&[crate::testing::chosen("propetl", small(form))], &["head"]);
-        }
-        let methods = [crate::testing::chosen("propetl", small("adapter"))];
-        assert_eq!(
-            (methods[0].0.learning_rate_factor(GROUP), methods[0].0.learning_rate_factor("")),
-            (30.0, 1.0)
-        );
-        let good = config(&methods, &[]);
-        for bad in [json!({ "form": "ia3" }), json!({ "keep": 0.0 }), json!({ "odd": 1 })] {
-            assert!(from_file(&with(good.clone(), bad.clone())).is_err(), "{bad}");
-        }
-    }
-}
+mod tests;

@@ -149,7 +149,11 @@ pub(crate) fn read_start(r: &mut Reader<'_>) -> Start {
             Start::Noise
         }
         (Some(text), ..) => Start::Text(text),
-        (_, Some(ids), _) if !ids.is_empty() => Start::Given(ids.into_iter().map(|id| id as i64).collect()),
+        (_, Some(ids), _) if ids.is_empty() => {
+            r.problem("`init_ids`: expected at least one token");
+            Start::Noise
+        }
+        (_, Some(ids), _) => Start::Given(ids.into_iter().map(|id| id as i64).collect()),
         (.., Some(false)) => Start::Noise,
         (.., Some(true)) => Start::Uniform,
         (.., None) => Start::Drawn(below),
@@ -449,6 +453,7 @@ mod tests {
             json!({ "init_text": { "text": "", "ids": [] } }),
             json!({ "init_text": { "text": "a", "ids": [1] }, "init_ids": [1] }),
             json!({ "init_ids": [1], "init_below": 3 }),
+            json!({ "init_ids": [] }),
         ] {
             assert!(from_settings(bad.as_object().unwrap()).is_err(), "{bad}");
         }

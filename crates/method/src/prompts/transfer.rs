@@ -77,6 +77,7 @@ impl Transfer {
             &[("best", Select::Best), ("average", Select::Average), ("weighted", Select::Weighted)],
         );
         let pairs = r.one_of("similarity", &[("average", false), ("pairs", true)]);
+        let compares = select != Select::Best || pairs;
         let given = r.value("top").is_some();
         let top = Some(r.count("top", 1, usize::MAX)).filter(|_| given);
         let projects = r.value("projector").is_some();
@@ -85,8 +86,8 @@ impl Transfer {
             r.problem(format!("`target_prompt`: expected one prompt, found {}", targets.len()));
         }
         let Some(sources) = sources else {
-            if !targets.is_empty() || given {
-                r.problem("`target_prompt` and `top` choose among `from_prompts`, which is absent");
+            if !targets.is_empty() || given || compares {
+                r.problem("`target_prompt`, `select`, `similarity` and `top` choose among `from_prompts`, which is absent");
             }
             if projects {
                 r.problem("`projector` makes rows of saved ones: name them in `from_prompts`");
@@ -96,8 +97,14 @@ impl Transfer {
         if sources.is_empty() {
             r.problem("`from_prompts`: expected at least one saved prompt");
         }
-        if given && targets.is_empty() {
-            r.problem("`top` needs `target_prompt`: nothing else says which sources are like the task");
+        if (given || compares) && targets.is_empty() {
+            r.problem("`select`, `similarity` and `top` need `target_prompt`: nothing else says which sources are like the task");
+        }
+        if let Some(top) = top.filter(|top| *top > sources.len()) {
+            r.problem(format!(
+                "`top`: expected at most the {} of `from_prompts`, found {top}",
+                sources.len()
+            ));
         }
         Some(Transfer { sources, target: targets.into_iter().next(), select, pairs, top, projector })
     }
@@ -266,6 +273,9 @@ mod tests {
             json!({ "from_prompts": [a], "init_ids": [1] }),
             json!({ "from_prompts": [a], "target_prompt": [a, a] }),
             json!({ "target_prompt": [a] }),
+            json!({ "select": "weighted" }),
+            json!({ "from_prompts": [a], "similarity": "pairs" }),
+            json!({ "from_prompts": [a], "target_prompt": [a], "top": 2 }),
         ] {
             assert!(read(bad.clone()).is_err(), "{bad}");
         }

@@ -7,7 +7,7 @@ use engraft_nn::{Inputs, Picture};
 use engraft_store::RawTensor;
 use engraft_tensor::Tensor;
 
-use super::Logits;
+use super::{Logits, Users, forward};
 use crate::engine::Engine;
 use crate::failure::{BeforeWork, Failure, Outcome};
 
@@ -51,8 +51,12 @@ impl Given {
         Ok(Given { path: path.to_owned(), pixels })
     }
 
+    pub(super) fn rows(&self) -> usize {
+        self.pixels.dim(0)
+    }
+
     /// All logits with their shape.
-    pub(super) fn logits(&self, engine: &Engine) -> Outcome<Logits> {
+    pub(super) fn logits(&self, engine: &Engine, users: Option<&Users>) -> Outcome<Logits> {
         let info = engine.model.info();
         if let Some(Picture { channels, .. }) = info.picture.filter(|p| p.channels != self.pixels.dim(1)) {
             return Err(Failure::before_work(format!(
@@ -65,8 +69,9 @@ impl Given {
         let most = (PIXELS_MAX / (self.pixels.len() / count).max(1)).clamp(1, PICTURES_MAX);
         let mut values = Vec::new();
         for first in (0..count).step_by(most) {
-            let part = self.pixels.rows_between(first, (first + most).min(count))?;
-            let logits = engine.logits(&Inputs::pixels(part)?);
+            let last = (first + most).min(count);
+            let part = Inputs::pixels(self.pixels.rows_between(first, last)?)?;
+            let logits = forward(engine, &part, users, first..last);
             // A size that the model does not read shows with the first pictures.
             values.extend(if first == 0 { logits.before_work()? } else { logits? }.to_vec()?);
         }

@@ -16,7 +16,7 @@ use engraft_nn::{Inputs, Layout, Task};
 use engraft_store::Weights;
 use engraft_tensor::Tensor;
 
-use super::Logits;
+use super::{Logits, Users, forward};
 use crate::engine::Engine;
 use crate::failure::{Failure, Outcome};
 
@@ -139,8 +139,12 @@ impl Given {
         Ok(())
     }
 
+    pub(super) fn rows(&self) -> usize {
+        self.examples.len()
+    }
+
     /// All logits with their shape.
-    pub(super) fn logits(&self, engine: &Engine) -> Outcome<Logits> {
+    pub(super) fn logits(&self, engine: &Engine, users: Option<&Users>) -> Outcome<Logits> {
         let info = engine.model.info();
         self.check_sides(info.task)?;
         self.check_ids(info.vocabulary)?;
@@ -158,7 +162,7 @@ impl Given {
         let mut first = 0;
         while first < rows {
             let last = first + self.rows_within(first, most);
-            let part = engine.logits(&self.padded(first..last)?)?.to_vec()?;
+            let part = forward(engine, &self.padded(first..last)?, users, first..last)?.to_vec()?;
             if by_row {
                 values[first * outputs..last * outputs].copy_from_slice(&part);
             } else {
