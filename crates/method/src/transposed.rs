@@ -34,6 +34,9 @@ const NOT_TRANSPOSED: &[&str] = &[
     "TRAINABLE_TOKENS",
 ];
 
+/// What `peft`'s LN tuning puts between a module and the tensors of its trained copy.
+pub(crate) const TRAINED_COPY: &str = ".ln_tuning_layers";
+
 /// What precedes such a type where an adapter changes such a matrix all the same.
 const TRANSPOSED: &str = "ENGRAFT_CONV1D_";
 
@@ -43,6 +46,7 @@ pub(crate) fn turned(key: &str, tensor: Tensor, sites: &Sites) -> Result<Tensor>
     // Prompts do not wrap the model.
     let path = key.strip_prefix("base_model.").and_then(|path| path.strip_suffix(".weight"));
     let Some(path) = path.map(|path| path.strip_prefix("model.").unwrap_or(path)) else { return Ok(tensor) };
+    let path = path.strip_suffix(TRAINED_COPY).unwrap_or(path);
     let stored_so =
         |site: &Site| matches!(site.kind, Kind::Linear { transposed: true, .. }) && site.path == path;
     if sites.iter().any(stored_so) && tensor.shape().len() == 2 { Ok(tensor.t()?) } else { Ok(tensor) }

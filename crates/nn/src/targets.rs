@@ -68,6 +68,20 @@ pub enum TargetError {
         /// What the parser says.
         message: String,
     },
+    /// What names or roles match is all left out again.
+    #[error(
+        "{} {} {count} module{} of this model, and what is excluded, the chosen layers and modules trained whole leave \
+         none of them",
+        few(names),
+        if names.len() == 1 { "matches" } else { "match" },
+        if *count == 1 { "" } else { "s" }
+    )]
+    LeftOut {
+        /// What was asked for.
+        names: Vec<String>,
+        /// How many modules that is.
+        count: usize,
+    },
     /// Names or roles match no site.
     #[error("nothing among {total} {kind}s matches {}; in this model {note}", few(names))]
     Dead {
@@ -126,11 +140,12 @@ impl Targets {
         let pattern = self.regex()?;
         let excluded = self.excluded()?;
         let layers = self.layer_filter()?;
-        let mut chosen = Vec::new();
+        let (mut chosen, mut count) = (Vec::new(), 0);
         let in_full =
             |path: &str| matches!(&self.matcher, Matcher::Names(names) if names.iter().any(|n| n == path));
         for site in sites.iter().filter(|s| s.is_weight()) {
             let Some(hit) = self.hit(site, pattern.as_ref()) else { continue };
+            count += 1;
             // Several names may name one module, as an end and the whole path do.
             let named = matches!(&self.matcher, Matcher::Names(_));
             dead.retain(|d| if named { !names_path(d, &site.path) } else { d != &hit });
@@ -141,6 +156,9 @@ impl Targets {
             }
         }
         if chosen.is_empty() {
+            if dead.is_empty() && count > 0 {
+                return Err(TargetError::LeftOut { names: self.wanted(), count });
+            }
             let names = if dead.is_empty() { self.wanted() } else { dead };
             return Err(dead_error(sites, names));
         }
@@ -315,7 +333,11 @@ mod tests {
         t.layers.as_mut().unwrap().patterns = vec!["x".into(), "layers".into()];
         assert_eq!(paths(&t).len(), 2);
         t.train_also = vec!["layers.2".into()];
-        assert!(t.resolve(&sites()).is_err());
+        let message = t.resolve(&sites()).unwrap_err().to_string();
+        assert!(
+            message.starts_with("q_proj, v_proj match 6 modules of this model, and what is excluded"),
+            "{message}"
+        );
     }
 
     #[test]

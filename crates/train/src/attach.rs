@@ -126,7 +126,7 @@ pub(crate) fn from_recipe(
     }
     let attached = attach(&chosen, &train_also, model.sites(), model.info(), recipe.train.seed);
     let attached = attached.map_err(|e| match (e, methods) {
-        (e @ engraft_nn::Error::Targets(TargetError::Dead { .. }), [only]) => {
+        (e @ engraft_nn::Error::Targets(TargetError::Dead { .. } | TargetError::LeftOut { .. }), [only]) => {
             vec![dead_targets(recipe, only, e)]
         }
         (e, _) => vec![unfit(recipe, methods, &e.to_string())],

@@ -5,12 +5,16 @@
 //!
 //! Zhao et al. 2023, arXiv:2312.11420.
 //!
-//! P `[width]`, named `ln_tuning_layers.weight` and `ln_tuning_layers.bias` in the norm's module.
+//! P `[width]`, named `ln_tuning_layers.weight` and `ln_tuning_layers.bias` in the norm's module. As in `peft`, targets may name
+//! other modules, whose tensors are then trained whole.
 
-use engraft_nn::{Builder, Kind, Resolution, Result, Role, Site, SiteId, Sites, Targets};
+use std::collections::HashMap;
+
+use engraft_nn::{Builder, Kind, Resolution, Result, Role, Site, SiteId, Sites, Targets, Value as Frozen};
 use serde_json::{Map, Value};
 
 use crate::read::Reader;
+use crate::transposed::TRAINED_COPY;
 use crate::{Described, Entry, Info, Loaded, Method, peft};
 
 struct LnTuning;
@@ -59,30 +63,21 @@ impl Method for LnTuning {
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for site in b.targets() {
-            if let (Some((module, end)), false) = (site.path.rsplit_once('.'), b.replaced(site.id)) {
-                b.replace_as(site.id, &format!("{module}.ln_tuning_layers.{end}"))?;
+            let name = site.tensor_name();
+            if let (Some((module, end)), false) = (name.rsplit_once('.'), b.replaced(site.id)) {
+                b.replace_as(site.id, &format!("{module}{TRAINED_COPY}.{end}"))?;
             }
         }
         Ok(())
     }
 
-    /// A target names the module of a norm.
+    /// A target names the module of a norm; in `peft` it may be any other that holds tensors.
     fn resolve(&self, targets: &Targets, sites: &Sites) -> Result<Resolution> {
-        let (mut modules, mut vectors) = (Sites::default(), Vec::<Vec<SiteId>>::new());
-        let mut last = "";
-        for site in norms(sites) {
-            let Some((module, _)) = site.path.rsplit_once('.') else { continue };
-            if module != last {
-                // No linear layer, so that "all-linear" chooses none.
-                modules.add(module, Role::Norm, site.layer, Kind::Embedding { rows: 1, width: 1 });
-                vectors.push(Vec::new());
-                last = module;
-            }
-            vectors.last_mut().into_iter().for_each(|v| v.push(site.id));
+        let among_norms = Modules::of(sites, |site| site.role == Role::Norm).resolve(targets);
+        match &among_norms {
+            Ok(found) if found.dead.is_empty() => among_norms,
+            _ => Modules::of(sites, |_| true).resolve(targets).or(among_norms),
         }
-        let found = targets.resolve(&modules)?;
-        let ids = found.sites.into_iter().flat_map(|id| vectors[id.0].clone()).collect();
-        Ok(Resolution { sites: ids, dead: found.dead })
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
@@ -90,9 +85,39 @@ impl Method for LnTuning {
     }
 }
 
-/// Gains and biases of norms.
-fn norms(sites: &Sites) -> impl Iterator<Item = &Site> {
-    sites.of_kind(|k| matches!(k, Kind::Vector { .. })).filter(|s| s.role == Role::Norm)
+/// Modules that hold tensors, and which: a site for each here, the model's own for each tensor.
+#[derive(Default)]
+struct Modules {
+    all: Sites,
+    tensors: Vec<Vec<SiteId>>,
+}
+
+impl Modules {
+    /// Those of the tensors that `wanted` chooses.
+    fn of(sites: &Sites, wanted: impl Fn(&Site) -> bool) -> Modules {
+        let mut found = Modules::default();
+        let mut numbers: HashMap<String, usize> = HashMap::new();
+        for site in sites.iter().filter(|site| !matches!(site.value, Frozen::None) && wanted(site)) {
+            let name = site.tensor_name();
+            let Some((module, _)) = name.rsplit_once('.') else { continue };
+            let number = *numbers.entry(module.to_owned()).or_insert_with(|| {
+                // Norms hold no matrix, and are to be named all the same.
+                let kind =
+                    if site.is_weight() { site.kind.clone() } else { Kind::Embedding { rows: 1, width: 1 } };
+                found.all.add(module, site.role, site.layer, kind);
+                found.tensors.push(Vec::new());
+                found.tensors.len() - 1
+            });
+            found.tensors[number].push(site.id);
+        }
+        found
+    }
+
+    fn resolve(&self, targets: &Targets) -> Result<Resolution> {
+        let found = targets.resolve(&self.all)?;
+        let ids = found.sites.into_iter().flat_map(|id| self.tensors[id.0].clone()).collect();
+        Ok(Resolution { sites: ids, dead: found.dead })
+    }
 }
 
 #[cfg(test)]
@@ -124,13 +149,22 @@ mod tests {
     }
 
     #[test]
-    fn other_modules_are_refused() {
-        let (sites, info) = toy();
-        for targets in [Targets::names(["attn.q"]), Matcher::AllLinear.into()] {
-            let methods = [(Box::new(LnTuning) as Box<dyn Method>, Some(targets))];
-            let error = crate::attach(&methods, &[], &sites, &info, 0).map(|_| ()).unwrap_err().to_string();
-            assert!(error.contains("nothing among 2 norms"), "{error}");
+    fn other_modules_may_be_named_as_peft_has_it() {
+        let targets = Targets::names(["layers.0.norm", "layers.0.attn.q"]);
+        let a = attached(&[(Box::new(LnTuning), Some(targets))], &[]);
+        let both = names(&a);
+        let expected = [
+            "attn.q.ln_tuning_layers.weight",
+            "attn.q.ln_tuning_layers.bias",
+            "norm.ln_tuning_layers.weight",
+        ];
+        for name in expected.map(|name| format!("layers.0.{name}")) {
+            assert!(both.contains(&name.as_str()) && both.len() == 4, "{name} in {both:?}");
         }
+        let (sites, info) = toy();
+        let methods = [(Box::new(LnTuning) as Box<dyn Method>, Some(Targets::names(["nrm"])))];
+        let error = crate::attach(&methods, &[], &sites, &info, 0).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("nothing among 2 norms"), "{error}");
     }
 
     #[test]

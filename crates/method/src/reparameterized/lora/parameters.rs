@@ -71,6 +71,7 @@ impl Lora {
         let mut found = match targets.resolve(sites) {
             _ if none => Resolution { sites: vec![], dead: vec![] },
             Err(TargetError::Dead { names, .. }) => Resolution { sites: vec![], dead: names },
+            Err(TargetError::LeftOut { .. }) => Resolution { sites: vec![], dead: vec![] },
             found => found?,
         };
         let is_named = |name: &String| sites.iter().any(|s| s.is_weight() && means(name, &s.path));
