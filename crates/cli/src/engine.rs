@@ -255,13 +255,16 @@ impl Engine {
     /// # Errors
     /// A name that the adapter does not know, an adapter that tells no tasks apart.
     pub fn task(&self, given: &str) -> Outcome<usize> {
-        if self.methods.iter().all(|(method, _)| method.tasks().is_none()) {
+        let Some(count) = self.methods.iter().filter_map(|(method, _)| method.tasks()).min() else {
             return Err(Failure::before_work(format!(
                 "--task {given}: the adapter has nothing of single tasks; leave it out"
             )));
-        }
+        };
         match (given.parse(), self.tasks.is_empty()) {
-            (Ok(number), _) => Ok(number),
+            (Ok(number), _) if number < count => Ok(number),
+            (Ok(number), _) => Err(Failure::before_work(format!(
+                "--task {number}: the adapter knows {count} tasks, from 0"
+            ))),
             (Err(_), false) => task_number(&self.tasks, given).before_work(),
             (Err(_), true) => Err(Failure::before_work(format!(
                 "--task {given}: the adapter knows no tasks by name; give a number, from 0"

@@ -122,7 +122,7 @@ fn rows_are_answered_and_scored_under_their_tasks() {
     assert!((0..2).any(|i| text(0, i) != text(1, i)), "tasks answer alike");
     by_names(&file, run, &found, &begun);
     let refused = engraft(&[&begun[..], &["--prompt", "t5", "--task", "2"]].concat());
-    assert!(!refused.status.success());
+    assert_eq!(refused.status.code(), Some(2));
     let error = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(error.contains("task 2") && error.contains("knows 2 tasks"), "{error}");
 }
