@@ -100,6 +100,12 @@ FUSIONS = [
     ("roberta", "hub_houlsby", "dynamic", HOULSBY, "_left", "after both sublayers, padding on the left"),
     ("t5_flan", "hub_houlsby", "dynamic", HOULSBY, "", "encoder and decoder"),
     ("vit", "hub", "dynamic", cases_fusion.PAIR, "", "a picture"),
+    ("bert", "hub_leave_out", "static", [SeqBnConfig(reduction_factor=4, leave_out=[0]), SeqBnConfig(reduction_factor=8)], "",
+     "one layer with the last adapter alone"),
+    ("roberta", "hub_left_out", "static", [SeqBnConfig(reduction_factor=4, leave_out=[0]), SeqBnConfig(reduction_factor=8, leave_out=[0])],
+     "", "one layer with none, which has tensors of a fusion all the same"),
+    ("bert", "hub_reads", "dynamic", [SeqBnConfig(reduction_factor=4), SeqBnConfig(reduction_factor=8, original_ln_before=False)], "",
+     "the first is given what the last reads"),
     ("bert", "hub_compacter", "dynamic", [CompacterConfig(reduction_factor=4), DoubleSeqBnConfig(reduction_factor=8, non_linearity="gelu")], "",
      "Compacter beside plain matrices"),
     ("gpt2", "hub_compacter", "static", [CompacterPlusPlusConfig(reduction_factor=4), CompacterPlusPlusConfig(

@@ -262,9 +262,9 @@ impl Engine {
         };
         match (given.parse(), self.tasks.is_empty()) {
             (Ok(number), _) if number < count => Ok(number),
-            (Ok(number), _) => Err(Failure::before_work(format!(
-                "--task {number}: the adapter knows {count} tasks, from 0"
-            ))),
+            (Ok(number), _) => {
+                Err(Failure::before_work(format!("--task {number}: the adapter knows {count} tasks, from 0")))
+            }
             (Err(_), false) => task_number(&self.tasks, given).before_work(),
             (Err(_), true) => Err(Failure::before_work(format!(
                 "--task {given}: the adapter knows no tasks by name; give a number, from 0"

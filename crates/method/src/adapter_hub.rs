@@ -1,9 +1,12 @@
 //! An adapter as AdapterHub's library has it on disk: one directory or, for a fusion, a setup of several.
 
-use engraft_nn::{Error, Result, Site, Sites};
+use std::sync::Arc;
+
+use engraft_nn::{Error, ModelInfo, Result, Site, Sites};
 use serde_json::{Map, Value, json};
 
 use crate::Named;
+use crate::hybrid::from_peft;
 
 /// The files of an adapter in AdapterHub's form.
 pub struct HubFiles {
@@ -40,11 +43,20 @@ const OURS: [&str; 8] = [
     "revision",
 ];
 
-/// The files of the adapter that is saved as `config` and `tensors`; `about` is what every configuration says of the model.
+/// The files of the adapter of a model that is saved as `config` and `tensors`; `about` is what every configuration says of the model.
 ///
 /// # Errors
-/// An adapter whose form is not AdapterHub's.
-pub fn adapter_hub(config: &Value, tensors: Named, about: &Map<String, Value>) -> Result<HubFiles> {
+/// An adapter that AdapterHub's library has no form for.
+pub fn adapter_hub(
+    config: &Value,
+    tensors: Named,
+    about: &Map<String, Value>,
+    (sites, info): (&Arc<Sites>, &ModelInfo),
+) -> Result<HubFiles> {
+    let (config, tensors) = match from_peft(config, &tensors, sites, info)? {
+        Some(converted) => converted,
+        None => (config.clone(), tensors),
+    };
     let (own, rest): (Named, Named) =
         tensors.into_iter().partition(|(name, _)| !name.starts_with(crate::foreign::PREFIX));
     let Some(map) = config.as_object() else {
@@ -57,11 +69,7 @@ pub fn adapter_hub(config: &Value, tensors: Named, about: &Map<String, Value>) -
         return Ok(HubFiles { directories: setup(map, own, about)?, rest });
     }
     if !(map.get("config").is_some_and(Value::is_object) && map.contains_key("name")) {
-        let kind = map.get("peft_type").and_then(Value::as_str).unwrap_or("none");
-        return Err(Error::Unsupported(format!(
-            "AdapterHub has no form for this adapter (its peft_type is {kind}); it has one for bottleneck adapters, Compacter, \
-             ReFT, UniPELT, MAM adapters, fusions, and for prefixes, prompts, LoRA and (IA)³ that were read from its files"
-        )));
+        return Err(Error::Unsupported(no_form(&config)));
     }
     let directory = HubDirectory {
         name: String::new(),
@@ -71,22 +79,85 @@ pub fn adapter_hub(config: &Value, tensors: Named, about: &Map<String, Value>) -
     Ok(HubFiles { directories: vec![directory], rest })
 }
 
-/// A fusion: its plan, its adapters, itself.
-fn setup(map: &Map<String, Value>, tensors: Named, about: &Map<String, Value>) -> Result<Vec<HubDirectory>> {
-    let adapters = map.get("adapters").and_then(Value::as_array).cloned().unwrap_or_default();
-    for adapter in &adapters {
-        let inner = adapter.get("config");
-        let is_other = inner.is_some_and(|config| config.get("peft_type").is_some());
-        if is_other || inner.and_then(|config| config.get("is_parallel")) == Some(&Value::Bool(true)) {
-            return Err(Error::Unsupported(format!(
+/// What is told of an adapter that the library has no form for.
+fn no_form(config: &Value) -> String {
+    const FORMS: &str = "it has one for bottleneck adapters, Compacter, ReFT, UniPELT, MAM adapters, fusions of serial bottleneck adapters, \
+                         prefixes, prompts, LoRA and (IA)³";
+    let kind = config.get("peft_type").and_then(Value::as_str).unwrap_or("none");
+    match crate::assemble::is_union(config) {
+        true => format!(
+            "this adapter is a union of several methods, and AdapterHub's library has none that a recipe lists; {FORMS}, each by itself"
+        ),
+        false => format!("AdapterHub has no form for this adapter (its peft_type is {kind}); {FORMS}"),
+    }
+}
+
+/// The adapters of a fusion.
+fn fused(map: &Map<String, Value>) -> &[Value] {
+    map.get("adapters").and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}
+
+/// What one of them is called.
+fn name(adapter: &Value) -> &str {
+    adapter.get("name").and_then(Value::as_str).unwrap_or_default()
+}
+
+/// The adapters of a fusion as the library can have them: all serial and at the same places, one that no layer goes without last,
+/// since it asks the last what all of them read.
+fn in_order(map: &Map<String, Value>) -> Result<Vec<&Value>> {
+    let adapters = fused(map);
+    let refused = |text: String| Err(Error::Unsupported(text));
+    let says = |adapter: &Value, key: &str| adapter.get("config").and_then(|c| c.get(key)).cloned();
+    let Some((first, rest)) = adapters.split_first() else { return Ok(vec![]) };
+    for adapter in adapters {
+        if says(adapter, "peft_type").is_some() || says(adapter, "is_parallel") == Some(true.into()) {
+            return refused(format!(
                 "`{}` is no serial bottleneck adapter, and AdapterHub fuses no others as the paper does",
-                adapter.get("name").and_then(Value::as_str).unwrap_or_default()
-            )));
+                name(adapter)
+            ));
         }
     }
-    let names: Vec<&str> = adapters.iter().filter_map(|a| a.get("name").and_then(Value::as_str)).collect();
-    let joined = names.join(",");
-    let name = map.get("name").and_then(Value::as_str).unwrap_or(&joined);
+    let unlike = |key: &str| rest.iter().find(|other| says(other, key) != says(first, key));
+    for key in ["mh_adapter", "cross_adapter", "output_adapter"] {
+        if let Some(other) = unlike(key) {
+            return refused(format!(
+                "`{}` and `{}` sit at different sublayers (`{key}`), and AdapterHub's library refuses to fuse such adapters",
+                name(first),
+                name(other)
+            ));
+        }
+    }
+    let of_last = map.get("reads_of_last") == Some(&true.into());
+    if let Some(other) = unlike("original_ln_before").filter(|_| !of_last) {
+        return refused(format!(
+            "`{}` and `{}` read different rows (`original_ln_before`), and AdapterHub's library gives all of a fusion what the last reads",
+            name(first),
+            name(other)
+        ));
+    }
+    let left_out =
+        |adapter: &Value| says(adapter, "leave_out").and_then(|v| v.as_array().cloned()).unwrap_or_default();
+    let is_everywhere = |adapter: &&Value| {
+        left_out(adapter).iter().all(|layer| adapters.iter().all(|other| left_out(other).contains(layer)))
+    };
+    let Some(last) = adapters.iter().rev().find(is_everywhere) else {
+        return refused(
+            "each of these adapters leaves out a layer (`leave_out`) that another one has, and AdapterHub's library asks the last of a \
+             fusion in every layer"
+                .into(),
+        );
+    };
+    let others = adapters.iter().filter(|adapter| !std::ptr::eq(*adapter, last));
+    Ok(others.chain([last]).collect())
+}
+
+/// A fusion: its plan, its adapters, itself.
+fn setup(map: &Map<String, Value>, tensors: Named, about: &Map<String, Value>) -> Result<Vec<HubDirectory>> {
+    let adapters = in_order(map)?;
+    let names: Vec<&str> = adapters.iter().map(|adapter| name(adapter)).collect();
+    // Tensors are called after the adapters in their first order.
+    let joined = fused(map).iter().map(name).collect::<Vec<_>>().join(",");
+    let fusion = map.get("name").and_then(Value::as_str).unwrap_or(&joined);
     let around = |more: Value| {
         let mut all = about.clone();
         all.extend(more.as_object().cloned().unwrap_or_default());
@@ -95,7 +166,7 @@ fn setup(map: &Map<String, Value>, tensors: Named, about: &Map<String, Value>) -
     let single = |name: &&str| json!({ "children": [name], "type": "single" });
     let children: Vec<Value> = names.iter().map(single).collect();
     let plan = json!({
-        "adapter_setup": { "children": children, "kwargs": { "name": name }, "type": "Fuse" }, "head_setup": null,
+        "adapter_setup": { "children": children, "kwargs": { "name": fusion }, "type": "Fuse" }, "head_setup": null,
         "version": about.get("version"),
     });
     let mut directories =
@@ -104,21 +175,24 @@ fn setup(map: &Map<String, Value>, tensors: Named, about: &Map<String, Value>) -
         tensors.iter().filter(|(key, _)| parts.iter().any(|part| key.contains(part))).cloned().collect()
     };
     for adapter in &adapters {
-        let own = adapter.get("name").and_then(Value::as_str).unwrap_or_default();
+        let own = name(adapter);
         directories.push(HubDirectory {
             name: own.into(),
-            config: ("adapter_config.json", around(adapter.clone())),
+            config: ("adapter_config.json", around((*adapter).clone())),
             weights: Some((
                 "adapter.safetensors",
                 of(&[format!(".adapters.{own}."), format!("shared_parameters.{own}.")]),
             )),
         });
     }
-    let fusion = json!({ "adapter_names": names, "config": map.get("fusion_config"), "name": name });
+    let own = json!({ "adapter_names": names, "config": map.get("fusion_config"), "name": fusion });
     directories.push(HubDirectory {
-        name: name.into(),
-        config: ("adapter_fusion_config.json", around(fusion)),
-        weights: Some(("model_adapter_fusion.safetensors", of(&[format!(".adapter_fusion_layer.{name}.")]))),
+        name: fusion.into(),
+        config: ("adapter_fusion_config.json", around(own)),
+        weights: Some((
+            "model_adapter_fusion.safetensors",
+            of(&[format!(".adapter_fusion_layer.{fusion}.")]),
+        )),
     });
     Ok(directories)
 }
@@ -148,7 +222,8 @@ mod tests {
             "x.adapter_fusion_layer.a,b.key.bias",
             "base_model.model.head.weight",
         ]);
-        let found = adapter_hub(&config, tensors, &about()).unwrap();
+        let (sites, info) = crate::testing::toy();
+        let found = adapter_hub(&config, tensors, &about(), (&sites, &info)).unwrap();
         assert_eq!((found.rest.len(), found.rest[0].0.as_str()), (1, "base_model.model.head.weight"));
         let names: Vec<(&str, &str)> =
             found.directories.iter().map(|d| (d.name.as_str(), d.config.0)).collect();
@@ -169,11 +244,16 @@ mod tests {
 
     #[test]
     fn what_has_no_such_form_is_refused() {
-        let error = adapter_hub(&json!({ "peft_type": "LORA", "r": 2 }), vec![], &about());
-        let error = error.map(|_| ()).unwrap_err().to_string();
-        assert!(error.contains("LORA"), "{error}");
+        let (sites, info) = crate::testing::toy();
+        let error = |config: Value| {
+            adapter_hub(&config, vec![], &about(), (&sites, &info)).map(|_| ()).unwrap_err().to_string()
+        };
+        assert!(error(json!({ "peft_type": "LOHA", "r": 2 })).contains("LOHA"));
+        let union = error(json!({ "peft_type": "ENGRAFT_UNION", "methods": [] }));
+        assert!(union.contains("union of several methods"), "{union}");
         let own = json!({ "peft_type": "ENGRAFT_BOTTLENECK", "config": {}, "name": "a", "version": "adapters.1.3.0" });
-        let found = adapter_hub(&own, named(&["x.adapters.a.adapter_up.bias"]), &about()).unwrap();
+        let tensors = named(&["x.adapters.a.adapter_up.bias"]);
+        let found = adapter_hub(&own, tensors, &about(), (&sites, &info)).unwrap();
         assert_eq!(found.directories[0].config.1.get("peft_type"), None);
         assert!(found.rest.is_empty());
     }

@@ -20,6 +20,8 @@ pub struct Facts {
     pub(crate) ties_by_values: bool,
     /// Heads of AdapterHub's library that compute what the model's own do.
     pub(crate) flexible: &'static [Flexible],
+    /// Whether AdapterHub's library calls an MLP's last matrix the intermediate one, and the first, beside the gate, the output.
+    pub(crate) mlp_reversed: bool,
 }
 
 impl Facts {
@@ -31,6 +33,7 @@ impl Facts {
         buffers: &[],
         ties_by_values: false,
         flexible: &[],
+        mlp_reversed: false,
     };
 }
 

@@ -179,6 +179,7 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<Loaded> {
     engraft_tensor::device::compute_in(options.precision);
     let mut reader = Reader::new(dir, &weights, options, prefixes, false);
     reader.sites.set_numbers(numbers);
+    reader.sites.set_mlp_reversed(architecture.facts.mlp_reversed);
     let model = (architecture.build)(architecture, &mut c, &mut reader, head)?;
     let mapped = weights.files().iter().filter_map(|f| f.metadata().ok()).map(|m| m.len()).sum();
     Ok(Loaded {

@@ -32,6 +32,9 @@ const FACTS: Facts = Facts {
     ..Facts::NONE
 };
 
+/// Those of the two models that AdapterHub's library has classes of its own for.
+const OWN_CLASS: Facts = Facts { mlp_reversed: true, ..FACTS };
+
 /// Llama.
 pub(crate) static LLAMA: Architecture = Architecture {
     name: "llama",
@@ -42,7 +45,7 @@ pub(crate) static LLAMA: Architecture = Architecture {
     prefix: "model.",
     trunk: &["LlamaModel"],
     heads: HEADS,
-    facts: FACTS,
+    facts: OWN_CLASS,
     build: |a, c, r, head| build(a, Family { kv_heads: None, ..OTHERS }, c, r, head),
 };
 
@@ -56,7 +59,7 @@ pub(crate) static MISTRAL: Architecture = Architecture {
     prefix: "model.",
     trunk: &["MistralModel"],
     heads: HEADS,
-    facts: FACTS,
+    facts: OWN_CLASS,
     build: |a, c, r, head| {
         build(a, Family { kv_heads: Some(8), window: Window::Everywhere, ..OTHERS }, c, r, head)
     },

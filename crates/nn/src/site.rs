@@ -287,6 +287,7 @@ pub struct Sites {
     names: Names,
     older: Option<Arc<Sites>>,
     numbers: Numbers,
+    mlp_reversed: bool,
 }
 
 impl Sites {
@@ -303,6 +304,16 @@ impl Sites {
     /// What the model's numbers are, and so the copies of its tensors in the files of adapters.
     pub fn numbers(&self) -> Numbers {
         self.numbers
+    }
+
+    /// Says whether AdapterHub's library calls an MLP's last matrix the intermediate one, and the first the output.
+    pub fn set_mlp_reversed(&mut self, reversed: bool) {
+        self.mlp_reversed = reversed;
+    }
+
+    /// Whether AdapterHub's library calls an MLP's last matrix the intermediate one, and the first the output.
+    pub fn mlp_reversed(&self) -> bool {
+        self.mlp_reversed
     }
 
     /// Declares a site and returns its index.

@@ -267,7 +267,7 @@ pub fn write_hub_files(dir: &Path, config: &Value, tensors: Named, of: &HubModel
         "version": "adapters.1.3.0",
     });
     let about = about.as_object().cloned().unwrap_or_default();
-    let mut files = adapter_hub(config, tensors, &about)?;
+    let mut files = adapter_hub(config, tensors, &about, (of.model.sites(), info))?;
     let (head, left_out) = head_of(files.rest, of)?;
     for HubDirectory { name, config: (file, config), weights } in &mut files.directories {
         // A setup says whether a head lies beside it.

@@ -30,7 +30,9 @@ Examples:
   engraft convert pissa --model qwen3-0.6b --out lora
 
 Reads the names of loralib, and peft's without their prefix; tensors trained as a whole come along. With --to adapterhub an
-adapter directory is written as AdapterHub's library reads it, a trained head beside it, a fusion with its adapters as a setup. With --rank the first ranks
+adapter directory is written as AdapterHub's library reads it, a trained head beside it, a fusion with its adapters as a setup: bottleneck,
+Compacter, ReFT, UniPELT and MAM adapters, fusions of serial bottlenecks, prefixes and prompts that were trained with form = \"adapterhub\",
+LoRA and (IA)³ at queries, keys, values and the matrices of an MLP but its gate. With --rank the first ranks
 of a DyLoRA become a LoRA, which peft reads. An adapter directory of peft with the start pissa or olora becomes a plain LoRA of twice the
 rank, the start taken off as a product of its own.")]
 pub struct Args {

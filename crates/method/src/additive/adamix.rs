@@ -22,7 +22,7 @@ use crate::additive::bottleneck::{self, Bottleneck, Form, around};
 use crate::read::{Reader, number};
 use crate::shared::activations::{ACTIVATIONS, Activation, NAMES};
 use crate::shared::fields::{choice, flag, float, int};
-use crate::{Described, Entry, Info, Loaded, Method, peft};
+use crate::{Described, Entry, Info, Loaded, Method, Named, SavedAdapter, peft};
 
 const EXPERTS_MAX: usize = 1024;
 /// What the experts but the first have in their names.
@@ -158,15 +158,8 @@ impl Method for AdaMix {
             return Ok(());
         }
         for first in adapter.params() {
-            let Some((stem, part)) = first.name.split_once(".adapters.engraft.") else { continue };
-            let is_of = |name: &str| {
-                name.strip_prefix(stem)
-                    .and_then(|rest| rest.strip_prefix(OTHERS))
-                    .and_then(|r| r.split_once('.'))
-                    .is_some_and(|(_, of)| of == part)
-            };
-            let others: Vec<&Param> =
-                adapter.params().iter().filter(|p| is_of(&p.name)).map(|p| &p.param).collect();
+            let others = adapter.params().iter().filter(|p| is_expert_of(&p.name, &first.name));
+            let others: Vec<&Param> = others.map(|p| &p.param).collect();
             if !others.is_empty() {
                 let all: Vec<Tensor> =
                     others.iter().copied().chain([&first.param]).map(Param::value).collect();
@@ -200,6 +193,33 @@ impl Method for AdaMix {
     fn file_name(&self, name: &str) -> String {
         if name.contains(".adapters.engraft.") { name.into() } else { format!("base_model.model.{name}") }
     }
+}
+
+/// A saved AdaMix whose experts are still apart as the bottleneck adapter that their mean is; any other adapter as it is.
+pub(crate) fn averaged(saved: SavedAdapter) -> Result<SavedAdapter> {
+    let SavedAdapter { path, config, tensors } = saved;
+    let Some(map) = config.as_object().filter(|_| peft::is_type(&config, INFO.peft_type)) else {
+        return Ok(SavedAdapter { path, config, tensors });
+    };
+    let plain = read(&mut Reader::file(map)).plain();
+    let mut means = Named::new();
+    for (name, first) in tensors.iter().filter(|(name, _)| !name.contains(OTHERS)) {
+        let others = tensors.iter().filter(|(other, _)| is_expert_of(other, name)).map(|(_, t)| t.clone());
+        means.push((name.clone(), mean(&others.chain([first.clone()]).collect::<Vec<_>>())?));
+    }
+    let mut file = map.clone();
+    file.retain(|key, _| ["hidden_size", "model_type", "base_model_name_or_path"].contains(&key.as_str()));
+    file.insert("peft_type".into(), bottleneck::INFO.peft_type.into());
+    file.insert("config".into(), plain.to_config());
+    file.insert("name".into(), plain.name.into());
+    Ok(SavedAdapter { path, config: Value::Object(file), tensors: means })
+}
+
+/// Whether `name` is a tensor of a further expert in the place of the first one's `first`.
+fn is_expert_of(name: &str, first: &str) -> bool {
+    let Some((stem, part)) = first.split_once(".adapters.engraft.") else { return false };
+    let further = name.strip_prefix(stem).and_then(|rest| rest.strip_prefix(OTHERS));
+    further.and_then(|rest| rest.split_once('.')).is_some_and(|(_, of)| of == part)
 }
 
 /// Whether the experts have become one. One that never had several is one from the start.

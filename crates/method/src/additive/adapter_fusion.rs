@@ -7,7 +7,8 @@
 //! diagonal. What is computed is (Kᵀ·q)·z_m + q·b_k and V·Σ_m α_m·z_m: one product of each matrix, however many adapters.
 //!
 //! What is fused are bottleneck adapters, Compacter's too, or others that read something at a sublayer and add to it
-//! (`Method::branches`), alike in what they read: x, and where they sit.
+//! (`Method::branches`). A sublayer mixes those that sit there, be it one alone. Each reads what it was trained on; x is what the last
+//! of them there reads, as in AdapterHub's library, which gives that to all of them and refuses adapters of unlike places.
 //!
 //! Pfeiffer et al. 2021, arXiv:2005.00247, section 3; the variants are those of AdapterHub's `adapters` 1.3.
 //!
@@ -15,25 +16,28 @@
 //! value.weight [d, d], query.bias, key.bias `[d]`. The adapters' own tensors lie in the same file, so that a saved fusion needs
 //! nothing else: under their names in AdapterHub's form, those of other methods under fused.NAME.
 
-use engraft_nn::{Adapter, Builder, Error, Init, Kind, Pass, Patch, Result, Site, Sublayer, SublayerPatch};
-use engraft_tensor::ops::{Unary, cat};
-use engraft_tensor::{Param, Tensor};
+mod layer;
+
+use engraft_nn::{Adapter, Builder, Error, Kind, Patch, Result, Site};
+use engraft_tensor::Tensor;
+use engraft_tensor::ops::Unary;
 use serde_json::{Map, Value, json};
 
+use crate::additive::adamix;
 use crate::additive::bottleneck::{self, Bottleneck};
+use crate::assemble::{is_union, methods_of};
 use crate::read::{Reader, as_written, number};
 use crate::shared::activations::Activation;
 use crate::shared::branches::{Branch, Branches, Reads};
 use crate::shared::fields::{ANY_BASE, choice, float};
 use crate::shared::orthogonal::identity;
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, SavedAdapter, Step, peft};
+use layer::{Fused, Member};
 
 /// In the names of what is trained.
 const LAYER: &str = ".adapter_fusion_layer.";
 /// What precedes the names of an adapter's tensors that have no name of it in theirs.
 const FUSED: &str = "fused.";
-/// What V starts as beside the diagonal.
-const BESIDE: f32 = 1e-6;
 
 struct Fusion {
     sources: Vec<Source>,
@@ -48,6 +52,9 @@ struct Fusion {
     name: Option<String>,
     /// Whether its file leaves the dropout open, as AdapterHub's do.
     open_dropout: bool,
+    /// Whether AdapterHub's library made it: there all read what the last reads, and not each what it was trained on, and layers that
+    /// all adapters leave out have tensors too.
+    reads_of_last: bool,
 }
 
 /// A fused adapter.
@@ -83,7 +90,7 @@ static INFO: Info = Info {
             name: "adapters",
             kind: FieldKind::Adapters,
             default: None,
-            doc: "Directories of the adapters that are fused, all trained on this model: bottleneck, Compacter, AdaptFormer, KronA^B or sparse adapters, of which all sit at the same places and read the same rows.",
+            doc: "Directories of the adapters that are fused, all trained on this model: bottleneck, Compacter, AdaptFormer, KronA^B or sparse adapters, and those of a finished AdaMix. At each sublayer those that sit there are mixed; they add to the same thing where they meet.",
         },
         ANY_BASE,
         choice(
@@ -122,6 +129,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
         regularization: if has_value { regularization } else { 0.0 },
         name: None,
         open_dropout: false,
+        reads_of_last: false,
     };
     r.finish()?;
     Ok(Box::new(fusion))
@@ -136,6 +144,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let train_also = peft::read_header(&mut r);
     let weight = r.float("regularization_weight", 0.01);
     let name = r.text("name");
+    let reads_of_last = r.flag("reads_of_last", theirs);
     let inner = r.value("fusion_config").and_then(Value::as_object).cloned().unwrap_or_default();
     let adapters = r.value("adapters").and_then(Value::as_array).cloned().unwrap_or_default();
     if adapters.is_empty() {
@@ -156,6 +165,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
         regularization: if r.flag("regularization", true) { weight } else { 0.0 },
         name,
         open_dropout,
+        reads_of_last,
     };
     r.finish()?;
     for adapter in &adapters {
@@ -190,27 +200,42 @@ fn example() -> Box<dyn Method> {
         regularization: 0.01,
         name: None,
         open_dropout: false,
+        reads_of_last: false,
     })
 }
 
 /// What the adapter of a file adds at its sublayers; in words what it is, where that cannot be mixed with others.
 fn branches(config: &Value) -> std::result::Result<Box<dyn Branches>, String> {
+    let fusable = || {
+        let fused = crate::METHODS.iter().filter(|entry| (entry.example)().branches().is_some());
+        fused.map(|entry| entry.info.name).collect::<Vec<_>>().join(", ")
+    };
+    if is_union(config) {
+        let methods = methods_of(config).map_err(|e| format!("cannot be read: {e}"))?;
+        let titles: Vec<&str> = methods.iter().map(|(method, _)| method.info().title).collect();
+        return Err(format!(
+            "is a union of several methods ({}), which were trained together, and a fusion mixes what one method adds at sublayers; fuse \
+             adapters of one of {} each",
+            titles.join(", "),
+            fusable()
+        ));
+    }
     let loaded = crate::from_file(config).map_err(|e| format!("cannot be read: {e}"))?;
     loaded.method.branches().ok_or_else(|| {
-        let fused = crate::METHODS.iter().filter(|entry| (entry.example)().branches().is_some());
-        let names: Vec<&str> = fused.map(|entry| entry.info.name).collect();
-        let title = loaded.method.info().title;
-        format!(
-            "is of {title}, which adds nothing at sublayers that could be mixed; fuse adapters of {}",
-            names.join(", ")
-        )
+        let Info { title, sites, .. } = loaded.method.info();
+        let why = match sites.contains(',') && sites.contains("sublayer") {
+            true => format!("which is a union of parts at {sites} that were trained together"),
+            false => "which adds nothing at sublayers that could be mixed".to_owned(),
+        };
+        format!("is of {title}, {why}; fuse adapters of {}", fusable())
     })
 }
 
 impl Source {
     /// The adapter that `saved` holds, under a name that none of `taken` has.
     fn of(saved: SavedAdapter, taken: &[Source]) -> std::result::Result<Source, String> {
-        let SavedAdapter { path, config, tensors } = saved;
+        let SavedAdapter { path, config, tensors } = adamix::averaged(saved)
+            .map_err(|e| format!("an AdaMix whose experts cannot be averaged: {e}"))?;
         let adapter = branches(&config).map_err(|e| format!("{path} {e}"))?;
         let own = adapter.name().unwrap_or("engraft").to_owned();
         let is_free = |name: &String| taken.iter().all(|source| source.name != *name);
@@ -226,7 +251,7 @@ impl Source {
 }
 
 impl Fusion {
-    /// Whether the adapters can be fused: alike in where they sit and what they read, of a form that has an output of its own.
+    /// Whether the adapters can be fused: alike in what they add to, where they meet, and of a form that has an output of its own.
     fn check(&self) -> Result<()> {
         let mut problems = Vec::new();
         for Source { adapter, name, .. } in &self.sources {
@@ -234,11 +259,17 @@ impl Fusion {
                 problems.push(format!("`adapters`: `{name}` {what}; fuse adapters without it"));
             }
         }
-        if let Some((first, rest)) = self.sources.split_first() {
-            for source in rest.iter().filter(|s| s.adapter.form() != first.adapter.form()) {
+        for (number, second) in self.sources.iter().enumerate() {
+            let own = second.adapter.form();
+            let unlike = |first: &&Source| {
+                let form = first.adapter.form();
+                form.meets(&own) && (form.rest, form.goes_on) != (own.rest, own.goes_on)
+            };
+            if let Some(first) = self.sources[..number].iter().find(unlike) {
                 problems.push(format!(
-                    "`adapters`: `{}` sits elsewhere or reads something else than `{}`; fuse adapters of one form",
-                    source.name, first.name
+                    "`adapters`: `{}` and `{}` meet at a sublayer and add to different things there, the output, the stream or what \
+                     they read, so that their sum has no place; fuse adapters of one form",
+                    first.name, second.name
                 ));
             }
         }
@@ -272,7 +303,7 @@ impl Fusion {
         self.sources.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(",")
     }
 
-    /// The adapters at their sublayers, none of them trained.
+    /// The adapters at their sublayers, none of them trained. AdapterHub's files have something where all leave a layer out, too.
     fn adapters<'s>(&self, b: &mut Builder<'s>) -> Result<BySite<'s>> {
         let sublayers = b.sites().of_kind(|k| matches!(k, Kind::Sublayer { .. }));
         let mut found: Vec<(&Site, Vec<_>)> = sublayers.map(|site| (site, vec![])).collect();
@@ -294,14 +325,25 @@ impl Fusion {
                 .frozen(source.tensors.clone(), |b| source.adapter.build(b, &source.name))
                 .map_err(problem)?;
             b.set_prefix(prefix);
-            for (id, part) in parts {
+            for (id, branch) in parts {
                 if let Some((_, here)) = found.iter_mut().find(|(site, _)| site.id == id) {
-                    here.push(part);
+                    here.push((source.adapter.form().reads, branch));
                 }
             }
         }
-        found.retain(|(_, here)| !here.is_empty());
-        Ok(found)
+        let is_place = |site: &Site| self.sources.iter().any(|s| s.adapter.form().is_at(site.role));
+        found.retain(|(site, here)| !here.is_empty() || self.reads_of_last && is_place(site));
+        Ok(found.into_iter().map(|(site, here)| (site, self.members(here))).collect())
+    }
+
+    /// The adapters of one sublayer, each with what it reads.
+    fn members(&self, here: Vec<(Reads, Box<dyn Branch>)>) -> Vec<Member> {
+        let last = here.last().map(|(reads, _)| *reads);
+        let member = |(reads, branch): (Reads, Box<dyn Branch>)| Member {
+            branch,
+            reads_with_last: self.reads_of_last || Some(reads) == last,
+        };
+        here.into_iter().map(member).collect()
     }
 }
 
@@ -324,31 +366,16 @@ impl Method for Fusion {
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         self.check_bases(&b.info().architecture, b.info().width)?;
         let adapters = self.adapters(b)?;
-        if adapters.is_empty() {
+        if adapters.iter().all(|(_, members)| members.is_empty()) {
             let text = "AdapterFusion needs saved adapters, and a model with the sublayers that they sit at";
             return Err(Error::Unsupported(text.into()));
         }
-        for (site, adapters) in adapters {
-            let Kind::Sublayer { width } = site.kind else { continue };
-            let stem = format!("{}{LAYER}{}", site.path, self.names());
-            let mut map = |wanted: bool, name: &str| -> Result<Option<[Param; 2]>> {
-                let make = || {
-                    let weight =
-                        b.param(&format!("{stem}.{name}.weight"), &[width, width], Init::Normal(0.02))?;
-                    Ok([weight, b.param(&format!("{stem}.{name}.bias"), &[width], Init::Zeros)?])
-                };
-                wanted.then(make).transpose()
-            };
-            let (query, key) = (map(self.has_query, "query")?, map(self.has_key, "key")?);
-            let value = match self.has_value {
-                true => {
-                    let start = Init::Values(almost_identity(width)?);
-                    Some(b.param(&format!("{stem}.value.weight"), &[width, width], start)?)
-                }
-                false => None,
-            };
-            let fused = Fused { adapters, query, key, value, dropout: self.dropout };
-            b.patch(site.id, Patch::Sublayer(Box::new(fused)))?;
+        for (site, members) in adapters {
+            let is_used = !members.is_empty();
+            let fused = Fused::build(self, b, site, members)?;
+            if is_used {
+                b.patch(site.id, Patch::Sublayer(Box::new(fused)))?;
+            }
         }
         Ok(())
     }
@@ -387,6 +414,9 @@ impl Method for Fusion {
         if let Some(name) = &self.name {
             own["name"] = json!(name);
         }
+        if self.reads_of_last {
+            own["reads_of_last"] = true.into();
+        }
         own.as_object().cloned().unwrap_or_default()
     }
 
@@ -396,70 +426,8 @@ impl Method for Fusion {
     }
 }
 
-/// I, 10⁻⁶ beside its diagonal.
-fn almost_identity(width: usize) -> Result<Tensor> {
-    let one = (0..width * width).map(|i| if i % (width + 1) == 0 { 1.0 } else { BESIDE }).collect();
-    Ok(Tensor::from_vec(one, [width, width])?)
-}
-
 /// The adapters of each sublayer.
-type BySite<'s> = Vec<(&'s Site, Vec<Box<dyn Branch>>)>;
-
-/// The adapters of one sublayer and the attention over them.
-struct Fused {
-    adapters: Vec<Box<dyn Branch>>,
-    query: Option<[Param; 2]>,
-    key: Option<[Param; 2]>,
-    value: Option<Param>,
-    dropout: f32,
-}
-
-impl Fused {
-    /// Σ_m α_m·V·z_m of outputs z_m, x what the adapters read; all [tokens, width].
-    fn mixed(&self, x: &Tensor, outputs: &[Tensor], site: &Site, cx: &Pass) -> Result<Tensor> {
-        let query = match &self.query {
-            Some([weight, bias]) => x.matmul_t(&weight.get())?.plus(&bias.get())?,
-            None => x.clone(),
-        };
-        let towards = match &self.key {
-            Some([weight, _]) => query.matmul(&weight.get())?,
-            None => query.clone(),
-        };
-        let scores = outputs.iter().map(|z| Ok(towards.mul(z)?.sum_dim(1)?)).collect::<Result<Vec<_>>>()?;
-        let mut scores = cat(&scores.iter().collect::<Vec<_>>(), 1)?;
-        if let Some([_, bias]) = &self.key {
-            scores = scores.add(&query.mul(&bias.get())?.sum_dim(1)?)?;
-        }
-        let shares = cx.dropout(&scores, self.dropout, site.id, 3)?.softmax()?;
-        let mut mixed: Option<Tensor> = None;
-        for (m, z) in outputs.iter().enumerate() {
-            let part = z.mul(&shares.narrow(1, m, 1)?)?;
-            mixed = Some(match mixed {
-                Some(sum) => sum.plus(&part)?,
-                None => part,
-            });
-        }
-        match (mixed, &self.value) {
-            (Some(mixed), Some(value)) => Ok(mixed.matmul_t(&value.get())?),
-            (Some(mixed), None) => Ok(mixed),
-            (None, _) => Err(Error::Site { path: site.path.clone(), message: "no adapters to fuse".into() }),
-        }
-    }
-}
-
-impl SublayerPatch for Fused {
-    fn output(&self, s: &Sublayer<'_>, site: &Site, cx: &Pass) -> Result<Tensor> {
-        // They are alike in what they read and where they go on.
-        let (input, residual) = self.adapters[0].read(s)?;
-        let outputs = self.adapters.iter().map(|a| a.branch(&input, site, cx)).collect::<Result<Vec<_>>>()?;
-        let fused = self.mixed(&input, &outputs, site, cx)?;
-        self.adapters[0].going_on(fused.plus(&residual)?, s)
-    }
-
-    fn replaces_norm(&self) -> bool {
-        self.adapters[0].replaces_norm()
-    }
-}
+type BySite<'s> = Vec<(&'s Site, Vec<Member>)>;
 
 #[cfg(test)]
 mod tests;

@@ -186,11 +186,15 @@ impl Method for Bottleneck {
             invertible::attach(b, &self.name, self.activation, reduction)?;
         }
         let shared = self.shared(b)?;
-        for site in sublayers {
-            if self.wants(site, b.sites().number(site)) {
-                let patch = layer::AtSublayer::build(self, b, site, &shared)?;
-                b.patch(site.id, Patch::Sublayer(Box::new(patch)))?;
-            }
+        let wanted = |site: &&Site| self.wants(site, b.sites().number(site));
+        let wanted: Vec<&Site> = sublayers.into_iter().filter(wanted).collect();
+        if wanted.is_empty() && !self.leave_out.is_empty() {
+            let message = "`leave_out` and `drop` leave no layer that has an adapter";
+            return Err(Error::Unsupported(message.into()));
+        }
+        for site in wanted {
+            let patch = layer::AtSublayer::build(self, b, site, &shared)?;
+            b.patch(site.id, Patch::Sublayer(Box::new(patch)))?;
         }
         Ok(())
     }

@@ -24,7 +24,7 @@ pub(super) const FORMS: [(&str, &str); 2] =
     [("velora_config", ".lora_velora_embed"), ("monteclora_config", ".lora_monteclora_sampler.")];
 
 /// s·B·A of one adapter at one module, windows of a convolution laid flat.
-pub(super) struct Factors {
+pub(crate) struct Factors {
     /// A [rank, in].
     pub a: Tensor,
     /// B [out, rank].
@@ -41,7 +41,7 @@ impl Factors {
 }
 
 /// A module and what each adapter does to it.
-pub(super) struct Module {
+pub(crate) struct Module {
     /// Path of the module.
     pub path: String,
     /// What the names of its tensors begin with.
@@ -78,7 +78,7 @@ impl Module {
 }
 
 /// What adapter files hold.
-pub(super) struct Found {
+pub(crate) struct Found {
     pub modules: Vec<Module>,
     /// Biases of products, already added: s·c of each adapter times its weight.
     pub biases: Named,
@@ -136,7 +136,7 @@ impl Scales {
 ///
 /// # Errors
 /// Magnitudes, halves of products, shapes that differ.
-pub(super) fn modules(terms: &[Term]) -> Result<Found> {
+pub(crate) fn modules(terms: &[Term]) -> Result<Found> {
     let mut found: BTreeMap<String, Module> = BTreeMap::new();
     let mut biases: BTreeMap<String, Tensor> = BTreeMap::new();
     let mut others: BTreeMap<String, Vec<(f64, Tensor)>> = BTreeMap::new();

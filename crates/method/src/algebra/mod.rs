@@ -30,7 +30,7 @@ use serde_json::Value;
 
 use crate::{Chosen, Named};
 pub use alike::{one_base, same_base};
-pub(crate) use factors::Scales;
+pub(crate) use factors::{Scales, modules as products};
 
 use config::{lora_config, whole_or_product};
 use factors::{Factors, Module, modules};

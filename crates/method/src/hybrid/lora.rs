@@ -4,7 +4,7 @@
 //! one matrix, A and B of those that are changed lie one after another, and each has a gate.
 
 use engraft_nn::{
-    Base, Builder, Error, Init, Pass, Patch, Result, Role, Site, Stack, VectorPatch, WeightPatch,
+    Base, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, Sites, VectorPatch, WeightPatch,
 };
 use engraft_tensor::ops::cat;
 use engraft_tensor::{Param, Tensor};
@@ -93,39 +93,86 @@ impl Lora {
         })
     }
 
-    /// Whether a matrix is changed. In gated MLPs of models of one stack, AdapterHub calls the last matrix the intermediate one
-    /// and the first the output (`swapped`).
-    fn wants(&self, role: Role, swapped: bool) -> bool {
+    /// The number in [`PLACES`] of where a matrix lies, and none of others. The library calls the matrices of an MLP
+    /// back to front in some models ([`Sites::mlp_reversed`]).
+    fn place(role: Role, sites: &Sites) -> Option<usize> {
+        let reversed = sites.mlp_reversed();
+        match role {
+            Role::Up => Some(if reversed { 2 } else { 1 }),
+            Role::Down => Some(if reversed { 1 } else { 2 }),
+            Role::Qkv => Some(0),
+            _ => MATRICES.iter().any(|(_, roles)| roles.contains(&role)).then_some(0),
+        }
+    }
+
+    /// Whether AdapterHub has something at such a matrix.
+    pub fn has_place(&self, site: &Site, sites: &Sites) -> bool {
+        matches!(site.kind, Kind::Linear { .. }) && Lora::place(site.role, sites).is_some()
+    }
+
+    /// Is to change matrices like `site` too.
+    pub fn add_place(&mut self, site: &Site, sites: &Sites) {
+        let Some(place) = Lora::place(site.role, sites) else { return };
+        self.at[place] = true;
+        let is_it = |roles: &[Role; 2]| site.role == Role::Qkv || roles.contains(&site.role);
+        let has = |own: &Lora, name: &str| own.matrices.iter().any(|m| m == name);
+        let all = MATRICES.iter().filter(|(name, roles)| is_it(roles) || has(self, name));
+        self.matrices = all.map(|(name, _)| (*name).to_owned()).collect();
+    }
+
+    /// Whether a matrix is changed.
+    fn wants(&self, role: Role, sites: &Sites) -> bool {
         let named = |(name, roles): &(&str, [Role; 2])| {
             roles.contains(&role) && self.matrices.iter().any(|m| m == name)
         };
-        match role {
-            Role::Qkv => self.at[0] && !self.matrices.is_empty(),
-            Role::Up => self.at[if swapped { 2 } else { 1 }],
-            Role::Down => self.at[if swapped { 1 } else { 2 }],
-            _ => self.at[0] && MATRICES.iter().any(named),
+        let place = Lora::place(role, sites).filter(|place| self.at[*place]);
+        match (place, role) {
+            (None, _) => false,
+            (Some(0), Role::Qkv) => !self.matrices.is_empty(),
+            (Some(0), _) => MATRICES.iter().any(named),
+            (Some(_), _) => true,
         }
+    }
+
+    /// The matrices that it changes.
+    pub fn places<'s>(&self, sites: &'s Sites) -> Vec<&'s Site> {
+        let wanted = sites.iter().filter(|s| s.is_weight() && self.wants(s.role, sites));
+        let left_out = |site: &Site| sites.number(site).is_some_and(|layer| self.leave_out.contains(&layer));
+        wanted.filter(|site| !left_out(site)).collect()
+    }
+
+    /// Which thirds of a matrix of queries, keys and values are changed; none of one that is not in three.
+    fn thirds(&self, site: &Site, sites: &Sites) -> Vec<usize> {
+        match site.role {
+            Role::Qkv => (0..3).filter(|&i| self.wants(MATRICES[i].1[0], sites)).collect(),
+            _ => vec![],
+        }
+    }
+
+    /// In how many parts a matrix is changed, and (out, in) of them together.
+    pub fn parts(&self, site: &Site, sites: &Sites) -> Result<(usize, [usize; 2])> {
+        let (out, inn) = linear(site, "LoRA in AdapterHub's form")?;
+        Ok(match self.thirds(site, sites).len() {
+            0 => (1, [out, inn]),
+            count => (count, [count * (out / 3), inn]),
+        })
     }
 
     /// Attaches it as `name`.
     pub fn attach(&self, b: &mut Builder<'_>, name: &str) -> Result<()> {
-        let mut found = false;
         let sites = b.sites();
-        let swapped = sites.iter().any(|s| s.role == Role::Gate && s.stack == Stack::Only);
-        for site in sites.iter().filter(|s| s.is_weight() && self.wants(s.role, swapped)) {
-            if sites.number(site).is_some_and(|layer| self.leave_out.contains(&layer)) {
-                continue;
-            }
-            found = true;
-            let (out, inn) = linear(site, "LoRA in AdapterHub's form")?;
-            let parts: Vec<usize> = match site.role {
-                Role::Qkv => (0..3).filter(|&i| self.wants(MATRICES[i].1[0], swapped)).collect(),
-                _ => vec![],
-            };
-            let (count, each) = if parts.is_empty() { (1, out) } else { (parts.len(), out / 3) };
+        let places = self.places(sites);
+        if places.is_empty() {
+            return Err(Error::Unsupported(
+                "LoRA in AdapterHub's form needs a model with queries and values".into(),
+            ));
+        }
+        for site in places {
+            let (count, [out, inn]) = self.parts(site, sites)?;
+            let parts = self.thirds(site, sites);
             let stem = format!("{}.loras.{name}", hub_name(sites, site));
             if self.scales {
-                let l = b.param(&format!("{stem}.lora_B"), &[count * each, 1], Init::Ones)?;
+                let l = b.param(&format!("{stem}.lora_B"), &[out, 1], Init::Ones)?;
                 let scale = Scale { l, alpha: self.alpha as f32, parts };
                 let bias = format!("{}.bias", site.path);
                 if let Some(bias) = sites.iter().find(|s| s.path == bias) {
@@ -141,17 +188,14 @@ impl Lora {
             let start = Init::kaiming(inn);
             let pair = Pair {
                 a: b.param(&format!("{stem}.lora_A"), &[count * self.rank, inn], start)?,
-                b: b.param(&format!("{stem}.lora_B"), &[count * each, self.rank], Init::Zeros)?,
+                b: b.param(&format!("{stem}.lora_B"), &[out, self.rank], Init::Zeros)?,
                 lora: self.clone(),
                 parts,
                 gate,
             };
             b.patch(site.id, Patch::Weight(Box::new(pair)))?;
         }
-        if found {
-            return Ok(());
-        }
-        Err(Error::Unsupported("LoRA in AdapterHub's form needs a model with queries and values".into()))
+        Ok(())
     }
 }
 

@@ -109,7 +109,7 @@ impl Prefix {
                     .into(),
             ));
         }
-        let stem = format!("{}prefix_tuning.prefix_tunings.{name}", trunk(&module(sites, first)));
+        let stem = stem(sites, first, name);
         for part in PARTS {
             let own: Vec<&Place> = places.iter().filter(|p| p.part == part).collect();
             if own.is_empty() {
@@ -134,6 +134,14 @@ impl Prefix {
             }
         }
         Ok(attentions.into_iter().map(|s| module(sites, s)).collect())
+    }
+
+    /// What the rows of a flat prefix called `name` are called in a model of one stack.
+    pub fn flat_name(sites: &Sites, name: &str) -> Result<String> {
+        let first = sites.of_kind(|k| matches!(k, Kind::KeyValue { .. })).next();
+        let first =
+            first.ok_or_else(|| Error::Unsupported("a prefix needs a model with attention".into()))?;
+        Ok(format!("{}.{OWN}.{ROWS}", stem(sites, first, name)))
     }
 
     /// The gate of one attention. What the decoder reads of the encoder is made once and before a text is written, by other
@@ -174,8 +182,7 @@ impl Prefix {
 
     fn tensors(&self, b: &mut Builder<'_>, stem: &str, columns: usize) -> Result<Tensors> {
         if self.flat {
-            let all =
-                b.param(&format!("{stem}.control_trans"), &[self.length * columns], Init::Normal(1.0))?;
+            let all = b.param(&format!("{stem}.{ROWS}"), &[self.length * columns], Init::Normal(1.0))?;
             return Ok(Tensors::Flat(all));
         }
         let (width, inner) = (b.info().width, self.inner);
@@ -187,6 +194,11 @@ impl Prefix {
         };
         Ok(Tensors::Made { table, inner: linear(0, (inner, width))?, outer: linear(2, (columns, inner))? })
     }
+}
+
+/// What the names of the tensors of a prefix called `name` begin with, `first` being the model's first attention.
+fn stem(sites: &Sites, first: &Site, name: &str) -> String {
+    format!("{}prefix_tuning.prefix_tunings.{name}", trunk(&module(sites, first)))
 }
 
 /// AdapterHub's name of an attention: that of the module with its queries.
@@ -214,6 +226,8 @@ const PARTS: [&str; 3] = [ENCODER, OWN, CROSS];
 const ENCODER: &str = "encoder_prefix";
 const OWN: &str = "self_prefix";
 const CROSS: &str = "cross_prefix";
+/// The rows of a flat prefix.
+const ROWS: &str = "control_trans";
 
 /// One attention.
 #[derive(Clone)]

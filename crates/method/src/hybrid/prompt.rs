@@ -4,7 +4,7 @@
 //!
 //! P [length, width], uniform in ±½.
 
-use engraft_nn::{BlockPatch, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site};
+use engraft_nn::{BlockPatch, Builder, Error, Init, Kind, Pass, Patch, Result, Role, Site, Sites};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
@@ -52,12 +52,8 @@ impl Prompt {
     /// Attaches it as `name`.
     pub fn attach(&self, b: &mut Builder<'_>, name: &str) -> Result<()> {
         let sites = b.sites();
-        // Embeddings that are whole before the first block: of words with positions and types, of patches.
-        let has = |role: Role| sites.iter().any(|s| s.role == role);
         let blocks: Vec<&Site> = sites.of_kind(|k| matches!(k, Kind::Block { .. })).collect();
-        let (true, Some(first)) =
-            (has(Role::PositionEmbed) && (has(Role::TypeEmbed) || has(Role::PatchEmbed)), blocks.first())
-        else {
+        let (true, Some(first)) = (fits(sites), blocks.first()) else {
             return Err(Error::Unsupported(
                 "a prompt in AdapterHub's form needs an encoder whose embeddings know positions; choose `prompt`, in peft's form".into(),
             ));
@@ -75,6 +71,12 @@ impl Prompt {
         }
         Ok(())
     }
+}
+
+/// Whether a model has embeddings that are whole before the first block: of words with positions and types, of patches.
+pub(super) fn fits(sites: &Sites) -> bool {
+    let has = |role: Role| sites.iter().any(|s| s.role == role);
+    has(Role::PositionEmbed) && (has(Role::TypeEmbed) || has(Role::PatchEmbed))
 }
 
 /// The rows at one block.

@@ -54,7 +54,7 @@ pub(crate) fn alone(config: &Value, info: &'static Info, what: Alone) -> Result<
         return Ok(None);
     }
     let name = config.get("name").and_then(Value::as_str).unwrap_or("engraft");
-    let mut union = Union { name: name.into(), alone: true, ..Union::new(info, None, None, None) };
+    let mut union = Union { name: name.into(), ..Union::alone(info) };
     match what {
         Alone::Prefix => union.prefix = Some(Prefix { in_view: true, ..Prefix::read(inner)? }),
         Alone::Prompt => union.prompt = Some(Prompt::read(inner)?),
@@ -62,6 +62,24 @@ pub(crate) fn alone(config: &Value, info: &'static Info, what: Alone) -> Result<
     }
     let train_also = config.get("modules_to_save").and_then(crate::read::texts).unwrap_or_default();
     Ok(Some(Loaded { method: Box::new(union), targets: None, train_also }))
+}
+
+/// AdapterHub's prefix as the method `info`: of so many rows, made by a network of a width inside unless that is 0; `at` are the
+/// encoder's attention and what a decoder reads of it.
+pub(crate) fn hub_prefix(
+    info: &'static Info,
+    (tokens, inner): (usize, usize),
+    dropout: f32,
+    at: [bool; 2],
+) -> Box<dyn Method> {
+    let prefix = Prefix { dropout, at, in_view: true, ..Prefix::new(tokens, inner, false) };
+    Box::new(Union { prefix: Some(prefix), ..Union::alone(info) })
+}
+
+/// AdapterHub's prompt of so many rows as the method `info`.
+pub(crate) fn hub_prompt(info: &'static Info, length: usize) -> Box<dyn Method> {
+    let start = ("random_uniform".into(), Value::Null);
+    Box::new(Union { prompt: Some(Prompt { length, behind_first: false, start }), ..Union::alone(info) })
 }
 
 pub(super) struct Union {
@@ -72,7 +90,7 @@ pub(super) struct Union {
     pub prefix: Option<Prefix>,
     pub adapter: Option<Adapters>,
     pub lora: Option<Lora>,
-    prompt: Option<Prompt>,
+    pub prompt: Option<Prompt>,
     /// Whether it is one part, and the file no union.
     alone: bool,
     /// The paths of the attentions, as last attached: AdapterHub's file holds the prefix once for each.
@@ -218,6 +236,11 @@ impl Union {
     ) -> Union {
         let (name, attentions) = ("engraft".into(), Mutex::default());
         Union { info, name, prefix, adapter, lora, prompt: None, alone: false, attentions }
+    }
+
+    /// One part, to be set, as the method `info`.
+    pub fn alone(info: &'static Info) -> Union {
+        Union { alone: true, ..Union::new(info, None, None, None) }
     }
 
     /// Whether any of its parts is gated.

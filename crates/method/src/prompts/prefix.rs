@@ -22,7 +22,7 @@ use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
 use super::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
-use crate::hybrid::{Alone, alone};
+use crate::hybrid::{Alone, alone, hub_prefix};
 use crate::read::{Reader, as_written};
 use crate::shared::fields::{choice, extra_tokens, float, int};
 use crate::shared::network::{Lookup, Network, Part, layer, named};
@@ -81,6 +81,7 @@ static INFO: Info = Info {
     peft_type: "PREFIX_TUNING",
     fields: &[
         extra_tokens("20"),
+        FORM,
         choice("init", &["random", "zero"], "\"random\"", "Start as noise or as zeros."),
         int(
             "projection",
@@ -93,10 +94,21 @@ static INFO: Info = Info {
             name: "at",
             kind: FieldKind::TextList,
             default: None,
-            doc: "Which attentions of an encoder-decoder model: encoder, decoder, cross; decoder if absent.",
+            doc: "Which attentions of an encoder-decoder model: encoder, decoder, cross; decoder if absent, in AdapterHub's form all.",
         },
     ],
 };
+
+/// Whose form an adapter has.
+pub(super) const FORM: Field = choice(
+    "form",
+    &["peft", "adapterhub"],
+    "\"peft\"",
+    "As in `peft`, where tokens are counted from the first of these rows on, or as in AdapterHub's library, where they stay.",
+);
+
+/// The words of [`FORM`], and whether they mean AdapterHub's.
+pub(super) const FORMS: &[(&str, bool)] = &[("peft", false), ("adapterhub", true)];
 
 /// In the registry.
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
@@ -109,8 +121,27 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     let given = r.value("projection").is_some();
     let projection = Some(r.count("projection", 1, INNER_MAX)).filter(|_| given);
     let dropout = r.dropout("dropout");
+    if r.one_of("form", FORMS) {
+        let at = of_adapter_hub(&mut r, zero, at.as_deref());
+        r.finish()?;
+        return Ok(hub_prefix(&INFO, (tokens, projection.unwrap_or(0)), dropout, at));
+    }
     r.finish()?;
     Ok(Box::new(Prefix { tokens, zero, projection, dropout, saved: false, at }))
+}
+
+/// Whether a prefix in AdapterHub's form lies before an encoder's attention and before what a decoder reads of it.
+fn of_adapter_hub(r: &mut Reader<'_>, zero: bool, at: Option<&[Place]>) -> [bool; 2] {
+    if zero {
+        r.problem("`init`: a prefix in AdapterHub's form starts as noise; leave it out");
+    }
+    let Some(at) = at else { return [true; 2] };
+    if !at.contains(&Place::Decoder) {
+        r.problem(
+            "`at`: a prefix in AdapterHub's form lies before the decoder's own attention too; name decoder",
+        );
+    }
+    [Place::Encoder, Place::Cross].map(|place| at.contains(&place))
 }
 
 /// `at`, in the order of [`PLACES`].
@@ -379,105 +410,4 @@ impl KeyValuePatch for Rows {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::*;
-    use engraft_tensor::testing::close;
-
-    #[test]
-    fn columns_are_key_and_value_of_each_layer_in_turn() {
-        let a = attached(&[chosen("prefix", json!({ "tokens": 3 }))], &[]);
-        let all = a.adapter.params()[0].param.value();
-        assert_eq!(all.shape(), [3, 2 * 2 * 4]);
-        let (sites, _) = toy();
-        for (layer, first) in [(0, 0), (1, 8)] {
-            let [Patch::KeyValue(p)] = a.adapter.at(site_id(&sites, &format!("layers.{layer}.attn"))) else {
-                panic!()
-            };
-            let cx = Pass::new(engraft_nn::Layout::counted(&[1]).unwrap(), None);
-            let rows = p.rows(&a.adapter.params()[0].param.value(), &cx).unwrap();
-            assert_eq!((p.count(), rows.keys.shape()), (3, [3, 2, 2].as_slice()));
-            close(&rows.keys.reshape([3, 4]).unwrap(), &all.narrow(1, first, 4).unwrap(), 0.0);
-            close(&rows.values.reshape([3, 4]).unwrap(), &all.narrow(1, first + 4, 4).unwrap(), 0.0);
-        }
-    }
-
-    #[test]
-    fn configurations() {
-        survives_saving(&[chosen("prefix", json!({ "init": "zero" }))], &["head"]);
-        let written = config(&[chosen("prefix", json!({}))], &[]);
-        assert_eq!((&written["token_dim"], &written["num_layers"]), (&json!(4), &json!(2)));
-        let inner = json!({ "projection": 5, "init": "zero" });
-        let zero = attached(&[chosen("prefix", inner)], &[]);
-        assert_eq!(zero.adapter.params().iter().filter(|p| p.saved).count(), 0);
-        let one = |projected: bool| {
-            let changed = with(written.clone(), json!({ "prefix_projection": projected }));
-            from_file(&changed).unwrap().unwrap().method
-        };
-        assert!(one(false).trains_on().is_ok());
-        assert!(one(true).trains_on().is_err(), "the projection is not in the file");
-        let wrong = json!({ "at": ["decoder", "head"] });
-        assert!(from_settings(wrong.as_object().unwrap()).is_err());
-        let places = json!({ "at": ["cross", "encoder"] });
-        assert!(from_settings(places.as_object().unwrap()).is_ok());
-    }
-
-    #[test]
-    fn the_file_of_a_projection_holds_what_it_makes() {
-        let (l, m) = (3, 5);
-        let methods = [chosen("prefix", json!({ "tokens": l, "projection": m }))];
-        let a = attached(&methods, &[]);
-        // l·d + d·m + m + m·2Ld + 2Ld.
-        assert_eq!(a.adapter.trained_count(), l * 4 + 4 * m + m + m * 16 + 16);
-        let (sites, info) = toy();
-        let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
-        let loaded = crate::load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
-        assert!(loaded.methods[0].0.trains_on().is_err());
-        let cx = Pass::new(engraft_nn::Layout::counted(&[2]).unwrap(), None);
-        let rows = |adapter: &engraft_nn::Adapter, layer: usize| {
-            let [Patch::KeyValue(p)] = adapter.at(site_id(&sites, &format!("layers.{layer}.attn"))) else {
-                panic!("no prefix")
-            };
-            p.rows(&Tensor::zeros([2, 6]), &cx).unwrap()
-        };
-        for layer in [0, 1] {
-            let (made, read) = (rows(&a.adapter, layer), rows(&loaded.adapter, layer));
-            close(&read.keys, &made.keys, 1e-6);
-            close(&read.values, &made.values, 1e-6);
-        }
-    }
-
-    #[test]
-    fn dropout_is_drawn_for_each_sequence() {
-        let a = attached(&[chosen("prefix", json!({ "tokens": 3, "dropout": 0.5 }))], &[]);
-        let (sites, _) = toy();
-        let [Patch::KeyValue(p)] = a.adapter.at(site_id(&sites, "layers.0.attn")) else {
-            panic!("no prefix")
-        };
-        let cx = Pass::new(engraft_nn::Layout::counted(&[2, 1]).unwrap(), None);
-        let input = Tensor::zeros([3, 6]);
-        assert_eq!(p.rows(&input, &cx).unwrap().keys.dim(0), 3);
-        let drawn = p.rows(&input, &cx.training(Mode::Train { seed: 1, step: 1, micro: 0 })).unwrap().keys;
-        let (one, other) = (drawn.rows_between(0, 3).unwrap(), drawn.rows_between(3, 6).unwrap());
-        assert_ne!(one.to_vec().unwrap(), other.to_vec().unwrap());
-        assert!(drawn.to_vec().unwrap().contains(&0.0));
-    }
-
-    #[test]
-    fn attentions_that_a_model_does_not_have_are_refused() {
-        let (one_stack, info) = toy();
-        for place in ["encoder", "decoder", "cross"] {
-            let wanted = [chosen("prefix", json!({ "at": [place] }))];
-            let error =
-                crate::attach(&wanted, &[], &one_stack, &info, 7).map(|_| ()).unwrap_err().to_string();
-            assert!(error.contains(place) && error.contains("leave `at` out"), "{error}");
-        }
-        let mut both = Sites::default();
-        let kind = || Kind::KeyValue { heads: 2, dim: 2 };
-        both.set_stack(Stack::Encoder);
-        both.add("encoder", Role::Attention, Some(0), kind());
-        assert!(absent(&[Place::Encoder], &both).is_ok());
-        let error = absent(&[Place::Encoder, Place::Cross], &both).unwrap_err().to_string();
-        assert!(error.contains("`at` names cross,") && error.contains("it has encoder"), "{error}");
-    }
-}
+mod tests;

@@ -17,9 +17,10 @@ use engraft_tensor::cpu::random::Key;
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
+use super::prefix::{FORM, FORMS};
 use super::projector::{self, PROJECTOR, Projector};
 use super::transfer::{self, Transfer};
-use crate::hybrid::{Alone, alone};
+use crate::hybrid::{Alone, alone, hub_prompt};
 use crate::read::{Reader, Tokens};
 use crate::shared::fields::{choice, int};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
@@ -81,6 +82,11 @@ static INFO: Info = Info {
     peft_type: "PROMPT_TUNING",
     fields: &[
         int("tokens", (1, TOKENS_MAX as i64), Some("20"), "Number of rows."),
+        Field {
+            doc: "As in `peft`, or as in AdapterHub's library for encoders whose embeddings know positions: rows behind the embeddings, \
+                  uniform in ±0.5 at the start, that move no token and of which the first stands for the sequence.",
+            ..FORM
+        },
         INIT,
         INIT_TEXT,
         INIT_IDS,
@@ -124,8 +130,12 @@ pub(crate) const INIT_BELOW: Field = int(
 pub static ENTRY: Entry = Entry { info: &INFO, from_settings, from_file, example };
 
 fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    if settings.get("form").is_some_and(|form| form == "adapterhub") {
+        return of_adapter_hub(settings);
+    }
     peft::own_settings(&INFO, settings, |r| {
         let tokens = r.count("tokens", 20, TOKENS_MAX);
+        r.one_of("form", FORMS);
         let start = match (read_start(r), Transfer::read(r)) {
             (Start::Given(_) | Start::Text(_), Some(_)) => {
                 r.problem("`from_prompts` and a text or ids both say how rows start; keep one of them");
@@ -136,6 +146,28 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
         };
         Prompt { tokens, submodules: None, start, context: false }
     })
+}
+
+/// A prompt in AdapterHub's form.
+fn of_adapter_hub(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    let mut r = Reader::settings(settings, &[]);
+    r.one_of("form", FORMS);
+    let tokens = r.count("tokens", 20, TOKENS_MAX);
+    let starts: Vec<&Field> =
+        INFO.fields.iter().filter(|field| !["tokens", "form"].contains(&field.name)).collect();
+    // A recipe gives the defaults too.
+    let usual = |field: &Field| field.default.and_then(|text| serde_json::from_str(text).ok());
+    let is_given = |field: &&&Field| {
+        settings.get(field.name).is_some_and(|value| !value.is_null() && Some(value) != usual(field).as_ref())
+    };
+    let given: Vec<&str> = starts.iter().filter(is_given).map(|field| field.name).collect();
+    if !given.is_empty() {
+        let names = given.join(", ");
+        r.problem(format!("`form`: rows in AdapterHub's form start as noise; leave out {names}"));
+    }
+    starts.iter().for_each(|field| r.ignore(&[field.name]));
+    r.finish()?;
+    Ok(hub_prompt(&INFO, tokens))
 }
 
 /// How rows start, as a recipe says it.
@@ -401,100 +433,4 @@ impl PromptPatch for Rows {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::*;
-    use engraft_tensor::testing::close;
-
-    #[test]
-    fn trained_numbers() {
-        assert_eq!(trained("prompt", json!({ "tokens": 3 })), 3 * 6);
-    }
-
-    #[test]
-    fn rows_start_as_the_tokens_they_are_given() {
-        let a = attached(&[chosen("prompt", json!({ "tokens": 3, "init_ids": [5, 7] }))], &[]);
-        let ids = Tensor::from_i64(vec![5, 7, 5], [3]).unwrap();
-        close(&a.adapter.params()[0].param.value(), &frozen("tok").gather(&ids).unwrap(), 0.0);
-        let drawn =
-            attached(&[chosen("prompt", json!({ "tokens": 4 }))], &[]).adapter.params()[0].param.value();
-        let table = frozen("tok").to_vec().unwrap();
-        let known = |row: &[f32]| table.chunks(6).any(|r| r == row);
-        assert!(drawn.to_vec().unwrap().chunks(6).all(known));
-        let (sites, info) = toy();
-        let outside = chosen("prompt", json!({ "init_ids": [11] }));
-        assert!(crate::attach(&[outside], &[], &sites, &info, 0).is_err());
-        let common = attached(&[chosen("prompt", json!({ "tokens": 30, "init_below": 2 }))], &[]);
-        let first = &table[..2 * 6];
-        let common = common.adapter.params()[0].param.value().to_vec().unwrap();
-        assert!(common.chunks(6).all(|row| first.chunks(6).any(|r| r == row)));
-        let uniform = attached(&[chosen("prompt", json!({ "init": "uniform" }))], &[]);
-        assert!(uniform.adapter.params()[0].param.value().to_vec().unwrap().iter().all(|v| v.abs() <= 0.5));
-    }
-
-    #[test]
-    fn rows_start_as_a_text_whose_ids_the_caller_gives() {
-        let text = json!({ "tokens": 3, "init_text": { "text": "good or bad", "ids": [4, 9] } });
-        let a = attached(&[chosen("prompt", text.clone())], &[]);
-        let ids = Tensor::from_i64(vec![4, 9, 4], [3]).unwrap();
-        close(&a.adapter.params()[0].param.value(), &frozen("tok").gather(&ids).unwrap(), 0.0);
-        let written = config(&[chosen("prompt", text.clone())], &[]);
-        assert_eq!(
-            [
-                &written["prompt_tuning_init"],
-                &written["prompt_tuning_init_text"],
-                &written["tokenizer_name_or_path"]
-            ],
-            [&json!("TEXT"), &json!("good or bad"), &json!("some/base")]
-        );
-        survives_saving(&[chosen("prompt", text)], &[]);
-        for bad in [
-            json!({ "init_text": "no ids" }),
-            json!({ "init_text": { "text": "", "ids": [] } }),
-            json!({ "init_text": { "text": "a", "ids": [1] }, "init_ids": [1] }),
-            json!({ "init_ids": [1], "init_below": 3 }),
-            json!({ "init_ids": [] }),
-        ] {
-            assert!(from_settings(bad.as_object().unwrap()).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn a_prompt_of_cpt_is_used_and_not_trained_on() {
-        let (sites, info) = toy();
-        let methods = [chosen("prompt", json!({ "tokens": 2, "init": "random" }))];
-        let a = attached(&methods, &[]);
-        let (plain, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
-        let mut cpt = with(
-            plain,
-            json!({ "peft_type": "CPT", "task_type": "CAUSAL_LM", "cpt_token_ids": [3, 4], "cpt_mask": [1, 1],
-                "cpt_tokens_type_mask": [1, 4], "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.9,
-                "opt_projection_epsilon": 0.2, "opt_projection_format_epsilon": 0.1 }),
-        );
-        for key in ["prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs"] {
-            cpt.as_object_mut().unwrap().remove(key);
-        }
-        let loaded = crate::load_adapter(&cpt, tensors.clone(), &sites, &info).unwrap();
-        assert!(loaded.methods[0].0.trains_on().is_err());
-        let (written, again) =
-            crate::save_adapter(&loaded.adapter, &loaded.methods, &[], "b", &sites, &info).unwrap();
-        assert_eq!((written, again.len()), (cpt.clone(), 1));
-        assert!(from_file(&with(cpt, json!({ "task_type": null }))).is_err());
-    }
-
-    #[test]
-    fn configurations() {
-        survives_saving(&[chosen("prompt", json!({}))], &["head"]);
-        let written = config(&[chosen("prompt", json!({ "init": "random" }))], &[]);
-        assert_eq!((&written["token_dim"], &written["num_virtual_tokens"]), (&json!(6), &json!(20)));
-        assert_eq!(prompt_file_name("classifier.weight"), "base_model.classifier.weight");
-        for bad in [
-            json!({ "num_transformer_submodules": 3 }),
-            json!({ "num_virtual_tokens": null }),
-            json!({ "prompt_tuning_init": "AVERAGE_SOURCE_TASKS" }),
-            json!({ "odd": 1 }),
-        ] {
-            assert!(from_file(&with(written.clone(), bad.clone())).is_err(), "{bad}");
-        }
-    }
-}
+mod tests;

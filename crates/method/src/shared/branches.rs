@@ -1,7 +1,7 @@
 //! Adapters whose outputs can be mixed with others' (AdapterFusion): each reads something at a sublayer and adds what it makes
 //! of it to something that stays.
 
-use engraft_nn::{Builder, Pass, Result, Site, SiteId, Sublayer};
+use engraft_nn::{Builder, Pass, Result, Role, Site, SiteId, Sublayer};
 use engraft_tensor::Tensor;
 use serde_json::{Map, Value};
 
@@ -50,7 +50,7 @@ pub trait Branches: Send + Sync {
     fn build(&self, b: &mut Builder<'_>, name: &str) -> Result<Vec<(SiteId, Box<dyn Branch>)>>;
 }
 
-/// Where an adapter sits and what it reads: what is mixed is alike in this.
+/// Where an adapter sits, what it reads and what it adds to: what is mixed is alike in the last.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Form {
     /// At attention, cross-attention, MLP.
@@ -79,6 +79,17 @@ pub enum Reads {
 }
 
 impl Form {
+    /// Whether it sits at sublayers of `role`.
+    pub fn is_at(&self, role: Role) -> bool {
+        let roles = [Role::Attention, Role::CrossAttention, Role::Mlp];
+        roles.iter().zip(self.places).any(|(own, is_there)| is_there && *own == role)
+    }
+
+    /// Whether it sits at sublayers where `other` does.
+    pub fn meets(&self, other: &Form) -> bool {
+        self.places.iter().zip(other.places).any(|(here, there)| *here && there)
+    }
+
     /// Beside the MLP, added to its output.
     pub fn beside_mlp(reads: Reads) -> Form {
         Form { places: [false, false, true], reads, rest: Reads::Output, goes_on: true }

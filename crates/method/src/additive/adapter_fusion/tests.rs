@@ -3,6 +3,7 @@
 use super::*;
 use crate::testing::*;
 use crate::{Attached, Chosen};
+use engraft_tensor::ops::cat;
 use engraft_tensor::testing::{close, sample};
 
 const SITE: &str = "layers.1.output_adapters";
@@ -93,6 +94,77 @@ fn compacter_is_fused_with_plain_matrices() {
 }
 
 #[test]
+fn a_sublayer_mixes_those_that_sit_there() {
+    let pfeiffer = source(json!({ "reduction": 2 }), 0.5).1;
+    let (houlsby, saved) = source(json!({ "form": "houlsby", "reduction": 3 }), 0.4);
+    let pair = || fusion(json!({ "form": "static" }), vec![pfeiffer.clone(), saved.clone()]).unwrap();
+    let a = attached(&[pair()], &[]);
+    survives_saving(&[pair()], &[]);
+    // After attention there is the second alone.
+    let alone = "layers.0.attention_adapters";
+    close(&at_sublayer(&a, alone, true).unwrap().2, &at_sublayer(&houlsby, alone, true).unwrap().2, 1e-5);
+    let both = at_sublayer(&a, SITE, true).unwrap().2;
+    assert_ne!(both.to_vec().unwrap(), at_sublayer(&houlsby, SITE, true).unwrap().2.to_vec().unwrap());
+    // A layer that one of them leaves out.
+    let without = source(json!({ "reduction": 2, "leave_out": [1] }), 0.3).1;
+    let (full, second) = source(json!({ "reduction": 3 }), 0.2);
+    for order in [[without.clone(), second.clone()], [second, without]] {
+        let a = attached(&[fusion(json!({ "form": "static" }), order.to_vec()).unwrap()], &[]);
+        close(&at_sublayer(&a, SITE, true).unwrap().2, &at_sublayer(&full, SITE, true).unwrap().2, 1e-5);
+    }
+}
+
+/// Weights are even where queries are zero: then each output is that of the adapter alone, whatever the other reads.
+#[test]
+fn each_reads_what_it_was_trained_on() {
+    let saved = [
+        source(json!({ "reduction": 2 }), 0.5),
+        source(json!({ "form": "houlsby", "reduction": 3 }), 0.4),
+        source(json!({ "form": "parallel" }), 0.3),
+    ];
+    let all: Vec<SavedAdapter> = saved.iter().map(|(_, saved)| saved.clone()).collect();
+    let a = attached(&[fusion(json!({ "form": "static" }), all).unwrap()], &[]);
+    for p in a.adapter.trainable().filter(|p| p.name.contains(".query.")) {
+        p.param.set(Tensor::zeros(p.param.value().shape())).unwrap();
+    }
+    for post_norm in [true, false] {
+        let (_, g, y) = at_sublayer(&a, SITE, post_norm).unwrap();
+        let mut mean = g.clone();
+        for (single, _) in &saved {
+            let added = at_sublayer(single, SITE, post_norm).unwrap().2.sub(&g).unwrap();
+            mean = mean.add(&added.scale(1.0 / 3.0).unwrap()).unwrap();
+        }
+        close(&y, &mean, 1e-5);
+    }
+}
+
+#[test]
+fn an_adamix_is_fused_as_the_mean_of_its_experts() {
+    let methods = [chosen("adamix", json!({ "experts": 3, "reduction": 2, "share_up": false }))];
+    let a = attached(&methods, &[]);
+    stir(&a, 0.5);
+    let (sites, info) = toy();
+    let saved = |path: &str| {
+        let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        SavedAdapter { path: path.into(), config, tensors }
+    };
+    let apart = saved("apart");
+    methods[0].0.finish(&a.adapter).unwrap();
+    let finished = saved("finished");
+    assert_eq!(
+        (&apart.config["peft_type"], &finished.config["peft_type"]),
+        (&json!("ENGRAFT_ADAMIX"), &json!("ENGRAFT_BOTTLENECK"))
+    );
+    let expected = at_sublayer(&a, SITE, true).unwrap().2;
+    for saved in [apart, finished.clone()] {
+        let fused = attached(&[fusion(json!({ "form": "static" }), vec![saved]).unwrap()], &[]);
+        close(&at_sublayer(&fused, SITE, true).unwrap().2, &expected, 1e-5);
+    }
+    let pfeiffer = source(json!({ "reduction": 2 }), 0.5).1;
+    survives_saving(&[fusion(json!({}), vec![finished, pfeiffer]).unwrap()], &[]);
+}
+
+#[test]
 fn the_attention_is_its_formula() {
     let a = attached(&[fusion(json!({}), two()).unwrap()], &[]);
     // 3d² + 2d; the adapters are in the file and not trained.
@@ -175,9 +247,17 @@ fn what_cannot_be_fused_is_refused_by_name() {
     };
     let plain = source(json!({ "reduction": 2 }), 0.5).1;
     let other = |settings: Value| vec![plain.clone(), source(settings, 0.25).1];
-    assert!(message(other(json!({ "form": "parallel" }))).contains("reads something else"));
+    assert!(message(other(json!({ "form": "residual" }))).contains("add to different things"));
     assert!(message(other(json!({ "gating": true }))).contains("gate"));
-    assert!(message(other(json!({ "form": "houlsby" }))).contains("sits elsewhere"));
+    let union = [chosen("bottleneck", json!({})), chosen("lora", json!({}))];
+    let text = message(vec![SavedAdapter { config: config(&union, &[]), ..plain.clone() }]);
+    assert!(text.contains("is a union of several methods (Bottleneck adapter, LoRA)"), "{text}");
+    let mam = source_of("mam", json!({ "tokens": 2, "projection": 2 }), 0.5).1;
+    let text = message(vec![mam]);
+    assert!(
+        text.contains("is of MAM adapter, which is a union of parts at keys and values, sublayer"),
+        "{text}"
+    );
     assert!(message(vec![]).contains("needs saved adapters"));
     let mut lora = plain.clone();
     lora.config = json!({ "peft_type": "LORA", "r": 2 });

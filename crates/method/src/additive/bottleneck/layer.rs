@@ -213,9 +213,15 @@ impl Branches for Bottleneck {
 
     fn hindrances(&self) -> Vec<&'static str> {
         let all = [
-            (self.gating, "has a gate"),
-            (self.ln_after, "has a norm on its output"),
-            (self.invertible.is_some(), "has an invertible part"),
+            (
+                self.gating,
+                "has a gate (`gating`), which weighs what it adds by the whole text, where a fusion weighs it for every token",
+            ),
+            (self.ln_after, "has a norm on its output (`ln_after`), which would not be that of a sum"),
+            (
+                self.invertible.is_some(),
+                "has an invertible part (`invertible`), which lies at the embeddings and mixes with nothing",
+            ),
         ];
         all.into_iter().filter_map(|(is_so, what)| is_so.then_some(what)).collect()
     }

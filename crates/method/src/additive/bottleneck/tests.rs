@@ -151,6 +151,11 @@ fn first_layers_go_without() {
     let doubts = method.doubts(&sites.iter().collect::<Vec<_>>());
     assert!(matches!(&doubts[..], [one] if one.contains("name layer 2, and there are 0 to 1")), "{doubts:?}");
 
+    let (_, info) = toy();
+    let none = [chosen("bottleneck", json!({ "drop": 2 }))];
+    let error = crate::attach(&none, &[], &sites, &info, 0).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("`leave_out` and `drop` leave no layer"), "{error}");
+
     let prefix = attached(&[chosen("prefix", json!({ "tokens": 2 }))], &[]);
     assert!(prefix.adapter.without_first_blocks(&sites, 1).is_err(), "positions would not fit");
 
