@@ -89,9 +89,21 @@ impl Free {
     fn make_room(&mut self, class: usize, limit: usize) {
         let size = self.by_size.range(class / 2..class).next_back().map(|(&size, _)| size);
         drop(size.and_then(|size| self.take_of(size)));
-        while self.bytes + 4 * class > limit {
-            let Some((&largest, _)) = self.by_size.last_key_value() else { break };
-            drop(self.take_of(largest));
+        self.shrink(class, limit, None);
+    }
+
+    /// Gives buffers back to the system, but none of `kept` elements, until `len` elements more fit into `limit` bytes: the
+    /// smallest that makes room enough, or the largest where none does. Memory that is given back and asked for again costs as
+    /// much as several passes over it.
+    fn shrink(&mut self, len: usize, limit: usize, kept: Option<usize>) {
+        while self.bytes + 4 * len > limit {
+            let lacking = (self.bytes + 4 * len - limit).div_ceil(4);
+            let mut sizes = self.by_size.keys().copied().filter(|size| Some(*size) != kept);
+            let enough = sizes.find(|size| *size >= lacking);
+            let found =
+                enough.or_else(|| self.by_size.keys().rev().copied().find(|size| Some(*size) != kept));
+            let Some(size) = found else { break };
+            drop(self.take_of(size));
         }
     }
 
@@ -99,12 +111,10 @@ impl Free {
     /// change shape, and what was just used is what will be asked for again.
     fn keep(&mut self, buffer: Block, limit: usize) {
         let bytes = buffer.len() * 4;
-        while self.bytes + bytes > limit {
-            let Some((&other, _)) = self.by_size.iter().rev().find(|(size, _)| **size != buffer.len()) else {
-                break;
-            };
-            self.take_of(other);
+        if bytes > limit {
+            return;
         }
+        self.shrink(buffer.len(), limit, Some(buffer.len()));
         if self.bytes + bytes <= limit {
             self.bytes += bytes;
             self.by_size.entry(buffer.len()).or_default().push(buffer);
@@ -218,15 +228,15 @@ mod tests {
         free.keep(Block::zeroed(120), 1000);
         assert_eq!((free.bytes, free.by_size.len()), (880, 2));
         free.keep(Block::zeroed(60), 1000);
-        assert_eq!(free.bytes, 640, "the largest other buffer made room");
+        assert_eq!(free.bytes, 720, "the smallest buffer that makes room enough went");
         assert!(free.take(130).is_none(), "nothing is large enough");
-        assert_eq!(free.take(64).map(|b| b.len()), Some(100));
+        assert_eq!(free.take(64).map(|b| b.len()), Some(120));
         assert!(free.take(20).is_none(), "three times what is needed is too much");
         free.keep(Block::zeroed(500), 1000);
         assert_eq!(
             (free.take(60).map(|b| b.len()), free.bytes),
-            (None, 0),
-            "nothing beyond the limit is kept"
+            (Some(60), 0),
+            "what alone is beyond the limit is not kept, and takes nothing with it"
         );
     }
 }

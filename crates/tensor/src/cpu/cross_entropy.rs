@@ -53,29 +53,10 @@ pub fn forward(
     Ok(())
 }
 
-/// The gradient of `Σₙ scaleₙ·lossₙ`: `dlogits` `[rows, classes]` from `lse` and `scale` `[rows]`.
+/// The gradient of `Σₙ scaleₙ·lossₙ` in the place of the logits `[rows, classes]`, from `lse` and `scale` `[rows]`.
 ///
 /// Rows with label −100 get zeros. Fails before any work when a label names no class. Panics when the lengths differ.
 pub fn backward(
-    logits: &[f32],
-    labels: &[i64],
-    classes: usize,
-    lse: &[f32],
-    scale: &[f32],
-    dlogits: &mut [f32],
-) -> Result<(), LabelError> {
-    check(logits, labels, classes)?;
-    assert_eq!(logits.len(), dlogits.len(), "cross_entropy: logits and dlogits differ in length");
-    let given = logits.par_chunks(classes).zip(rows(labels, lse, scale));
-    dlogits.par_chunks_mut(classes).zip(given).for_each(|(dx, (x, row))| {
-        dx.copy_from_slice(x);
-        gradient_row(dx, row);
-    });
-    Ok(())
-}
-
-/// [`backward`] over the logits themselves, which a chunked head no longer needs.
-pub fn backward_in_place(
     logits: &mut [f32],
     labels: &[i64],
     classes: usize,
@@ -184,14 +165,14 @@ mod tests {
     #[test]
     fn losses_and_gradients_equal_the_definition() {
         for (rows, classes) in [(1, 1), (5, 2), (7, 15), (6, 16), (9, 77), (3, 1025), (2, 151_936)] {
-            let mut x = logits(rows, classes);
+            let x = logits(rows, classes);
             let labels: Vec<i64> =
                 (0..rows).map(|n| if n % 3 == 2 { IGNORED } else { (n * 31 % classes) as i64 }).collect();
             let scale: Vec<f32> = (0..rows).map(|n| 0.5 + n as f32).collect();
             let (mut loss, mut lse) = (vec![9.0; rows], vec![9.0; rows]);
             forward(&x, &labels, classes, &mut loss, &mut lse).unwrap();
-            let mut dx = vec![9.0; x.len()];
-            backward(&x, &labels, classes, &lse, &scale, &mut dx).unwrap();
+            let mut dx = x.clone();
+            backward(&mut dx, &labels, classes, &lse, &scale).unwrap();
             for n in 0..rows {
                 let (row, dx) = (&x[n * classes..][..classes], &dx[n * classes..][..classes]);
                 if labels[n] == IGNORED {
@@ -207,17 +188,15 @@ mod tests {
                     assert!((dx[c] as f64 - expected).abs() < 2e-6 * scale[n] as f64, "{} {expected}", dx[c]);
                 }
             }
-            backward_in_place(&mut x, &labels, classes, &lse, &scale).unwrap();
-            assert_eq!(x, dx);
         }
     }
 
     #[test]
     fn gradients_equal_finite_differences() {
         let (x, labels) = (logits(2, 19), [4, 18]);
-        let (mut loss, mut lse, mut dx) = ([0.0; 2], [0.0; 2], vec![0.0; 38]);
+        let (mut loss, mut lse, mut dx) = ([0.0; 2], [0.0; 2], x.clone());
         forward(&x, &labels, 19, &mut loss, &mut lse).unwrap();
-        backward(&x, &labels, 19, &lse, &[1.0, 3.0], &mut dx).unwrap();
+        backward(&mut dx, &labels, 19, &lse, &[1.0, 3.0]).unwrap();
         let total = |x: &[f32]| loss64(&x[..19], 4) + 3.0 * loss64(&x[19..], 18);
         for i in 0..38 {
             let (mut up, mut down) = (x.clone(), x.clone());
@@ -244,10 +223,7 @@ mod tests {
         for label in [3, -1, i64::MAX, i64::MIN] {
             let error = forward(&[0.0; 6], &[IGNORED, label], 3, &mut loss, &mut lse).unwrap_err();
             assert_eq!(error, LabelError { row: 1, label, classes: 3 });
-            assert_eq!(
-                backward_in_place(&mut [0.0; 6], &[IGNORED, label], 3, &[0.0; 2], &[0.0; 2]),
-                Err(error)
-            );
+            assert_eq!(backward(&mut [0.0; 6], &[IGNORED, label], 3, &[0.0; 2], &[0.0; 2]), Err(error));
             let words = format!(
                 "label {label} of row 1 names no class: expected 0 to 2, or -100 to leave the row out"
             );

@@ -13,6 +13,7 @@ pub mod gamma;
 pub mod gemm;
 pub mod hadamard;
 pub mod math;
+mod narrow;
 pub mod norm;
 pub mod primitives;
 pub mod random;

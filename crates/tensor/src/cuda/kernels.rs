@@ -179,15 +179,8 @@ impl Kernels for Cuda {
     fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, loss: &mut Buffer, lse: &mut Buffer) {
         Cuda::cross_entropy(self, logits, labels, loss, lse);
     }
-    fn cross_entropy_backward(
-        &self,
-        logits: &Tensor,
-        labels: &Tensor,
-        lse: &Tensor,
-        dloss: &Tensor,
-        dx: &mut Buffer,
-    ) {
-        Cuda::cross_entropy_backward(self, logits, labels, lse, dloss, dx);
+    fn cross_entropy_backward(&self, x: &mut Buffer, labels: &Tensor, lse: &Tensor, dloss: &Tensor) {
+        Cuda::cross_entropy_backward(self, x, labels, lse, dloss);
     }
     fn dropout(&self, p: f32, seed: u64, stream: u64, x: &Tensor, y: &mut Buffer) {
         Cuda::dropout(self, p, seed, stream, x, y);

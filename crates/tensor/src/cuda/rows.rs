@@ -299,15 +299,13 @@ impl Cuda {
 
     pub(super) fn cross_entropy_backward(
         &self,
-        logits: &Tensor,
+        x: &mut Buffer,
         labels: &Tensor,
         lse: &Tensor,
         dloss: &Tensor,
-        dx: &mut Buffer,
     ) {
-        let (rows, width) = (labels.len(), logits.width());
-        let sizes = [count(rows), count(width)];
-        let args = [logits.arg(), labels.arg(), lse.arg(), dloss.arg(), sizes[0], sizes[1], dx.arg()];
+        let (rows, width) = (labels.len(), x.len() / labels.len().max(1));
+        let args = [x.arg(), labels.arg(), lse.arg(), dloss.arg(), count(rows), count(width), x.arg()];
         self.launch_rows("cross_entropy_backward", rows, width, &args);
     }
 

@@ -238,15 +238,8 @@ pub(crate) trait Kernels {
     );
     /// loss[i] = −log softmax(logits[i])[labels[i]], 0 where the label is −100; `lse` `[rows]` is kept for backward.
     fn cross_entropy(&self, logits: &Tensor, labels: &Tensor, loss: &mut Buffer, lse: &mut Buffer);
-    /// dlogits[i] = dloss[i] · (softmax(logits[i]) − onehot).
-    fn cross_entropy_backward(
-        &self,
-        logits: &Tensor,
-        labels: &Tensor,
-        lse: &Tensor,
-        dloss: &Tensor,
-        dx: &mut Buffer,
-    );
+    /// x[i] = dloss[i] · (softmax(x[i]) − onehot), in the place of the logits.
+    fn cross_entropy_backward(&self, x: &mut Buffer, labels: &Tensor, lse: &Tensor, dloss: &Tensor);
     /// y = x · keep / (1 − p), keep drawn from (seed, stream, element).
     fn dropout(&self, p: f32, seed: u64, stream: u64, x: &Tensor, y: &mut Buffer);
     /// y[0] += Σ x².

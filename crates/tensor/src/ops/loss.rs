@@ -32,11 +32,18 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let mut lse = Buffer::f32(labels.len());
     device().cross_entropy(logits, labels, &mut loss, &mut lse);
     let lse = Tensor::new([labels.len()], lse);
-    let (edge, kept, labels) = (logits.edge(), logits.detach(), labels.clone());
+    let (edge, mut kept, labels) = (logits.edge(), logits.detach(), labels.clone());
     Ok(Tensor::new([labels.len()], loss).on_tape("cross_entropy", &[logits], move |dy, sink| {
-        let mut dx = Buffer::f32(kept.len());
-        device().cross_entropy_backward(&kept, &labels, &lse, &dy, &mut dx);
-        sink.add(&edge, Tensor::new(kept.shape(), dx))
+        // The gradient takes the place of the logits, the largest tensor of a step, where nobody else holds them.
+        if kept.sole_buffer().is_none() {
+            let mut copy = Buffer::f32(kept.len());
+            device().copy_block(&kept, &mut copy, 0);
+            kept = Tensor::new(kept.shape(), copy);
+        }
+        if let Some(x) = kept.sole_buffer() {
+            device().cross_entropy_backward(x, &labels, &lse, &dy);
+        }
+        sink.add(&edge, kept)
     }))
 }
 

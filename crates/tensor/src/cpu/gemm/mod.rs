@@ -15,7 +15,7 @@ mod amx;
 mod few;
 mod isa;
 pub(super) mod lanes;
-mod pack;
+pub(super) mod pack;
 mod peak;
 mod product;
 mod stream;

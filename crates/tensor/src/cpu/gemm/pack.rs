@@ -238,7 +238,7 @@ fn exchange_pairs(square: &[u32], width: usize, halves: &mut [u32]) {
 /// The processor has the lanes' instructions. `from` is good for `[rows, columns]` at `from_stride`, `into` for
 /// `[columns, padded_rows]` at `into_stride`. `padded_rows` is a multiple of the lanes.
 #[inline(always)]
-unsafe fn transpose<L: Lanes>(
+pub(in crate::cpu) unsafe fn transpose<L: Lanes>(
     from: *const u32,
     from_stride: usize,
     rows: usize,
