@@ -63,7 +63,7 @@ fn targets_that_match_nothing_name_the_nearest() {
         partly.contains("0 of 7 norms") && partly.contains("did you mean `input_layernorm`?"),
         "{partly}"
     );
-    let wrong = said("name = \"ln_tuning\"\ntargets = [\"q_proj\"]", "llama__lora");
+    let wrong = said("name = \"ln_tuning\"\ntargets = [\"query\"]", "llama__lora");
     assert!(wrong.contains("role norm is `input_layernorm` (3)") && !wrong.contains("linear"), "{wrong}");
 }
 

@@ -5,8 +5,9 @@ use std::process::{Command, Output};
 
 use engraft_store::{Dtype, Entry, Limits, Weights, write_safetensors};
 
-const CASES: [&str; 5] =
-    ["llama__lora", "llama__prompt", "llama__prefix", "llama__double_seq_bn", "llama__ia3"];
+/// X-LoRA looks at the rows of a first pass, where those of the prompt before it are not.
+const CASES: [&str; 6] =
+    ["llama__lora", "llama__prompt", "llama__xlora", "llama__prefix", "llama__double_seq_bn", "llama__ia3"];
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden")

@@ -71,6 +71,11 @@ pub fn adapter_hub(
     if !(map.get("config").is_some_and(Value::is_object) && map.contains_key("name")) {
         return Err(Error::Unsupported(no_form(&config)));
     }
+    if map["config"].get("subtract_projection") == Some(&false.into()) {
+        let message = "this ReFT does not take P·h off (`form = \"direft\"`), which AdapterHub's library does not read from a file: it \
+                       would compute another; train it with `form = \"noreft\"`";
+        return Err(Error::Unsupported(message.into()));
+    }
     let directory = HubDirectory {
         name: String::new(),
         config: ("adapter_config.json", Value::Object(plain)),

@@ -166,12 +166,17 @@ impl<'a> Reader<'a> {
         patterns
     }
 
-    /// Pattern → number of any sign: a factor.
+    /// Pattern → number of any sign: a factor. The first one that matches holds: in a file as it stands there, in a recipe by the
+    /// alphabet, in which files are written.
     pub fn scales(&mut self, key: &'static str) -> Vec<Pattern> {
         let Some(map) = self.read(key, "a table of patterns", |v| v.as_object().cloned()) else {
             return vec![];
         };
         let mut patterns = Vec::new();
+        let mut map: Vec<(String, Value)> = map.into_iter().collect();
+        if !self.is_file {
+            map.sort_by(|a, b| a.0.cmp(&b.0));
+        }
         for (text, value) in map {
             match (pattern(&text), value.as_f64()) {
                 (Ok(regex), Some(number)) => patterns.push(Pattern { text, regex, number }),

@@ -47,8 +47,8 @@ pub struct Pass {
     continues: bool,
     /// Number, in the whole batch, of the first sequence of this pass.
     first_sequence: usize,
-    /// Number, in the whole batch, of the first row of this pass.
-    first_row: usize,
+    /// Number, in the whole batch, of the first token of this pass, rows of prompts not counted.
+    first_token: usize,
     /// The route this pass is cut to, by its first sequence; none for the whole batch.
     scope: Option<usize>,
     board: Arc<Mutex<Board>>,
@@ -77,7 +77,7 @@ impl Pass {
             cache: None,
             continues: false,
             first_sequence: 0,
-            first_row: 0,
+            first_token: 0,
             scope: None,
             board: Arc::default(),
             tasks,
@@ -209,11 +209,13 @@ impl Pass {
         own.or_else(|| board.get(&(None, key.to_owned()))).cloned()
     }
 
-    /// The rows of this pass of a tensor with one row for every row of the whole batch, left by [`Pass::put`] before the
-    /// pass.
+    /// The rows of this pass of a tensor with one row for every token of the whole batch, left by [`Pass::put`] before the
+    /// pass: rows of prompts have none.
     pub fn find_rows(&self, key: &str) -> Result<Option<Tensor>> {
         match self.find(key) {
-            Some(all) => Ok(Some(all.rows_between(self.first_row, self.first_row + self.layout.tokens())?)),
+            Some(all) => {
+                Ok(Some(all.rows_between(self.first_token, self.first_token + self.layout.tokens())?))
+            }
             None => Ok(None),
         }
     }
@@ -348,12 +350,14 @@ impl Pass {
                 Some((of.slice(route.sequences.clone())?, inside.map(|r| r - own.start as i64).collect()))
             }
         };
+        let before = self.layout.rows_of(&(0..route.sequences.start)).len();
+        let virtual_before: usize = self.layout.virtual_counts()[..route.sequences.start].iter().sum();
         Ok(Pass {
             layout: self.layout.slice(route.sequences.clone())?,
             selected,
             routes: Arc::new([whole]),
             first_sequence: self.first_sequence + route.sequences.start,
-            first_row: self.first_row + self.layout.rows_of(&route.sequences).start,
+            first_token: (self.first_token + before).saturating_sub(virtual_before),
             scope: Some(self.first_sequence + route.sequences.start),
             ..self.clone()
         })

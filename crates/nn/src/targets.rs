@@ -70,8 +70,7 @@ pub enum TargetError {
     },
     /// What names or roles match is all left out again.
     #[error(
-        "{} {} {count} module{} of this model, and what is excluded, the chosen layers and modules trained whole leave \
-         none of them",
+        "{} {} {count} module{} of this model, and what is excluded and the chosen layers leave none of them",
         few(names),
         if names.len() == 1 { "matches" } else { "match" },
         if *count == 1 { "" } else { "s" }
@@ -140,7 +139,7 @@ impl Targets {
         let pattern = self.regex()?;
         let excluded = self.excluded()?;
         let layers = self.layer_filter()?;
-        let (mut chosen, mut count) = (Vec::new(), 0);
+        let (mut chosen, mut count, mut narrowed) = (Vec::new(), 0, false);
         let in_full =
             |path: &str| matches!(&self.matcher, Matcher::Names(names) if names.iter().any(|n| n == path));
         for site in sites.iter().filter(|s| s.is_weight()) {
@@ -149,14 +148,15 @@ impl Targets {
             // Several names may name one module, as an end and the whole path do.
             let named = matches!(&self.matcher, Matcher::Names(_));
             dead.retain(|d| if named { !names_path(d, &site.path) } else { d != &hit });
-            let out = excluded(&site.path) || self.train_also.iter().any(|m| module_contains(m, &site.path));
             // As in `peft`, a module that is named by its whole path is chosen in whichever layer it is.
-            if !out && (in_full(&site.path) || layers(&site.path)) {
+            let out = excluded(&site.path) || !(in_full(&site.path) || layers(&site.path));
+            narrowed |= out;
+            if !out && !self.train_also.iter().any(|m| module_contains(m, &site.path)) {
                 chosen.push(site.id);
             }
         }
         if chosen.is_empty() {
-            if dead.is_empty() && count > 0 {
+            if dead.is_empty() && narrowed {
                 return Err(TargetError::LeftOut { names: self.wanted(), count });
             }
             let names = if dead.is_empty() { self.wanted() } else { dead };

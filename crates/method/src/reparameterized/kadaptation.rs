@@ -134,6 +134,19 @@ pub(crate) struct Sum {
 }
 
 impl Sum {
+    /// (out, in) of a layer that `n` divides.
+    pub fn sizes(site: &Site, title: &str, n: usize) -> Result<(usize, usize)> {
+        let (out, inn) = places::linear(site, title)?;
+        if out.is_multiple_of(n) && inn.is_multiple_of(n) {
+            return Ok((out, inn));
+        }
+        let message = format!(
+            "[{out}, {inn}] cannot be cut into {n}×{n} blocks; choose an `n` that divides both, such as {}",
+            divisors::near(n, &[out, inn])
+        );
+        places::unfit(site, message)
+    }
+
     /// The factors u and v of one target under `names`.
     #[allow(clippy::too_many_arguments, reason = "two methods describe the same sum")]
     pub fn attach(
@@ -146,14 +159,7 @@ impl Sum {
         scale: f64,
         dropout: f32,
     ) -> Result<Sum> {
-        let (out, inn) = places::linear(site, title)?;
-        if !out.is_multiple_of(n) || !inn.is_multiple_of(n) {
-            let message = format!(
-                "[{out}, {inn}] cannot be cut into {n}×{n} blocks; choose an `n` that divides both, such as {}",
-                divisors::near(n, &[out, inn])
-            );
-            return places::unfit(site, message);
-        }
+        let (out, inn) = Sum::sizes(site, title, n)?;
         let [up, down] = names.map(|name| format!("{}.{name}", site.path));
         let glorot = Init::Uniform((6.0 / (rank + inn / n) as f32).sqrt());
         let up = b.param(&up, &[n, out / n, rank], Init::Zeros)?;

@@ -86,6 +86,8 @@ impl Method for Phm {
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let n = self.count;
+        // Before anything of n³ numbers is made.
+        b.targets().iter().try_for_each(|site| Sum::sizes(site, INFO.title, n).map(|_| ()))?;
         let rule = b.param("phm_rule", &[n, n, n], Init::Normal(0.01))?;
         for site in b.targets() {
             let (rules, names) = (Rules::Whole(rule.clone()), ["phm_u", "phm_v"]);

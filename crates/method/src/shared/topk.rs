@@ -23,8 +23,8 @@ pub(crate) fn top(values: impl IntoIterator<Item = f32>, count: usize, largest: 
         true => select(&mut pairs, count, |a, b| a.0.is_nan() && !b.0.is_nan() || a.0 > b.0),
         false => select(&mut pairs, count, |a, b| !a.0.is_nan() && b.0.is_nan() || a.0 < b.0),
     }
-    pairs.truncate(count);
-    pairs.into_iter().map(|(_, place)| place).collect()
+    // Not in the place of the pairs, which would keep the memory of all.
+    pairs[..count].iter().map(|&(_, place)| place).collect()
 }
 
 fn select(pairs: &mut [Pair], count: usize, before: impl Fn(Pair, Pair) -> bool + Copy) {

@@ -109,6 +109,10 @@ impl Bottleneck {
     pub(super) fn shared(&self, b: &mut Builder<'_>) -> Result<Shared> {
         let Some(phm) = &self.phm else { return Ok(Shared::default()) };
         let stem = format!("{}shared_parameters.{}", base_of(b), self.name);
+        if self.reduction_by_layer.is_empty() {
+            // Before anything of n³ numbers is made.
+            phm.cut((b.info().width, self.size_at(None, b.info().width)))?;
+        }
         let rule = match phm.shared_rule {
             true => {
                 let start =
