@@ -169,10 +169,11 @@ pub(crate) fn write_targets(
         Matcher::Roles(_) => Value::Null,
     };
     // Of a model of pictures `peft` takes the classifier for one of all linear layers.
-    let has_pictures = sites.iter().any(|site| site.role == Role::PatchEmbed);
+    let takes_classifier =
+        !method.peft_type().starts_with("ENGRAFT_") && sites.iter().any(|site| site.role == Role::PatchEmbed);
     let spelled = match (&targets.matcher, &targets.layers) {
         (Matcher::Roles(_), _) => true,
-        (Matcher::AllLinear, _) if has_pictures => true,
+        (Matcher::AllLinear, _) if takes_classifier => true,
         _ if !excludes && targets.exclude.is_some() => true,
         (Matcher::Names(_), Some(_)) => !by_layer,
         (_, layers) => layers.is_some(),
