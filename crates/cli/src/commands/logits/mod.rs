@@ -36,7 +36,8 @@ Examples:
 
 The input file holds input_ids [B, T] and may hold attention_mask, token_type_ids, position_ids; for encoder-decoder
 models also decoder_input_ids [B, U], and decoder_attention_mask; for models that read pictures it holds pixel_values [B, channels, height, width]. With --beside it holds adapter_ids [B] too:
-of each row -1 for the base alone, 0 for --adapter, 1 for the first --beside, and so on; all are run in one batch.")]
+of each row -1 for the base alone, 0 for --adapter, 1 for the first --beside, and so on; all are run in one batch. The model has the
+task of --adapter, and the head where that brings one of its own.")]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
