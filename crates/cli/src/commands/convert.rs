@@ -32,7 +32,8 @@ Examples:
 Reads the names of loralib, and peft's without their prefix; tensors trained as a whole come along. With --to adapterhub an
 adapter directory is written as AdapterHub's library reads it, a trained head beside it, a fusion with its adapters as a setup: bottleneck,
 Compacter, ReFT, UniPELT and MAM adapters, fusions of serial bottlenecks, prefixes and prompts that were trained with form = \"adapterhub\",
-LoRA and (IA)³ at queries, keys, values and the matrices of an MLP but its gate. With --rank the first ranks
+LoRA and (IA)³ at queries, keys, values and the matrices of an MLP but its gate. The library loads it by
+model.load_adapter(DIR, use_safetensors=True). With --rank the first ranks
 of a DyLoRA become a LoRA, which peft reads. An adapter directory of peft with the start pissa or olora becomes a plain LoRA of twice the
 rank, the start taken off as a product of its own.")]
 pub struct Args {
