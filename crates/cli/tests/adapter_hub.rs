@@ -1,25 +1,13 @@
 //! `engraft convert --to adapterhub`: what was trained here computes the same when it is read back in AdapterHub's form.
 
+#[path = "common/program.rs"]
+mod program;
+
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use engraft_store::{Limits, Weights};
 
-fn engraft(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_engraft")).args(args).output().unwrap()
-}
-
-fn succeeds(args: &[&str]) -> String {
-    let output = engraft(args);
-    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn refused(args: &[&str]) -> String {
-    let output = engraft(args);
-    assert_eq!(output.status.code(), Some(2), "{args:?}");
-    String::from_utf8_lossy(&output.stderr).split_whitespace().collect::<Vec<_>>().join(" ")
-}
+use program::{refused, succeeds};
 
 fn golden(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(path).canonicalize().unwrap()
@@ -60,6 +48,14 @@ fn off(found: &[f32], expected: &[f32]) -> f32 {
     found.iter().zip(expected).fold(0.0f32, |most, (a, b)| most.max((a - b).abs())) / largest
 }
 
+/// Converts `adapter`, and reads it again.
+fn keeps_its_logits(dir: &Path, model: &str, adapter: &str, what: &str) {
+    let (base, out) = (text(&golden(&format!("models/{model}"))), text(&dir.join("hub")));
+    succeeds(&["convert", adapter, "--to", "adapterhub", "--model", &base, "--out", &out]);
+    let (before, after) = (logits(dir, model, adapter), logits(dir, model, &out));
+    assert!(off(&after, &before) < 1e-5, "{what}: off by {}", off(&after, &before));
+}
+
 fn fusion(cases: &[&str]) -> String {
     let paths: Vec<String> =
         cases.iter().map(|case| format!("{:?}", golden(&format!("cases/{case}/adapter")))).collect();
@@ -87,19 +83,7 @@ fn what_was_trained_here_is_read_back() {
     for (model, trajectory, method) in runs {
         let dir = tempfile::tempdir().unwrap();
         let adapter = trained(dir.path(), model, trajectory, &method);
-        let out = text(&dir.path().join("hub"));
-        succeeds(&[
-            "convert",
-            &adapter,
-            "--to",
-            "adapterhub",
-            "--model",
-            &text(&golden(&format!("models/{model}"))),
-            "--out",
-            &out,
-        ]);
-        let (before, after) = (logits(dir.path(), model, &adapter), logits(dir.path(), model, &out));
-        assert!(off(&after, &before) < 1e-5, "{method}: off by {}", off(&after, &before));
+        keeps_its_logits(dir.path(), model, &adapter, &method);
     }
 }
 
@@ -117,19 +101,7 @@ fn what_is_in_the_form_of_peft_computes_the_same_in_that_of_adapter_hub() {
         let dir = tempfile::tempdir().unwrap();
         let (model, adapter) =
             (case.split("__").next().unwrap(), text(&golden(&format!("cases/{case}/adapter"))));
-        let out = text(&dir.path().join("hub"));
-        succeeds(&[
-            "convert",
-            &adapter,
-            "--to",
-            "adapterhub",
-            "--model",
-            &text(&golden(&format!("models/{model}"))),
-            "--out",
-            &out,
-        ]);
-        let (before, after) = (logits(dir.path(), model, &adapter), logits(dir.path(), model, &out));
-        assert!(off(&after, &before) < 1e-5, "{case}: off by {}", off(&after, &before));
+        keeps_its_logits(dir.path(), model, &adapter, case);
     }
 }
 

@@ -1,28 +1,16 @@
 //! `engraft combine` and `engraft extract`: sums as `peft` makes them, and what differs between two models.
 
+#[path = "common/program.rs"]
+mod program;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use engraft_store::{Entry, Limits, Weights, write_safetensors};
 use serde_json::Value;
 
-fn engraft(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_engraft")).args(args).output().unwrap()
-}
-
-fn succeeds(args: &[&str]) -> String {
-    let output = engraft(args);
-    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn refused(args: &[&str]) -> String {
-    let output = engraft(args);
-    assert_eq!(output.status.code(), Some(2), "{args:?}");
-    String::from_utf8_lossy(&output.stderr).split_whitespace().collect::<Vec<_>>().join(" ")
-}
+use program::{engraft, refused, succeeds};
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden")
@@ -366,7 +354,7 @@ fn numbers_that_are_none_are_bad_input() {
     assert!(!out.exists());
     // Weights of which every one is a number, and logits that are none.
     let args = ["merge", "--model", text(&huge), "--adapter", text(&a), "--out", text(&out)];
-    let done = Command::new(env!("CARGO_BIN_EXE_engraft")).args(args).output().unwrap();
+    let done = engraft(&args);
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
     assert_eq!(done.status.code(), Some(1), "{said}");
     assert!(

@@ -1,26 +1,14 @@
 //! `engraft convert`: a LoRA with the names of `loralib` computes what `peft`'s does.
 
+#[path = "common/program.rs"]
+mod program;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use engraft_store::{Entry, Limits, Weights, write_safetensors};
 
-fn engraft(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_engraft")).args(args).output().unwrap()
-}
-
-fn succeeds(args: &[&str]) -> String {
-    let output = engraft(args);
-    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn refused(args: &[&str]) -> String {
-    let output = engraft(args);
-    assert_eq!(output.status.code(), Some(2), "{args:?}");
-    String::from_utf8_lossy(&output.stderr).split_whitespace().collect::<Vec<_>>().join(" ")
-}
+use program::{refused, succeeds};
 
 fn golden(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(path)

@@ -51,15 +51,7 @@ fn ranks_reach_the_budget_and_are_dropped_at_the_end() {
     let a = attached(&methods, &[]);
     stir(&a, 0.5);
     let method = &methods[0].0;
-    for number in 1..=5 {
-        let mut gradients = Gradients::default();
-        for (i, p) in a.adapter.trainable().enumerate() {
-            gradients.set(&p.param, sample(p.param.value().shape(), 50 * number + i as u64));
-        }
-        let step = Step { number, total: 5, seed: 0 };
-        method.after_step(&a.adapter, &mut Shown(gradients, Tensor::scalar(1.0)), step).unwrap();
-        stir_values(&a, number < 4);
-    }
+    five_steps(method.as_ref(), &a, 5, |number| number < 4);
     let on = |a: &crate::Attached| -> usize {
         let es = a.adapter.params().iter().filter(|p| p.name.ends_with(".lora_E"));
         es.map(|p| p.param.value().to_vec().unwrap().iter().filter(|v| **v != 0.0).count()).sum()
@@ -96,19 +88,24 @@ fn what_has_come_back_when_a_run_stops_between_cuts_is_in_the_file() {
     let a = crate::attach(&methods, &[], &sites, &info, 0).unwrap();
     stir(&a, 0.5);
     let method = &methods[0].0;
+    five_steps(method.as_ref(), &a, 9, |_| true);
+    method.finish(&a.adapter).unwrap();
+    let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+    let loaded = crate::load_adapter(&config, tensors, &sites, &info).unwrap();
+    assert_eq!(loaded.adapter.trained_count(), a.adapter.trained_count());
+}
+
+/// The first five of `total` steps; after those that `moves` names, values have moved.
+fn five_steps(method: &dyn Method, a: &crate::Attached, total: u64, moves: impl Fn(u64) -> bool) {
     for number in 1..=5 {
         let mut gradients = Gradients::default();
         for (i, p) in a.adapter.trainable().enumerate() {
             gradients.set(&p.param, sample(p.param.value().shape(), 50 * number + i as u64));
         }
-        let step = Step { number, total: 9, seed: 0 };
+        let step = Step { number, total, seed: 0 };
         method.after_step(&a.adapter, &mut Shown(gradients, Tensor::scalar(1.0)), step).unwrap();
-        stir_values(&a, true);
+        stir_values(a, moves(number));
     }
-    method.finish(&a.adapter).unwrap();
-    let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
-    let loaded = crate::load_adapter(&config, tensors, &sites, &info).unwrap();
-    assert_eq!(loaded.adapter.trained_count(), a.adapter.trained_count());
 }
 
 /// Between cuts training moves what was zeroed.
