@@ -24,5 +24,5 @@ pub mod testing;
 pub use error::{Error, Result};
 pub use param::Param;
 pub use pool::on_pool;
-pub use tape::{Gradients, checkpoint, no_grad};
+pub use tape::{Gradients, Terms, checkpoint, no_grad};
 pub use tensor::{DType, Shape, Tensor, forbid_host_reads, read_once};

@@ -4,6 +4,8 @@
 //! needs and is dropped as soon as backward has run it. Nodes carry increasing numbers, so the largest number not yet
 //! visited is always ready: backward needs no sorting, and a checkpoint may add nodes while it runs.
 
+mod terms;
+
 use std::cell::Cell;
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -13,6 +15,8 @@ use crate::device::Buffer;
 use crate::error::{Error, Result, shape_error};
 use crate::param::Param;
 use crate::tensor::Tensor;
+
+pub use terms::Terms;
 
 type Backward = Box<dyn FnOnce(Tensor, &mut Sink) -> Result<()> + Send>;
 
@@ -26,10 +30,15 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) fn new(name: &'static str, backward: Option<Backward>) -> Arc<Node> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
         let leaf = backward.is_none();
-        Arc::new(Node { id: NEXT.fetch_add(1, Relaxed), name, backward: Mutex::new(backward), leaf })
+        Arc::new(Node { id: next_number(), name, backward: Mutex::new(backward), leaf })
     }
+}
+
+/// A number larger than that of every node so far.
+fn next_number() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Relaxed)
 }
 
 /// Where an input's gradient goes: its node, or nowhere.
@@ -151,26 +160,8 @@ impl Tensor {
     pub fn backward_from(&self, dy: Tensor) -> Result<Gradients> {
         let mut sink = Sink::default();
         sink.add(&self.edge(), dy)?;
-        no_grad(|| {
-            while let Some(next) = sink.ready.pop() {
-                let Some(dy) = sink.pending.remove(&next.0.id) else { continue };
-                let node = next.0;
-                if node.leaf {
-                    sink.leaves.insert(node.id, dy);
-                    continue;
-                }
-                let backward = node.backward.lock().map_err(|_| poisoned())?.take();
-                let Some(backward) = backward else {
-                    return Err(Error::Backward(format!(
-                        "{} was already passed; run forward again",
-                        node.name
-                    )));
-                };
-                backward(dy, &mut sink)?;
-            }
-            Ok(())
-        })?;
-        Ok(Gradients { by_leaf: sink.leaves })
+        let leaves = sink.run(0)?;
+        Ok(Gradients { by_leaf: leaves.into_iter().map(|(node, dy)| (node.id, dy)).collect() })
     }
 }
 
@@ -183,10 +174,33 @@ fn poisoned() -> Error {
 pub(crate) struct Sink {
     pending: HashMap<u64, Tensor>,
     ready: BinaryHeap<ByNumber>,
-    leaves: HashMap<u64, Tensor>,
+    leaves: Vec<(Arc<Node>, Tensor)>,
 }
 
 impl Sink {
+    /// Runs backward from what was added, through nodes from number `first` on; what reached the leaves, and older nodes.
+    fn run(mut self, first: u64) -> Result<Vec<(Arc<Node>, Tensor)>> {
+        no_grad(|| {
+            while let Some(next) = self.ready.pop() {
+                let Some(dy) = self.pending.remove(&next.0.id) else { continue };
+                let node = next.0;
+                if node.leaf || node.id < first {
+                    self.leaves.push((node, dy));
+                    continue;
+                }
+                let backward = node.backward.lock().map_err(|_| poisoned())?.take();
+                let Some(backward) = backward else {
+                    return Err(Error::Backward(format!(
+                        "{} was already passed; run forward again",
+                        node.name
+                    )));
+                };
+                backward(dy, &mut self)?;
+            }
+            Ok(self.leaves)
+        })
+    }
+
     /// Adds `gradient` to what `edge` has received so far.
     pub(crate) fn add(&mut self, edge: &Edge, gradient: Tensor) -> Result<()> {
         let Some(node) = &edge.0 else { return Ok(()) };

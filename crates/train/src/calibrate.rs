@@ -176,8 +176,8 @@ impl Calibration for Base<'_> {
         let (batch, cx) = self.batch(number, probe)?;
         let objective = &self.session.objective;
         let labels = objective.count(&batch, false).max(1);
-        let loss = objective.loss(&self.session.model, &batch, &cx).map_err(as_nn)?;
-        let gradients = loss.scale(1.0 / labels as f32)?.backward()?;
+        let loss = objective.loss(&self.session.model, &batch, &cx, 1.0 / labels as f32).map_err(as_nn)?;
+        let gradients = loss.backward()?;
         self.watched.looked();
         Ok(gradients)
     }

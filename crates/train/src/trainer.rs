@@ -98,7 +98,7 @@ impl<'s> Trainer<'s> {
         let mut total = Tensor::scalar(0.0);
         let share = 1.0 / labels as f32;
         for (micro, batch) in batches.iter().enumerate() {
-            let loss = self.loss(batch, number, micro as u64, share)?.scale(share)?;
+            let loss = self.loss(batch, number, micro as u64, share)?;
             gradients.add(loss.backward()?)?;
             total = total.add(&loss.detach())?;
         }
@@ -154,17 +154,17 @@ impl<'s> Trainer<'s> {
         }
     }
 
-    /// The loss of a micro-batch, summed over its labels, each of which is `share` of the step's.
+    /// The part of a micro-batch in the loss of a step, of whose labels each is `share`.
     fn loss(&self, batch: &Batch, step: u64, micro: u64, share: f32) -> Result<Tensor> {
         let (objective, model) = (self.session.objective, &self.session.model);
         let own = objective.count(batch, self.prompted) as f32 * share;
         let Some(weight) = self.session.methods.iter().find_map(|(m, _)| m.consistency()) else {
-            return objective.loss(model, batch, &self.pass(batch, step, micro)?.sharing(own));
+            return objective.loss(model, batch, &self.pass(batch, step, micro)?.sharing(own), share);
         };
         // Each pass draws as a micro-batch of its own would; terms that patches bring along come with the first.
         let first = self.pass(batch, step, 2 * micro)?.sharing(own);
         let second = self.pass(batch, step, 2 * micro + 1)?.sharing(0.0);
-        objective.loss_of_two(model, batch, [&first, &second], weight)
+        objective.loss_of_two(model, batch, [&first, &second], weight, share)
     }
 
     /// The pass of a micro-batch, after the methods had their first look.

@@ -7,13 +7,32 @@ use crate::device::{AttentionBackward, Buffer};
 use crate::ops::Attention;
 use crate::tensor::Tensor;
 
-/// Rows of a block, `ROWS` in the kernels, and of the tiles of keys and queries that it goes through.
+/// Rows of a block, `ROWS` in the kernels, and of the tiles of keys that the backward pass goes through.
 const ROWS: usize = 128;
 const KEYS: usize = 64;
-const QUERIES: usize = 32;
 
-/// Bytes of what comes with two tiles of queries: lse, delta, position.
-const BESIDE: usize = 2 * 3 * 4 * QUERIES;
+/// What differs between cards: the constants of the same names in the kernels.
+struct Sizes {
+    /// Whether a block's own rows stay in shared memory.
+    by_groups: bool,
+    forward_keys: usize,
+    queries: usize,
+    stages: usize,
+}
+
+impl Sizes {
+    fn of(card: &Cuda) -> Sizes {
+        match card.by_groups() {
+            true => Sizes { by_groups: true, forward_keys: 128, queries: 64, stages: 3 },
+            false => Sizes { by_groups: false, forward_keys: 64, queries: 32, stages: 2 },
+        }
+    }
+
+    /// Shared memory, in bytes: a block's own rows of `kinds`, and `others` rows of two kinds.
+    fn bytes(&self, width: usize, kinds: usize, others: usize) -> usize {
+        2 * width * (if self.by_groups { kinds * ROWS } else { 0 } + 2 * others)
+    }
+}
 
 /// Numbers of a head as the kernels hold it, if they can: rows must begin at multiples of 16 bytes in bf16.
 fn width(dim: usize) -> Option<usize> {
@@ -23,11 +42,6 @@ fn width(dim: usize) -> Option<usize> {
         65..=128 => Some(128),
         _ => None,
     }
-}
-
-/// Whether `x` can be read by twos.
-fn even(x: &Tensor) -> bool {
-    x.arg().address().is_multiple_of(8)
 }
 
 /// Whether rows of bf16 can be read sixteen bytes at a time.
@@ -68,24 +82,25 @@ impl Cuda {
         y: &mut Buffer,
         lse: &mut Buffer,
     ) -> bool {
-        let Some(width) = width(a.spec.dim).filter(|_| even(q)) else { return false };
+        let Some(width) = width(a.spec.dim) else { return false };
         let tiles = sight.long_tiles(ROWS, all);
         if tiles.is_empty() {
             return true;
         }
-        let (k, v) = (k.bf16(self), v.bf16(self));
-        if !whole(&[k, v]) {
+        let [q, k, v] = [q, k, v].map(|x| x.bf16(self));
+        if !whole(&[q, k, v]) {
             return false;
         }
+        let sizes = Sizes::of(self);
         let before = [&[k, v][..], &form(a, sight)].concat();
         self.launch_tiles(Work {
             source: ["forward_64", "forward_128"],
             tiles,
             heads: a.spec.heads,
             width,
-            shared: 2 * 2 * 2 * KEYS * width,
+            shared: sizes.bytes(width, 1, 2 * sizes.forward_keys),
             before: &before,
-            behind: &[q.arg(), y.arg(), lse.arg()],
+            behind: &[q, y.arg(), lse.arg()],
         });
         true
     }
@@ -98,8 +113,8 @@ impl Cuda {
         g: &mut AttentionBackward<'_>,
         delta: &Buffer,
     ) -> bool {
-        let Some(width) = width(a.spec.dim).filter(|_| even(g.q) && even(g.dy)) else { return false };
-        let s = &a.spec;
+        let Some(width) = width(a.spec.dim) else { return false };
+        let (s, sizes) = (&a.spec, Sizes::of(self));
         let [k, v, q, dy] = [g.k, g.v, g.q, g.dy].map(|x| x.bf16(self));
         if !whole(&[k, v, q, dy]) {
             return false;
@@ -112,18 +127,21 @@ impl Cuda {
                 tiles: sight.all_query_tiles(ROWS),
                 heads: s.heads,
                 width,
-                shared: 2 * 2 * 2 * KEYS * width,
+                shared: sizes.bytes(width, 2, sizes.stages * KEYS),
                 before: &before,
-                behind: &[g.q.arg(), g.dy.arg(), kept[0], kept[1], dq.arg()],
+                behind: &[q, dy, kept[0], kept[1], dq.arg()],
             });
         }
         if g.dk.is_some() || g.dv.is_some() {
+            // The block's keys and values, stages of queries and dy, and with these lse, delta and position.
+            let Sizes { queries, stages, .. } = sizes;
+            let shared = 2 * 2 * width * (ROWS + stages * queries) + stages * 3 * 4 * queries;
             self.launch_tiles(Work {
                 source: ["backward_keys_64", "backward_keys_128"],
                 tiles: sight.key_tiles(ROWS),
                 heads: s.kv_heads,
                 width,
-                shared: 2 * 2 * width * (ROWS + 2 * QUERIES) + BESIDE,
+                shared,
                 before: &before,
                 behind: &[q, dy, kept[0], kept[1], place(&g.dk), place(&g.dv)],
             });

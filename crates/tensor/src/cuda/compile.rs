@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use super::KernelCache;
 
 const COMMON: &str = include_str!("kernels/common.cuh");
+const TENSOR_CORES: &str = include_str!("kernels/tensor_cores.cuh");
 
 /// A file of kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -52,7 +53,13 @@ impl Source {
         }
     }
 
-    fn text(self) -> &'static str {
+    /// What the compiler reads: the file behind what it builds on.
+    fn text(self) -> String {
+        let shared = if self == Source::AttentionMma { TENSOR_CORES } else { "" };
+        [COMMON, shared, self.file()].join("\n")
+    }
+
+    fn file(self) -> &'static str {
         match self {
             Source::Attention => include_str!("kernels/attention.cu"),
             Source::AttentionMma => include_str!("kernels/attention_mma.cu"),
@@ -73,15 +80,14 @@ pub(super) fn cubin(
     architecture: (i32, i32),
     cache: Option<&dyn KernelCache>,
 ) -> Result<Vec<u8>, String> {
-    let text = format!("{COMMON}\n{}", source.text());
-    let (major, minor) = architecture;
+    let (text, target) = (source.text(), target(architecture));
     let key = Sha256::new().chain_update(&text).chain_update(version()?).finalize();
     let key: String = key.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    let file = format!("{}-sm_{major}{minor}-{key}.cubin", source.name());
+    let file = format!("{}-{target}-{key}.cubin", source.name());
     if let Some(kept) = cache.and_then(|cache| cache.read(&file)) {
         return Ok(kept);
     }
-    let image = compile(&text, source.name(), architecture)?;
+    let image = compile(&text, source.name(), &target)?;
     if let Some(cache) = cache {
         cache.write(&file, &image);
     }
@@ -101,11 +107,22 @@ fn version() -> Result<[u8; 8], String> {
     Ok(bytes)
 }
 
-fn compile(text: &str, name: &str, (major, minor): (i32, i32)) -> Result<Vec<u8>, String> {
+/// Whether warps of such cards multiply in groups of four: wgmma, which no other generation has.
+pub(super) fn by_groups(architecture: (i32, i32)) -> bool {
+    architecture == (9, 0)
+}
+
+/// The compiler's name for such cards, with what they alone have.
+fn target(architecture: (i32, i32)) -> String {
+    let (major, minor) = architecture;
+    format!("sm_{major}{minor}{}", if by_groups(architecture) { "a" } else { "" })
+}
+
+fn compile(text: &str, name: &str, target: &str) -> Result<Vec<u8>, String> {
     let failed = |what: &str, e: result::NvrtcError| format!("NVRTC, {name}: {what}: {e:?}");
     let source = CString::new(text).map_err(|e| format!("{name}: {e}"))?;
     let program = result::create_program(&source, None).map_err(|e| failed("no program", e))?;
-    let options = [format!("--gpu-architecture=sm_{major}{minor}"), "--std=c++17".into()];
+    let options = [format!("--gpu-architecture={target}"), "--std=c++17".into()];
     // SAFETY: the program was just made, and is destroyed after its last use, below.
     let compiled = unsafe { result::compile_program(program, &options) };
     let image = match compiled {
@@ -162,7 +179,7 @@ mod tests {
             println!("skipped: NVRTC is not installed here");
             return;
         }
-        let message = compile("__global__ void f() { nothing; }", "wrong", (8, 0)).unwrap_err();
+        let message = compile("__global__ void f() { nothing; }", "wrong", "sm_80").unwrap_err();
         assert!(message.contains("nothing") && message.contains("wrong"), "{message}");
     }
 }

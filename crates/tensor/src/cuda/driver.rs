@@ -22,6 +22,8 @@ pub(crate) struct Cuda {
     stream: sys::CUstream,
     architecture: (i32, i32),
     processors: usize,
+    /// Bytes of shared memory that a block may have.
+    block_memory: i32,
     total_memory: usize,
     driver: i32,
     cache: Option<Box<dyn super::KernelCache>>,
@@ -171,6 +173,7 @@ impl Cuda {
             let (major, minor) = architecture;
             return Err(format!("expected a card of compute capability 8.0 or more, found {major}.{minor}"));
         }
+        let block_memory = attribute(Has::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let processors = attribute(Has::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         // SAFETY: `device` came from the driver.
         let total_memory =
@@ -188,6 +191,7 @@ impl Cuda {
             stream,
             architecture,
             processors,
+            block_memory,
             total_memory,
             driver: super::probe::driver_version(),
             cache,
@@ -211,6 +215,11 @@ impl Cuda {
     /// Bytes of memory that the card has.
     pub(crate) fn total_memory(&self) -> usize {
         self.total_memory
+    }
+
+    /// Whether kernels multiply by groups of warps.
+    pub(super) fn by_groups(&self) -> bool {
+        compile::by_groups(self.architecture)
     }
 
     /// Number of multiprocessors.
@@ -456,14 +465,12 @@ impl Cuda {
             let own = Has::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
             let own = result::function::get_function_attribute(function, own).map_err(no_memory)?;
             let most = Has::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            result::function::set_function_attribute(function, most, MOST_SHARED - own).map_err(no_memory)?;
+            result::function::set_function_attribute(function, most, self.block_memory - own)
+                .map_err(no_memory)?;
         }
         Ok(Function(function))
     }
 }
-
-/// Shared memory of a block: what every card from 8.0 on has.
-const MOST_SHARED: i32 = 99 << 10;
 
 /// The driver's pool keeps what is given back, instead of returning it to the system at the next wait.
 fn keep_freed_memory(device: sys::CUdevice) -> Result<(), result::DriverError> {

@@ -207,7 +207,13 @@ impl Cuda {
     }
 
     pub(super) fn silu_mul(&self, gate: &Tensor, up: &Tensor, y: &mut Buffer) {
-        self.launch_fours("silu_mul", up.len(), &[gate.arg(), up.arg(), y.arg(), count(up.len())]);
+        let args = |y: Arg| [gate.arg(), up.arg(), y, count(up.len())];
+        if !self.bf16_allowed() {
+            return self.launch_fours("silu_mul", up.len(), &args(y.arg()));
+        }
+        let short = self.take(2 * up.len());
+        self.launch_fours("silu_mul_bf16", up.len(), &args(short.arg()));
+        y.hold_bf16(short);
     }
 
     pub(super) fn silu_mul_backward(
@@ -218,8 +224,14 @@ impl Cuda {
         dgate: &mut Buffer,
         dup: &mut Buffer,
     ) {
-        let args = [gate.arg(), up.arg(), dy.arg(), dgate.arg(), dup.arg(), count(dy.len())];
-        self.launch_fours("silu_mul_backward", dy.len(), &args);
+        let args = |dgate: Arg, dup: Arg| [gate.arg(), up.arg(), dy.arg(), dgate, dup, count(dy.len())];
+        if !self.bf16_allowed() {
+            return self.launch_fours("silu_mul_backward", dy.len(), &args(dgate.arg(), dup.arg()));
+        }
+        let [gates, ups] = [(); 2].map(|()| self.take(2 * dy.len()));
+        self.launch_fours("silu_mul_backward_bf16", dy.len(), &args(gates.arg(), ups.arg()));
+        dgate.hold_bf16(gates);
+        dup.hold_bf16(ups);
     }
 }
 

@@ -168,7 +168,7 @@ impl Cuda {
     }
 
     /// `n` numbers of bf16 in f32.
-    fn widen(&self, x: Arg, y: Arg, n: usize) {
+    pub(crate) fn widen(&self, x: Arg, y: Arg, n: usize) {
         self.launch_over(Source::Frozen, "from_bf16_of", n, &[x, y, Arg::I64(n as i64)]);
     }
 

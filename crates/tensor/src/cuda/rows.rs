@@ -305,8 +305,13 @@ impl Cuda {
         dloss: &Tensor,
     ) {
         let (rows, width) = (labels.len(), x.len() / labels.len().max(1));
-        let args = [x.arg(), labels.arg(), lse.arg(), dloss.arg(), count(rows), count(width), x.arg()];
-        self.launch_rows("cross_entropy_backward", rows, width, &args);
+        let args = |dx| [x.arg(), labels.arg(), lse.arg(), dloss.arg(), count(rows), count(width), dx];
+        if !self.bf16_allowed() {
+            return self.launch_rows("cross_entropy_backward", rows, width, &args(x.arg()));
+        }
+        let short = self.take(2 * x.len());
+        self.launch_rows("cross_entropy_backward_bf16", rows, width, &args(short.arg()));
+        x.hold_bf16(short);
     }
 
     pub(super) fn add_sum_of_squares(&self, x: &Tensor, y: &mut Buffer) {

@@ -23,17 +23,27 @@ pub(crate) struct Pooled {
     len: usize,
 }
 
-/// f32 on the card.
+/// f32 on the card. Kernels whose results go into products alone write them in bf16; they are widened where f32 is wanted
+/// after all.
 pub(crate) struct CardFloats {
-    memory: DeviceMemory,
+    /// Taken when it is first written to or read.
+    f32: OnceLock<DeviceMemory>,
     /// The same in bf16, made when a product first wants it: several products read one input.
     bf16: OnceLock<DeviceMemory>,
     len: usize,
 }
 
 impl CardFloats {
-    fn new(memory: DeviceMemory, len: usize) -> Self {
-        CardFloats { memory, bf16: OnceLock::new(), len }
+    fn arg(&self) -> Arg {
+        let memory = self.f32.get_or_init(|| {
+            let card = card().expect("a card's memory is used on it");
+            let memory = card.take(4 * self.len);
+            if let Some(short) = self.bf16.get() {
+                card.widen(short.arg(), memory.arg(), self.len);
+            }
+            memory
+        });
+        memory.arg()
     }
 }
 
@@ -87,7 +97,8 @@ impl<T> From<Vec<T>> for Indices<T> {
 impl From<Vec<f32>> for Buffer {
     fn from(values: Vec<f32>) -> Self {
         if let Some(card) = card() {
-            return Buffer::Card(CardFloats::new(card.upload(&values), values.len()));
+            let f32 = OnceLock::from(card.upload(&values));
+            return Buffer::Card(CardFloats { f32, bf16: OnceLock::new(), len: values.len() });
         }
         let mut block = memory::take(values.len());
         block.as_mut_slice()[..values.len()].copy_from_slice(&values);
@@ -105,7 +116,7 @@ impl Buffer {
     /// `len` floats of arbitrary content, to be overwritten.
     pub(crate) fn f32(len: usize) -> Self {
         match card() {
-            Some(card) => Buffer::Card(CardFloats::new(card.take(4 * len), len)),
+            Some(_) => Buffer::Card(CardFloats { f32: OnceLock::new(), bf16: OnceLock::new(), len }),
             None => Buffer::F32(Pooled { block: memory::take(len), len }),
         }
     }
@@ -130,7 +141,7 @@ impl Buffer {
     /// Its memory on the card, for kernels.
     pub(crate) fn arg(&self) -> Arg {
         match self {
-            Buffer::Card(b) => b.memory.arg(),
+            Buffer::Card(b) => b.arg(),
             Buffer::I64(b) => b.arg(),
             Buffer::I32(b) => b.arg(),
             Buffer::F32(_) => {
@@ -142,7 +153,7 @@ impl Buffer {
     /// Its memory in bf16, of f32 on the card.
     pub(crate) fn bf16(&self, card: &Cuda) -> Arg {
         match self {
-            Buffer::Card(b) => b.bf16.get_or_init(|| card.to_bf16(b.memory.arg(), b.len)).arg(),
+            Buffer::Card(b) => b.bf16.get_or_init(|| card.to_bf16(b.arg(), b.len)).arg(),
             other => panic!("kernel of the card wants F32 of its memory, has {:?}", other.dtype()),
         }
     }
@@ -150,9 +161,18 @@ impl Buffer {
     /// To be called before contents change: what was made from them no longer holds.
     pub(crate) fn changes(&mut self) -> &mut Buffer {
         if let Buffer::Card(b) = self {
+            b.arg();
             b.bf16.take();
         }
         self
+    }
+
+    /// From now on the contents, of f32 on the card, are those of `bf16`, as many numbers.
+    pub(crate) fn hold_bf16(&mut self, bf16: DeviceMemory) {
+        if let Buffer::Card(b) = self {
+            b.f32.take();
+            b.bf16 = OnceLock::from(bf16);
+        }
     }
 
     /// A copy of elements `range` of f32 on the host.
@@ -161,7 +181,7 @@ impl Buffer {
             Buffer::Card(b) => {
                 let mut values = vec![0.0; range.len()];
                 if let Some(card) = card() {
-                    card.read(b.memory.arg().offset(4 * range.start), &mut values);
+                    card.read(b.arg().offset(4 * range.start), &mut values);
                 }
                 values
             }

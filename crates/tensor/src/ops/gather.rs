@@ -29,8 +29,16 @@ impl Tensor {
         let mut y = Buffer::f32(shape.iter().product());
         device().gather_rows(self, index, &mut y);
         let (edge, rows, index) = (self.edge(), self.shape()[0], index.clone());
-        Ok(Tensor::new(shape, y)
-            .on_tape("gather", &[self], move |dy, sink| sink.add(&edge, dy.scatter_add(&index, rows)?)))
+        Ok(Tensor::new(shape, y).on_tape("gather", &[self], move |dy, sink| {
+            let mut shape = dy.shape().to_vec();
+            shape[0] = rows;
+            sink.grow(&edge, &shape, |dx, accumulate| {
+                if !accumulate {
+                    device().fill(0.0, dx);
+                }
+                device().scatter_add_rows(&dy, &index, dx);
+            })
+        }))
     }
 
     /// `y[index[i]] += x[i]` on `rows` rows of zeros.

@@ -337,7 +337,7 @@ mod tests {
 
     #[test]
     fn a_small_share_of_a_matrix_needs_no_gradient_of_its_size() {
-        let (rows, out, inn) = (64, 1024, 1024);
+        let (rows, out, inn) = (64, 4096, 4096);
         let places = (0..(out * inn) as u64).step_by(200);
         let pattern = Arc::new(Pattern::new(places, (out, inn), 0).unwrap());
         let values = Param::new(Tensor::zeros([pattern.len()]));

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use engraft_nn::{Adapter, Kind, Layout, Model, Output, Pass, Task};
 use engraft_tensor::device::temporary_elements;
-use engraft_tensor::{Tensor, checkpoint, ops};
+use engraft_tensor::{Tensor, Terms, ops};
 
 use crate::batch::{Batch, labelled};
 use crate::{Error, Result};
@@ -81,44 +81,45 @@ impl Objective {
         }
     }
 
-    /// The loss of a batch summed over its labels, a scalar on the device.
-    pub fn loss(self, model: &Arc<dyn Model>, batch: &Batch, cx: &Pass) -> Result<Tensor> {
-        let out = model.features(&batch.inputs, cx)?;
-        let found = self.labelled(out.pass.layout(), &batch.labels);
-        let parts = parts(self, model.as_ref(), &out, found)?;
-        total(parts.into_iter().map(|part| part.loss(model)))
+    /// The loss of a batch summed over its labels, each weighing `share`; a scalar on the device, from which backward starts.
+    pub fn loss(self, model: &Arc<dyn Model>, batch: &Batch, cx: &Pass, share: f32) -> Result<Tensor> {
+        let mut terms = Terms::default();
+        for part in self.parts(model.as_ref(), batch, cx)? {
+            terms.add(|| part.loss(model.as_ref(), share))?;
+        }
+        Ok(terms.total())
     }
 
-    /// The loss of the first of two passes and `weight` times ½·[KL(sg p₂ ‖ p₁) + KL(sg p₁ ‖ p₂)], summed over the labels.
+    /// The loss of the first of two passes and `weight` times ½·[KL(sg p₂ ‖ p₁) + KL(sg p₁ ‖ p₂)], both summed over the labels,
+    /// each of which weighs `share`.
     pub fn loss_of_two(
         self,
         model: &Arc<dyn Model>,
         batch: &Batch,
         passes: [&Pass; 2],
         weight: f32,
+        share: f32,
     ) -> Result<Tensor> {
-        let parts = |cx: &Pass| {
-            let out = model.features(&batch.inputs, cx)?;
-            let found = self.labelled(out.pass.layout(), &batch.labels);
-            parts(self, model.as_ref(), &out, found)
-        };
-        let (first, second) = (parts(passes[0])?, parts(passes[1])?);
-        total(first.into_iter().zip(second).map(|(a, b)| a.loss_with(b, model, weight)))
+        let [first, second] = passes.map(|cx| self.parts(model.as_ref(), batch, cx));
+        let mut terms = Terms::default();
+        for (part, other) in first?.iter().zip(&second?) {
+            terms.add(|| part.loss_with(other, model.as_ref(), weight, share))?;
+        }
+        Ok(terms.total())
+    }
+
+    fn parts(self, model: &dyn Model, batch: &Batch, cx: &Pass) -> Result<Vec<Part>> {
+        let out = model.features(&batch.inputs, cx)?;
+        let found = self.labelled(out.pass.layout(), &batch.labels);
+        parts(self, model, &out, found)
     }
 }
 
-/// The sum of some losses.
-fn total(mut losses: impl Iterator<Item = Result<Tensor>>) -> Result<Tensor> {
-    let first = losses.next().unwrap_or_else(|| Ok(Tensor::scalar(0.0)))?;
-    losses.try_fold(first, |sum, loss| Ok(sum.add(&loss?)?))
-}
-
-/// Labelled rows whose logits are computed together.
+/// Labelled rows whose logits are computed together: all logits of a batch never exist at once.
 pub(crate) struct Part {
     pub features: Tensor,
     pub pass: Pass,
     pub labels: Vec<i64>,
-    is_whole: bool,
 }
 
 impl Part {
@@ -127,53 +128,27 @@ impl Part {
         Ok(model.logits(&self.features, &self.pass)?)
     }
 
-    /// The loss; where there are several parts, with logits that backward computes again: all logits of a batch never exist
-    /// at once.
-    fn loss(self, model: &Arc<dyn Model>) -> Result<Tensor> {
-        if self.is_whole {
-            return Ok(summed(model, &self.features, &self.pass, &self.labels)?);
-        }
-        let (model, pass, labels) = (model.clone(), self.pass, self.labels);
-        Ok(checkpoint(&[&self.features], move |v| {
-            summed(&model, &v[0], &pass, &labels).map_err(as_tensor_error)
-        })?)
+    fn loss(&self, model: &dyn Model, share: f32) -> engraft_nn::Result<Tensor> {
+        cross_entropy(&model.logits(&self.features, &self.pass)?, &self.labels, share)
     }
 
     /// The loss with the divergence of the same rows in another pass.
-    fn loss_with(self, other: Part, model: &Arc<dyn Model>, weight: f32) -> Result<Tensor> {
-        let (model, passes, labels) = (model.clone(), [self.pass, other.pass], self.labels);
-        let both = move |features: &[Tensor]| -> engraft_nn::Result<Tensor> {
-            let logits = model.logits(&features[0], &passes[0])?;
-            let apart = divergence(&logits, &model.logits(&features[1], &passes[1])?)?;
-            Ok(cross_entropy(&logits, &labels)?.add(&apart.scale(weight)?)?)
-        };
-        if self.is_whole {
-            return Ok(both(&[self.features, other.features])?);
-        }
-        Ok(checkpoint(&[&self.features, &other.features], move |v| both(v).map_err(as_tensor_error))?)
+    fn loss_with(
+        &self,
+        other: &Part,
+        model: &dyn Model,
+        weight: f32,
+        share: f32,
+    ) -> engraft_nn::Result<Tensor> {
+        let logits = model.logits(&self.features, &self.pass)?;
+        let apart = divergence(&logits, &model.logits(&other.features, &other.pass)?)?;
+        Ok(cross_entropy(&logits, &self.labels, share)?.add(&apart.scale(weight * share)?)?)
     }
 }
 
-/// The tape speaks tensor errors only.
-fn as_tensor_error(error: engraft_nn::Error) -> engraft_tensor::Error {
-    match error {
-        engraft_nn::Error::Tensor(e) => e,
-        other => engraft_tensor::Error::Backward(other.to_string()),
-    }
-}
-
-fn summed(
-    model: &Arc<dyn Model>,
-    features: &Tensor,
-    pass: &Pass,
-    labels: &[i64],
-) -> engraft_nn::Result<Tensor> {
-    cross_entropy(&model.logits(features, pass)?, labels)
-}
-
-fn cross_entropy(logits: &Tensor, labels: &[i64]) -> engraft_nn::Result<Tensor> {
+fn cross_entropy(logits: &Tensor, labels: &[i64], share: f32) -> engraft_nn::Result<Tensor> {
     let labels = Tensor::from_i64(labels.to_vec(), [labels.len()])?;
-    Ok(ops::cross_entropy(logits, &labels)?.sum()?)
+    Ok(ops::cross_entropy(logits, &labels)?.sum()?.scale(share)?)
 }
 
 /// ½·[KL(sg p₂ ‖ p₁) + KL(sg p₁ ‖ p₂)] summed over rows, p the softmax of logits [rows, outputs].
@@ -195,14 +170,13 @@ pub(crate) fn parts(
 ) -> Result<Vec<Part>> {
     if objective == Objective::SequenceClassification {
         let (features, pass) = (out.features.clone(), out.pass.clone());
-        return Ok(vec![Part { features, pass, labels: found.labels, is_whole: true }]);
+        return Ok(vec![Part { features, pass, labels: found.labels }]);
     }
     let size = (temporary_elements() / model.info().outputs.max(1)).max(64);
-    let is_whole = found.rows.len() <= size;
     let part = |(rows, labels): (&[i64], &[i64])| -> Result<Part> {
         let index = Tensor::from_i64(rows.to_vec(), [rows.len()])?;
         let (features, pass) = (out.features.gather(&index)?, out.pass.select(rows)?);
-        Ok(Part { features, pass, labels: labels.to_vec(), is_whole })
+        Ok(Part { features, pass, labels: labels.to_vec() })
     };
     found.rows.chunks(size).zip(found.labels.chunks(size)).map(part).collect()
 }

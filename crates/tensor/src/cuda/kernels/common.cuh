@@ -55,6 +55,18 @@ __device__ __forceinline__ void store_four(float* y, i64 q, i64 n, bool whole, F
     EACH_OF_FOUR if (i + k < n) y[i + k] = four.v[k];
 }
 
+// The same, rounded; `short_y` begins at a multiple of 8 bytes.
+__device__ __forceinline__ void store_four(u16* short_y, i64 q, i64 n, bool whole, Four four) {
+    i64 i = 4 * q;
+    if (whole && i + 4 <= n) {
+        u16 r[4];
+        EACH_OF_FOUR r[k] = to_bf16(four.v[k]);
+        reinterpret_cast<uint2*>(short_y)[q] = make_uint2((u32)r[0] | (u32)r[1] << 16, (u32)r[2] | (u32)r[3] << 16);
+        return;
+    }
+    EACH_OF_FOUR if (i + k < n) short_y[i + k] = to_bf16(four.v[k]);
+}
+
 __device__ __forceinline__ float warp_sum(float v) {
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(FULL, v, o);
     return v;

@@ -242,7 +242,8 @@ extern "C" __global__ void accumulate(const float* x, i64 len, float* y, i64 n) 
 }
 
 // y = silu(gate)·up, n numbers.
-extern "C" __global__ void silu_mul(const float* gate, const float* up, float* y, i64 n) {
+template <typename T>
+__device__ __forceinline__ void multiply_gated(const float* gate, const float* up, T* y, i64 n) {
     bool whole = aligned(gate) && aligned(up) && aligned(y);
     FOR_EACH(q, (n + 3) / 4) {
         Four g = load_four(gate, q, n, whole), u = load_four(up, q, n, whole);
@@ -250,10 +251,17 @@ extern "C" __global__ void silu_mul(const float* gate, const float* up, float* y
         store_four(y, q, n, whole, u);
     }
 }
+extern "C" __global__ void silu_mul(const float* gate, const float* up, float* y, i64 n) {
+    multiply_gated(gate, up, y, n);
+}
+extern "C" __global__ void silu_mul_bf16(const float* gate, const float* up, u16* y, i64 n) {
+    multiply_gated(gate, up, y, n);
+}
 
 // dgate = dy·up·silu′(gate), dup = dy·silu(gate), n numbers.
-extern "C" __global__ void silu_mul_backward(
-    const float* gate, const float* up, const float* dy, float* dgate, float* dup, i64 n) {
+template <typename T>
+__device__ __forceinline__ void multiply_gated_backward(
+    const float* gate, const float* up, const float* dy, T* dgate, T* dup, i64 n) {
     bool whole = aligned(gate) && aligned(up) && aligned(dy) && aligned(dgate) && aligned(dup);
     FOR_EACH(q, (n + 3) / 4) {
         Four g = load_four(gate, q, n, whole), u = load_four(up, q, n, whole), d = load_four(dy, q, n, whole);
@@ -265,6 +273,14 @@ extern "C" __global__ void silu_mul_backward(
         store_four(dgate, q, n, whole, g);
         store_four(dup, q, n, whole, u);
     }
+}
+extern "C" __global__ void silu_mul_backward(
+    const float* gate, const float* up, const float* dy, float* dgate, float* dup, i64 n) {
+    multiply_gated_backward(gate, up, dy, dgate, dup, n);
+}
+extern "C" __global__ void silu_mul_backward_bf16(
+    const float* gate, const float* up, const float* dy, u16* dgate, u16* dup, i64 n) {
+    multiply_gated_backward(gate, up, dy, dgate, dup, n);
 }
 
 // ---- Dropout.

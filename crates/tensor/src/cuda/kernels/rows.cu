@@ -342,8 +342,9 @@ extern "C" __global__ void TEAM cross_entropy(
 }
 
 // dx = dloss·(exp(x − lse) − onehot(label)) of rows x [rows, width]; 0 where the label is −100.
-extern "C" __global__ void TEAM cross_entropy_backward(
-    const float* x, const i64* labels, const float* lse, const float* dloss, i64 rows, i64 width, float* dx) {
+template <typename T>
+__device__ __forceinline__ void logits_gradient(
+    const float* x, const i64* labels, const float* lse, const float* dloss, i64 rows, i64 width, T* dx) {
     i64 row = team_row();
     if (row >= rows) return;
     bool whole = aligned_rows(x, width) && aligned(dx);
@@ -359,6 +360,14 @@ extern "C" __global__ void TEAM cross_entropy_backward(
         }
         store_four(dx, q, width, whole, v);
     }
+}
+extern "C" __global__ void TEAM cross_entropy_backward(
+    const float* x, const i64* labels, const float* lse, const float* dloss, i64 rows, i64 width, float* dx) {
+    logits_gradient(x, labels, lse, dloss, rows, width, dx);
+}
+extern "C" __global__ void TEAM cross_entropy_backward_bf16(
+    const float* x, const i64* labels, const float* lse, const float* dloss, i64 rows, i64 width, u16* dx) {
+    logits_gradient(x, labels, lse, dloss, rows, width, dx);
 }
 
 // ---- The largest of each row, in the total order of IEEE 754 and of equal ones the earliest.
