@@ -2,7 +2,7 @@
 //!
 //! Two models: MiniLM reads sequences (one number: reading), a Llama of random weights reads a text and writes on (reading, and a
 //! token written with the cache). All adapters of a model share its packed base; they take turns round by round, and a ratio is
-//! the median over rounds of the ratio to the base's time in the same round.
+//! the median over rounds of the ratio to the base's time in the same round, beside half of what its middle half spans.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -37,7 +37,7 @@ pub struct Args {
     /// Threads
     #[arg(long, default_value_t = 2)]
     threads: usize,
-    /// Only adapters whose name holds this text, and the base
+    /// Only adapters whose name holds one of these texts, parted by commas, and the base
     #[arg(long)]
     only: Option<String>,
     /// Write the results here too
@@ -51,6 +51,11 @@ const ADAPTERS: &[(&str, &str)] = &[
     ("adapter, Houlsby", "name = \"bottleneck\"\nform = \"houlsby\""),
     ("adapter, parallel", "name = \"bottleneck\"\nform = \"parallel\"\nreduction = 16"),
     ("AdapterDrop, first half", "name = \"bottleneck\"\ndrop = HALF"),
+    ("wide Houlsby", "name = \"bottleneck\"\nform = \"houlsby\"\nreduction = 2"),
+    (
+        "AdapterDrop of wide, first half",
+        "name = \"bottleneck\"\nform = \"houlsby\"\nreduction = 2\ndrop = HALF",
+    ),
     ("CoDA, a third", "name = \"coda\""),
     ("AdapterFusion of two", "name = \"adapter_fusion\"\nadapters = SAVED"),
     ("AdaMix", "name = \"adamix\""),
@@ -180,7 +185,7 @@ fn start(args: &Args, setting: &Setting, folder: &Path) -> Result<Vec<Racer>> {
     let base = [("the base alone", "name = \"ia3\"")];
     for (name, settings) in base.iter().chain(ADAPTERS) {
         let alone = racers.is_empty();
-        if !alone && args.only.as_ref().is_some_and(|only| !name.contains(only.as_str())) {
+        if !alone && args.only.as_ref().is_some_and(|only| !only.split(',').any(|text| name.contains(text))) {
             continue;
         }
         let recipe = folder.join("recipe.toml");
@@ -262,22 +267,30 @@ fn table(title: &str, args: &Args, setting: &Setting, racers: &mut [Racer]) -> V
         .iter_mut()
         .map(|racer| {
             let trained = racer.reader.adapter.as_ref().map_or(0, |adapter| adapter.trained_count());
-            let (read, to_base) = beside(&mut racer.read, &base_read);
-            let (written, written_to_base) = beside(&mut racer.written, &base_written);
+            let (read, to_base, spread) = beside(&mut racer.read, &base_read);
+            let (written, written_to_base, written_spread) = beside(&mut racer.written, &base_written);
             let cells = if setting.writes {
-                format!(" {:.2} | {written_to_base:.2} |", 1e3 * written)
+                format!(" {:.2} | {written_to_base:.3} ± {written_spread:.3} |", 1e3 * written)
             } else {
                 String::new()
             };
-            println!("| {} | {trained} | {:.1} | {to_base:.2} |{cells}", racer.name, 1e3 * read);
+            println!(
+                "| {} | {trained} | {:.1} | {to_base:.3} ± {spread:.3} |{cells}",
+                racer.name,
+                1e3 * read
+            );
             json!({ "adapter": racer.name, "trained": trained, "read_seconds": read, "read_to_base": to_base,
-                "written_seconds": written, "written_to_base": written_to_base })
+                "read_to_base_spread": spread, "written_seconds": written, "written_to_base": written_to_base,
+                "written_to_base_spread": written_spread })
         })
         .collect()
 }
 
-/// The median, and the median of the ratios to the base's times of the same rounds.
-fn beside(times: &mut [f64], base: &[f64]) -> (f64, f64) {
+/// The median, the median of the ratios to the base's times of the same rounds, and half of what the middle half of these spans.
+fn beside(times: &mut [f64], base: &[f64]) -> (f64, f64, f64) {
     let mut ratios: Vec<f64> = times.iter().zip(base).map(|(time, base)| time / base).collect();
-    (median(times), median(&mut ratios))
+    let middle = median(&mut ratios);
+    ratios.sort_by(f64::total_cmp);
+    let at = |share: f64| ratios.get((share * ratios.len() as f64) as usize).copied().unwrap_or(middle);
+    (median(times), middle, (at(0.75) - at(0.25)) / 2.0)
 }

@@ -281,26 +281,29 @@ def write_case(base, method, variant, side, config, checks):
     print(f"{name}: effect {meta['effect_rel']:.2f}, {meta['self_check']}", flush=True)
 
 
-# name -> kind of batches, settings
-TRAINED = {"bert__propetl": ("padded", dict(PRO, form="adapter", keep=0.5)),
+# name -> kind of batches, settings; a pruned adapter goes on under its masks
+SPARSE = dict(form="pfeiffer", reduction=4, sparsity=0.5, widen=2, score="random", batches=1)
+TRAINED = {"roberta__sparse_adapter": ("padded", SPARSE),
+           "bert__propetl": ("padded", dict(PRO, form="adapter", keep=0.5)),
            "bert__propetl_tasks": ("padded", dict(THREE, form="adapter", keep=0.3)),
            "llama__propetl_lora": ("full", dict(PRO, form="lora", keep=0.3))}
 
 
 def attempt(name, out, salt):
     base, kind, config = name.split("__")[0], *TRAINED[name]
+    method = "sparse_adapter" if config is SPARSE else "propetl"
     o = {**DEFAULTS, "learning_rate": 3e-3}
     data = batches(name + salt, base, kind, o["steps"] * o["batch_size"])
     if "tasks" in config:
         data["task_ids"] = torch.from_numpy(rng("tasks", name).integers(0, config["tasks"], len(data["labels"])))
-    model = fill(Hybrid(base, "propetl", config), "trajectory/" + name)
-    save(model, out / "init_adapter", masks=False)
+    model = fill(Hybrid(base, method, config), "trajectory/" + name)
+    save(model, out / "init_adapter", masks=method == "sparse_adapter")
     expected = trajectory(model, data, zoo.is_causal(base), learning_rate=o["learning_rate"])
     if not well_posed(expected):
         return False
     save(model, out / "final_adapter")
     write_tensors(out / "batches.safetensors", data)
-    write_json(out / "expected.json", {"name": name, "model": base, "method": "propetl", "settings": config, "notes": None,
+    write_json(out / "expected.json", {"name": name, "model": base, "method": method, "settings": config if method == "propetl" else None, "notes": None,
                                        "transcription": "tools/golden/cases_hybrid.py",
                                        "transformers": transformers.__version__, **expected})
     print(f"{name}: {expected['losses'][0]:.3f} to {expected['losses'][-1]:.3f}, {expected['self_check']}", flush=True)

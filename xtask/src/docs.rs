@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use engraft_method::METHODS;
+use engraft_method::{METHODS, SIZES};
 use engraft_model::ARCHITECTURES;
 use serde_json::Value;
 
@@ -82,6 +82,10 @@ fn methods() -> String {
     let mut text = format!("{HEAD}\n# Methods\n\n");
     let costs = Costs::read();
     text.push_str(&costs.note());
+    let _ = write!(
+        text,
+        "Formulas of what is trained hold for a model of one stack, with {SIZES}; other names are settings. They are counted in a test.\n\n"
+    );
     text.push_str("| name | method | class | sites | merges | peft type | time | memory | paper |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
     for info in METHODS.iter().map(|entry| entry.info) {
         let [time, memory] = costs.of(info.name);
@@ -107,6 +111,12 @@ fn methods() -> String {
         if let Some((own, shared)) = entry.trained_formula() {
             let shared = shared.map_or(String::new(), |shared| format!(", and {shared} for all together"));
             let _ = write!(text, "\nTrained at a target [out, in], as the settings stand: {own}{shared}.\n");
+        }
+        if (entry.example)().by_layers() {
+            text.push_str("\nIn all layers, or in those that `layers` names.\n");
+        }
+        if let Some(formula) = entry.own_formula() {
+            let _ = write!(text, "\nTrained, as the settings stand: {formula}.\n");
         }
         if info.fields.is_empty() {
             continue;

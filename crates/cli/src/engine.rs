@@ -205,14 +205,25 @@ impl Engine {
 
     /// A note for every tensor that neither the files nor the adapter hold.
     fn tell_random(&self, cx: &Context) {
-        let given = |name: &String| {
-            let site = self.model.sites().iter().find(|site| site.tensor.as_ref() == Some(name));
-            let patched = |site: &Site| self.adapter.as_ref().is_some_and(|a| !a.at(site.id).is_empty());
-            site.is_some_and(patched)
-        };
-        for name in self.new_tensors.iter().filter(|name| !given(name)) {
+        for name in self.random(self.adapter.as_ref()) {
             cx.ui.note(&format!("{name} is not in the model's files and starts at random"));
         }
+    }
+
+    /// The tensors that neither the model's files nor `adapter` hold.
+    fn random<'e>(&'e self, adapter: Option<&'e Arc<Adapter>>) -> impl Iterator<Item = &'e str> {
+        let given = move |name: &&String| {
+            let site = self.model.sites().iter().find(|site| site.tensor.as_ref() == Some(name));
+            let patched = |site: &Site| adapter.is_some_and(|a| !a.at(site.id).is_empty());
+            site.is_some_and(patched)
+        };
+        self.new_tensors.iter().filter(move |name| !given(name)).map(String::as_str)
+    }
+
+    /// The same for rows of the adapter `user`, 0 the engine's own and then those beside it, or of none.
+    pub fn random_of(&self, user: Option<usize>) -> impl Iterator<Item = &str> {
+        let mut all = self.adapter.iter().chain(self.beside.iter().map(|(adapter, _)| adapter));
+        self.random(user.and_then(|number| all.nth(number)))
     }
 
     /// The adapter of a directory; its notes are said.

@@ -88,6 +88,50 @@ fn heads_of_another_size_are_those_of_the_reference() {
     assert!(count >= 6, "{count}");
 }
 
+/// Rows of the base alone, or of an adapter without a head, have no answer of the size that another adapter's head has.
+#[test]
+fn rows_without_a_head_of_that_size_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = golden("heads/bert__lora");
+    let given = Weights::open_file(&case.join("inputs.safetensors"), &Limits::default()).unwrap();
+    let rows = given.get("input_ids").unwrap().shape[0];
+    let run = |model: &str, ids: Vec<i64>, adapters: [&Path; 2]| {
+        let bytes = |values: Vec<i64>| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let tokens = bytes(given.get("input_ids").unwrap().to_i64().unwrap());
+        let ids = bytes(ids);
+        let shape = given.get("input_ids").unwrap().shape.clone();
+        let entry = |name: &str, shape: &[usize], bytes: Vec<u8>| {
+            engraft_store::Entry::new(name, engraft_store::Dtype::I64, shape, bytes)
+        };
+        let entries = [entry("adapter_ids", &[rows], ids), entry("input_ids", &shape, tokens)];
+        let inputs = dir.path().join("mixed.safetensors");
+        engraft_store::write_safetensors(&inputs, &entries, &Default::default()).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_engraft"));
+        command.arg("logits").arg("--model").arg(golden("models").join(model)).arg("--inputs").arg(&inputs);
+        command.arg("--out").arg(dir.path().join("o.safetensors"));
+        command.arg("--adapter").arg(adapters[0]).arg("--beside").arg(adapters[1]);
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (adapter, headless) = (case.join("adapter"), golden("cases/bert__seq_bn/adapter"));
+    for (id, expected) in [(-1, "is of the base alone (-1)"), (1, "is of adapter 1, which brings no head")] {
+        let mut ids = vec![0; rows];
+        ids[1] = id;
+        let (code, said) = run("bert", ids, [&adapter, &headless]);
+        assert!(code == Some(2) && said.contains(expected) && said.contains("row 1 (from 0)"), "{said}");
+    }
+    assert_eq!(run("bert", vec![0; rows], [&adapter, &headless]).0, Some(0));
+    // Of one size, the base's own head answers.
+    let own = golden("cases/bert__lora/adapter");
+    let mut ids = vec![0; rows];
+    ids[0] = -1;
+    let (code, said) = run("bert", ids.clone(), [&own, &headless]);
+    assert!(code == Some(0) && !said.contains("random"), "{said}");
+    // A model that has no head says whose rows are meaningless.
+    let (code, said) = run("bert_encoder", ids, [&adapter, &adapter]);
+    assert!(code == Some(0) && said.contains("row 0 (from 0) is of the base alone (-1), and "), "{said}");
+}
+
 #[test]
 fn a_head_that_the_tuned_model_has_untied_is_extracted() {
     let dir = tempfile::tempdir().unwrap();

@@ -18,7 +18,7 @@ use crate::copies::{biases_of_decoders, biases_of_saved, copies_are_equal, one_b
 use crate::names::{file_names, prefix, stored_as};
 use crate::transposed::{turned, type_of_file};
 use crate::written::{as_held, as_stored, as_trained, written};
-use crate::{Described, Method, classifier, from_file, peft, tied};
+use crate::{Described, Method, classifier, from_file, layers, peft, tied};
 
 const UNION: &str = "ENGRAFT_UNION";
 
@@ -94,6 +94,7 @@ fn build(
     replaced: Vec<OtherBase>,
     unread: &Named,
 ) -> Result<Attached> {
+    let views: Vec<_> = methods.iter().map(|(_, targets)| layers::view(targets.as_ref(), sites)).collect();
     let mut b = Builder::new(sites, info, seed);
     for (name, value) in unread {
         b.fixed(name, value.shape(), engraft_nn::Init::Values(value.clone()))?;
@@ -119,7 +120,7 @@ fn build(
             b.set_targets(Vec::new());
             b.set_choice(None);
         }
-        method.attach(&mut b)?;
+        layers::attach(method.as_ref(), &mut b, sites, views[number].as_ref())?;
         if !b.heeds_targets() {
             without_targets.push(number);
         }
@@ -239,9 +240,9 @@ pub fn save_adapter(
     }
     let config = match methods {
         [(method, targets)] => {
-            let (_, chosen) = chosen_by((method.as_ref(), targets.as_ref()), train_also, sites)?;
+            let by = chosen_by((method.as_ref(), targets.as_ref()), train_also, sites)?;
             let is_adapted = classifier::is_adapted(info, sites, adapter);
-            let file_type = type_of_file(method.file_type(adapter), sites, &chosen, is_adapted);
+            let file_type = type_of_file(method.file_type(adapter), sites, &by, is_adapted);
             let (train_also, kept) = classifier::kept(&file_type, info, sites, adapter, train_also);
             for site in kept {
                 tensors.push((method.file_name(&site.tensor_name()), own_value(site)?));
@@ -322,10 +323,11 @@ fn config(
 ) -> Result<(Map<String, Value>, Vec<SiteId>)> {
     let Saved { adapter, base_model, sites, info } = *saved;
     let task = peft::task_type(adapter, info);
-    let (targets, chosen) = chosen_by((method, targets), train_also, sites)?;
+    let by = chosen_by((method, targets), train_also, sites)?;
     // Of several methods the file has a type of its own already.
     let is_adapted = prefix.is_empty() && classifier::is_adapted(info, sites, adapter);
-    let file_type = type_of_file(method.file_type(adapter), sites, &chosen, is_adapted);
+    let file_type = type_of_file(method.file_type(adapter), sites, &by, is_adapted);
+    let (targets, chosen) = by;
     let mut map = peft::write_header(&file_type, base_model, task, train_also);
     map.insert(peft::AUTO_MAPPING.into(), peft::auto_mapping(adapter, info));
     map.extend(method.config(&Described { info, sites, chosen: &chosen, adapter, prefix, base_model }));

@@ -121,7 +121,7 @@ impl Entry {
         }
         Some(match (self.example)().default_targets(&Sites::default())?.matcher {
             Matcher::AllLinear => "every linear layer but the head".into(),
-            Matcher::Names(_) | Matcher::Regex(_) | Matcher::Roles(_) => {
+            Matcher::Names(_) | Matcher::Regex(_) | Matcher::Roles(_) | Matcher::Own => {
                 "what the model has of its roles".into()
             }
         })

@@ -17,13 +17,16 @@ mod count;
 mod elsewhere;
 mod entry;
 pub mod foreign;
+mod formula;
 mod hybrid;
+mod layers;
 mod names;
 mod neurons;
 mod peft;
 mod prompts;
 mod read;
 mod reparameterized;
+mod run;
 mod selective;
 mod shared;
 #[cfg(test)]
@@ -36,9 +39,9 @@ use std::sync::Arc;
 
 use engraft_nn::{
     Adapter, Builder, Error, Inputs, Model, ModelInfo, Output, Pass, Resolution, Result, Site, SiteId, Sites,
-    Targets, Task,
+    Targets,
 };
-use engraft_tensor::{Gradients, Param, Tensor};
+use engraft_tensor::{Gradients, Tensor};
 use serde_json::{Map, Value};
 
 use additive::{
@@ -67,11 +70,14 @@ pub use calibration::{Calibration, Observe, Seen, observe};
 pub use choices::choose;
 pub use elsewhere::elsewhere;
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, Settings, find, from_file};
+pub use formula::SIZES;
+pub use layers::settle;
 pub use names::{prefix, stored_as};
 pub use neurons::{active_neurons, overlap};
 pub use prompts::transfer::prompt_similarity;
 pub use reparameterized::dylora::sliced_dylora;
 pub use reparameterized::lora::joined_start;
+pub use run::{Ahead, Forget, Part, Step, Update};
 pub use shared::branches::{Branch, Branches, Form, Reads};
 pub use transposed::not_in_peft;
 
@@ -188,6 +194,12 @@ pub trait Method: Send + Sync {
     /// What it is.
     fn info(&self) -> &'static Info;
 
+    /// How many numbers it trains in a model of one stack as its settings stand by default, where it has sites of its own: a sum of
+    /// products of [`SIZES`] and settings, what else it names behind a comma, and words behind a semicolon.
+    fn formula(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Takes the saved adapters that a setting of [`FieldKind::Adapters`] names, in its order, before anything is attached.
     fn take_adapters(&mut self, setting: &str, _adapters: Vec<SavedAdapter>) -> Result<()> {
         Err(Error::Unsupported(format!("{} reads no adapters for `{setting}`", self.info().title)))
@@ -195,6 +207,18 @@ pub trait Method: Send + Sync {
 
     /// Attaches patches at `b.targets()` (or, for methods that have sites of their own kind, at those).
     fn attach(&self, b: &mut Builder<'_>) -> Result<()>;
+
+    /// Whether a choice of layers says where it changes something, of a method that has sites of its own: it is shown the sites of
+    /// these layers alone.
+    fn by_layers(&self) -> bool {
+        false
+    }
+
+    /// Goes without the blocks of these numbers, a decoder's counted on from an encoder's, where it has a setting for that which its
+    /// files hold; whether it has.
+    fn leave_out(&mut self, _blocks: &[usize]) -> bool {
+        false
+    }
 
     /// Factor on the learning rate of a parameter group.
     fn learning_rate_factor(&self, _group: &str) -> f32 {
@@ -437,58 +461,4 @@ pub struct SavedAdapter {
     pub config: Value,
     /// The tensors of its file.
     pub tensors: Named,
-}
-
-/// The optimizer's memory of earlier gradients.
-pub trait Forget {
-    /// Makes it begin anew for `param`.
-    fn forget(&mut self, param: &Param);
-
-    /// The update just made; `None` where there was none.
-    fn last(&self) -> Option<Update<'_>> {
-        None
-    }
-}
-
-/// An update that the optimizer made.
-pub struct Update<'a> {
-    /// The gradients of the step, before clipping.
-    pub gradients: &'a Gradients,
-    /// The factor of clipping, one element.
-    pub scale: &'a Tensor,
-    /// The step's learning rate, before the factor of a group.
-    pub learning_rate: f64,
-}
-
-/// The rows of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    /// All training rows.
-    All,
-    /// Those that are not held out.
-    Lower,
-    /// Those that are.
-    Upper,
-}
-
-/// What a run will be.
-#[derive(Clone, Copy, Debug)]
-pub struct Ahead {
-    /// Its steps.
-    pub steps: u64,
-    /// What the model is for.
-    pub task: Task,
-    /// Tasks of the data's rows, where they name them.
-    pub tasks: Option<usize>,
-}
-
-/// Where training is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Step {
-    /// Number of the optimizer step, from 1.
-    pub number: u64,
-    /// Number of steps of the run.
-    pub total: u64,
-    /// Seed of the run.
-    pub seed: u64,
 }

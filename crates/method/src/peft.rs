@@ -10,7 +10,7 @@ use crate::assemble::is_union;
 use crate::names::prefix;
 use crate::read::{Reader, texts};
 use crate::shared::parameters::means;
-use crate::{Chosen, Info, Loaded, Method, tied};
+use crate::{Chosen, Info, Loaded, Method, layers, tied};
 
 /// The version whose keys are written.
 const VERSION: &str = "0.21.2";
@@ -78,11 +78,12 @@ pub(crate) fn file_of<M: Method + 'static>(
     let train_also = read_header(&mut r);
     let targets = read_targets(&mut r);
     let method = read(&mut r);
+    let targets = targets.or_else(|| layers::read(&mut r, &method));
     r.finish()?;
     Ok(Some(Loaded { method: Box::new(method), targets, train_also }))
 }
 
-/// A method from its file of `peft_type`, which names no targets: the method has sites of its own.
+/// A method from its file of `peft_type`, which names no targets: the method has sites of its own, in some layers or in all.
 pub(crate) fn file_without_targets<M: Method + 'static>(
     peft_type: &str,
     config: &Value,
@@ -92,8 +93,9 @@ pub(crate) fn file_without_targets<M: Method + 'static>(
     let mut r = Reader::file(map);
     let train_also = read_header(&mut r);
     let method = read(&mut r);
+    let targets = if method.by_layers() { layers::read(&mut r, &method) } else { None };
     r.finish()?;
-    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+    Ok(Some(Loaded { method: Box::new(method), targets, train_also }))
 }
 
 /// Marks the keys of every configuration as known, and gives `modules_to_save`.
@@ -161,12 +163,15 @@ pub(crate) fn write_targets(
     sites: &Sites,
     by_layer: bool,
 ) -> Result<Map<String, Value>> {
+    if let Some(choice) = layers::own(Some(targets)) {
+        return Ok([(layers::KEY.to_owned(), json!(choice.layers))].into_iter().collect());
+    }
     let excludes = !NO_EXCLUSION.contains(&method.peft_type());
     let written = |m: &Matcher| match m {
         Matcher::Names(names) => json!(names),
         Matcher::Regex(pattern) => json!(pattern),
         Matcher::AllLinear => json!("all-linear"),
-        Matcher::Roles(_) => Value::Null,
+        Matcher::Roles(_) | Matcher::Own => Value::Null,
     };
     // Of a model of pictures `peft` takes the classifier for one of all linear layers.
     let takes_classifier =

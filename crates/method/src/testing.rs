@@ -35,19 +35,34 @@ pub fn rows_of(t: &Tensor) -> Arc<dyn RowSource + Send> {
     Arc::new(Rows(t.to_vec().unwrap(), t.width()))
 }
 
+/// Sizes of a toy; its width is that of all heads together.
+pub struct Toy {
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub inner: usize,
+    pub vocabulary: usize,
+}
+
 pub fn toy() -> (Arc<Sites>, ModelInfo) {
+    toy_of(&Toy { layers: 2, heads: 3, kv_heads: 2, head_dim: 2, inner: 8, vocabulary: 11 })
+}
+
+pub fn toy_of(toy: &Toy) -> (Arc<Sites>, ModelInfo) {
+    let (width, kv) = (toy.heads * toy.head_dim, toy.kv_heads * toy.head_dim);
     let mut s = Sites::default();
-    let table = Arc::new(Weight::table(Arc::new(rows(11, 6, 1)), None));
-    let kind = Kind::Embedding { rows: 11, width: 6 };
+    let table = Arc::new(Weight::table(Arc::new(rows(toy.vocabulary, width, 1)), None));
+    let kind = Kind::Embedding { rows: toy.vocabulary, width };
     s.add_value("tok", Role::Embed, None, kind, Value::Weight(table), "tok.weight");
-    s.add("tok.prompt", Role::Prompt, None, Kind::Prompt { width: 6 });
-    for layer in 0..2 {
-        s.add(format!("layers.{layer}"), Role::Block, Some(layer), Kind::Block { width: 6 });
+    s.add("tok.prompt", Role::Prompt, None, Kind::Prompt { width });
+    for layer in 0..toy.layers {
+        s.add(format!("layers.{layer}"), Role::Block, Some(layer), Kind::Block { width });
         let linears = [
-            ("attn.q", Role::Q, 6, 6, true),
-            ("attn.k", Role::K, 4, 6, true),
-            ("attn.v", Role::V, 4, 6, false),
-            ("mlp.down", Role::Down, 6, 8, true),
+            ("attn.q", Role::Q, width, width, true),
+            ("attn.k", Role::K, kv, width, true),
+            ("attn.v", Role::V, kv, width, false),
+            ("mlp.down", Role::Down, width, toy.inner, true),
         ];
         for (number, (name, role, out, inn, bias)) in linears.into_iter().enumerate() {
             let path = format!("layers.{layer}.{name}");
@@ -57,24 +72,36 @@ pub fn toy() -> (Arc<Sites>, ModelInfo) {
             Linear::declare(&mut s, (&path, &path), role, Some(layer), Arc::new(weight), bias);
         }
         let at = |name: &str| format!("layers.{layer}.{name}");
-        s.add(at("attn"), Role::Attention, Some(layer), Kind::KeyValue { heads: 2, dim: 2 });
-        s.add(at("attention_adapters"), Role::Attention, Some(layer), Kind::Sublayer { width: 6 });
-        s.add(at("output_adapters"), Role::Mlp, Some(layer), Kind::Sublayer { width: 6 });
+        s.add(
+            at("attn"),
+            Role::Attention,
+            Some(layer),
+            Kind::KeyValue { heads: toy.kv_heads, dim: toy.head_dim },
+        );
+        s.add(at("attention_adapters"), Role::Attention, Some(layer), Kind::Sublayer { width });
+        s.add(at("output_adapters"), Role::Mlp, Some(layer), Kind::Sublayer { width });
         let norm = at("norm");
-        Norm::declare(&mut s, (&norm, &norm), Some(layer), sample(&[6], 50), Some(sample(&[6], 51)), 1e-5);
+        Norm::declare(
+            &mut s,
+            (&norm, &norm),
+            Some(layer),
+            sample(&[width], 50),
+            Some(sample(&[width], 51)),
+            1e-5,
+        );
     }
-    let weight = Weight::matrix(&rows(3, 6, 90), Storage::Dense, Precision::F32).unwrap();
+    let weight = Weight::matrix(&rows(3, width, 90), Storage::Dense, Precision::F32).unwrap();
     Linear::declare(&mut s, ("head", "head"), Role::Head, None, Arc::new(weight), Some(sample(&[3], 91)));
     let info = ModelInfo {
         architecture: "toy".into(),
         class: None,
         task: Task::CausalLm,
-        width: 6,
-        layers: 2,
-        heads: 3,
-        kv_heads: 2,
-        head_dim: 2,
-        vocabulary: 11,
+        width,
+        layers: toy.layers,
+        heads: toy.heads,
+        kv_heads: toy.kv_heads,
+        head_dim: toy.head_dim,
+        vocabulary: toy.vocabulary,
         outputs: 3,
         max_positions: 32,
         picture: None,

@@ -2,13 +2,14 @@
 //! hold what changes them, or what changes a classifier, the type of the file: one of our own, so that no program loads it as
 //! something that it is not.
 
-use engraft_nn::{Adapter, Kind, ModelInfo, Result, Site, SiteId, Sites};
+use engraft_nn::{Adapter, Kind, ModelInfo, Result, Site, SiteId, Sites, Targets};
 use engraft_tensor::Tensor;
 use serde_json::Value;
 
 use crate::Chosen;
 use crate::assemble::chosen_by;
 use crate::classifier::{self, ADAPTED};
+use crate::layers::{self, SOME_LAYERS};
 
 /// Types that `peft` has for `nn.Linear`: a matrix that files store transposed (GPT-2's `Conv1D`) it refuses, or leaves as it
 /// is (OSF).
@@ -56,13 +57,17 @@ pub(crate) fn turned(key: &str, tensor: Tensor, sites: &Sites) -> Result<Tensor>
 pub(crate) fn type_of_file(
     peft_type: &str,
     sites: &Sites,
-    chosen: &[SiteId],
+    (targets, chosen): &(Option<Targets>, Vec<SiteId>),
     classifier_adapted: bool,
 ) -> String {
+    let ours = peft_type.starts_with("ENGRAFT_");
+    if layers::own(targets.as_ref()).is_some() && !ours {
+        return format!("{SOME_LAYERS}{peft_type}");
+    }
     let turned = |id: &SiteId| matches!(sites.get(*id).kind, Kind::Linear { transposed: true, .. });
     match NOT_TRANSPOSED.contains(&peft_type) && chosen.iter().any(turned) {
         true => format!("{TRANSPOSED}{peft_type}"),
-        false if classifier_adapted && !peft_type.starts_with("ENGRAFT_") => format!("{ADAPTED}{peft_type}"),
+        false if classifier_adapted && !ours => format!("{ADAPTED}{peft_type}"),
         false => peft_type.to_owned(),
     }
 }
@@ -70,7 +75,7 @@ pub(crate) fn type_of_file(
 /// Whether `file_type` stands for a type of `peft` where that cannot hold the adapter.
 pub(crate) fn stands_for(file_type: &str) -> Option<&str> {
     let transposed = file_type.strip_prefix(TRANSPOSED).filter(|own| NOT_TRANSPOSED.contains(own));
-    transposed.or_else(|| file_type.strip_prefix(ADAPTED))
+    transposed.or_else(|| file_type.strip_prefix(ADAPTED)).or_else(|| file_type.strip_prefix(SOME_LAYERS))
 }
 
 /// The configuration with the type of `peft` that its own stands for, if it does.
@@ -94,10 +99,11 @@ pub fn not_in_peft(
 ) -> Result<Option<String>> {
     let [(method, targets)] = methods else { return Ok(None) };
     let sites = sites.named(adapter.names());
-    let (_, chosen) = chosen_by((method.as_ref(), targets.as_ref()), train_also, sites)?;
+    let by = chosen_by((method.as_ref(), targets.as_ref()), train_also, sites)?;
     let is_adapted = classifier::is_adapted(info, sites, adapter);
-    let file_type = type_of_file(method.file_type(adapter), sites, &chosen, is_adapted);
+    let file_type = type_of_file(method.file_type(adapter), sites, &by, is_adapted);
     let what = match file_type.strip_prefix(ADAPTED) {
+        _ if file_type.starts_with(SOME_LAYERS) => "has this method in all layers alone",
         Some(_) => "trains a classifier as a whole and cannot hold what is adapted in it",
         None => "cannot hold this method at matrices that are stored transposed (`Conv1D`)",
     };

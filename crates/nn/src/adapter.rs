@@ -116,7 +116,7 @@ impl Adapter {
     pub fn prompt_rows(&self) -> usize {
         let prompt = |patch: &Patch| if let Patch::Prompt(prompt) = patch { prompt.count() } else { 0 };
         let prefix = |patch: &Patch| match patch {
-            Patch::KeyValue(prefix) if prefix.gate().is_none() => prefix.count(),
+            Patch::KeyValue(prefix) if prefix.gate().is_none() => prefix.count().max(prefix.moved()),
             _ => 0,
         };
         let prompts: usize = self.patches.values().flatten().map(prompt).sum();

@@ -310,7 +310,8 @@ impl Pass {
     fn prefixes(&self, site: SiteId, x: &Tensor) -> Result<Vec<Option<Prefix>>> {
         let of_route = |route: &crate::Route| -> Result<Option<Prefix>> {
             let patches = route.adapter.as_ref().map_or(&[][..], |a| a.at(site));
-            let ungated: Vec<_> = key_value_patches(patches).filter(|p| p.gate().is_none()).collect();
+            let ungated: Vec<_> =
+                key_value_patches(patches).filter(|p| p.gate().is_none() && p.count() > 0).collect();
             if ungated.is_empty() {
                 return Ok(None);
             }
@@ -352,10 +353,7 @@ impl Pass {
     pub(crate) fn prefix_counts(&self, site: SiteId) -> Vec<usize> {
         let of_route = |r: &crate::Route| {
             let patches = r.adapter.as_ref().map_or(&[][..], |a| a.at(site));
-            let count = key_value_patches(patches)
-                .filter(|p| p.gate().is_none() && p.moves())
-                .map(|p| p.count())
-                .sum();
+            let count = key_value_patches(patches).filter(|p| p.gate().is_none()).map(|p| p.moved()).sum();
             std::iter::repeat_n(count, r.sequences.len())
         };
         self.routes().iter().flat_map(of_route).collect()

@@ -10,8 +10,16 @@ use crate::{
     Adapter, Error, Init, Kind, ModelInfo, Patch, Replacement, Result, Site, SiteId, Sites, Targets, Value,
 };
 
+/// How many times as large as its model an adapter may be.
+const TIMES: usize = 4;
+
+/// Numbers that an adapter of any model may have: half a gigabyte.
+const ROOM: usize = 1 << 27;
+
 /// Builds an [`Adapter`].
 pub struct Builder<'a> {
+    all: &'a Arc<Sites>,
+    /// What the next method is shown of them.
     sites: &'a Arc<Sites>,
     info: &'a ModelInfo,
     targets: Vec<SiteId>,
@@ -22,6 +30,9 @@ pub struct Builder<'a> {
     replaced: Vec<SiteId>,
     /// Whether new parameters are trained.
     trains: bool,
+    /// Numbers made so far, and the most.
+    made: usize,
+    most: usize,
     adapter: Adapter,
 }
 
@@ -30,6 +41,7 @@ impl<'a> Builder<'a> {
     pub fn new(sites: &'a Arc<Sites>, info: &'a ModelInfo, seed: u64) -> Self {
         let (targets, prefix, replaced) = (Vec::new(), String::new(), Vec::new());
         Builder {
+            all: sites,
             sites,
             info,
             targets,
@@ -39,6 +51,8 @@ impl<'a> Builder<'a> {
             prefix,
             replaced,
             trains: true,
+            made: 0,
+            most: ROOM.max(TIMES * sites.parameters()),
             adapter: Adapter::named(sites.names()),
         }
     }
@@ -81,9 +95,14 @@ impl<'a> Builder<'a> {
         self.targets.iter().map(|&id| self.sites.get(id)).collect()
     }
 
-    /// All sites of the model.
+    /// The sites of the model, of the layers that the method was given.
     pub fn sites(&self) -> &'a Arc<Sites> {
         self.sites
+    }
+
+    /// Shows the next method `some` of the sites ([`Sites::within`]), or all of them again.
+    pub fn show(&mut self, some: Option<&'a Arc<Sites>>) {
+        self.sites = some.unwrap_or(self.all);
     }
 
     /// The seed that new tensors are drawn from.
@@ -110,7 +129,7 @@ impl<'a> Builder<'a> {
         group: &'static str,
     ) -> Result<Param> {
         let name = format!("{}{name}", self.prefix);
-        let value = init.tensor(shape, self.seed, &name)?;
+        let value = self.make(&name, shape, init)?;
         let param = if self.trains { Param::new(value) } else { Param::frozen(value) };
         self.add(name, param.clone(), group, true)?;
         Ok(param)
@@ -138,7 +157,7 @@ impl<'a> Builder<'a> {
     /// adapter's file.
     pub fn working(&mut self, name: &str, shape: &[usize], init: Init, group: &'static str) -> Result<Param> {
         let name = format!("{}{name}", self.prefix);
-        let param = Param::new(init.tensor(shape, self.seed, &name)?);
+        let param = Param::new(self.make(&name, shape, init)?);
         self.add(name, param.clone(), group, false)?;
         Ok(param)
     }
@@ -146,7 +165,7 @@ impl<'a> Builder<'a> {
     /// A tensor that belongs to the adapter but is not trained (a fixed projection).
     pub fn fixed(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
         let name = format!("{}{name}", self.prefix);
-        let param = Param::frozen(init.tensor(shape, self.seed, &name)?);
+        let param = Param::frozen(self.make(&name, shape, init)?);
         self.add(name, param.clone(), "", true)?;
         Ok(param)
     }
@@ -155,9 +174,24 @@ impl<'a> Builder<'a> {
     /// the adapter's file.
     pub fn state(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
         let name = format!("{}{name}", self.prefix);
-        let param = Param::frozen(init.tensor(shape, self.seed, &name)?);
+        let param = Param::frozen(self.make(&name, shape, init)?);
         self.add(name, param.clone(), "", false)?;
         Ok(param)
+    }
+
+    /// A new tensor, unless sizes are absurd: nothing is allocated then.
+    fn make(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {
+        let count = shape.iter().fold(1, |count: usize, size| count.saturating_mul(*size));
+        self.made = self.made.saturating_add(count);
+        if self.made > self.most {
+            return Err(Error::Unsupported(format!(
+                "`{name}` of shape {shape:?} makes this an adapter of {} numbers, more than {TIMES} times those of the model, which has \
+                 {}; choose smaller sizes",
+                self.made,
+                self.sites.parameters()
+            )));
+        }
+        init.tensor(shape, self.seed, name)
     }
 
     fn add(&mut self, name: String, param: Param, group: &'static str, saved: bool) -> Result<()> {
@@ -170,14 +204,21 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Attaches a patch; its kind must fit the site's.
+    /// Attaches a patch; its kind must fit the site's. A prompt or prefix of no rows that moves nothing is left out.
     pub fn patch(&mut self, site: SiteId, patch: Patch) -> Result<()> {
         let site = self.sites.get(site);
         if !patch.fits(&site.kind) {
             let message = format!("this kind of patch does not fit a {:?} site", site.kind);
             return Err(Error::Site { path: site.path.clone(), message });
         }
-        self.adapter.push_patch(site.id, patch);
+        let is_empty = match &patch {
+            Patch::Prompt(rows) => rows.count() == 0,
+            Patch::KeyValue(rows) => rows.count() == 0 && rows.moved() == 0,
+            _ => false,
+        };
+        if !is_empty {
+            self.adapter.push_patch(site.id, patch);
+        }
         Ok(())
     }
 
@@ -235,7 +276,7 @@ impl<'a> Builder<'a> {
     /// of one that it lies in, ends so). Gives the names that matched nothing.
     pub fn train_modules(&mut self, names: &[String]) -> Result<Vec<String>> {
         let mut dead = names.to_vec();
-        let sites = self.sites;
+        let sites = self.all;
         for site in sites.iter().filter(|s| !matches!(s.value, Value::None)) {
             let parent = site.path.rsplit_once('.').map_or("", |(parent, _)| parent);
             let module = if site.is_weight() { &site.path } else { parent };
@@ -276,4 +317,38 @@ pub(crate) fn module_contains(name: &str, path: &str) -> bool {
         let end = at + name.len();
         before && (end == path.len() || path.as_bytes()[end] == b'.')
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Task;
+
+    #[test]
+    fn an_absurd_size_is_refused_before_anything_is_allocated() {
+        let info = ModelInfo {
+            architecture: "toy".into(),
+            class: None,
+            task: Task::CausalLm,
+            width: 4,
+            layers: 1,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 4,
+            vocabulary: 4,
+            outputs: 4,
+            max_positions: 8,
+            picture: None,
+            any_size: None,
+        };
+        let sites = Arc::new(Sites::default());
+        let mut b = Builder::new(&sites, &info, 1);
+        assert!(b.param("small", &[8, 4], Init::Zeros).is_ok());
+        for shape in [vec![1 << 20, 1 << 20], vec![usize::MAX, 3], vec![ROOM]] {
+            let mut b = Builder::new(&sites, &info, 1);
+            b.param("small", &[8, 4], Init::Zeros).unwrap();
+            let error = b.fixed("large", &shape, Init::Normal(1.0)).err().unwrap().to_string();
+            assert!(error.contains("`large` of shape") && error.contains("choose smaller sizes"), "{error}");
+        }
+    }
 }

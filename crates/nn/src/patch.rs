@@ -121,6 +121,10 @@ pub trait KeyValuePatch: Send + Sync {
     fn moves(&self) -> bool {
         true
     }
+    /// By how many positions tokens move, where it is at the first self-attention of its stack.
+    fn moved(&self) -> usize {
+        if self.moves() { self.count() } else { 0 }
+    }
     /// Whether, in a model of relative positions, tokens lie further behind the queries by the rows that do not move them: as
     /// AdapterHub counts the distances of a T5, whose queries it leaves where they are.
     fn widens(&self) -> bool {

@@ -1,5 +1,7 @@
 //! Where a method may attach. Models declare sites; methods choose among them.
 
+mod view;
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -288,6 +290,8 @@ pub struct Sites {
     older: Option<Arc<Sites>>,
     numbers: Numbers,
     mlp_reversed: bool,
+    /// The layers of each stack that are shown; all if absent.
+    layers: Option<Vec<usize>>,
 }
 
 impl Sites {
@@ -409,7 +413,11 @@ impl Sites {
     /// All sites in order of declaration. That of weights is the order of the modules of `transformers`: files of `peft` number
     /// their targets by it.
     pub fn iter(&self) -> impl Iterator<Item = &Site> {
-        self.all.iter().filter(|s| s.only.is_none_or(|only| only == self.names))
+        let shown = |s: &&Site| match (&self.layers, s.layer) {
+            (Some(layers), Some(layer)) => layers.contains(&layer),
+            _ => true,
+        };
+        self.all.iter().filter(|s| s.only.is_none_or(|only| only == self.names)).filter(shown)
     }
 
     /// The site of an index that this model gave.
@@ -434,7 +442,7 @@ impl Sites {
     pub fn number(&self, site: &Site) -> Option<usize> {
         let before = match site.stack {
             Stack::Decoder => {
-                let encoder = self.iter().filter(|s| s.stack == Stack::Encoder);
+                let encoder = self.all.iter().filter(|s| s.stack == Stack::Encoder);
                 encoder.filter_map(|s| s.layer).max().map_or(0, |last| last + 1)
             }
             _ => 0,
@@ -444,7 +452,7 @@ impl Sites {
 
     /// How many blocks are counted so.
     pub fn blocks(&self) -> usize {
-        self.iter().filter_map(|site| self.number(site)).max().map_or(0, |last| last + 1)
+        self.all.iter().filter_map(|site| self.number(site)).max().map_or(0, |last| last + 1)
     }
 
     /// Sites of one kind.

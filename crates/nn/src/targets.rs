@@ -14,6 +14,8 @@ pub enum Matcher {
     Regex(String),
     /// What the sites do.
     Roles(Vec<Role>),
+    /// What a method that has sites of its own changes in the chosen layers.
+    Own,
 }
 
 impl Matcher {
@@ -25,7 +27,7 @@ impl Matcher {
         Ok(match self {
             Matcher::Names(names) => names.iter().any(|name| names_path(name, path)),
             Matcher::Regex(pattern) => whole(pattern)?.is_match(path),
-            Matcher::AllLinear | Matcher::Roles(_) => false,
+            Matcher::AllLinear | Matcher::Roles(_) | Matcher::Own => false,
         })
     }
 }
@@ -135,6 +137,9 @@ impl Targets {
 
     /// The weight sites chosen; an error if there is none.
     pub fn resolve(&self, sites: &Sites) -> Result<Resolution, TargetError> {
+        if self.matcher == Matcher::Own {
+            return self.own(sites);
+        }
         let mut dead = self.wanted();
         let pattern = self.regex()?;
         let excluded = self.excluded()?;
@@ -165,10 +170,23 @@ impl Targets {
         Ok(Resolution { sites: chosen, dead })
     }
 
+    /// Everything in the chosen layers of each stack; an error where the model has none of them.
+    fn own(&self, sites: &Sites) -> Result<Resolution, TargetError> {
+        let chosen = |layer: usize| self.layers.as_ref().is_none_or(|choice| choice.layers.contains(&layer));
+        let inside: Vec<&Site> = sites.iter().filter(|s| s.layer.is_some()).collect();
+        let found: Vec<SiteId> =
+            inside.iter().filter(|s| s.layer.is_some_and(chosen)).map(|s| s.id).collect();
+        if found.is_empty() {
+            return Err(TargetError::LeftOut { names: self.wanted(), count: inside.len() });
+        }
+        Ok(Resolution { sites: found, dead: Vec::new() })
+    }
+
     /// What was asked for, to report what matched nothing.
     fn wanted(&self) -> Vec<String> {
         match &self.matcher {
             Matcher::AllLinear => vec!["all-linear".into()],
+            Matcher::Own => vec!["what the method changes".into()],
             Matcher::Names(names) => names.clone(),
             Matcher::Regex(pattern) => vec![pattern.clone()],
             Matcher::Roles(roles) => roles.iter().map(|r| r.name().into()).collect(),
@@ -185,6 +203,7 @@ impl Targets {
             Matcher::Names(names) => names.iter().find(|n| names_path(n, &site.path)).cloned(),
             Matcher::Regex(text) => pattern.is_some_and(|p| p.is_match(&site.path)).then(|| text.clone()),
             Matcher::Roles(roles) => roles.contains(&site.role).then(|| site.role.name().into()),
+            Matcher::Own => None,
         }
     }
 
@@ -337,6 +356,18 @@ mod tests {
         assert!(
             message.starts_with("q_proj, v_proj match 6 modules of this model, and what is excluded"),
             "{message}"
+        );
+    }
+
+    #[test]
+    fn layers_of_what_a_method_has_of_its_own() {
+        let mut t = Targets::from(Matcher::Own);
+        assert_eq!(paths(&t).len(), 9, "everything that lies in a layer");
+        t.layers = Some(LayerChoice { layers: vec![1, 7], ..LayerChoice::default() });
+        assert!(paths(&t).len() == 3 && paths(&t).iter().all(|path| path.starts_with("model.layers.1.")));
+        t.layers = Some(LayerChoice { layers: vec![7], ..LayerChoice::default() });
+        assert!(
+            t.resolve(&sites()).unwrap_err().to_string().starts_with("what the method changes matches 9")
         );
     }
 

@@ -84,6 +84,7 @@ fn method_table(section: &Section, tree: &Node) -> MethodTable {
             .and_then(Value::as_array)
             .map(|layers| layers.iter().filter_map(Value::as_u64).map(|layer| layer as usize).collect()),
         layers_pattern: section.texts("layers_pattern"),
+        trained_share: section.get("trained_share").and_then(Value::as_f64),
         train_also: section.texts("train_also"),
         settings: own.map(|entry| (entry.field.name.to_owned(), entry.value.clone())).collect(),
     }

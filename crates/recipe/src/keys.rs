@@ -112,6 +112,11 @@ fn method() -> TableSpec {
                 FieldKind::TextOrList,
                 "Name of the list of layers, where it is not the usual one.",
             ),
+            key(
+                "trained_share",
+                FieldKind::Float { min: ABOVE_ZERO, max: BELOW_ONE },
+                "Trained numbers over those of the model; sets the method's size (its rank, tokens, reduction …).",
+            ),
             key("train_also", FieldKind::TextList, "Modules trained whole and saved with the adapter."),
         ],
     }

@@ -118,6 +118,8 @@ pub struct MethodTable {
     pub layers: Option<Vec<usize>>,
     /// Names of the list of layers.
     pub layers_pattern: Vec<String>,
+    /// Trained numbers over those of the model, from which the method's size follows.
+    pub trained_share: Option<f64>,
     /// Modules trained whole.
     pub train_also: Vec<String>,
     /// The method's own settings as written, checked against its [`MethodSpec`]; defaults are not filled in.

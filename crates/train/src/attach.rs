@@ -6,7 +6,7 @@ use engraft_data::Tokenizer;
 use engraft_method::algebra::one_base;
 use engraft_method::{
     Ahead, Chosen, Field, FieldKind, Method, Named, SavedAdapter, Settings, attach, choose, find,
-    load_adapter, not_in_peft,
+    load_adapter, not_in_peft, settle,
 };
 use engraft_nn::{Adapter, Model, Sites, TargetError, Targets};
 use engraft_recipe::{MethodTable, Problem, Recipe};
@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::finite::without_numbers;
 use crate::hub_head::{Parts, adapter_parts};
+use crate::share::sized;
 use crate::task_names::numbered;
 use crate::tensors::named;
 use crate::wanted::{
@@ -105,14 +106,17 @@ pub(crate) fn from_recipe(
         return saved(recipe, methods, table, model, choices).map_err(|problem| vec![problem]);
     }
     let (mut chosen, mut problems): (Vec<Chosen>, Vec<Problem>) = (vec![], vec![]);
+    let mut notes = Vec::new();
     for table in methods {
         match method(recipe, table, model, tokenizer) {
-            Ok(one) => chosen.push(one),
+            Ok((one, note)) => {
+                chosen.push(one);
+                notes.extend(note);
+            }
             Err(found) => problems.extend(found),
         }
     }
     let mut train_also: Vec<String> = methods.iter().flat_map(|m| m.train_also.clone()).collect();
-    let mut notes = Vec::new();
     for module in new_modules(model, new_tensors) {
         if !train_also.contains(&module) {
             notes.push(format!(
@@ -139,7 +143,7 @@ pub(crate) fn from_recipe(
         problems.push(recipe.problem_at("method", title));
     }
     for &number in &attached.without_targets {
-        problems.extend(unheeded(recipe, &methods[number], chosen[number].0.info()));
+        problems.extend(unheeded(recipe, &methods[number], chosen[number].0.as_ref()));
     }
     for dead in &attached.dead_modules {
         problems.push(dead_module(recipe, methods, dead, model.sites()));
@@ -205,13 +209,13 @@ fn saved(
     })
 }
 
-/// A method with its targets, all of which exist.
+/// A method with its targets, all of which exist, and what to tell of its size.
 fn method(
     recipe: &Recipe,
     table: &MethodTable,
     model: &dyn Model,
     tokenizer: Option<&Tokenizer>,
-) -> std::result::Result<Chosen, Vec<Problem>> {
+) -> std::result::Result<(Chosen, Option<String>), Vec<Problem>> {
     let name = table.name.as_ref().map_or("", |name| name.value.as_str());
     let Some(entry) = find(name) else {
         return Err(vec![
@@ -223,7 +227,7 @@ fn method(
     let mut method = (entry.from_settings)(&settings).map_err(|e| wrong_settings(recipe, table, e))?;
     give_adapters(recipe, table, entry.info.fields, method.as_mut())?;
     let default = method.default_targets(model.sites());
-    let targets = targets(recipe, table, default.clone())?;
+    let targets = targets(recipe, table, method.as_ref(), default.clone())?;
     let effective = targets.clone().or(default);
     if let Some(effective) = effective {
         let effective = Targets { train_also: table.train_also.clone(), ..effective };
@@ -247,7 +251,17 @@ fn method(
             return Err(dead);
         }
     }
-    Ok((method, targets))
+    let found = sized(recipe, table, (entry, &settings, targets.as_ref()), model).map_err(|p| vec![p])?;
+    let note = match found {
+        Some((settings, note)) => {
+            method = (entry.from_settings)(&settings).map_err(|e| wrong_settings(recipe, table, e))?;
+            give_adapters(recipe, table, entry.info.fields, method.as_mut())?;
+            Some(note)
+        }
+        None => None,
+    };
+    let targets = settle(method.as_mut(), targets, model.sites());
+    Ok(((method, targets), note))
 }
 
 /// The settings with what a method needs of the texts and files they name: ids of tokens, where there is a tokenizer, and rows

@@ -28,6 +28,7 @@ mod read;
 mod run;
 mod schedule;
 mod session;
+mod share;
 mod sizes;
 mod specs;
 mod target;

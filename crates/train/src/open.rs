@@ -392,15 +392,16 @@ fn steps_per_epoch(recipe: &Recipe, examples: &Examples, max_length: usize) -> R
 }
 
 /// The rows of a prompt take positions too: there must be some left, and the longest example with them must not have more than
-/// a table has.
+/// the model has: a table has no more, and turned positions were trained no further.
 fn no_room(
     recipe: &Recipe,
     examples: &Examples,
     attached: Option<&AttachedAdapter>,
-    config: &Value,
+    loaded: &Loaded,
 ) -> Option<Problem> {
-    let limit = token_limit(config)?;
-    let (is_table, limit) = (limit.is_table, limit.tokens);
+    let limit = token_limit(&loaded.config)?;
+    // What scales turned positions reaches further.
+    let limit = if limit.is_table { limit.tokens } else { loaded.model.info().max_positions };
     let adapter = &attached?.adapter;
     // Those that enter later have places of their own where positions are turned, and none in a table.
     let rows = adapter.cache_rows();
@@ -411,7 +412,7 @@ fn no_room(
     }
     let rows = adapter.prompt_rows();
     let parts = [Some(&examples.train), examples.eval.as_ref()];
-    let longest = parts.into_iter().flatten().flat_map(|part| part.lengths()).max().filter(|_| is_table)?;
+    let longest = parts.into_iter().flatten().flat_map(|part| part.lengths()).max()?;
     let title = format!(
         "the longest example has {longest} tokens, the prompt {rows} rows, and the model has {limit} positions"
     );
@@ -427,8 +428,7 @@ fn misfits(
     (plan, attached, names): (Option<&Plan>, Option<&AttachedAdapter>, &TaskNames),
 ) -> Vec<Problem> {
     let info = loaded.model.info();
-    let mut problems: Vec<Problem> =
-        no_room(recipe, examples, attached, &loaded.config).into_iter().collect();
+    let mut problems: Vec<Problem> = no_room(recipe, examples, attached, loaded).into_iter().collect();
     if let (Some(plan), Some(attached)) = (plan, attached) {
         let tasks = examples.train.examples.iter().filter_map(|e| e.task).max().map(|last| last + 1);
         let ahead = Ahead { steps: plan.steps, task: info.task, tasks };

@@ -41,8 +41,17 @@ mod tests {
 
     #[test]
     fn no_setting_has_a_name_that_every_method_s_table_has() {
-        let common =
-            ["name", "from", "targets", "roles", "exclude", "layers", "layers_pattern", "train_also"];
+        let common = [
+            "name",
+            "from",
+            "targets",
+            "roles",
+            "exclude",
+            "layers",
+            "layers_pattern",
+            "trained_share",
+            "train_also",
+        ];
         for entry in METHODS {
             let taken = entry.info.fields.iter().find(|field| common.contains(&field.name));
             assert!(taken.is_none(), "{}: `{}` would not reach it", entry.info.name, taken.unwrap().name);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use engraft_method::{Chosen, FieldKind, Info, Method, Settings};
+use engraft_method::{Chosen, FieldKind, Method, Settings};
 use engraft_nn::{Adapter, LayerChoice, Matcher, Role, Site, Sites, TargetError, Targets};
 use engraft_recipe::{self as recipe, MethodTable, Problem, Recipe, nearest};
 use serde_json::Value;
@@ -13,11 +13,15 @@ use crate::optimizer::head;
 pub(crate) fn targets(
     recipe: &Recipe,
     table: &MethodTable,
+    method: &dyn Method,
     default: Option<Targets>,
 ) -> std::result::Result<Option<Targets>, Vec<Problem>> {
     let matcher = match (&table.targets, &table.roles[..]) {
         (Some(targets), _) => Some(matcher(targets)),
-        (None, []) => default.as_ref().map(|d| d.matcher.clone()),
+        (None, []) => {
+            let own = (method.by_layers() && table.layers.is_some()).then_some(Matcher::Own);
+            default.as_ref().map(|d| d.matcher.clone()).or(own)
+        }
         (None, roles) => Some(Matcher::Roles(parse_roles(recipe, table, roles)?)),
     };
     let says = table.targets.is_some()
@@ -41,14 +45,16 @@ pub(crate) fn targets(
 }
 
 /// What a recipe says of the sites of a method that has its own, each at its key.
-pub(crate) fn unheeded(recipe: &Recipe, table: &MethodTable, info: &Info) -> Vec<Problem> {
+pub(crate) fn unheeded(recipe: &Recipe, table: &MethodTable, method: &dyn Method) -> Vec<Problem> {
+    let info = method.info();
     let says = [
         ("targets", table.targets.is_some()),
         ("roles", !table.roles.is_empty()),
         ("exclude", table.exclude.is_some()),
-        ("layers", table.layers.is_some()),
+        ("layers", table.layers.is_some() && !method.by_layers()),
+        ("layers_pattern", !table.layers_pattern.is_empty()),
     ];
-    let own = ["leave_out", "blocks", "side_layers"];
+    let own = ["leave_out", "blocks", "side_layers", "adapter_layers"];
     let own = own.into_iter().find(|key| info.fields.iter().any(|field| field.name == *key));
     let problem = |key: &str| {
         let title = format!("`{key}` says nothing to {}, which has sites of its own", info.title);
@@ -180,7 +186,7 @@ pub(crate) fn idle(
             let layers = LayerChoice { layers, patterns: patterns.to_vec(), ..choice.clone() };
             method.resolve(&Targets { layers: Some(layers), ..whole.clone() }, sites).is_ok()
         };
-        problems.extend(dead_layers(recipe, table, choice, sites, &within));
+        problems.extend(dead_layers(recipe, table, targets, choice, sites, &within));
     }
     if problems.is_empty() && views(all).all(|sites| method.resolve(targets, sites).is_err()) {
         let keys = [
@@ -328,6 +334,7 @@ fn idle_patterns<'s>(
 fn dead_layers(
     recipe: &Recipe,
     table: &MethodTable,
+    targets: &Targets,
     choice: &LayerChoice,
     sites: &Sites,
     within: &dyn Fn(Vec<usize>, &[String]) -> bool,
@@ -350,6 +357,14 @@ fn dead_layers(
     }
     let there: Vec<usize> = (0..blocks).filter(|&n| within(vec![n], &choice.patterns)).collect();
     for (index, layer) in choice.layers.iter().enumerate().filter(|(_, n)| !there.contains(n)) {
+        if targets.matcher == Matcher::Own {
+            let title = format!(
+                "`{layers}` names {layer}, and the model's layers are 0 to {}",
+                blocks.saturating_sub(1)
+            );
+            problems.push(problem_in(recipe, &layers, index, title));
+            continue;
+        }
         let title = format!("`{layers}` names {layer}, where no target lies");
         let problem = problem_in(recipe, &layers, index, title);
         problems.push(match (there.first(), there.last()) {

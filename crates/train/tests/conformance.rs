@@ -8,12 +8,13 @@ mod fixtures;
 
 use std::sync::{Arc, Mutex};
 
-use engraft_method::{Chosen, METHODS, attach, find, load_adapter, look_first, save_adapter};
+use engraft_method::{Chosen, METHODS, attach, find, load_adapter, look_first, save_adapter, settle};
 use engraft_model::Loaded;
 use engraft_nn::weight::Storage;
 use engraft_nn::{
-    Adapter, Builder, Error, Init, Inputs, Kind, KvCache, Layout, Matcher, Mode, NamedParam, Pass, Patch,
-    Patched, Replacement, Result, Role, Route, Site, Stack, Targets, Task, Value, merged_tensors,
+    Adapter, Builder, Error, Init, Inputs, Kind, KvCache, LayerChoice, Layout, Matcher, Mode, NamedParam,
+    Pass, Patch, Patched, Replacement, Result, Role, Route, Site, Stack, Targets, Task, Value,
+    merged_tensors,
 };
 use engraft_tensor::frozen::Precision;
 use engraft_tensor::testing::sample;
@@ -119,6 +120,20 @@ fn adapters(decoder_reads_encoder: bool) -> Vec<(String, Vec<Chosen>)> {
     all
 }
 
+/// Every method that can be in some layers alone, in the last.
+fn in_last_layer(loaded: &Loaded) -> Vec<(String, Vec<Chosen>)> {
+    let sites = loaded.model.sites();
+    let last = sites.iter().filter_map(|s| s.layer).max().unwrap_or(0);
+    let layers = Some(LayerChoice { layers: vec![last], ..LayerChoice::default() });
+    let targets = Targets { layers, ..Matcher::Own.into() };
+    let of = |entry: &&engraft_method::Entry| {
+        let mut method = (entry.example)();
+        let targets = settle(method.as_mut(), Some(targets.clone()), sites);
+        (format!("{}, last layer", entry.info.name), vec![(method, targets)])
+    };
+    METHODS.iter().filter(|entry| (entry.example)().by_layers()).map(of).collect()
+}
+
 /// What only some models have: patches of pictures under magnitudes, modules that had other names before.
 fn of_model(loaded: &Loaded) -> Vec<(String, Vec<Chosen>)> {
     let of = |title: &str, name: &str, settings: serde_json::Value, targets: &Targets| {
@@ -149,7 +164,8 @@ fn every_method(precision: Precision, storage: Storage) {
     for (model, name) in fixtures::directories(&models).into_iter().enumerate() {
         let loaded = fixtures::model(&models.join(&name), precision, storage);
         let crossed = loaded.model.sites().iter().any(|s| s.role == Role::CrossAttention);
-        for (number, (title, methods)) in adapters(crossed).into_iter().chain(of_model(&loaded)).enumerate() {
+        let all = adapters(crossed).into_iter().chain(of_model(&loaded)).chain(in_last_layer(&loaded));
+        for (number, (title, methods)) in all.enumerate() {
             let exact = precision == Precision::F32;
             // Methods see sites alone: each meets one model of every architecture and task, a fifth of the others, and other
             // ways to keep the base on an eighth of all. `ENGRAFT_ONLY` tries a method on every model.
@@ -248,6 +264,16 @@ impl Setting<'_> {
             || name == "lpt"
                 && !has(&|s| s.role == Role::Block && s.layer == Some(1) && s.stack != Stack::Decoder)
             || name == "bitfit" && !has(&|s| s.path.ends_with(".bias"))
+            // Their prefix, in AdapterHub's form, has no layers left out in two stacks.
+            || ["mam", "unipelt"].contains(&name)
+                && self.title.ends_with("last layer")
+                && has(&|s| s.stack == Stack::Decoder)
+                && has(&|s| s.layer == Some(1))
+            // It is in the encoder alone.
+            || self.title == "coda, last layer"
+                && has(&|s| s.stack == Stack::Decoder)
+                && sites.iter().filter_map(|s| s.layer).max()
+                    != sites.iter().filter(|s| s.stack == Stack::Encoder).filter_map(|s| s.layer).max()
             || name == "head" && !has(&|s| s.role == Role::Head && s.is_weight())
     }
 

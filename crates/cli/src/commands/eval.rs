@@ -187,9 +187,12 @@ fn asked(texts: &Texts, session: &Session, cx: &Context) -> Outcome<(Vec<Questio
     }
     let longest = found.iter().map(|question| question.prompt.len()).max().unwrap_or(0);
     let limit = session.model.info().max_positions;
-    if task == Task::CausalLm && longest + texts.max_tokens as usize > limit {
+    let rows = session.adapter.prompt_rows();
+    if task == Task::CausalLm && longest + rows + texts.max_tokens as usize > limit {
+        let also =
+            if rows > 0 { format!(", the adapter puts {rows} rows before them,") } else { String::new() };
         let message = format!(
-            "the longest prompt has {longest} tokens and the model was made for {limit}: with --max-tokens {} there is no room; \
+            "the longest prompt has {longest} tokens{also} and the model was made for {limit}: with --max-tokens {} there is no room; \
              give less, or set data.max_length",
             texts.max_tokens
         );

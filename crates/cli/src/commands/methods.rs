@@ -1,6 +1,6 @@
 //! `engraft methods`: the catalogue, and a page for each method, from the registry.
 
-use engraft_method::{Entry, Field, FieldKind, Info, METHODS, find};
+use engraft_method::{Entry, Field, FieldKind, Info, METHODS, SIZES, find};
 use engraft_recipe::{known_elsewhere, nearest};
 use engraft_report::{Align, Table};
 use engraft_train::method_specs;
@@ -122,6 +122,15 @@ fn page(entry: &Entry) -> String {
         let shared = shared.map_or(String::new(), |shared| format!(", and {shared} for all together"));
         facts
             .push(("trained", format!("{own} numbers at a target [out, in]{shared}, as the settings stand")));
+    }
+    if (entry.example)().by_layers() {
+        facts.push(("layers", "all, or those that `layers` names".into()));
+    }
+    if let Some(formula) = entry.own_formula() {
+        facts.push((
+            "trained",
+            format!("{formula} (of a model of one stack, as the settings stand: {SIZES})"),
+        ));
     }
     for (name, value) in facts {
         text.push_str(&format!("{name:9}{value}\n"));

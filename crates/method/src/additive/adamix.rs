@@ -130,6 +130,14 @@ impl Method for AdaMix {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("L·(experts·(d·r + r) + d·r + d), r = ⌊d/reduction⌋")
+    }
+
+    fn by_layers(&self) -> bool {
+        true
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let sublayers = b.sites().of_kind(|k| matches!(k, Kind::Sublayer { .. }));
         let mlps: Vec<_> = sublayers.filter(|site| site.role == Role::Mlp).collect();

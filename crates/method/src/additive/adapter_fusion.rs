@@ -234,6 +234,12 @@ fn branches(config: &Value) -> std::result::Result<Box<dyn Branches>, String> {
 impl Source {
     /// The adapter that `saved` holds, under a name that none of `taken` has.
     fn of(saved: SavedAdapter, taken: &[Source]) -> std::result::Result<Source, String> {
+        if saved.config.get(crate::layers::KEY).is_some_and(|layers| !layers.is_null()) {
+            return Err(format!(
+                "{} is in some layers alone (`layers`), and adapters of its method are fused where they are in all",
+                saved.path
+            ));
+        }
         let SavedAdapter { path, config, tensors } = adamix::averaged(saved)
             .map_err(|e| format!("an AdaMix whose experts cannot be averaged: {e}"))?;
         let adapter = branches(&config).map_err(|e| format!("{path} {e}"))?;
@@ -350,6 +356,10 @@ impl Fusion {
 impl Method for Fusion {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn formula(&self) -> Option<&'static str> {
+        Some("L·(3·d^2 + 2·d); of the adapters nothing")
     }
 
     fn take_adapters(&mut self, _setting: &str, adapters: Vec<SavedAdapter>) -> Result<()> {

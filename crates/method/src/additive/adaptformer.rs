@@ -92,6 +92,14 @@ impl Method for AdaptFormer {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("L·(2·d·size + size + d)")
+    }
+
+    fn by_layers(&self) -> bool {
+        true
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for (site, part) in self.parts(b)? {
             b.patch(site, Patch::Sublayer(Box::new(part)))?;

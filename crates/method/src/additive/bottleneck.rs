@@ -103,6 +103,13 @@ pub(crate) static INFO: Info = Info {
     ],
 };
 
+/// Leaves out more blocks.
+pub(crate) fn add_blocks(left_out: &mut Vec<usize>, more: &[usize]) {
+    left_out.extend(more);
+    left_out.sort_unstable();
+    left_out.dedup();
+}
+
 /// Blocks of one's choice.
 pub(crate) const LEAVE_OUT: Field = Field {
     name: "leave_out",
@@ -176,6 +183,22 @@ impl Method for Bottleneck {
         if self.phm.is_some() { &compacter::INFO } else { &INFO }
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some(match self.phm {
+            Some(_) => "n^3 + 2·L·(2·rank·(d + r) + r + d), r = ⌊d/reduction⌋",
+            None => "L·(2·d·r + r + d), r = ⌊d/reduction⌋",
+        })
+    }
+
+    fn by_layers(&self) -> bool {
+        true
+    }
+
+    fn leave_out(&mut self, blocks: &[usize]) -> bool {
+        add_blocks(&mut self.leave_out, blocks);
+        true
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let sublayers: Vec<_> = b.sites().of_kind(|k| matches!(k, Kind::Sublayer { .. })).collect();
         if sublayers.is_empty() {
@@ -189,7 +212,7 @@ impl Method for Bottleneck {
         let wanted = |site: &&Site| self.wants(site, b.sites().number(site));
         let wanted: Vec<&Site> = sublayers.into_iter().filter(wanted).collect();
         if wanted.is_empty() && !self.leave_out.is_empty() {
-            let message = "`leave_out` and `drop` leave no layer that has an adapter";
+            let message = "`layers`, `leave_out` and `drop` leave no layer that has an adapter";
             return Err(Error::Unsupported(message.into()));
         }
         for site in wanted {

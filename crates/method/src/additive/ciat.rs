@@ -79,6 +79,14 @@ impl Method for Ciat {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("(2·L + 1)·(2·d·r + r + d) + 2·d, r = ⌊d/reduction⌋")
+    }
+
+    fn by_layers(&self) -> bool {
+        true
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let mut stacks: Vec<Stack> = Vec::new();
         for site in b.sites().iter() {

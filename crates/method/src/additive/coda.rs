@@ -103,6 +103,14 @@ impl Method for Coda {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("L·(2·d·r + r + 2·d), r = ⌊d/reduction⌋")
+    }
+
+    fn by_layers(&self) -> bool {
+        true
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         if b.info().task == Task::CausalLm {
             let text = "CoDA chooses among all tokens of a text, which is not there yet while it is written; take an encoder or an encoder–decoder model";

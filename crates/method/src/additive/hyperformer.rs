@@ -288,6 +288,12 @@ impl Method for Hyperformer {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some(
+            "(projection + 1)·(2·d·r + r + 3·d) + embedding·(tasks + L + 2) + hidden·(3·embedding + 1) + projection·(hidden + 3) + n, r = ⌊d/reduction⌋",
+        )
+    }
+
     fn tasks(&self) -> Option<usize> {
         Some(self.tasks.count)
     }
@@ -298,6 +304,10 @@ impl Method for Hyperformer {
 
     fn chosen_in_use(&self) -> &'static [(&'static str, &'static str)] {
         &[("task", "task")]
+    }
+
+    fn by_layers(&self) -> bool {
+        true
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -111,6 +111,10 @@ impl Method for Ia3 {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("L·(2·kv + f)")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let targets = b.targets();
         if let (Feedforward::Suffixes(ends), false) = (&self.feedforward, self.from_file) {

@@ -95,6 +95,14 @@ impl Method for KronaB {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("L·(a1·a2 + (d/a1)·(d/a2))")
+    }
+
+    fn by_layers(&self) -> bool {
+        true
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for (site, part) in self.parts(b)? {
             b.patch(site, Patch::Sublayer(Box::new(part)))?;

@@ -170,6 +170,12 @@ impl Method for Lst {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some(
+            "w·(d + 3) + d·(w + 1) + L·(w·(d + 5) + 1 + 2·w·⌊f/reduction⌋ + 4·w·heads·⌊head_dim/reduction⌋), w = ⌊d/reduction⌋",
+        )
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let (blocks, width) = beside::blocks(b)?;
         let sizes = self.sizes(b, &blocks, width)?;

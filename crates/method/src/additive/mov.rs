@@ -64,6 +64,10 @@ impl Method for Mov {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("2·experts·L·(kv + head_dim + f)")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for site in b.targets() {
             let Kind::Linear { out, inn, .. } = site.kind else {

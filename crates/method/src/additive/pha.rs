@@ -296,6 +296,12 @@ impl Method for Pha {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some(
+            "embedding·(tasks + L) + hidden·(2·embedding + 1) + projection·(hidden + 3) + (projection + 1)·(2·d·bottleneck + bottleneck + d) + hidden·(d + 1) + embedding·(hidden + 1)",
+        )
+    }
+
     fn tasks(&self) -> Option<usize> {
         Some(self.tasks.count)
     }

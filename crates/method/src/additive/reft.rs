@@ -209,6 +209,10 @@ impl Method for Reft {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("L·(2·rank·d + rank)")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let mut found = 0;
         let there = b.sites().iter().filter(|site| matches!(site.kind, Kind::Block { .. }));

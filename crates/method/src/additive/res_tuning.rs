@@ -79,6 +79,10 @@ impl Method for ResTuning {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("L·(2·(2·d·bottleneck + bottleneck + d) + 1)")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let (blocks, width) = beside::blocks(b)?;
         let step = |l: usize, b: &mut Builder<'_>| -> Result<Step> {

@@ -84,6 +84,10 @@ impl Method for SideTuning {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("1 + hidden·(d + 1) + (depth − 2)·hidden·(hidden + 1) + d·(hidden + 1)")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let (blocks, width) = beside::blocks(b)?;
         let layer = |i: usize, b: &mut Builder<'_>| {

@@ -23,7 +23,7 @@ use crate::shared::bits::{Bits, MASK, pack, unpack};
 use crate::shared::branches::Branches;
 use crate::shared::fields::{choice, float, int};
 use crate::shared::low_rank::{ending, named};
-use crate::{Calibration, Described, Entry, Info, Loaded, Method, Step, Stored, peft};
+use crate::{Calibration, Described, Entry, Info, Loaded, Method, Step, Stored, layers, peft};
 
 struct SparseAdapter {
     inner: Box<dyn Method>,
@@ -122,8 +122,9 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     let mut r = Reader::file(map);
     let train_also = peft::read_header(&mut r);
     let method = read(&mut r)?;
+    let targets = layers::read(&mut r, &method);
     r.finish()?;
-    Ok(Some(Loaded { method: Box::new(method), targets: None, train_also }))
+    Ok(Some(Loaded { method: Box::new(method), targets, train_also }))
 }
 
 fn example() -> Box<dyn Method> {
@@ -142,6 +143,16 @@ fn example() -> Box<dyn Method> {
 impl Method for SparseAdapter {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn formula(&self) -> Option<&'static str> {
+        Some(
+            "L·(2·d·r + r + d), r = ⌊d·widen/reduction⌋; of the matrices a share of `sparsity` is taken out before the first step",
+        )
+    }
+
+    fn by_layers(&self) -> bool {
+        true
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -134,6 +134,10 @@ impl Method for Ssf {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("2·o + n")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for site in b.targets() {
             self.at_weight(b, site)?;

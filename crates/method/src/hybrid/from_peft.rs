@@ -22,6 +22,7 @@ use super::union::Union;
 use crate::adapter_hub::hub_name;
 use crate::algebra::{Term, products};
 use crate::foreign::PREFIX;
+use crate::layers::left_out;
 use crate::transposed::stands_for;
 use crate::{Chosen, Named, joined_start};
 
@@ -57,7 +58,7 @@ pub(crate) fn from_peft(
     let converted = match stands_for(kind).unwrap_or(kind) {
         "LORA" => lora(config, tensors, sites)?,
         "IA3" => ia3(tensors, sites)?,
-        "PREFIX_TUNING" | "ENGRAFT_PREFIX" => prefix(tensors, sites)?,
+        "PREFIX_TUNING" | "ENGRAFT_PREFIX" => prefix(config, tensors, sites)?,
         "PROMPT_TUNING" => return Err(Error::Unsupported(prompt_is_another(sites))),
         _ => return Ok(None),
     };
@@ -254,7 +255,7 @@ fn whose_output<'s>(site: &Site, sites: &'s Sites) -> Result<&'s Site> {
 }
 
 /// A prefix where no position is counted from its rows: before the patches of a picture.
-fn prefix(tensors: &Named, sites: &Sites) -> Result<Converted> {
+fn prefix(config: &Value, tensors: &Named, sites: &Sites) -> Result<Converted> {
     if !sites.iter().any(|site| site.role == Role::PatchEmbed) {
         return Err(Error::Unsupported(
             "this prefix is in peft's form, in which tokens are counted from the first row of the prefix; AdapterHub's library counts \
@@ -268,7 +269,8 @@ fn prefix(tensors: &Named, sites: &Sites) -> Result<Converted> {
         return Err(Error::Mismatch(vec!["prompt_embeddings: expected once".into()]));
     };
     let values = vec![(Prefix::flat_name(sites, "engraft")?, rows.reshape([rows.len()])?)];
-    let union = alone("prefix", |union| union.prefix = Some(Prefix::new(rows.dim(0), 0, false)))?;
+    let plain = Prefix { leave_out: left_out(config, sites), ..Prefix::new(rows.dim(0), 0, false) };
+    let union = alone("prefix", |union| union.prefix = Some(plain))?;
     Ok(Converted { union, values, rest: trained_whole(others.into_iter(), sites)? })
 }
 

@@ -19,7 +19,7 @@ use crate::read::{Reader, as_written};
 use crate::shared::activations::{ACTIVATIONS, Activation};
 use crate::shared::gate::Gate;
 
-pub(super) const INNER_MAX: usize = 1 << 20;
+pub(super) const INNER_MAX: usize = 1 << 14;
 
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Prefix {
@@ -104,7 +104,7 @@ impl Prefix {
         };
         if two_stacks && !self.one_set && !self.leave_out.is_empty() {
             return Err(Error::Unsupported(
-                "`leave_out` of a prefix in AdapterHub's form needs a model of one stack: there, layers without one lose the \
+                "`layers`, or `leave_out`, of a prefix in AdapterHub's form needs a model of one stack: there, layers without one lose the \
                  model's relative positions"
                     .into(),
             ));

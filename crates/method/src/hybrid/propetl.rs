@@ -153,6 +153,12 @@ impl Method for Propetl {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some(
+            "2·d·r + r + d + 2·L·d·r, r = ⌊d/reduction⌋; the last term are the scores of masks, of which files hold bits",
+        )
+    }
+
     fn tasks(&self) -> Option<usize> {
         (self.tasks.count > 1).then_some(self.tasks.count)
     }
@@ -163,6 +169,10 @@ impl Method for Propetl {
 
     fn chosen_in_use(&self) -> &'static [(&'static str, &'static str)] {
         &[("task", "task")]
+    }
+
+    fn by_layers(&self) -> bool {
+        self.form != Form::Lora
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -6,16 +6,18 @@
 //! has, in letters:
 //!   A  a bottleneck adapter after the MLP      P  a prefix of its attention, whose tokens keep their positions
 //!   L  LoRA at q and v of self-attention, α = r   B  its biases
-//! The found design is the spindle with AL, AP, APB, PBL. Every layer gets as many trained numbers as the others, `budget`
-//! times those of the model over the number of layers: biases as they are, the rest in equal parts, sizes to the nearest
-//! whole number, the coarsest kind first; what one leaves is parted equally among those after it. Halves round up.
+//! A group of none ("") is left as it is. The found design is the spindle with AL, AP, APB, PBL and the uniform allocation.
+//! All trained layers together get `budget` times the model's numbers: by `allocation` each as much as the others (uniform), or a
+//! layer of group g as g (increasing) or 5 − g (decreasing) parts. In a layer, biases are as they are and the rest is in equal
+//! parts, sizes to the nearest whole number, the coarsest kind first; what one leaves is parted equally among those after it.
+//! Halves round up.
 //!
 //! Chen et al. 2023, arXiv:2301.01821, design of T5-base. The sizes of the groups and the equal parts are ours: the paper
 //! gives no numbers.
 //!
 //! Tensors are those of `bottleneck`, `lora`, AdapterHub's flat prefixes and `bitfit`.
 
-use engraft_nn::{Builder, Error, Kind, Result, Role, Site, SiteId, Sites, Value as Frozen};
+use engraft_nn::{Builder, Error, Kind, Result, Role, Site, SiteId, Sites};
 use serde_json::{Map, Value, json};
 
 use super::prefix::Prefix;
@@ -28,7 +30,12 @@ struct S4 {
     budget: f64,
     grouping: [usize; 4],
     strategies: Vec<String>,
+    /// Parts of the budget for a layer of each group.
+    allocation: [usize; 4],
 }
+
+const ALLOCATIONS: &[(&str, [usize; 4])] =
+    &[("uniform", [1, 1, 1, 1]), ("increasing", [1, 2, 3, 4]), ("decreasing", [4, 3, 2, 1])];
 
 const GROUPINGS: &[(&str, [usize; 4])] = &[
     ("spindle", [1, 2, 2, 1]),
@@ -63,8 +70,14 @@ static INFO: Info = Info {
             name: "strategies",
             kind: FieldKind::TextList,
             default: Some(r#"["AL", "AP", "APB", "PBL"]"#),
-            doc: "What each group has: A adapter, P prefix, L LoRA, B biases.",
+            doc: "What each group has: A adapter, P prefix, L LoRA, B biases; \"\" leaves a group as it is.",
         },
+        choice(
+            "allocation",
+            &["uniform", "increasing", "decreasing"],
+            "\"uniform\"",
+            "How the budget is dealt out: to every trained layer the same, or 1, 2, 3, 4 parts from the first group to the last, or back.",
+        ),
     ],
 };
 
@@ -77,13 +90,16 @@ fn read(r: &mut Reader<'_>) -> S4 {
         budget: r.share("budget", 0.005),
         grouping: r.one_of("grouping", GROUPINGS),
         strategies: r.texts("strategies").unwrap_or_else(found),
+        allocation: r.one_of("allocation", ALLOCATIONS),
     };
-    let known = |s: &String| !s.is_empty() && s.chars().all(|c| LETTERS.contains(c));
+    let known = |s: &String| s.chars().all(|c| LETTERS.contains(c));
     if s4.strategies.len() != 4 || !s4.strategies.iter().all(known) {
         r.problem(format!(
             "`strategies`: expected four texts of the letters A, P, L and B, found {:?}",
             s4.strategies
         ));
+    } else if s4.strategies.iter().all(String::is_empty) {
+        r.problem("`strategies`: all four groups are left as they are; give one of them a letter");
     }
     s4
 }
@@ -98,7 +114,7 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
 
 fn example() -> Box<dyn Method> {
     let strategies = ["PL", "AP", "APB", "PBL"].map(String::from).to_vec();
-    Box::new(S4 { budget: 0.05, grouping: [1, 1, 1, 1], strategies })
+    Box::new(S4 { budget: 0.05, grouping: [1, 1, 1, 1], strategies, allocation: [1; 4] })
 }
 
 impl Method for S4 {
@@ -106,26 +122,17 @@ impl Method for S4 {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("≈ budget·N")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let layers = layers(b.sites());
         if layers.is_empty() {
             return Err(Error::Unsupported("S4 needs a model with layers".into()));
         }
-        let each = self.budget * parameters(b.sites()) as f64 / layers.len() as f64;
-        if each < 1.0 {
-            let message = format!(
-                "`budget` is {}, less than one trained number for each of the {} layers; choose a larger one",
-                self.budget,
-                layers.len()
-            );
-            return Err(Error::Unsupported(message));
-        }
-        let mut plans = Vec::new();
-        for layer in &layers {
-            let strategy = &self.strategies[self.group(layer.place, layer.of)];
-            plans.push((layer, Plan::of(strategy, layer, each)));
-        }
-        let total = parameters(b.sites()) as f64;
+        let total = b.sites().parameters() as f64;
+        let plans = self.plans(&layers, self.budget * total)?;
         let trained: usize = plans.iter().map(|(layer, plan)| plan.size(layer)).sum();
         // Sizes are whole: about the budget is what can be had, and no more than twice of it what was meant.
         if trained as f64 > 2.0 * self.budget * total {
@@ -155,12 +162,45 @@ impl Method for S4 {
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
         let grouping = GROUPINGS.iter().find(|g| g.1 == self.grouping).map_or("spindle", |g| g.0);
-        let own = json!({ "budget": self.budget, "grouping": grouping, "strategies": self.strategies });
+        let allocation = ALLOCATIONS.iter().find(|a| a.1 == self.allocation).map_or("uniform", |a| a.0);
+        let own = json!({
+            "allocation": allocation, "budget": self.budget, "grouping": grouping, "strategies": self.strategies,
+        });
         own.as_object().cloned().unwrap_or_default()
     }
 }
 
 impl S4 {
+    /// What each layer has, of `budget` numbers in all.
+    fn plans<'l>(&self, layers: &'l [Layer], budget: f64) -> Result<Vec<(&'l Layer, Plan)>> {
+        let groups = layers.iter().map(|layer| self.group(layer.place, layer.of));
+        let trained: Vec<usize> = groups.filter(|group| !self.strategies[*group].is_empty()).collect();
+        let parts: usize = trained.iter().map(|group| self.allocation[*group]).sum();
+        let part = budget / parts.max(1) as f64;
+        if trained.is_empty() {
+            let message = "`strategies` leave every group that has a layer in this model as it is; give one of them a letter";
+            return Err(Error::Unsupported(message.into()));
+        }
+        if trained.iter().any(|group| part * (self.allocation[*group] as f64) < 1.0) {
+            let message = format!(
+                "`budget` is {}, less than one trained number for each of the {} layers; choose a larger one",
+                self.budget,
+                trained.len()
+            );
+            return Err(Error::Unsupported(message));
+        }
+        let plan = |layer: &'l Layer| {
+            let group = self.group(layer.place, layer.of);
+            let strategy = &self.strategies[group];
+            let plan = match strategy.is_empty() {
+                true => Plan::default(),
+                false => Plan::of(strategy, layer, part * self.allocation[group] as f64),
+            };
+            (layer, plan)
+        };
+        Ok(layers.iter().map(plan).collect())
+    }
+
     /// The group of layer `place` of `of`.
     fn group(&self, place: usize, of: usize) -> usize {
         let total: usize = self.grouping.iter().sum();
@@ -311,33 +351,13 @@ fn prefixes(b: &mut Builder<'_>, plans: &[(&Layer, Plan)]) -> Result<()> {
     Ok(())
 }
 
-/// The numbers of the model, those of tied tensors once.
-fn parameters(sites: &Sites) -> usize {
-    let mut seen = Vec::new();
-    let mut total = 0;
-    for site in sites.iter().filter(|s| !matches!(s.value, Frozen::None)) {
-        let own = (&site.tensor, &site.rows);
-        if site.tensor.is_some() && seen.contains(&own) {
-            continue;
-        }
-        seen.push(own);
-        total += match site.kind {
-            Kind::Linear { out, inn, .. } | Kind::Convolution { out, inn, .. } => out * inn,
-            Kind::Embedding { rows, width } => rows * width,
-            Kind::Vector { len } => len,
-            _ => 0,
-        };
-    }
-    total
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::*;
 
     fn of(grouping: [usize; 4]) -> S4 {
-        S4 { budget: 0.005, grouping, strategies: FOUND.map(String::from).to_vec() }
+        S4 { budget: 0.005, grouping, strategies: FOUND.map(String::from).to_vec(), allocation: [1; 4] }
     }
 
     #[test]
@@ -375,6 +395,57 @@ mod tests {
         }
     }
 
+    /// A T5 of 12 layers in each stack: what its layers train together, and each as much as its group's part.
+    #[test]
+    fn the_budget_is_dealt_out_by_groups() {
+        let layer = |number: usize| Layer {
+            number,
+            place: number % 12,
+            of: 12,
+            width: 768,
+            row_size: 1536,
+            rank_size: 3072,
+            ..Layer::empty()
+        };
+        let layers: Vec<Layer> = (0..24).map(layer).collect();
+        let budget = 2_000_000.0;
+        for (name, parts) in ALLOCATIONS {
+            for left_out in [None, Some(0), Some(2)] {
+                let mut s4 = S4 { allocation: *parts, ..of([1, 2, 2, 1]) };
+                left_out.into_iter().for_each(|group: usize| s4.strategies[group].clear());
+                let plans = s4.plans(&layers, budget).unwrap();
+                let total: usize = plans.iter().map(|(l, plan)| plan.size(l)).sum();
+                assert!((total as f64 / budget - 1.0).abs() < 0.02, "{name}, {left_out:?}: {total}");
+                let of_part: Vec<f64> = plans
+                    .iter()
+                    .map(|(l, plan)| plan.size(l) as f64 / parts[s4.group(l.place, l.of)] as f64)
+                    .collect();
+                let most = of_part.iter().cloned().fold(0.0, f64::max);
+                for ((l, plan), own) in plans.iter().zip(&of_part) {
+                    match left_out == Some(s4.group(l.place, l.of)) {
+                        true => assert_eq!(*plan, Plan::default()),
+                        false => assert!(own / most > 0.9, "{name}: {of_part:?}"),
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_group_is_left_as_it_is() {
+        let settings = json!({ "budget": 0.2, "grouping": "uniform", "strategies": ["", "", "APL", "APLB"] });
+        let a = attached(&[chosen("s4", settings.clone())], &[]);
+        let (sites, _) = toy();
+        assert!(a.adapter.sites().iter().all(|id| sites.get(*id).layer == Some(1)));
+        survives_saving(&[chosen("s4", with(settings, json!({ "allocation": "increasing" })))], &["head"]);
+        // Of two layers, the first and the third group have one each.
+        let settings = json!({ "budget": 0.2, "grouping": "uniform", "strategies": ["", "A", "", ""] });
+        let (sites, info) = toy();
+        let error =
+            crate::attach(&[chosen("s4", settings)], &[], &sites, &info, 1).err().unwrap().to_string();
+        assert!(error.contains("`strategies` leave every group that has a layer"), "{error}");
+    }
+
     #[test]
     fn layers_have_what_their_group_has() {
         let settings = json!({ "budget": 0.2, "strategies": ["AL", "AL", "PB", "PB"] });
@@ -404,6 +475,8 @@ mod tests {
             json!({ "strategies": ["A", "P", "L"] }),
             json!({ "strategies": ["A", "P", "L", "X"] }),
             json!({ "grouping": "spiral" }),
+            json!({ "strategies": ["", "", "", ""] }),
+            json!({ "allocation": "spiral" }),
         ] {
             assert!(from_file(&with(good.clone(), bad.clone())).is_err(), "{bad}");
         }

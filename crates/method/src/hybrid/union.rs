@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use super::lora::Lora;
 use super::prefix::Prefix;
 use super::prompt::Prompt;
-use crate::additive::bottleneck::around;
+use crate::additive::bottleneck::{add_blocks, around};
 use crate::read::Reader;
 use crate::shared::gate::Gate;
 use crate::{Described, Info, Loaded, Method, peft};
@@ -130,6 +130,14 @@ impl Adapters {
             ));
         }
         Ok(adapters)
+    }
+
+    fn leave_out(&mut self, blocks: &[usize]) -> bool {
+        let own = self.config.get("leave_out").and_then(Value::as_array).into_iter().flatten();
+        let mut all: Vec<usize> = own.filter_map(Value::as_u64).map(|block| block as usize).collect();
+        add_blocks(&mut all, blocks);
+        self.config.insert("leave_out".into(), json!(all));
+        self.method.leave_out(blocks)
     }
 
     fn flag(&self, key: &str, usual: bool) -> bool {
@@ -293,6 +301,32 @@ impl Union {
 impl Method for Union {
     fn info(&self) -> &'static Info {
         self.info
+    }
+
+    fn formula(&self) -> Option<&'static str> {
+        match (&self.prefix, &self.lora) {
+            _ if self.alone => None,
+            (Some(_), Some(_)) => Some(
+                "tokens·d + projection·(d + 1) + 2·L·kv·(projection + 1) + L·(2·d·r + r + d + rank·(3·d + kv) + 4·(d + 1)), r = ⌊d/reduction⌋",
+            ),
+            _ => Some(
+                "tokens·d + projection·(d + 1) + 2·L·kv·(projection + 1) + L·(2·d·r + r + d), r = ⌊d/reduction⌋",
+            ),
+        }
+    }
+
+    fn by_layers(&self) -> bool {
+        self.prompt.is_none()
+    }
+
+    fn leave_out(&mut self, blocks: &[usize]) -> bool {
+        if let Some(prefix) = &mut self.prefix {
+            add_blocks(&mut prefix.leave_out, blocks);
+        }
+        if let Some(lora) = &mut self.lora {
+            add_blocks(&mut lora.leave_out, blocks);
+        }
+        self.adapter.as_mut().is_none_or(|adapter| adapter.leave_out(blocks))
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

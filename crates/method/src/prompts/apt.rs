@@ -73,6 +73,14 @@ impl Method for Apt {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("2·L·kv·tokens + L·(tokens·d + 1)")
+    }
+
+    fn by_layers(&self) -> bool {
+        true
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let own = |s: &&Site| s.role == Role::Attention && s.stack != Stack::Decoder;
         let of = |s: &Site| match s.kind {

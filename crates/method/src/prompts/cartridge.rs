@@ -14,7 +14,7 @@ use engraft_tensor::ops::cat;
 use serde_json::{Map, Value, json};
 
 use super::prefix::{Places, Source};
-use super::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
+use super::prompt::{Sizes, TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
 use crate::read::Reader;
 use crate::shared::fields::{extra_tokens, int};
 use crate::{Described, Entry, Info, Loaded, Method, Named, peft};
@@ -27,6 +27,8 @@ const FROZEN: &str = "frozen_embedding";
 struct Cartridge {
     tokens: usize,
     frozen: usize,
+    /// What its file says of its model.
+    sizes: Sizes,
 }
 
 static INFO: Info = Info {
@@ -74,11 +76,12 @@ fn read(r: &mut Reader<'_>, tokens: usize) -> Cartridge {
     if frozen > tokens || frozen == tokens && !r.is_file() {
         r.problem(format!("`num_frozen_tokens`: expected less than the {tokens} tokens, found {frozen}"));
     }
-    Cartridge { tokens, frozen }
+    let sizes = if r.is_file() { Sizes::read(r) } else { Sizes::default() };
+    Cartridge { tokens, frozen, sizes }
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Cartridge { tokens: 3, frozen: 1 })
+    Box::new(Cartridge { tokens: 3, frozen: 1, sizes: Sizes::default() })
 }
 
 impl Method for Cartridge {
@@ -86,7 +89,16 @@ impl Method for Cartridge {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("2·L·kv·(tokens − num_frozen_tokens)")
+    }
+
+    fn by_layers(&self) -> bool {
+        true
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+        self.sizes.fit(b.info())?;
         let places = Places::of_decoder(b.sites())?;
         let widths = places.widths();
         let width = widths.iter().sum();

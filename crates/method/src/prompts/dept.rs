@@ -107,6 +107,10 @@ impl Method for DePt {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("tokens·d + rank·(max_length + d)")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let table = |s: &&Site| s.role == Role::Embed && s.is_weight() && s.stack != Stack::Decoder;
         let prompt = b.sites().of_kind(|k| matches!(k, Kind::Prompt { .. })).next();

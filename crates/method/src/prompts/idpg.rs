@@ -101,6 +101,10 @@ impl Method for Idpg {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("2·phm_dim^3 + bottleneck·(d + tokens·d)/phm_dim + bottleneck + L·tokens·d")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let (prompt, width) = prompt_site(b.sites(), INFO.title)?;
         let own = b.sites().of_kind(|k| matches!(k, Kind::Block { .. })).filter(|s| s.stack == prompt.stack);

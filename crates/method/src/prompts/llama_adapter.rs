@@ -109,6 +109,10 @@ impl Method for LlamaAdapter {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("adapter_layers·(tokens·d + 1)")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for place in self.chosen(b.sites())? {
             attach(b, place, self.tokens, self.gate, &|_| None)?;

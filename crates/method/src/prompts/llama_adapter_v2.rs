@@ -100,6 +100,10 @@ impl Method for LlamaAdapterV2 {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("2·o + n + adapter_layers·(tokens·d + heads)")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let sites = b.sites();
         let mut tuned = HashMap::new();

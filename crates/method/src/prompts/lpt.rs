@@ -117,6 +117,10 @@ impl Method for Lpt {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("bottleneck·(d + 1) + (bottleneck + 1)·tokens·d")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let (prompt, width) = prompt_site(b.sites(), INFO.title)?;
         let own = b.sites().of_kind(|k| matches!(k, Kind::Block { .. })).filter(|s| s.stack == prompt.stack);

@@ -104,6 +104,10 @@ impl Method for Mpt {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("tokens·d + tasks·rank·(tokens + d)")
+    }
+
     fn tasks(&self) -> Option<usize> {
         Some(self.tasks)
     }

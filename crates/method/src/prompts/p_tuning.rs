@@ -138,6 +138,10 @@ impl Method for PTuning {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("tokens·d + q·(d + 1) + q·(q + 1) + d·(q + 1), q = encoder_hidden_size")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let found = b.sites().of_kind(|k| matches!(k, Kind::Prompt { .. })).next();
         let Some((site, Kind::Prompt { width })) = found.map(|s| (s, s.kind.clone())) else {
@@ -322,11 +326,7 @@ mod tests {
             (&json!(6), &json!(3)),
             "the width is the default"
         );
-        for bad in [
-            json!({ "encoder_reparameterization_type": "GRU" }),
-            json!({ "num_virtual_tokens": 0 }),
-            json!({ "odd": 1 }),
-        ] {
+        for bad in [json!({ "encoder_reparameterization_type": "GRU" }), json!({ "odd": 1 })] {
             assert!(from_file(&with(written.clone(), bad.clone())).is_err(), "{bad}");
         }
         for bad in [json!({ "tokens": 0 }), json!({ "encoder": "mlp" }), json!({ "encoder_dropout": 0.1 })] {

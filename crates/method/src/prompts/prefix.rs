@@ -21,14 +21,14 @@ use engraft_tensor::ops::{Unary, cat};
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::prompt::{TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
+use super::prompt::{Sizes, TOKENS_MAX, prompt_file_name, read_prompt_keys, submodules};
 use crate::hybrid::{Alone, alone, hub_prefix};
 use crate::read::{Reader, as_written};
 use crate::shared::fields::{choice, extra_tokens, float, int};
 use crate::shared::network::{Lookup, Network, Part, layer, named};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, Named, peft};
 
-const INNER_MAX: usize = 1 << 20;
+const INNER_MAX: usize = 1 << 14;
 
 struct Prefix {
     tokens: usize,
@@ -40,6 +40,8 @@ struct Prefix {
     saved: bool,
     /// Which attentions of an encoder–decoder model; the decoder's own where nothing is said.
     at: Option<Vec<Place>>,
+    /// What its file says of its model.
+    sizes: Sizes,
 }
 
 /// An attention of an encoder–decoder model.
@@ -127,7 +129,7 @@ fn from_settings(settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
         return Ok(hub_prefix(&INFO, (tokens, projection.unwrap_or(0)), dropout, at));
     }
     r.finish()?;
-    Ok(Box::new(Prefix { tokens, zero, projection, dropout, saved: false, at }))
+    Ok(Box::new(Prefix { tokens, zero, projection, dropout, saved: false, at, sizes: Sizes::default() }))
 }
 
 /// Whether a prefix in AdapterHub's form lies before an encoder's attention and before what a decoder reads of it.
@@ -186,18 +188,27 @@ fn from_file(config: &Value) -> Result<Option<Loaded>> {
     }
     peft::file_without_targets(if own { OWN_TYPE } else { INFO.peft_type }, config, |r| {
         let (tokens, _) = read_prompt_keys(r);
+        let sizes = Sizes::read(r);
         let at = if own { read_places(r) } else { None };
         // Saved are the projected rows: all that a forward needs.
         let inner = r.count("encoder_hidden_size", 1, usize::MAX);
         let projection = r.flag("prefix_projection", false).then_some(inner);
         let zero = r.text("init_weights").is_some_and(|s| s == "zero");
         let dropout = if own { r.dropout("dropout") } else { 0.0 };
-        Prefix { tokens, zero, projection, dropout, saved: projection.is_some(), at }
+        Prefix { tokens, zero, projection, dropout, saved: projection.is_some(), at, sizes }
     })
 }
 
 fn example() -> Box<dyn Method> {
-    Box::new(Prefix { tokens: 3, zero: false, projection: Some(4), dropout: 0.0, saved: false, at: None })
+    Box::new(Prefix {
+        tokens: 3,
+        zero: false,
+        projection: Some(4),
+        dropout: 0.0,
+        saved: false,
+        at: None,
+        sizes: Sizes::default(),
+    })
 }
 
 impl Method for Prefix {
@@ -205,7 +216,16 @@ impl Method for Prefix {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("2·L·kv·tokens")
+    }
+
+    fn by_layers(&self) -> bool {
+        true
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
+        self.sizes.fit(b.info())?;
         absent(self.at.as_deref().unwrap_or_default(), b.sites())?;
         let places = Places::of(b.sites(), self.places())?;
         let source = self.source(b, &places.widths())?;

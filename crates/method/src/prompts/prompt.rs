@@ -10,7 +10,7 @@
 //! `peft` makes as many again for the decoder and never reads them, so its files hold [2 · tokens, width].
 
 use engraft_nn::{
-    Base, Builder, Error, Init, Kind, Pass, Patch, PromptPatch, Result, Role, Site, Sites, Stack,
+    Base, Builder, Error, Init, Kind, ModelInfo, Pass, Patch, PromptPatch, Result, Role, Site, Sites, Stack,
     Value as Frozen,
 };
 use engraft_tensor::cpu::random::Key;
@@ -180,6 +180,10 @@ pub(crate) fn read_start(r: &mut Reader<'_>) -> Start {
             r.problem("`init_ids` and `init_text` both say which tokens to start as; keep one of them");
             Start::Noise
         }
+        (Some(_), _, Some(_)) | (_, Some(_), Some(_)) => {
+            r.problem("`init` says that rows start as noise, and `init_ids` or `init_text` as which tokens; keep one of them");
+            Start::Noise
+        }
         (Some(text), ..) => Start::Text(text),
         (_, Some(ids), _) if ids.is_empty() => {
             r.problem("`init_ids`: expected at least one token");
@@ -303,7 +307,37 @@ pub(crate) fn read_prompt_keys(r: &mut Reader<'_>) -> (usize, Option<usize>) {
         r.problem(format!("`num_transformer_submodules`: expected 1 or 2, found {submodules}"));
     }
     expect_tokens(r);
-    (r.count("num_virtual_tokens", 1, TOKENS_MAX), given.then_some(submodules))
+    // With none of them `peft` has an adapter that changes nothing.
+    (r.whole("num_virtual_tokens", 1, TOKENS_MAX), given.then_some(submodules))
+}
+
+/// What a file of keys and values says of its model, where it does: its layers, and keys and values of one by width and heads. `peft`
+/// cuts the rows by these, and fails where the model has others.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Sizes([Option<usize>; 3]);
+
+const SIZES: [&str; 3] = ["num_layers", "token_dim", "num_attention_heads"];
+
+impl Sizes {
+    pub fn read(r: &mut Reader<'_>) -> Sizes {
+        let mut size = |key| r.value(key).is_some_and(|v| !v.is_null()).then(|| r.count(key, 1, usize::MAX));
+        Sizes(SIZES.map(&mut size))
+    }
+
+    /// Every size that is not the model's, together.
+    pub fn fit(&self, info: &ModelInfo) -> Result<()> {
+        let own = [info.layers, info.kv_heads * info.head_dim, info.kv_heads];
+        let told = ["layers", "numbers in the keys of a token", "heads of keys and values"];
+        let sizes = SIZES.iter().zip(self.0).zip(own).zip(told);
+        let wrong = sizes.filter_map(|(((key, found), own), what)| {
+            let found = found.filter(|found| *found != own)?;
+            Some(format!(
+                "`{key}` is {found}, and this model has {own} {what}: the prefix was made for another model; use it with that one"
+            ))
+        });
+        let wrong: Vec<String> = wrong.collect();
+        if wrong.is_empty() { Ok(()) } else { Err(Error::Mismatch(wrong)) }
+    }
 }
 
 /// For how many halves of a model `peft` makes rows.
@@ -332,6 +366,10 @@ fn example() -> Box<dyn Method> {
 impl Method for Prompt {
     fn info(&self) -> &'static Info {
         &INFO
+    }
+
+    fn formula(&self) -> Option<&'static str> {
+        Some("tokens·d")
     }
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {

@@ -73,6 +73,10 @@ impl Method for Smop {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("prompts·(tokens + 1)·d")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let (site, width) = prompt_site(b.sites(), INFO.title)?;
         let shape = [self.prompts, self.tokens, width];

@@ -93,6 +93,10 @@ impl Method for Vpt {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("tokens·d")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let found = b.sites().of_kind(|k| matches!(k, Kind::Prompt { .. })).next();
         let Some((prompt, Kind::Prompt { width })) = found.map(|s| (s, s.kind.clone())) else {

@@ -133,6 +133,10 @@ impl Method for XPrompt {
         &INFO
     }
 
+    fn formula(&self) -> Option<&'static str> {
+        Some("tokens·d; of which pruning leaves a part")
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let found = b.sites().of_kind(|k| matches!(k, Kind::Prompt { .. })).next();
         let Some((site, Kind::Prompt { width })) = found.map(|s| (s, s.kind.clone())) else {

@@ -9,7 +9,7 @@ use crate::shared::fields::int;
 use crate::{Ahead, Field};
 
 /// Most tasks.
-const MAX: usize = 1 << 16;
+const MAX: usize = 1 << 10;
 
 /// How many tasks an adapter knows, and which one sequences are of where the data do not say.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use engraft_model::token_limit;
 use engraft_nn::Inputs;
 use engraft_store::run::require_place;
 use engraft_store::{Entry, Weights, write_safetensors};
@@ -37,7 +38,8 @@ Examples:
 The input file holds input_ids [B, T] and may hold attention_mask, token_type_ids, position_ids; for encoder-decoder
 models also decoder_input_ids [B, U], and decoder_attention_mask; for models that read pictures it holds pixel_values [B, channels, height, width]. With --beside it holds adapter_ids [B] too:
 of each row -1 for the base alone, 0 for --adapter, 1 for the first --beside, and so on; all are run in one batch. The model has the
-task of --adapter, and the head where that brings one of its own.")]
+task of --adapter, and a head of its size: where that is another size than the model's own, every row must be of an adapter that
+brings its head.")]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
@@ -62,6 +64,8 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let mut engine = Engine::load(&args.model, cx)?;
     args.beside.iter().try_for_each(|name| engine.open_beside(name, cx))?;
     given.check_users(&args.inputs, &engine)?;
+    given.check_heads(&args.inputs, &engine, cx)?;
+    given.tell_length(&engine, cx);
     let (values, shape) = given.logits(&args.inputs, &engine)?;
     let entry = Entry::f32("logits", &shape, &values);
     write_safetensors(&args.out, &[entry], &BTreeMap::new())?;
@@ -158,6 +162,45 @@ impl Given {
                 }
             }
             None => Ok(()),
+        }
+    }
+
+    /// An error where a row would be answered by a head made at random though the model has one, of another number of outputs than
+    /// that of --adapter; a note where it has none.
+    fn check_heads(&self, path: &Path, engine: &Engine, cx: &Context) -> Outcome {
+        let Some(Users(users)) = &self.users else { return Ok(()) };
+        let of = |(row, user): (usize, &Option<usize>)| Some((row, *user, engine.random_of(*user).next()?));
+        let Some((row, user, name)) = users.iter().enumerate().find_map(of) else { return Ok(()) };
+        let whose = match user {
+            None => "the base alone (-1)".to_owned(),
+            Some(number) => format!("adapter {number}, which brings no head"),
+        };
+        if Weights::open(&engine.dir, &cx.limits).before_work()?.get(name).is_none() {
+            cx.ui.note(&format!(
+                "row {row} (from 0) is of {whose}, and {name} is not in the model's files: its logits are of a random head"
+            ));
+            return Ok(());
+        }
+        Err(Failure::before_work(format!(
+            "{}: `adapter_ids`: row {row} (from 0) is of {whose}, and the model's own head has another number of outputs than the {} \
+             of --adapter's, which all rows of a batch have; compute such rows in a run of their own",
+            path.display(),
+            engine.model.info().outputs
+        )))
+    }
+
+    /// A note where positions go beyond those that a model was made for and can be computed all the same.
+    fn tell_length(&self, engine: &Engine, cx: &Context) {
+        let limit = token_limit(&engine.config).filter(|limit| !limit.is_table);
+        let (Words::Tokens(tokens), Some(_)) = (&self.words, limit) else { return };
+        let own = engine.adapter.iter().chain(engine.beside.iter().map(|(adapter, _)| adapter));
+        let rows = own.map(|adapter| adapter.prompt_rows()).max().unwrap_or(0);
+        let (longest, made_for) = (tokens.longest(), engine.model.info().max_positions);
+        if longest + rows > made_for {
+            let also = if rows > 0 { format!(" and prompts of {rows} rows") } else { String::new() };
+            cx.ui.note(&format!(
+                "the inputs have up to {longest} tokens{also}, and the model was made for {made_for} positions"
+            ));
         }
     }
 

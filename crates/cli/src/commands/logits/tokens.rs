@@ -139,6 +139,11 @@ impl Given {
         Ok(())
     }
 
+    /// The tokens of the longest row.
+    pub(super) fn longest(&self) -> usize {
+        self.examples.iter().map(|example| example.ids.len()).max().unwrap_or(0)
+    }
+
     pub(super) fn rows(&self) -> usize {
         self.examples.len()
     }

@@ -42,6 +42,30 @@ fn configurations() {
     assert!(from_settings(places.as_object().unwrap()).is_ok());
 }
 
+/// `peft` cuts the rows by what the file says, whatever the model is, and fails in the first attention.
+#[test]
+fn a_file_of_another_model_is_refused_by_its_sizes() {
+    let (sites, info) = toy();
+    for name in ["prefix", "cartridge"] {
+        let methods = [chosen(name, json!({ "tokens": 3 }))];
+        let a = attached(&methods, &[]);
+        let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        let load = |change: Value| {
+            let config = with(config.clone(), change);
+            crate::load_adapter(&config, tensors.clone(), &sites, &info)
+                .map(|_| ())
+                .map_err(|e| e.to_string())
+        };
+        for (key, found) in [("num_layers", 4), ("token_dim", 8), ("num_attention_heads", 1)] {
+            let error = load(json!({ key: found })).unwrap_err();
+            assert!(error.contains(&format!("`{key}` is {found}, and this model has")), "{name}: {error}");
+            assert!(load(json!({ key: null })).is_ok(), "{name}: `peft` takes it from the model");
+        }
+        let error = load(json!({ "num_layers": 1, "token_dim": 8 })).unwrap_err();
+        assert!(error.contains("`num_layers` is 1") && error.contains("`token_dim` is 8"), "{error}");
+    }
+}
+
 #[test]
 fn the_file_of_a_projection_holds_what_it_makes() {
     let (l, m) = (3, 5);

@@ -4,6 +4,24 @@ use super::*;
 use crate::testing::*;
 use engraft_tensor::testing::close;
 
+/// As `peft` makes them: such an adapter is the base.
+#[test]
+fn no_rows_change_nothing() {
+    let (sites, info) = toy();
+    for name in ["prompt", "prefix", "p_tuning"] {
+        let methods = [chosen(name, json!({ "tokens": 1 }))];
+        let a = attached(&methods, &[]);
+        let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        let none = |(key, t): &(String, Tensor)| (key.clone(), t.rows_between(0, 0).unwrap());
+        let config = with(config, json!({ "num_virtual_tokens": 0 }));
+        let none: crate::Named = tensors.iter().map(none).collect();
+        let loaded = crate::load_adapter(&config, none.clone(), &sites, &info).unwrap();
+        assert_eq!((loaded.adapter.prompt_rows(), loaded.adapter.sites().len()), (0, 0), "{name}");
+        let again = crate::save_adapter(&loaded.adapter, &loaded.methods, &[], "b", &sites, &info).unwrap();
+        assert_eq!((&again.0, again.1[0].1.shape()), (&config, none[0].1.shape()), "{name}");
+    }
+}
+
 #[test]
 fn trained_numbers() {
     assert_eq!(trained("prompt", json!({ "tokens": 3 })), 3 * 6);
@@ -50,6 +68,8 @@ fn rows_start_as_a_text_whose_ids_the_caller_gives() {
         json!({ "init_text": { "text": "", "ids": [] } }),
         json!({ "init_text": { "text": "a", "ids": [1] }, "init_ids": [1] }),
         json!({ "init_ids": [1], "init_below": 3 }),
+        json!({ "init_ids": [1], "init": "random" }),
+        json!({ "init_text": { "text": "a", "ids": [1] }, "init": "uniform" }),
         json!({ "init_ids": [] }),
     ] {
         assert!(from_settings(bad.as_object().unwrap()).is_err(), "{bad}");
