@@ -229,6 +229,11 @@ pub trait Method: Send + Sync {
     }
 
     /// What a key of one of its maps of patterns (`rank_pattern`) stands for.
+    /// What to tell of weights that its adapter changes beside its targets.
+    fn followed(&self, _adapter: &Adapter, _sites: &Sites) -> Vec<String> {
+        Vec::new()
+    }
+
     ///
     /// # Errors
     /// A text that is no regular expression.

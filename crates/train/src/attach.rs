@@ -165,7 +165,7 @@ fn doubts(adapter: &Adapter, methods: &[Chosen], train_also: &[String], sites: &
         let Some(targets) = targets else { return method.doubts(&sites.iter().collect::<Vec<_>>()) };
         let found = method.resolve(&targets, sites).ok();
         let found: Vec<_> = found.into_iter().flat_map(|found| found.sites).map(|id| sites.get(id)).collect();
-        method.doubts(&found)
+        [method.doubts(&found), method.followed(adapter, sites)].concat()
     };
     methods.iter().flat_map(of).collect()
 }
