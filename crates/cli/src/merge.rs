@@ -90,8 +90,15 @@ impl<'a> Merge<'a> {
                 continue;
             }
             let is_first = sharing.first().is_some_and(|first| first.id == site.id);
-            if is_first || merge.same_change(&sharing)? {
-                merge.tensors.insert(name.to_owned(), Source::Merged(site, raw.dtype, raw.shape.clone()));
+            let same = merge.same_change(&sharing)?;
+            if is_first || same {
+                let source = Source::Merged(site, raw.dtype, raw.shape.clone());
+                // Files may hold the shared tensor again under the names of those that share it.
+                let follow = sharing.iter().filter(|s| same || s.id == site.id).map(|s| own_name(s));
+                for copy in follow.filter(|copy| weights.get(copy).is_some()) {
+                    merge.tensors.insert(copy, source.clone());
+                }
+                merge.tensors.insert(name.to_owned(), source);
             } else {
                 merge.tensors.insert(own_name(site), Source::Merged(site, raw.dtype, raw.shape.clone()));
                 merge.untied = Some(own_name(site));
