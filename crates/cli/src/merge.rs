@@ -229,7 +229,7 @@ impl<'a> Merge<'a> {
 
     /// The type that a tensor of the files is written in.
     fn written(&self, dtype: Dtype) -> Dtype {
-        let is_float = matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16);
+        let is_float = matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::BF16 | Dtype::F16);
         self.dtype.filter(|_| is_float).unwrap_or(dtype)
     }
 
@@ -355,6 +355,7 @@ fn own_value(site: &Site) -> Outcome<Tensor> {
 fn bytes(values: &[f32], dtype: Dtype) -> Outcome<Vec<u8>> {
     match dtype {
         Dtype::F32 => Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect()),
+        Dtype::F64 => Ok(values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect()),
         Dtype::BF16 => Ok(values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()),
         Dtype::F16 => {
             let halves: Vec<half::f16> = values.iter().map(|v| half::f16::from_f32(*v)).collect();

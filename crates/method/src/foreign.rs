@@ -104,7 +104,28 @@ pub fn recognise<'a>(tensors: impl Iterator<Item = (&'a str, &'a [usize])>) -> O
             None => found.others.push((*name).to_owned()),
         }
     }
+    // Of the present names only paths say whose model it is.
+    if found.convertible && found.modules.iter().all(|module| is_of_diffusers(&module.path)) {
+        (found.form, found.convertible) = ("diffusers", false);
+    }
     Some(found)
+}
+
+/// Whether a module lies in a part of one of diffusers' pipelines: a U-Net, a transformer of its own kind, a text encoder.
+fn is_of_diffusers(path: &str) -> bool {
+    let mut parts = path.split('.');
+    match parts.next() {
+        Some("unet") => true,
+        Some(part)
+            if part.strip_prefix("text_encoder").is_some_and(|n| n.is_empty() || n.starts_with('_')) =>
+        {
+            true
+        }
+        Some("transformer") => parts.any(|part| {
+            part.ends_with("transformer_blocks") || matches!(part, "to_q" | "to_k" | "to_v" | "to_out")
+        }),
+        _ => false,
+    }
 }
 
 /// What to say of a file that holds no LoRA.
@@ -226,7 +247,21 @@ mod tests {
 
     #[test]
     fn files_are_known_by_their_names() {
-        let forms: [(&str, Named); 6] = [
+        let forms: [(&str, Named); 8] = [
+            (
+                "diffusers",
+                file(&[
+                    ("unet.mid_block.attentions.0.to_q.lora_A.weight", &[2, 6]),
+                    ("unet.mid_block.attentions.0.to_q.lora_B.weight", &[4, 2]),
+                ]),
+            ),
+            (
+                "diffusers",
+                file(&[
+                    ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", &[2, 6]),
+                    ("transformer.transformer_blocks.0.attn.to_q.lora_B.weight", &[4, 2]),
+                ]),
+            ),
             (
                 "loralib",
                 file(&[("x.q.lora_A", &[2, 6]), ("x.q.lora_B", &[4, 2]), ("classifier.weight", &[3, 6])]),
@@ -273,6 +308,10 @@ mod tests {
             ]))
             .is_none()
         );
+        // GPT-2's trunk has the name of a part of diffusers, too.
+        let gpt2 = [("transformer.h.0.attn.c_attn.lora_A.weight", &[2, 6][..])];
+        let both = [gpt2[0], ("transformer.h.0.attn.c_attn.lora_B.weight", &[4, 2][..])];
+        assert_eq!(seen(&file(&both)).unwrap().form, "bare peft names");
         assert!(seen(&file(&[("x.lora_A", &[2, 6])])).is_none(), "half a product");
         let error = |names: &[(&str, &[usize])]| convert(file(names), Some(4.0)).unwrap_err().to_string();
         assert!(error(&[("x.weight", &[2])]).contains("1 tensors such as `x.weight`"));
