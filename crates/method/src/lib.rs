@@ -69,6 +69,7 @@ pub use elsewhere::elsewhere;
 pub use entry::{Entry, Field, FieldKind, Info, Loaded, Settings, find, from_file};
 pub use names::{prefix, stored_as};
 pub use neurons::{active_neurons, overlap};
+pub use peft::in_present_names;
 pub use prompts::transfer::prompt_similarity;
 pub use reparameterized::dylora::sliced_dylora;
 pub use reparameterized::lora::joined_start;
@@ -228,12 +229,12 @@ pub trait Method: Send + Sync {
         Vec::new()
     }
 
-    /// What a key of one of its maps of patterns (`rank_pattern`) stands for.
     /// What to tell of weights that its adapter changes beside its targets.
     fn followed(&self, _adapter: &Adapter, _sites: &Sites) -> Vec<String> {
         Vec::new()
     }
 
+    /// What a key of one of its maps of patterns (`rank_pattern`) stands for.
     ///
     /// # Errors
     /// A text that is no regular expression.
