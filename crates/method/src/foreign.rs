@@ -247,21 +247,7 @@ mod tests {
 
     #[test]
     fn files_are_known_by_their_names() {
-        let forms: [(&str, Named); 8] = [
-            (
-                "diffusers",
-                file(&[
-                    ("unet.mid_block.attentions.0.to_q.lora_A.weight", &[2, 6]),
-                    ("unet.mid_block.attentions.0.to_q.lora_B.weight", &[4, 2]),
-                ]),
-            ),
-            (
-                "diffusers",
-                file(&[
-                    ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", &[2, 6]),
-                    ("transformer.transformer_blocks.0.attn.to_q.lora_B.weight", &[4, 2]),
-                ]),
-            ),
+        let forms: [(&str, Named); 6] = [
             (
                 "loralib",
                 file(&[("x.q.lora_A", &[2, 6]), ("x.q.lora_B", &[4, 2]), ("classifier.weight", &[3, 6])]),
@@ -308,10 +294,6 @@ mod tests {
             ]))
             .is_none()
         );
-        // GPT-2's trunk has the name of a part of diffusers, too.
-        let gpt2 = [("transformer.h.0.attn.c_attn.lora_A.weight", &[2, 6][..])];
-        let both = [gpt2[0], ("transformer.h.0.attn.c_attn.lora_B.weight", &[4, 2][..])];
-        assert_eq!(seen(&file(&both)).unwrap().form, "bare peft names");
         assert!(seen(&file(&[("x.lora_A", &[2, 6])])).is_none(), "half a product");
         let error = |names: &[(&str, &[usize])]| convert(file(names), Some(4.0)).unwrap_err().to_string();
         assert!(error(&[("x.weight", &[2])]).contains("1 tensors such as `x.weight`"));
@@ -320,6 +302,23 @@ mod tests {
         let half = error(&[("x.lora_B.weight", &[4, 2]), ("y.lora_B.weight", &[4, 2])]);
         assert!(half.contains("needs `x.lora_A.weight`") && half.contains("1 more"), "{half}");
         assert!(error(&[("x.lora_A", &[0, 6]), ("x.lora_B", &[4, 0])]).contains("found 0"));
+    }
+
+    #[test]
+    fn present_names_say_by_their_paths_whose_model_it_is() {
+        for (form, path) in [
+            ("diffusers", "unet.mid_block.attentions.0.to_q"),
+            ("diffusers", "transformer.transformer_blocks.0.attn.to_q"),
+            ("diffusers", "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"),
+            // GPT-2's trunk has the name of a part of diffusers, too.
+            ("bare peft names", "transformer.h.0.attn.c_attn"),
+            ("bare peft names", "model.layers.0.self_attn.q_proj"),
+        ] {
+            let (a, b) = (format!("{path}.lora_A.weight"), format!("{path}.lora_B.weight"));
+            let tensors = file(&[(&a, &[2, 6]), (&b, &[4, 2])]);
+            assert_eq!(seen(&tensors).unwrap().form, form, "{path}");
+            assert_eq!(convert(tensors, Some(4.0)).is_ok(), form != "diffusers", "{path}");
+        }
     }
 
     #[test]
