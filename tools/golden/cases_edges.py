@@ -1,4 +1,5 @@
-"""Masked-word heads, whose bias `transformers` has under two names (`X.bias` and `X.decoder.bias`), and settings of `peft`'s files that
+"""Masked-word heads, whose bias `transformers` has under two names (`X.bias` and `X.decoder.bias`), heads that are tied by
+configuration and not by value, and settings of `peft`'s files that
 few write: a negative alpha, negative seeds, a dropout of 1, ranks that would have to grow, two kinds of bases at once.
 
 The files are saved as `save_pretrained` saves by default.
@@ -30,6 +31,17 @@ TABLE = [
          target_modules=["decoder"]),
     case("roberta_mlm", "vera", "bias_all", "every bias", r=4, bias="all", target_modules=["query"]),
     case("bert_mlm", "fourierft", "bias_all", "every bias", n_frequency=40, bias="all", target_modules=["query"]),
+    *(case(name, "ln_tuning", "decoder", "a decoder with a bias of its own", target_modules=["decoder"]) for name in HEADS),
+    # A decoder adds no bias once rows of its table are trained; merged, `peft` has it again.
+    *(case(name, "trainable_tokens", None, "rows of the decoder too, without its bias", False, token_indices=[5, 40, 11]) for name in HEADS),
+    *(lora(name, "tokens", "rows beside factors, no bias", False, target_modules=["query"], trainable_token_indices=[5, 40, 11]) for name in HEADS),
+    lora("bert_mlm", "bias_all_tokens", "a bias below rows, which nothing adds", False, bias="all", target_modules=["query"],
+         trainable_token_indices=[5, 40, 11]),
+    # Heads that the configuration ties to the table and that have other values: `peft` puts the rows of the table into them.
+    *(case(name, "trainable_tokens", None, "the rows of an untied head too", token_indices=[5, 40, 11]) for name in ("t5_flan", "t5_untied")),
+    case("t5_flan", "trainable_tokens", "apart", "both tables, and not the head", False, token_indices=[5, 40, 11], target_modules=["embed_tokens"]),
+    lora("t5_flan", "tokens", "the rows of an untied head too, beside factors", target_modules=["q"], trainable_token_indices=[5, 40, 11]),
+    lora("t5_flan", "encoder_table", "one of several copies of a tensor", False, target_modules=["encoder.embed_tokens"]),
     # A scale below zero.
     case("llama", "deft", "negative_qr", "a negative alpha", r=4, decomposition_method="qr", alpha=-6),
     case("qwen2", "deft", "negative_relu", "a negative alpha", r=3, decomposition_method="relu", alpha=-4),
@@ -44,7 +56,7 @@ TABLE = [
     case("llama", "adalora", "grows", "a first rank below the last", init_r=4, total_step=20),
     case("qwen3", "randlora", "both_sparse", "two kinds of bases, of which one is taken", r=5, randlora_alpha=10, sparse=True, very_sparse=True),
 ]
-BOUNDS = {"lora_E": (False, 1.0), "shira_weight": (False, 0.3), **cases_multiplicative.BOUNDS,
+BOUNDS = {"trainable_tokens_delta": (True, 0.8), "lora_E": (False, 1.0), "shira_weight": (False, 0.3), **cases_multiplicative.BOUNDS,
           **{name: (False, width) for name, width in cases_kronecker.WIDTHS.items()}}
 
 

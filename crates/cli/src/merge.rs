@@ -90,8 +90,15 @@ impl<'a> Merge<'a> {
                 continue;
             }
             let is_first = sharing.first().is_some_and(|first| first.id == site.id);
-            if is_first || merge.same_change(&sharing)? {
-                merge.tensors.insert(name.to_owned(), Source::Merged(site, raw.dtype, raw.shape.clone()));
+            let same = merge.same_change(&sharing)?;
+            if is_first || same {
+                let source = Source::Merged(site, raw.dtype, raw.shape.clone());
+                // Files may hold the shared tensor again under the names of those that share it.
+                let follow = sharing.iter().filter(|s| same || s.id == site.id).map(|s| own_name(s));
+                for copy in follow.filter(|copy| weights.get(copy).is_some()) {
+                    merge.tensors.insert(copy, source.clone());
+                }
+                merge.tensors.insert(name.to_owned(), source);
             } else {
                 merge.tensors.insert(own_name(site), Source::Merged(site, raw.dtype, raw.shape.clone()));
                 merge.untied = Some(own_name(site));
@@ -222,7 +229,7 @@ impl<'a> Merge<'a> {
 
     /// The type that a tensor of the files is written in.
     fn written(&self, dtype: Dtype) -> Dtype {
-        let is_float = matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16);
+        let is_float = matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::BF16 | Dtype::F16);
         self.dtype.filter(|_| is_float).unwrap_or(dtype)
     }
 
@@ -348,6 +355,7 @@ fn own_value(site: &Site) -> Outcome<Tensor> {
 fn bytes(values: &[f32], dtype: Dtype) -> Outcome<Vec<u8>> {
     match dtype {
         Dtype::F32 => Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect()),
+        Dtype::F64 => Ok(values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect()),
         Dtype::BF16 => Ok(values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()),
         Dtype::F16 => {
             let halves: Vec<half::f16> = values.iter().map(|v| half::f16::from_f32(*v)).collect();

@@ -242,7 +242,7 @@ pub fn save_adapter(
         [(method, targets)] => {
             let by = chosen_by((method.as_ref(), targets.as_ref()), train_also, sites)?;
             let is_adapted = classifier::is_adapted(info, sites, adapter);
-            let file_type = type_of_file(method.file_type(adapter), sites, &by, is_adapted);
+            let file_type = type_of_file(method.file_type(adapter), sites, &by, train_also, is_adapted);
             let (train_also, kept) = classifier::kept(&file_type, info, sites, adapter, train_also);
             for site in kept {
                 tensors.push((method.file_name(&site.tensor_name()), own_value(site)?));
@@ -326,7 +326,7 @@ fn config(
     let by = chosen_by((method, targets), train_also, sites)?;
     // Of several methods the file has a type of its own already.
     let is_adapted = prefix.is_empty() && classifier::is_adapted(info, sites, adapter);
-    let file_type = type_of_file(method.file_type(adapter), sites, &by, is_adapted);
+    let file_type = type_of_file(method.file_type(adapter), sites, &by, train_also, is_adapted);
     let (targets, chosen) = by;
     let mut map = peft::write_header(&file_type, base_model, task, train_also);
     map.insert(peft::AUTO_MAPPING.into(), peft::auto_mapping(adapter, info));

@@ -5,11 +5,18 @@ use engraft_tensor::Tensor;
 use serde_json::{Map, Value};
 
 use crate::Named;
+use crate::tied::with_rows;
 
 /// The decoder of the masked-word head whose bias `site` is: the bias lies beside it, in the module above.
 pub(crate) fn decoder_of<'s>(site: &Site, sites: &'s Sites) -> Option<&'s Site> {
     let decoder = format!("{}.decoder", site.path.strip_suffix(".bias")?);
     sites.iter().find(|s| s.is_weight() && s.path == decoder)
+}
+
+/// The bias that the layer `site` adds, also where it lies beside it.
+pub(crate) fn bias_of<'s>(site: &Site, sites: &'s Sites) -> Option<&'s Site> {
+    let beside = |s: &&Site| decoder_of(s, sites).is_some_and(|decoder| decoder.id == site.id);
+    sites.bias_of(&site.path).or_else(|| sites.iter().find(beside))
 }
 
 /// The bias of a masked-word head has two names in files, `X.bias` and that of the decoder, `X.decoder.bias` or below a changed
@@ -18,7 +25,7 @@ pub(crate) fn one_bias_a_head(mut tensors: Named, sites: &Sites) -> Named {
     for site in sites.iter() {
         let Some(decoder) = decoder_of(site, sites) else { continue };
         let outer = key(&site.path);
-        for end in ["bias", "base_layer.bias"] {
+        for end in ["bias", "base_layer.bias", BELOW_ROWS] {
             let inner = key(&format!("{}.{end}", decoder.path));
             if tensors.iter().any(|(name, _)| *name == inner) {
                 tensors.retain(|(name, _)| *name != outer);
@@ -29,6 +36,9 @@ pub(crate) fn one_bias_a_head(mut tensors: Named, sites: &Sites) -> Named {
     }
     tensors
 }
+
+/// The bias of a decoder below rows of tokens that are trained in it.
+const BELOW_ROWS: &str = "token_adapter.base_layer.bias";
 
 /// Writes the trained bias of a masked-word head as `peft` does: `X.bias` where the head is trained whole or all biases are, and
 /// the decoder's name where that is so, where the decoder is trained whole and where it is one of the targets (`chosen`). A
@@ -45,6 +55,7 @@ pub(crate) fn biases_of_decoders(
         let Some(at) = tensors.iter().position(|(name, _)| *name == key(&site.path)) else { continue };
         let inner = format!("{}.bias", decoder.path);
         let (whole, all) = (within(&inner), all_biases(config));
+        let below_rows = !whole && has_rows(decoder, tensors, sites);
         let wrapped = !whole && chosen.contains(&decoder.id);
         if !(whole || wrapped || all) {
             continue;
@@ -55,9 +66,23 @@ pub(crate) fn biases_of_decoders(
             (false, false) => _ = tensors.remove(at),
             _ => {}
         }
-        let inner = if wrapped { format!("{}.base_layer.bias", decoder.path) } else { inner };
+        let inner = match (wrapped, below_rows) {
+            (true, _) => format!("{}.base_layer.bias", decoder.path),
+            (_, true) => format!("{}.{BELOW_ROWS}", decoder.path),
+            _ => inner,
+        };
         tensors.push((key(&inner), value));
     }
+}
+
+/// Whether `tensors` hold rows of tokens, beside factors, that `decoder` follows.
+fn has_rows(decoder: &Site, tensors: &Named, sites: &Sites) -> bool {
+    let rows = |site: &Site| {
+        let key = key(&format!("{}.token_adapter.trainable_tokens_delta", site.path));
+        tensors.iter().any(|(name, _)| *name == key)
+    };
+    let tables = sites.iter().filter(|site| site.is_weight() && rows(site));
+    tables.into_iter().any(|table| with_rows(sites, table).any(|site| site.id == decoder.id))
 }
 
 /// The key of a tensor of the model.

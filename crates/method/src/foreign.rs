@@ -104,7 +104,28 @@ pub fn recognise<'a>(tensors: impl Iterator<Item = (&'a str, &'a [usize])>) -> O
             None => found.others.push((*name).to_owned()),
         }
     }
+    // Of the present names only paths say whose model it is.
+    if found.convertible && found.modules.iter().all(|module| is_of_diffusers(&module.path)) {
+        (found.form, found.convertible) = ("diffusers", false);
+    }
     Some(found)
+}
+
+/// Whether a module lies in a part of one of diffusers' pipelines: a U-Net, a transformer of its own kind, a text encoder.
+fn is_of_diffusers(path: &str) -> bool {
+    let mut parts = path.split('.');
+    match parts.next() {
+        Some("unet") => true,
+        Some(part)
+            if part.strip_prefix("text_encoder").is_some_and(|n| n.is_empty() || n.starts_with('_')) =>
+        {
+            true
+        }
+        Some("transformer") => parts.any(|part| {
+            part.ends_with("transformer_blocks") || matches!(part, "to_q" | "to_k" | "to_v" | "to_out")
+        }),
+        _ => false,
+    }
 }
 
 /// What to say of a file that holds no LoRA.
@@ -281,6 +302,23 @@ mod tests {
         let half = error(&[("x.lora_B.weight", &[4, 2]), ("y.lora_B.weight", &[4, 2])]);
         assert!(half.contains("needs `x.lora_A.weight`") && half.contains("1 more"), "{half}");
         assert!(error(&[("x.lora_A", &[0, 6]), ("x.lora_B", &[4, 0])]).contains("found 0"));
+    }
+
+    #[test]
+    fn present_names_say_by_their_paths_whose_model_it_is() {
+        for (form, path) in [
+            ("diffusers", "unet.mid_block.attentions.0.to_q"),
+            ("diffusers", "transformer.transformer_blocks.0.attn.to_q"),
+            ("diffusers", "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"),
+            // GPT-2's trunk has the name of a part of diffusers, too.
+            ("bare peft names", "transformer.h.0.attn.c_attn"),
+            ("bare peft names", "model.layers.0.self_attn.q_proj"),
+        ] {
+            let (a, b) = (format!("{path}.lora_A.weight"), format!("{path}.lora_B.weight"));
+            let tensors = file(&[(&a, &[2, 6]), (&b, &[4, 2])]);
+            assert_eq!(seen(&tensors).unwrap().form, form, "{path}");
+            assert_eq!(convert(tensors, Some(4.0)).is_ok(), form != "diffusers", "{path}");
+        }
     }
 
     #[test]

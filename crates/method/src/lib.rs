@@ -74,6 +74,7 @@ pub use formula::SIZES;
 pub use layers::settle;
 pub use names::{prefix, stored_as};
 pub use neurons::{active_neurons, overlap};
+pub use peft::in_present_names;
 pub use prompts::transfer::prompt_similarity;
 pub use reparameterized::dylora::sliced_dylora;
 pub use reparameterized::lora::joined_start;
@@ -249,6 +250,11 @@ pub trait Method: Send + Sync {
     /// What to tell of settings that can be had at the sites `targets` and are hardly what was meant. A method that has no targets is
     /// given every site.
     fn doubts(&self, _targets: &[&Site]) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// What to tell of weights that its adapter changes beside its targets.
+    fn followed(&self, _adapter: &Adapter, _sites: &Sites) -> Vec<String> {
         Vec::new()
     }
 

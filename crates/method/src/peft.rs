@@ -1,7 +1,7 @@
 //! The part of `adapter_config.json` that every method of `peft` has: targets, modules trained as a whole, the header.
 
 use engraft_nn::{
-    Adapter, Kind, LayerChoice, Matcher, ModelInfo, Pattern, Result, Role, Site, SiteId, Sites, Stack,
+    Adapter, Kind, LayerChoice, Matcher, ModelInfo, Names, Pattern, Result, Role, Site, SiteId, Sites, Stack,
     Targets, Task, TaskName,
 };
 use serde_json::{Map, Value, json};
@@ -211,18 +211,35 @@ pub(crate) fn write_targets(
 /// Names that choose the same sites: the last components of their paths, or whole paths where these would catch more.
 fn module_names(targets: &Targets, method: &dyn Method, sites: &Sites) -> Result<Vec<String>> {
     let chosen = method.resolve(targets, sites)?.sites;
+    Ok(names_of(&chosen, &targets.train_also, method, sites))
+}
+
+/// The sites that `targets` choose by a model's older names, by its present ones; `None` where these have no such module.
+///
+/// # Errors
+/// Targets that match nothing.
+pub fn in_present_names(targets: &Targets, method: &dyn Method, sites: &Sites) -> Result<Option<Targets>> {
+    let chosen = method.resolve(targets, sites.named(Names::Older))?.sites;
+    if chosen.iter().any(|id| sites.get(*id).only == Some(Names::Older)) {
+        return Ok(None);
+    }
+    let names = names_of(&chosen, &targets.train_also, method, sites);
+    Ok(Some(Targets { train_also: targets.train_also.clone(), ..Targets::names(names) }))
+}
+
+fn names_of(chosen: &[SiteId], train_also: &[String], method: &dyn Method, sites: &Sites) -> Vec<String> {
     let path = |id: &SiteId| module_path(sites.get(*id)).to_string();
     let last = |path: String| path.rsplit('.').next().unwrap_or_default().to_string();
     let mut names: Vec<String> = chosen.iter().map(|id| last(path(id))).collect();
     names.sort();
     names.dedup();
-    let same = Targets { train_also: targets.train_also.clone(), ..Targets::names(names.clone()) };
+    let same = Targets { train_also: train_also.to_vec(), ..Targets::names(names.clone()) };
     if method.resolve(&same, sites).is_ok_and(|found| found.sites == chosen) {
-        return Ok(names);
+        return names;
     }
     let mut paths: Vec<String> = chosen.iter().map(path).collect();
     paths.dedup();
-    Ok(paths)
+    paths
 }
 
 /// The module of a site's tensor: a vector stands for the module that has it.

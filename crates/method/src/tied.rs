@@ -47,6 +47,20 @@ pub(crate) fn sharing<'s>(sites: &'s Sites, site: &'s Site) -> impl Iterator<Ite
     sites.iter().filter(|s| s.is_weight()).filter(same)
 }
 
+/// The weights that have the trained rows of the table `site`, itself among them: those that are the same tensor and, where
+/// the configuration ties tables and heads of words, all of these, though they have other values in the files. `peft` goes by
+/// the configuration and by names; so does `transformers`, which ties what is equal.
+pub(crate) fn with_rows<'s>(sites: &'s Sites, site: &'s Site) -> impl Iterator<Item = &'s Site> {
+    let words = |s: &Site| match s.role {
+        Role::Embed => true,
+        Role::Head => matches!(s.module(), "lm_head" | "decoder") && s.kind.rows() == site.kind.rows(),
+        _ => false,
+    };
+    let tied = move |s: &Site| sites.ties_words() && words(site) && words(s);
+    let same = move |s: &Site| s.id == site.id || site.tensor.is_some() && s.tensor == site.tensor;
+    sites.iter().filter(move |s| s.is_weight() && (same(s) || tied(s)))
+}
+
 /// The module that has the table's tensor, where it is none of the sites (T5's `shared`).
 pub(crate) fn own_name(sites: &Sites, table: &Site) -> Option<String> {
     let stem = table.tensor.as_deref()?.strip_suffix(".weight")?;
@@ -104,8 +118,8 @@ fn copies_of_rows(tensors: &Named, sites: &Sites) -> Named {
         let own = key(&own_name(sites, table).unwrap_or_else(|| table.path.clone()));
         let found = tensors.iter().find(|(other, _)| *other == own);
         let Some((_, rows)) = found.filter(|_| !done.contains(&table.id)) else { continue };
-        done.extend(sharing(sites, table).map(|s| s.id));
-        let others = sharing(sites, table).map(|s| key(&s.path)).filter(|other| *other != own);
+        done.extend(with_rows(sites, table).map(|s| s.id));
+        let others = with_rows(sites, table).map(|s| key(&s.path)).filter(|other| *other != own);
         copies.extend(others.map(|other| (other, rows.clone())));
     }
     copies

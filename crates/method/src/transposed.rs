@@ -10,6 +10,7 @@ use crate::Chosen;
 use crate::assemble::chosen_by;
 use crate::classifier::{self, ADAPTED};
 use crate::layers::{self, SOME_LAYERS};
+use crate::peft::NOTHING_BESIDE;
 
 /// Types that `peft` has for `nn.Linear`: a matrix that files store transposed (GPT-2's `Conv1D`) it refuses, or leaves as it
 /// is (OSF).
@@ -41,6 +42,9 @@ pub(crate) const TRAINED_COPY: &str = ".ln_tuning_layers";
 /// What precedes such a type where an adapter changes such a matrix all the same.
 const TRANSPOSED: &str = "ENGRAFT_CONV1D_";
 
+/// What precedes a type of `peft` that has no place for modules trained as a whole, where an adapter has such.
+const BESIDE: &str = "ENGRAFT_BESIDE_";
+
 /// A tensor of a file as it is here, or one of here as the file has it: `tensor` the other way round where `key` names a matrix of
 /// the model that its files store transposed.
 pub(crate) fn turned(key: &str, tensor: Tensor, sites: &Sites) -> Result<Tensor> {
@@ -53,11 +57,13 @@ pub(crate) fn turned(key: &str, tensor: Tensor, sites: &Sites) -> Result<Tensor>
     if sites.iter().any(stored_so) && tensor.shape().len() == 2 { Ok(tensor.t()?) } else { Ok(tensor) }
 }
 
-/// The type of a file: that of `peft`, unless it cannot hold what is adapted at `chosen`, or that the classifier is.
+/// The type of a file: that of `peft`, unless it cannot hold what is adapted at `chosen`, the modules `train_also`, or that the
+/// classifier is adapted.
 pub(crate) fn type_of_file(
     peft_type: &str,
     sites: &Sites,
     (targets, chosen): &(Option<Targets>, Vec<SiteId>),
+    train_also: &[String],
     classifier_adapted: bool,
 ) -> String {
     let ours = peft_type.starts_with("ENGRAFT_");
@@ -67,6 +73,9 @@ pub(crate) fn type_of_file(
     let turned = |id: &SiteId| matches!(sites.get(*id).kind, Kind::Linear { transposed: true, .. });
     match NOT_TRANSPOSED.contains(&peft_type) && chosen.iter().any(turned) {
         true => format!("{TRANSPOSED}{peft_type}"),
+        false if NOTHING_BESIDE.contains(&peft_type) && !train_also.is_empty() => {
+            format!("{BESIDE}{peft_type}")
+        }
         false if classifier_adapted && !ours => format!("{ADAPTED}{peft_type}"),
         false => peft_type.to_owned(),
     }
@@ -74,8 +83,9 @@ pub(crate) fn type_of_file(
 
 /// Whether `file_type` stands for a type of `peft` where that cannot hold the adapter.
 pub(crate) fn stands_for(file_type: &str) -> Option<&str> {
-    let transposed = file_type.strip_prefix(TRANSPOSED).filter(|own| NOT_TRANSPOSED.contains(own));
-    transposed.or_else(|| file_type.strip_prefix(ADAPTED)).or_else(|| file_type.strip_prefix(SOME_LAYERS))
+    let of = |prefix, types: &[&str]| file_type.strip_prefix(prefix).filter(|own| types.contains(own));
+    let of_some = of(TRANSPOSED, NOT_TRANSPOSED).or_else(|| of(BESIDE, NOTHING_BESIDE));
+    of_some.or_else(|| file_type.strip_prefix(ADAPTED)).or_else(|| file_type.strip_prefix(SOME_LAYERS))
 }
 
 /// The configuration with the type of `peft` that its own stands for, if it does.
@@ -101,10 +111,11 @@ pub fn not_in_peft(
     let sites = sites.named(adapter.names());
     let by = chosen_by((method.as_ref(), targets.as_ref()), train_also, sites)?;
     let is_adapted = classifier::is_adapted(info, sites, adapter);
-    let file_type = type_of_file(method.file_type(adapter), sites, &by, is_adapted);
+    let file_type = type_of_file(method.file_type(adapter), sites, &by, train_also, is_adapted);
     let what = match file_type.strip_prefix(ADAPTED) {
         _ if file_type.starts_with(SOME_LAYERS) => "has this method in all layers alone",
         Some(_) => "trains a classifier as a whole and cannot hold what is adapted in it",
+        None if file_type.starts_with(BESIDE) => "cannot hold modules that are trained beside this method",
         None => "cannot hold this method at matrices that are stored transposed (`Conv1D`)",
     };
     let own = stands_for(&file_type).is_some();
@@ -122,6 +133,30 @@ mod tests {
     use super::*;
     use crate::testing::{chosen, rows_of, stir, toy};
     use crate::{attach, load_adapter, save_adapter};
+
+    #[test]
+    fn modules_beside_a_method_that_peft_has_no_place_for_make_a_type_of_its_own() {
+        let (sites, info) = toy();
+        let methods = [(chosen("trainable_tokens", json!({ "token_indices": [1, 4] })).0, None)];
+        let also = ["layers.0.norm".to_owned()];
+        let a = attach(&methods, &also, &sites, &info, 1).unwrap();
+        stir(&a, 0.3);
+        let (config, tensors) = save_adapter(&a.adapter, &methods, &also, "b", &sites, &info).unwrap();
+        assert_eq!(config["peft_type"], "ENGRAFT_BESIDE_TRAINABLE_TOKENS");
+        let told = not_in_peft(&a.adapter, &methods, &also, &sites, &info).unwrap().unwrap();
+        assert!(told.contains("trained beside this method"), "{told}");
+        let loaded = load_adapter(&config, tensors.clone(), &sites, &info).unwrap();
+        assert_eq!(loaded.train_also, also);
+        let again = save_adapter(&loaded.adapter, &loaded.methods, &also, "b", &sites, &info).unwrap();
+        assert_eq!(again.0, config);
+        for ((key, was), (other, is)) in tensors.iter().zip(&again.1) {
+            assert_eq!(key, other);
+            close(is, was, 0.0);
+        }
+        let a = attach(&methods, &[], &sites, &info, 1).unwrap();
+        let (config, _) = save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        assert_eq!(config["peft_type"], "TRAINABLE_TOKENS");
+    }
 
     #[test]
     fn what_peft_cannot_hold_at_a_transposed_matrix_has_a_type_of_its_own() {

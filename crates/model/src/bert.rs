@@ -204,6 +204,7 @@ fn build(
     let at = |name: &str| format!("{}{name}", architecture.path(head.task));
     let words_path = at("embeddings.word_embeddings");
     let decoder_path = if roberta { "lm_head.decoder" } else { "cls.predictions.decoder" };
+    r.sites.set_ties_words(s.tied);
     let tied = head.task == Task::MaskedLm && r.tied(s.tied, decoder_path, &words_path);
     let words = r.embedding(&words_path, Role::Embed, (s.vocabulary, s.width), tied)?;
     let prompt =

@@ -132,6 +132,7 @@ fn build(
     let s = Sizes::read(c, r.tensors());
     r.initializer_range = c.number("initializer_range").unwrap_or(0.02) as f32;
     c.finish()?;
+    r.sites.set_ties_words(s.tied);
     let tied = head.task == Task::CausalLm && r.tied(s.tied, "lm_head", "transformer.wte");
     let words = r.embedding("transformer.wte", Role::Embed, (s.vocabulary, s.width), tied)?;
     let prompt = r.sites.add("transformer.wte.prompt", Role::Prompt, None, Kind::Prompt { width: s.width });

@@ -207,7 +207,7 @@ fn numbers(config: &Value, weights: &Weights) -> Numbers {
 }
 
 /// Types that the weights of a model may have.
-const FLOATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::BF16];
+const FLOATS: [Dtype; 4] = [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16];
 
 /// The architecture of a `config.json`.
 fn architecture(path: &Path, config: &Value) -> Result<&'static Architecture> {

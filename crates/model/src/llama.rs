@@ -256,6 +256,7 @@ fn build(
     r.initializer_range = c.number("initializer_range").unwrap_or(0.02) as f32;
     c.finish()?;
     let classifier = head.task == Task::SequenceClassification;
+    r.sites.set_ties_words(s.tied);
     let tied = !classifier && r.tied(s.tied, "lm_head", "model.embed_tokens");
     let embed = r.embedding("model.embed_tokens", Role::Embed, (s.vocabulary, s.width), tied)?;
     let prompt =

@@ -140,7 +140,7 @@ impl<'a> Reader<'a> {
         let problem = match found {
             None => Some("absent".to_owned()),
             Some(t) if t.shape != shape => Some(format!("{:?}", t.shape)),
-            Some(t) if !matches!(t.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
+            Some(t) if !matches!(t.dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) => {
                 Some(format!("{:?} of type {}", t.shape, t.dtype))
             }
             Some(_) => None,

@@ -168,6 +168,8 @@ fn build(
     let s = Sizes::read(c, r.tensors());
     c.finish()?;
     let both = head.task == Task::Seq2Seq;
+    // Whatever the configuration says: its key is read for the factor alone.
+    r.sites.set_ties_words(true);
     // A file without a head of its own is tied whatever the configuration says; that still decides about the factor.
     let stored = r.has(&format!("{}.weight", r.name("lm_head")));
     let tied = both && r.tied(s.tied || !stored, "lm_head", "shared");

@@ -49,7 +49,7 @@ pub use patch::{
     SublayerPatch, VectorPatch, WeightPatch,
 };
 pub use pattern::Pattern;
-pub use replace::Replacement;
+pub use replace::{LeftOut, Replacement};
 pub use site::{Kind, Names, Numbers, Role, Site, SiteId, Sites, Stack, Value};
 pub use targets::{LayerChoice, Matcher, Resolution, TargetError, Targets, few};
 pub use weight::Weight;

@@ -19,6 +19,15 @@ impl WeightPatch for Replacement {
     }
 }
 
+/// v′ = 0: a bias that is left out.
+pub struct LeftOut;
+
+impl VectorPatch for LeftOut {
+    fn vector(&self, v: &Tensor) -> Result<Tensor> {
+        Ok(Tensor::zeros(v.shape()))
+    }
+}
+
 impl VectorPatch for Replacement {
     fn vector(&self, _v: &Tensor) -> Result<Tensor> {
         Ok(self.0.get())

@@ -292,6 +292,7 @@ pub struct Sites {
     mlp_reversed: bool,
     /// The layers of each stack that are shown; all if absent.
     layers: Option<Vec<usize>>,
+    ties_words: bool,
 }
 
 impl Sites {
@@ -318,6 +319,17 @@ impl Sites {
     /// Whether AdapterHub's library calls an MLP's last matrix the intermediate one, and the first the output.
     pub fn mlp_reversed(&self) -> bool {
         self.mlp_reversed
+    }
+
+    /// Says whether the model's configuration ties tables and heads of words.
+    pub fn set_ties_words(&mut self, ties: bool) {
+        self.ties_words = ties;
+    }
+
+    /// Whether the model's configuration ties tables and heads of words, be their values in the files equal or not:
+    /// `tie_word_embeddings` as `transformers` takes it.
+    pub fn ties_words(&self) -> bool {
+        self.ties_words
     }
 
     /// Declares a site and returns its index.

@@ -267,8 +267,14 @@ fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Result<()> {
                 block[..to.len()].convert_to_f32_slice(to);
             }
         }
+        // Rounded to the nearest: nothing is computed in 64 bits.
+        Dtype::F64 => {
+            for (to, from) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *to = f64::from_le_bytes(*from) as f32;
+            }
+        }
         other => {
-            return Err(Error::Request(format!("expected a tensor of F32, F16 or BF16, found {other}")));
+            return Err(Error::Request(format!("expected a tensor of F64, F32, F16 or BF16, found {other}")));
         }
     }
     Ok(())
@@ -346,24 +352,26 @@ mod tests {
     }
 
     #[test]
-    fn half_types_widen_exactly() {
+    fn other_types_become_f32_exactly() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.safetensors");
         let values: Vec<f32> = (0..200).map(|i| (i as f32 - 100.0) * 0.25).collect();
         let f16s: Vec<u8> = values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+        let f64s: Vec<u8> = values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect();
         let bf16s: Vec<u8> = values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
         save(
             &path,
             &[
                 Entry::new("h", Dtype::F16, &[10, 20], f16s),
+                Entry::new("d", Dtype::F64, &[10, 20], f64s),
                 Entry::new("b", Dtype::BF16, &[10, 20], bf16s),
                 Entry::f32("f", &[10, 20], &values),
                 Entry::new("i", Dtype::I64, &[2], [(-1i64).to_le_bytes(), 7i64.to_le_bytes()].concat()),
             ],
         );
         let weights = Weights::open(dir.path(), &Limits::default()).unwrap();
-        assert_eq!(weights.names().collect::<Vec<_>>(), ["b", "f", "h", "i"]);
-        for name in ["h", "b", "f"] {
+        assert_eq!(weights.names().collect::<Vec<_>>(), ["b", "d", "f", "h", "i"]);
+        for name in ["h", "b", "f", "d"] {
             let tensor = weights.get(name).unwrap();
             assert_eq!(tensor.to_f32().unwrap(), values, "{name}");
             let mut rows = vec![0.0; 60];

@@ -5,10 +5,10 @@ use std::path::Path;
 use engraft_data::Tokenizer;
 use engraft_method::algebra::one_base;
 use engraft_method::{
-    Ahead, Chosen, Field, FieldKind, Method, Named, SavedAdapter, Settings, attach, choose, find,
-    load_adapter, not_in_peft, settle,
+    Ahead, Attached, Chosen, Field, FieldKind, Method, Named, SavedAdapter, Settings, attach, choose, find,
+    in_present_names, load_adapter, not_in_peft, settle,
 };
-use engraft_nn::{Adapter, Model, Sites, TargetError, Targets};
+use engraft_nn::{Adapter, Model, Names, Sites, TargetError, Targets};
 use engraft_recipe::{MethodTable, Problem, Recipe};
 use engraft_store::{AdapterFiles, Limits, read_adapter};
 use serde_json::{Value, json};
@@ -135,6 +135,8 @@ pub(crate) fn from_recipe(
         }
         (e, _) => vec![unfit(recipe, methods, &e.to_string())],
     })?;
+    let seed = recipe.train.seed;
+    let attached = renamed(&mut chosen, methods, &train_also, model, attached, seed, &mut notes);
     for dead in &attached.dead_targets {
         // Each method's targets match, but not all under the same names.
         let title = format!(
@@ -160,6 +162,55 @@ pub(crate) fn from_recipe(
     Ok(AttachedAdapter { adapter: attached.adapter, methods: chosen, train_also, notes, saved: false })
 }
 
+/// An adapter whose targets go by a model's older names, under the present ones, which `peft` finds its modules by. Settings of
+/// a method that name modules too keep it as it is.
+fn renamed(
+    chosen: &mut [Chosen],
+    methods: &[MethodTable],
+    train_also: &[String],
+    model: &dyn Model,
+    made: Attached,
+    seed: u64,
+    notes: &mut Vec<String>,
+) -> Attached {
+    if made.adapter.names() == Names::Current {
+        return made;
+    }
+    let sites = model.sites();
+    let texts = |v: &Value| match v {
+        Value::Object(map) => !map.is_empty(),
+        Value::Array(list) => list.iter().any(Value::is_string),
+        _ => false,
+    };
+    let names_modules = methods.iter().any(|table| table.settings.values().any(texts));
+    let present = |(method, targets): &Chosen| {
+        let targets = Targets { train_also: train_also.to_vec(), ..targets.clone()? };
+        in_present_names(&targets, method.as_ref(), sites).ok().flatten()
+    };
+    let kept = "the targets are names that modules had before `transformers` 5, and so are those in the adapter's file, in which \
+                `peft` finds them under older versions alone";
+    let found: Option<Vec<Targets>> = chosen.iter().map(present).collect();
+    let Some(found) = found.filter(|_| !names_modules) else {
+        notes.push(kept.into());
+        return made;
+    };
+    let before: Vec<Option<Targets>> = chosen.iter().map(|one| one.1.clone()).collect();
+    chosen.iter_mut().zip(found).for_each(|(one, targets)| one.1 = Some(targets));
+    match attach(chosen, train_also, sites, model.info(), seed) {
+        Ok(now) if now.dead_targets.is_empty() && now.dead_modules.is_empty() => {
+            let told = "the targets are names that modules had before `transformers` 5; the adapter's file has the present ones, \
+                        by which `peft` finds them";
+            notes.push(told.into());
+            now
+        }
+        _ => {
+            chosen.iter_mut().zip(before).for_each(|(one, targets)| one.1 = targets);
+            notes.push(kept.into());
+            made
+        }
+    }
+}
+
 /// What the methods tell of their settings at the sites that they have.
 fn doubts(adapter: &Adapter, methods: &[Chosen], train_also: &[String], sites: &Sites) -> Vec<String> {
     let sites = sites.named(adapter.names());
@@ -169,7 +220,7 @@ fn doubts(adapter: &Adapter, methods: &[Chosen], train_also: &[String], sites: &
         let Some(targets) = targets else { return method.doubts(&sites.iter().collect::<Vec<_>>()) };
         let found = method.resolve(&targets, sites).ok();
         let found: Vec<_> = found.into_iter().flat_map(|found| found.sites).map(|id| sites.get(id)).collect();
-        method.doubts(&found)
+        [method.doubts(&found), method.followed(adapter, sites)].concat()
     };
     methods.iter().flat_map(of).collect()
 }

@@ -218,7 +218,10 @@ impl Setting<'_> {
             other => other.map_err(|e| e.to_string())?,
         };
         let info = self.methods[0].0.info();
-        if self.methods.iter().all(|m| m.0.info().identity_at_init) {
+        let sites = self.loaded.model.sites();
+        let starts_as_base =
+            |m: &Chosen| m.0.info().identity_at_init && m.0.followed(&adapter, sites).is_empty();
+        if self.methods.iter().all(starts_as_base) {
             close("at the start", &self.logits(Some(&adapter))?, &before, self.tolerance())?;
         }
         stir(&adapter, 1);

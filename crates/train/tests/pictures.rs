@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use common::golden;
 use engraft_data::{ImageSource, Labels, PictureModel, Processor, read_images};
+use engraft_nn::Targets;
 use engraft_recipe::Recipe;
 use engraft_store::{Limits, Weights};
 use engraft_train::{Session, method_specs};
@@ -172,4 +173,34 @@ fn picture_files_are_as_pillow_reads_them() {
             (0..points).all(|at| (0..3).all(|c| pixels[c * points + at] == f32::from(levels[at * 3 + c])));
         assert!(same, "{called}");
     }
+}
+
+#[test]
+fn targets_by_older_names_are_saved_by_the_present_ones() {
+    let home = Home::new("vit", &json!({}), &square(12)).classes(&["a", "b"]);
+    let open = |settings: &str| {
+        let at = |name: &str| home.path().join(name);
+        let text = format!(
+            "model = {:?}\n[method]\nname = \"lora\"\ntargets = [\"query\", \"intermediate.dense\"]\n{settings}\n[data]\nformat = \"images\"\npath = {:?}\n[train]\nsteps = 1\n",
+            at("model"),
+            at("data"),
+        );
+        common::opened(&Recipe::parse(&text, "recipe.toml", &[], &method_specs()).unwrap()).unwrap()
+    };
+    let session = open("rank = 2");
+    let expected = "vit.layers.0.attention.q_proj.lora_A.weight";
+    assert!(session.adapter.params().iter().any(|p| p.name == expected));
+    let saved = session.methods[0].1.clone().unwrap();
+    assert_eq!(saved, Targets { train_also: saved.train_also.clone(), ..Targets::names(["fc1", "q_proj"]) });
+    assert!(
+        session.notes.iter().any(|note| note.contains("file has the present ones")),
+        "{:?}",
+        session.notes
+    );
+    // A pattern goes by the names that it was written for.
+    let session = open("rank_pattern = { \"intermediate.dense\" = 3 }");
+    let expected = "vit.encoder.layer.0.intermediate.dense.lora_A.weight";
+    let param = session.adapter.params().iter().find(|p| p.name == expected).unwrap();
+    assert_eq!(param.param.value().dim(0), 3);
+    assert!(session.notes.iter().any(|note| note.contains("under older versions")), "{:?}", session.notes);
 }

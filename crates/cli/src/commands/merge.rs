@@ -97,7 +97,12 @@ pub fn run(args: &Args, cx: &Context) -> Outcome {
     let (options, task) =
         (LoadOptions { limits: cx.limits.clone(), ..LoadOptions::default() }, engine.model.info().task);
     drop(engine);
-    let merged = Engine::open(&args.out, &LoadOptions { task: Some(task), ..options }, cx)?;
+    let merged = Engine::open(&args.out, &LoadOptions { task: Some(task), ..options }, cx);
+    if merged.is_err() {
+        // What cannot be loaded is of no use; if it cannot be removed either, the first error is the one to show.
+        let _ = std::fs::remove_dir_all(&args.out);
+    }
+    let merged = merged?;
     let merged = probes.measure(&merged)?;
     if !merged.largest().is_finite() {
         let before = if adapted.largest().is_finite() { "are" } else { "are not either" };

@@ -88,6 +88,41 @@ pub(super) fn lora_config(first: &Term, terms: &[Term], ranks: &BTreeMap<String,
     Ok(Value::Object(map))
 }
 
+/// Of the first, with the targets and modules of all.
+pub(super) fn scales_config(terms: &[Term]) -> Result<Value> {
+    const UNITED: [&str; 3] = ["target_modules", "feedforward_modules", "modules_to_save"];
+    let apart = |term: &Term| {
+        let mut term = Term { tensors: Vec::new(), ..term.clone() };
+        let map = term.config.as_object_mut();
+        map.into_iter().for_each(|map| UNITED.iter().for_each(|key| drop(map.remove(*key))));
+        term
+    };
+    same_configuration(&terms.iter().map(apart).collect::<Vec<_>>())?;
+    let mut config = terms[0].config.clone();
+    for key in UNITED {
+        let values: Vec<Value> = terms.iter().map(|t| unordered(t.config.get(key))).collect();
+        let lists: Option<Vec<Vec<String>>> = values.iter().map(texts).collect();
+        let patterns: Option<Vec<&str>> = values.iter().map(Value::as_str).collect();
+        config[key] = match (lists, patterns) {
+            _ if values.iter().all(|value| *value == values[0]) => continue,
+            (Some(lists), _) => json!(lists.into_iter().flatten().collect::<BTreeSet<String>>()),
+            (_, Some(patterns)) => {
+                json!(patterns.iter().map(|p| format!("({p})")).collect::<Vec<_>>().join("|"))
+            }
+            _ if key == "modules_to_save" => {
+                let named = values.iter().filter_map(texts).flatten();
+                json!(named.collect::<BTreeSet<String>>())
+            }
+            _ => {
+                return Err(Error::Unsupported(format!(
+                    "`{key}` is a list in one of the adapters and a pattern, or left out, in another: write all of them alike"
+                )));
+            }
+        };
+    }
+    Ok(config)
+}
+
 /// Refuses heads that follow their table in one adapter and do not in another.
 fn same_tying(first: &Term, terms: &[Term]) -> Result<()> {
     let ties = |t: &Term| t.config.get("ensure_weight_tying").and_then(Value::as_bool) == Some(true);

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::alike::start_off_base;
 use super::assignment::assign;
-use super::config::{hub_name, same_configuration};
+use super::config::{hub_name, same_configuration, scales_config};
 use super::factors::modules;
 use super::{Combined, Term, methods_of, norm};
 use crate::Named;
@@ -28,6 +28,10 @@ fn mean(name: &str, terms: &[(f64, Tensor)]) -> Result<(String, Tensor)> {
     if terms.iter().any(|(_, t)| t.dtype() != DType::F32) {
         return same(name, terms);
     }
+    // Copies of a table below adapters are the base's own.
+    if terms.len() > 1 && equal(terms)? {
+        return Ok((name.to_owned(), terms[0].1.clone()));
+    }
     if total == 0.0 || terms.len() > 1 && terms.iter().any(|(w, _)| *w < 0.0) {
         return Err(Error::Unsupported(format!(
             "{name} is trained as a whole and can only be averaged, which a negative weight or a sum of zero does not allow; \
@@ -44,6 +48,16 @@ fn mean(name: &str, terms: &[(f64, Tensor)]) -> Result<(String, Tensor)> {
         sum = sum.add(&tensor.scale(share(*weight) as f32)?)?;
     }
     Ok((name.to_owned(), sum))
+}
+
+fn equal(terms: &[(f64, Tensor)]) -> Result<bool> {
+    let (_, first) = &terms[0];
+    for (_, other) in &terms[1..] {
+        if other.shape() != first.shape() || other.to_bytes()? != first.to_bytes()? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Whole numbers (places of a mask) have no mean: they must be the same in all.
@@ -99,6 +113,43 @@ pub(super) fn average(terms: &[Term]) -> Result<Combined> {
         combined.error = distance(terms, &combined)?;
     }
     Ok(combined)
+}
+
+/// Σ w·l of (IA)³'s scales, at each module of those that have one there, as in `peft`. What is trained as a whole is averaged.
+pub(super) fn scales(terms: &[Term]) -> Result<Combined> {
+    let config = scales_config(terms)?;
+    let (mut sums, mut others) = (Weighted::new(), Weighted::new());
+    for term in terms {
+        for (name, tensor) in &term.tensors {
+            let to = if name.ends_with(".ia3_l") { &mut sums } else { &mut others };
+            to.entry(name.clone()).or_default().push((term.weight, tensor.clone()));
+        }
+    }
+    let mut tensors = Named::new();
+    for (name, terms) in sums {
+        let (weight, first) = &terms[0];
+        let mut sum = first.scale(*weight as f32)?;
+        for (weight, tensor) in &terms[1..] {
+            if sum.shape() != tensor.shape() {
+                let (a, b) = (sum.shape(), tensor.shape());
+                let message = format!(
+                    "{name}: {a:?} and {b:?} cannot be added: `feedforward_modules` differ at this module"
+                );
+                return Err(Error::Mismatch(vec![message]));
+            }
+            sum = sum.add(&tensor.scale(*weight as f32)?)?;
+        }
+        tensors.push((name, sum));
+    }
+    let notes = match others.len() {
+        0 => vec![],
+        count => vec![format!(
+            "{count} tensors that are trained as a whole are averaged by weight: they do not add"
+        )],
+    };
+    tensors.extend(means(&others)?);
+    tensors.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(Combined { methods: methods_of(&config)?, config, tensors, error: None, worst: None, notes })
 }
 
 /// How far the product of mean factors is from the mean of the products; `None` where the factors are not plain.

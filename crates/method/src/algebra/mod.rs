@@ -5,7 +5,7 @@
 //!
 //! The rules are those of `peft`'s `add_weighted_adapter`: on the factors (`linear`, `ties`, …) each of A and B is combined by
 //! itself, with the root of its weight, so that products of different adapters come in; on the products (`svd`, `ties_svd`, …)
-//! the changes are combined and cut to a rank by singular values. `average` is the mean of every tensor of adapters that are
+//! the changes are combined and cut to a rank by singular values. Of (IA)³ `linear` is the sum of the scales themselves. `average` is the mean of every tensor of adapters that are
 //! configured alike (AdapterSoup, Chronopoulou et al. 2023, arXiv:2302.07027), `mera` that of bottlenecks whose units are
 //! brought to meet first (MerA, He et al. 2023, arXiv:2308.15982), `lorahub` (Σ w·B)·(Σ w·A), with weights that a search finds
 //! on a few examples (Huang et al. 2023, arXiv:2307.13269). TIES: Yadav et al. 2023, arXiv:2306.01708; DARE:
@@ -35,7 +35,7 @@ pub(crate) use factors::{Scales, modules as products};
 use config::{lora_config, whole_or_product};
 use factors::{Factors, Module, modules};
 pub use hub::{Found, Search, search};
-use mean::{average, means, mera};
+use mean::{average, means, mera, scales};
 pub use rules::Sign;
 use rules::{Recipe, Stack};
 
@@ -219,11 +219,12 @@ fn combine_checked(terms: &[Term], options: &Options, measured: bool) -> Result<
     let combined = no_grad(|| match options.rule {
         Rule::Average => average(terms),
         Rule::Mera => mera(terms),
+        Rule::Linear if terms.iter().all(|t| crate::peft::is_type(&t.config, "IA3")) => scales(terms),
         _ => {
             if let Some(other) = terms.iter().find(|t| !crate::peft::is_type(&t.config, "LORA")) {
                 let found = other.config.get("peft_type").and_then(Value::as_str).unwrap_or("none");
                 return Err(Error::Unsupported(format!(
-                    "{}: only low-rank products can be added so, and this is {found}; adapters configured alike can be averaged with the rule average",
+                    "{}: only low-rank products can be added so, and (IA)³ by the rule linear, and this is {found}; adapters configured alike can be averaged with the rule average",
                     other.name
                 )));
             }

@@ -427,3 +427,47 @@ fn rows_of_tokens_meet_by_their_tokens() {
         assert!(error.contains("names tables otherwise"), "{error}");
     }
 }
+
+#[test]
+fn scales_add_by_weight_at_the_modules_of_each() {
+    let of = |targets: &[&str], weight: f64| {
+        let feedforward: Vec<&str> = targets.iter().copied().filter(|name| *name == "mlp.down").collect();
+        let settings = json!({ "feedforward": feedforward });
+        let methods = [(chosen("ia3", settings).0, Some(Targets::names(targets.iter().copied())))];
+        let a = attached(&methods, &[]);
+        stir(&a, 0.3);
+        let (sites, info) = crate::testing::toy();
+        let (config, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+        Term { name: format!("weight {weight}"), config, tensors, weight }
+    };
+    let (one, other) = (of(&["attn.q", "mlp.down"], 0.7), of(&["attn.q", "attn.v"], -0.4));
+    let sum = combine(&[one.clone(), other.clone()], &options(Rule::Linear)).unwrap();
+    assert_eq!(sum.config["target_modules"], json!(["attn.q", "attn.v", "mlp.down"]));
+    assert_eq!(sum.config["feedforward_modules"], json!(["mlp.down"]));
+    let find = |tensors: &Named, end: &str| {
+        tensors.iter().find(|(name, _)| name.contains(end)).map(|(_, value)| value.clone())
+    };
+    let scaled =
+        |term: &Term, end: &str| find(&term.tensors, end).unwrap().scale(term.weight as f32).unwrap();
+    let both = scaled(&one, "layers.0.attn.q").add(&scaled(&other, "layers.0.attn.q")).unwrap();
+    close(&find(&sum.tensors, "layers.0.attn.q").unwrap(), &both, 1e-6);
+    close(&find(&sum.tensors, "layers.1.attn.v").unwrap(), &scaled(&other, "layers.1.attn.v"), 1e-6);
+    assert!(find(&one.tensors, "attn.v").is_none());
+    let error = combine(&[one, other], &options(Rule::Cat)).err().unwrap().to_string();
+    assert!(error.contains("(IA)³ by the rule linear"), "{error}");
+}
+
+#[test]
+fn what_is_equal_in_all_is_kept_whatever_the_weights() {
+    let (mut one, mut other) = (term(json!({ "rank": 1 }), 1.0), term(json!({ "rank": 1 }), -2.0));
+    let copy = ("base_model.model.tok.base_layer.weight".to_owned(), frozen("tok"));
+    one.tensors.push(copy.clone());
+    other.tensors.push(copy.clone());
+    let sum = combine(&[one.clone(), other.clone()], &options(Rule::Cat)).unwrap();
+    let kept = sum.tensors.iter().find(|(name, _)| *name == copy.0).unwrap();
+    close(&kept.1, &copy.1, 0.0);
+    let last = other.tensors.len() - 1;
+    other.tensors[last].1 = copy.1.scale(2.0).unwrap();
+    let error = combine(&[one, other], &options(Rule::Cat)).err().unwrap().to_string();
+    assert!(error.contains("can only be averaged"), "{error}");
+}

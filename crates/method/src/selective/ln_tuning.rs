@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use engraft_nn::{Builder, Kind, Resolution, Result, Role, Site, SiteId, Sites, Targets, Value as Frozen};
 use serde_json::{Map, Value};
 
+use crate::copies::decoder_of;
 use crate::read::Reader;
 use crate::transposed::TRAINED_COPY;
 use crate::{Described, Entry, Info, Loaded, Method, peft};
@@ -63,8 +64,7 @@ impl Method for LnTuning {
 
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         for site in b.targets() {
-            let name = site.tensor_name();
-            if let (Some((module, end)), false) = (name.rsplit_once('.'), b.replaced(site.id)) {
+            if let (Some((module, end)), false) = (module_of(site, b.sites()), b.replaced(site.id)) {
                 b.replace_as(site.id, &format!("{module}{TRAINED_COPY}.{end}"))?;
             }
         }
@@ -85,6 +85,16 @@ impl Method for LnTuning {
     }
 }
 
+/// The module that a tensor belongs to, and its name in it. A masked-word head's bias lies beside its decoder, which `peft` copies
+/// with a bias of its own.
+fn module_of(site: &Site, sites: &Sites) -> Option<(String, String)> {
+    if let Some(decoder) = decoder_of(site, sites) {
+        return Some((decoder.path.clone(), "bias".to_owned()));
+    }
+    let name = site.tensor_name();
+    name.rsplit_once('.').map(|(module, end)| (module.to_owned(), end.to_owned()))
+}
+
 /// Modules that hold tensors, and which: a site for each here, the model's own for each tensor.
 #[derive(Default)]
 struct Modules {
@@ -98,9 +108,8 @@ impl Modules {
         let mut found = Modules::default();
         let mut numbers: HashMap<String, usize> = HashMap::new();
         for site in sites.iter().filter(|site| !matches!(site.value, Frozen::None) && wanted(site)) {
-            let name = site.tensor_name();
-            let Some((module, _)) = name.rsplit_once('.') else { continue };
-            let number = *numbers.entry(module.to_owned()).or_insert_with(|| {
+            let Some((module, _)) = module_of(site, sites) else { continue };
+            let number = *numbers.entry(module.clone()).or_insert_with(|| {
                 // Norms hold no matrix, and are to be named all the same.
                 let kind =
                     if site.is_weight() { site.kind.clone() } else { Kind::Embedding { rows: 1, width: 1 } };

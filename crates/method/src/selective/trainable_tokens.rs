@@ -1,8 +1,9 @@
 //! Trainable tokens: chosen rows of the embedding table are trained, the others stay.
 //!
 //! W′ = W with rows `token_indices` replaced by P, P starting as these rows. What shares the tensor of the model's table (a tied
-//! head, the tables of T5's encoder and decoder) has the same rows replaced; a head or one of T5's tables that is named alone
-//! has rows of its own. The forward looks up, or puts x·Pᵀ in place of the logits of
+//! head, the tables of T5's encoder and decoder) has the same rows replaced, and so has, as in `peft`, a head that the
+//! configuration ties to the table and that has other values (T5 1.1, FLAN-T5): its rows are those of the table from the start
+//! on. A head or one of T5's tables that is named alone has rows of its own. A head whose rows are replaced adds no bias. The forward looks up, or puts x·Pᵀ in place of the logits of
 //! these rows; W′ is never formed.
 //!
 //! `peft`'s TRAINABLE_TOKENS; no paper. As in `peft` the values are the rows themselves and not differences, so that a table
@@ -10,12 +11,12 @@
 //!
 //! `trainable_tokens_delta` [rows, width], in the order of `token_indices`; a tied head or table has a copy of its own in the file.
 
-use engraft_nn::{Builder, Error, Matcher, Resolution, Result, Role, Site, SiteId, Sites, Targets};
+use engraft_nn::{Adapter, Builder, Error, Matcher, Resolution, Result, Role, Site, SiteId, Sites, Targets};
 use serde_json::{Map, Value, json};
 
 use crate::read::Reader;
 use crate::shared::token_rows;
-use crate::tied::{chosen_by_own_name, own_name, sharing};
+use crate::tied::{chosen_by_own_name, own_name, with_rows};
 use crate::{Described, Entry, Field, FieldKind, Info, Loaded, Method, peft};
 
 struct TrainableTokens {
@@ -97,7 +98,12 @@ impl Method for TrainableTokens {
                 None => (site.role == Role::Embed).then(|| site.path.clone()),
             };
             let leads = module.is_some();
-            let followers: Vec<&Site> = sharing(sites, site).filter(|s| s.id == site.id || leads).collect();
+            let mut followers: Vec<&Site> = match leads {
+                true => with_rows(sites, site).collect(),
+                false => vec![site],
+            };
+            // The rows start as those of the table that was chosen.
+            followers.sort_by_key(|s| s.id != site.id);
             done.extend(followers.iter().map(|tied| tied.id));
             let name = format!("{}.trainable_tokens_delta", module.as_ref().unwrap_or(&site.path));
             token_rows::train(b, &self.rows, &name, &followers)?;
@@ -128,6 +134,15 @@ impl Method for TrainableTokens {
         let mut chosen: Vec<SiteId> = found.sites.into_iter().map(|id| ids[id.0]).collect();
         chosen.dedup();
         Ok(Resolution { sites: chosen, dead: found.dead })
+    }
+
+    fn followed(&self, adapter: &Adapter, sites: &Sites) -> Vec<String> {
+        let leads = |site: &&Site| {
+            let key =
+                format!("{}.trainable_tokens_delta", own_name(sites, site).unwrap_or(site.path.clone()));
+            site.role == Role::Embed && adapter.params().iter().any(|p| p.name == key)
+        };
+        sites.iter().find(leads).map_or_else(Vec::new, |table| token_rows::doubts(table, sites))
     }
 
     fn config(&self, _model: &Described<'_>) -> Map<String, Value> {
@@ -201,6 +216,44 @@ mod tests {
         let mut other = tensors;
         other[1].1 = other[1].1.scale(2.0).unwrap();
         assert!(crate::load_adapter(&config, other, &sites, &info).is_err(), "copies that differ");
+    }
+
+    #[test]
+    fn a_head_that_the_configuration_ties_has_the_rows_and_adds_no_bias() {
+        let (sites, info) = toy();
+        let mut sites = Arc::try_unwrap(sites).ok().unwrap();
+        let head = sample(&[11, 6], 8);
+        let weight = engraft_nn::Weight::table(rows_of(&head), Some(engraft_tensor::frozen::Precision::F32));
+        let bias = Some(sample(&[11], 9));
+        Linear::declare(&mut sites, ("lm_head", "lm_head"), Role::Head, None, Arc::new(weight), bias);
+        let of = |sites: Sites| {
+            let methods = [chosen("trainable_tokens", json!({ "token_indices": [9, 4] }))];
+            let sites = Arc::new(sites);
+            let a = crate::attach(&methods, &[], &sites, &info, 1).unwrap();
+            stir(&a, 0.4);
+            let told = methods[0].0.followed(&a.adapter, &sites).join("\n");
+            let (_, tensors) = crate::save_adapter(&a.adapter, &methods, &[], "b", &sites, &info).unwrap();
+            let keys: Vec<String> = tensors.into_iter().map(|(key, _)| key).collect();
+            let merged = engraft_nn::merged_tensors(&sites, &a.adapter).unwrap();
+            let merged: Vec<_> = merged.into_iter().map(|m| (m.site.path.clone(), m.value)).collect();
+            (keys, merged, told)
+        };
+        let key = |path: &str| format!("base_model.model.{path}.trainable_tokens_delta");
+        let (keys, merged, told) = of(sites.clone());
+        assert_eq!((keys, merged.len(), told.as_str()), (vec![key("tok")], 1, ""));
+
+        sites.set_ties_words(true);
+        let (keys, merged, told) = of(sites);
+        assert_eq!(keys, [key("lm_head"), key("tok")]);
+        assert!(told.contains("`lm_head` has values of its own") && told.contains("adds no bias"), "{told}");
+        let of = |path: &str| merged.iter().find(|(own, _)| own == path).unwrap().1.clone();
+        assert_eq!(merged.len(), 3);
+        for row in [9, 4] {
+            let rows = |t: &Tensor| t.rows_between(row, row + 1).unwrap();
+            close(&rows(&of("lm_head")), &rows(&of("tok")), 0.0);
+        }
+        close(&of("lm_head").rows_between(0, 4).unwrap(), &head.rows_between(0, 4).unwrap(), 0.0);
+        close(&of("lm_head.bias"), &Tensor::zeros([11]), 0.0);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::read::Reader;
 use crate::shared::token_rows;
-use crate::tied::{own_name, sharing};
+use crate::tied::{own_name, with_rows};
 
 /// Which rows.
 #[derive(Clone, Debug, Default)]
@@ -53,7 +53,7 @@ impl Tokens {
             };
         };
         let source = own_name(sites, table).unwrap_or_else(|| table.path.clone());
-        let tied: Vec<&Site> = sharing(sites, table).filter(|s| s.path != source).collect();
+        let tied: Vec<&Site> = with_rows(sites, table).filter(|s| s.path != source).collect();
         let names = |name: &Option<String>, path: &str| {
             name.as_ref().is_none_or(|name| path.ends_with(name.as_str()))
         };

@@ -3,11 +3,17 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use engraft_nn::{Base, Builder, Error, Init, Kind, Pass, Patch, Result, Site, Value as Frozen, WeightPatch};
+use engraft_nn::{
+    Base, Builder, Error, Init, Kind, LeftOut, Pass, Patch, Result, Site, Sites, Value as Frozen, WeightPatch,
+};
 use engraft_tensor::ops::{Pattern, cat};
 use engraft_tensor::{Param, Tensor};
 
-/// Trains `rows` of the first of `sites`, as the parameter `name`, and puts them into all of them.
+use crate::copies::bias_of;
+use crate::tied::with_rows;
+
+/// Trains `rows` of the first of `sites`, as the parameter `name`, and puts them into all of them. `peft` adds no bias where
+/// it has put rows into a head, and so none is added here.
 pub(crate) fn train(b: &mut Builder<'_>, rows: &[usize], name: &str, sites: &[&Site]) -> Result<()> {
     let Some(site) = sites.first() else { return Ok(()) };
     let (Kind::Embedding { rows: count, .. } | Kind::Linear { out: count, .. }) = site.kind else {
@@ -28,8 +34,32 @@ pub(crate) fn train(b: &mut Builder<'_>, rows: &[usize], name: &str, sites: &[&S
     let param = b.param(name, &shape, Init::Values(start))?;
     for site in sites {
         b.patch(site.id, Patch::Weight(Box::new(Rows::new(rows, param.clone(), site)?)))?;
+        if let Some(bias) = bias_of(site, b.sites()) {
+            b.patch(bias.id, Patch::Vector(Box::new(LeftOut)))?;
+        }
     }
     Ok(())
+}
+
+/// What surprises where rows of `table` are trained: heads that `peft` changes beyond these rows, or to other values.
+pub(crate) fn doubts(table: &Site, sites: &Sites) -> Vec<String> {
+    let mut doubts = Vec::new();
+    for head in with_rows(sites, table).filter(|s| matches!(s.kind, Kind::Linear { .. })) {
+        if head.tensor != table.tensor {
+            doubts.push(format!(
+                "`{}` has values of its own; as in `peft` the trained rows of the table take the place of its rows, from the start \
+                 on. To leave it as it is, name the tables by their own paths, such as `encoder.embed_tokens`",
+                head.path
+            ));
+        }
+        if bias_of(head, sites).is_some() {
+            doubts.push(format!(
+                "as in `peft`, `{}` adds no bias once the rows of its table are trained",
+                head.path
+            ));
+        }
+    }
+    doubts
 }
 
 /// Some rows of a table, or of the head that shares it.

@@ -149,7 +149,12 @@ fn read_eva(r: &mut Reader<'_>) -> Search {
 impl Lora {
     /// The keys that are this method's own.
     pub(super) fn written(&self, model: &Described<'_>) -> Map<String, Value> {
+        // How factors began says nothing about what they are, and `peft` takes a bias of the product with the usual start or with
+        // none alone, and MiCA without DoRA.
+        let is_refused =
+            self.product_bias && self.start != Start::Random || self.dora && self.start == Start::Mica;
         let start = match self.start {
+            _ if is_refused => json!(true),
             Start::Gaussian => json!("gaussian"),
             Start::Random => json!(false),
             Start::Orthogonal => json!("orthogonal"),
@@ -159,7 +164,8 @@ impl Lora {
             Start::Olora if self.from_file => json!("olora"),
             Start::Kaiming | Start::Pissa(_) | Start::Olora | Start::Corda | Start::LoraGa => json!(true),
         };
-        let eva = if self.start == Start::Eva { self.search.eva_config() } else { Value::Null };
+        let eva =
+            if self.start == Start::Eva && !is_refused { self.search.eva_config() } else { Value::Null };
         let (rank, alpha, ranks, alphas) = self.written_ranks(model);
         let mut map: Map<String, Value> = OFF
             .iter()
@@ -352,4 +358,23 @@ fn used_ranks(a: &Tensor, b: &Tensor) -> usize {
 /// What follows the first size made one.
 fn flat(t: &Tensor) -> Result<Tensor> {
     Ok(t.reshape([t.dim(0), t.len() / t.dim(0).max(1)])?)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use crate::testing::{chosen, config};
+
+    #[test]
+    fn starts_that_peft_refuses_beside_another_setting_are_not_named() {
+        let start = |settings: Value| config(&[chosen("lora", settings)], &[])["init_lora_weights"].clone();
+        assert_eq!(start(json!({ "init": "gaussian" })), "gaussian");
+        for init in ["gaussian", "orthogonal", "mica", "kaiming"] {
+            assert_eq!(start(json!({ "init": init, "rank": 2, "lora_bias": true })), true, "{init}");
+        }
+        assert_eq!(start(json!({ "init": "random", "lora_bias": true })), false);
+        assert_eq!(start(json!({ "init": "mica", "rank": 2 })), "mica");
+        assert_eq!(start(json!({ "init": "mica", "rank": 2, "dora": true })), true);
+    }
 }
