@@ -200,7 +200,7 @@ fn a_setting_of_another_method() {
 10 | rank = 8
    | ^^^^ not a setting of `bitfit`
    |
-   = help: keys here: name, from, targets, roles, exclude, layers, layers_pattern, train_also
+   = help: keys here: name, from, targets, roles, exclude, layers, layers_pattern, trained_share, train_also
 
 1 error in recipe.toml; nothing was loaded or written
 "#,
