@@ -9,7 +9,9 @@ use engraft_model::Packed;
 use engraft_recipe::{Dtype, Recipe};
 use engraft_report::human;
 use engraft_store::run::RunDir;
-use engraft_train::{Evaluation, NotFinite, RunOptions, Session, SessionOptions, Status, estimate, smaller};
+use engraft_train::{
+    Evaluation, NotFinite, RunOptions, Session, SessionOptions, Smaller, Status, estimate, smaller,
+};
 use serde_json::{Value, json};
 
 use super::plan::parts;
@@ -211,12 +213,18 @@ fn refuse_too_large(session: &Session, room: u64) -> Outcome {
         human::bytes(room),
         parts(&sizes)
     );
-    for option in smaller(session, &sizes, room) {
+    message.push_str(&smaller_runs(session, room));
+    Err(Failure::before_work(message + "\nor    --overcommit, to run all the same"))
+}
+
+/// Settings that need less memory, a line each.
+fn smaller_runs(session: &Session, room: u64) -> String {
+    let line = |option: &Smaller| {
         let total = human::bytes(option.total_bytes);
         let fits = if option.total_bytes <= room { "fits" } else { "still too large" };
-        message.push_str(&format!("\ntry   --set {}: {total}, {fits}", option.settings.join(" --set ")));
-    }
-    Err(Failure::before_work(message + "\nor    --overcommit, to run all the same"))
+        format!("\ntry   --set {}: {total}, {fits}", option.settings.join(" --set "))
+    };
+    smaller(session, &estimate(session), room).iter().map(line).collect()
 }
 
 /// Decodes every picture file once, so that a damaged one does not end the run hours later.
@@ -293,7 +301,11 @@ pub(super) fn failed(error: engraft_train::Error, args: &Args, out: &Path, sessi
             };
             Failure::from(error).ending(&next)
         }
-        other => other.into(),
+        other => match engraft_tensor::device::exhausted() {
+            // The estimate is of a processor's run, which keeps about as much.
+            Some(room) => Failure::from(other).ending(smaller_runs(session, room).trim_start()),
+            None => other.into(),
+        },
     }
 }
 

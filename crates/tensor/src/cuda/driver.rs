@@ -31,6 +31,7 @@ pub(crate) struct Cuda {
     modules: Mutex<HashMap<Source, usize>>,
     failure: Mutex<Option<String>>,
     has_failed: AtomicBool,
+    ran_out: AtomicBool,
     memory: Memory,
     bf16: AtomicBool,
     pub(crate) profile: Profile,
@@ -199,6 +200,7 @@ impl Cuda {
             modules: Mutex::default(),
             failure: Mutex::default(),
             has_failed: AtomicBool::new(false),
+            ran_out: AtomicBool::new(false),
             memory: Memory::default(),
             bf16: AtomicBool::new(false),
             profile: Profile::default(),
@@ -220,6 +222,11 @@ impl Cuda {
     /// Whether kernels multiply by groups of warps.
     pub(super) fn by_groups(&self) -> bool {
         compile::by_groups(self.architecture)
+    }
+
+    /// Whether memory was asked for that it did not have.
+    pub(crate) fn ran_out(&self) -> bool {
+        self.ran_out.load(Relaxed)
     }
 
     /// Number of multiprocessors.
@@ -291,6 +298,7 @@ impl Cuda {
                 let free = result::mem_get_info().map_or(0, |(free, _)| free);
                 let live = self.memory.live.load(Relaxed);
                 let mib = |bytes: usize| bytes >> 20;
+                self.ran_out.store(true, Relaxed);
                 self.fail(format!(
                     "out of memory: {} MiB asked for, {} MiB in use here, {} MiB free on the card ({e:?})",
                     mib(bytes),

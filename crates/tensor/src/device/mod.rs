@@ -97,6 +97,11 @@ pub fn temporary_elements() -> usize {
     card().map_or(8 << 20, |card| (card.total_memory() / 1024).max(8 << 20))
 }
 
+/// Bytes of the card's memory, where work ended because they did not suffice.
+pub fn exhausted() -> Option<u64> {
+    card().filter(|card| card.ran_out()).map(|card| card.total_memory() as u64)
+}
+
 /// Waits until the device has done everything that it was asked for: for clocks.
 ///
 /// # Errors
