@@ -37,6 +37,8 @@ TABLE = [
     *(lora(name, "tokens", "rows beside factors, no bias", False, target_modules=["query"], trainable_token_indices=[5, 40, 11]) for name in HEADS),
     lora("bert_mlm", "bias_all_tokens", "a bias below rows, which nothing adds", False, bias="all", target_modules=["query"],
          trainable_token_indices=[5, 40, 11]),
+    *(lora(name, "bias_only_tokens", "a bias below rows that is there as it was", False, bias="lora_only", target_modules=["query"],
+           trainable_token_indices=[5, 40, 11]) for name in HEADS),
     # Heads that the configuration ties to the table and that have other values: `peft` puts the rows of the table into them.
     *(case(name, "trainable_tokens", None, "the rows of an untied head too", token_indices=[5, 40, 11]) for name in ("t5_flan", "t5_untied")),
     case("t5_flan", "trainable_tokens", "apart", "both tables, and not the head", False, token_indices=[5, 40, 11], target_modules=["embed_tokens"]),

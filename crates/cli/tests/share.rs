@@ -88,3 +88,17 @@ fn a_share_that_cannot_be_had_is_refused() {
         assert!(said.contains(expected) && said.contains("r.toml:"), "{method}: {said}");
     }
 }
+
+/// What lies in some layers alone is found there again: AdaMix once it is averaged, S4 with groups that are left as they are.
+#[test]
+fn a_run_with_layers_left_out_is_evaluated_as_it_was_trained() {
+    for method in [
+        "name = \"adamix\"\nlayers = [1]",
+        "name = \"s4\"\nbudget = 0.05\ngrouping = \"uniform\"\nstrategies = [\"-\", \"L\", \"-\", \"PB\"]",
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, run) = (recipe(dir.path(), "llama", &[method]), dir.path().join("run"));
+        succeeds(&["train", &file, "--out", run.to_str().unwrap()]);
+        succeeds(&["eval", run.to_str().unwrap(), "--set", "data.eval_fraction=0.5"]);
+    }
+}

@@ -150,7 +150,7 @@ pub fn load_adapter(
 fn load_named(config: &Value, tensors: Named, sites: &Arc<Sites>, info: &ModelInfo) -> Result<LoadedAdapter> {
     let (mut methods, train_also) = read_methods(config)?;
     methods.iter_mut().for_each(|(method, _)| method.read_shapes(&tensors));
-    let tensors = one_bias_a_head(tied::without_copies(tensors, config, sites)?, sites);
+    let tensors = one_bias_a_head(tied::without_copies(tensors, config, sites)?, config, sites);
     let tensors = as_trained(tensors, &methods)?;
     let mut attached = build(&methods, &train_also, sites, info, 0, Vec::new(), &Vec::new())?;
     let (mut names, mut copies) = (HashMap::new(), HashMap::new());

@@ -20,15 +20,17 @@ pub(crate) fn bias_of<'s>(site: &Site, sites: &'s Sites) -> Option<&'s Site> {
 }
 
 /// The bias of a masked-word head has two names in files, `X.bias` and that of the decoder, `X.decoder.bias` or below a changed
-/// decoder `X.decoder.base_layer.bias`; the second is the one that is added, and stays under the name of the model's site.
-pub(crate) fn one_bias_a_head(mut tensors: Named, sites: &Sites) -> Named {
+/// decoder `X.decoder.base_layer.bias`; the second is the one that is added, and stays under the name of the model's site. Below
+/// rows of tokens none is added: it is there as it was, unless all biases are trained.
+pub(crate) fn one_bias_a_head(mut tensors: Named, config: &Value, sites: &Sites) -> Named {
+    let all = config.as_object().is_some_and(all_biases);
     for site in sites.iter() {
         let Some(decoder) = decoder_of(site, sites) else { continue };
         let outer = key(&site.path);
         for end in ["bias", "base_layer.bias", BELOW_ROWS] {
             let inner = key(&format!("{}.{end}", decoder.path));
             if tensors.iter().any(|(name, _)| *name == inner) {
-                tensors.retain(|(name, _)| *name != outer);
+                tensors.retain(|(name, _)| *name != outer && (all || end != BELOW_ROWS || *name != inner));
                 let own = tensors.iter_mut().filter(|(name, _)| *name == inner);
                 own.for_each(|(name, _)| name.clone_from(&outer));
             }
@@ -50,9 +52,16 @@ pub(crate) fn biases_of_decoders(
     sites: &Sites,
 ) {
     let within = |path: &str| train_also.iter().any(|name| inside(name, path).is_some());
+    // With the biases of its targets a LoRA has that below rows of tokens too, as it was.
+    let of_targets = config.get("bias").and_then(Value::as_str) == Some("lora_only");
     for site in sites.iter() {
         let (Some(decoder), Frozen::Vector(base)) = (decoder_of(site, sites), &site.value) else { continue };
-        let Some(at) = tensors.iter().position(|(name, _)| *name == key(&site.path)) else { continue };
+        let Some(at) = tensors.iter().position(|(name, _)| *name == key(&site.path)) else {
+            if of_targets && has_rows(decoder, tensors, sites) {
+                tensors.push((key(&format!("{}.{BELOW_ROWS}", decoder.path)), base.clone()));
+            }
+            continue;
+        };
         let inner = format!("{}.bias", decoder.path);
         let (whole, all) = (within(&inner), all_biases(config));
         let below_rows = !whole && has_rows(decoder, tensors, sites);

@@ -52,7 +52,12 @@ impl Search<'_> {
 
     /// The size whose count is nearest to `wanted`, and that count.
     fn nearest(&self, wanted: usize) -> Result<(usize, usize), String> {
-        let mut below = (1, self.count(1)?);
+        // The smallest sizes cannot always be had: those that are cut in parts have a least one.
+        let doubled = |size: &usize| size.checked_mul(2).filter(|size| *size <= self.most);
+        let mut sizes = std::iter::successors(Some(1), doubled);
+        let Some(mut below) = sizes.find_map(|size| Some((size, self.count(size).ok()?))) else {
+            return self.count(1).map(|count| (1, count));
+        };
         let mut above = below;
         while above.1 < wanted && above.0 < self.most {
             below = above;
@@ -85,7 +90,10 @@ pub(crate) fn sized(
 ) -> Result<Option<(Settings, String)>, Problem> {
     let Some(share) = table.trained_share else { return Ok(None) };
     let problem = |title: String| recipe.problem_at(&format!("{}.trained_share", table.at), title);
-    let field = SIZES.iter().find_map(|name| entry.info.fields.iter().find(|field| field.name == *name));
+    let named = |name: &str| entry.info.fields.iter().find(|field| field.name == name);
+    // A method with a budget of its own is as large as that says, whatever else it has.
+    let has_own = named("budget").is_some();
+    let field = SIZES.iter().find_map(|name| named(name)).filter(|_| !has_own);
     let Some(field) = field else {
         let title = format!("{} has no size that `trained_share` could set", entry.info.title);
         return Err(problem(title).help("leave it out; its settings say what is trained"));

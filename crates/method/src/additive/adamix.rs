@@ -18,7 +18,7 @@ use engraft_nn::{
 use engraft_tensor::{Param, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::additive::bottleneck::{self, Bottleneck, Form, around};
+use crate::additive::bottleneck::{self, Bottleneck, Form, add_blocks, around};
 use crate::read::{Reader, number};
 use crate::shared::activations::{ACTIVATIONS, Activation, NAMES};
 use crate::shared::fields::{choice, flag, float, int};
@@ -36,6 +36,7 @@ struct AdaMix {
     reduction: f64,
     activation: Activation,
     consistency: f64,
+    leave_out: Vec<usize>,
 }
 
 static INFO: Info = Info {
@@ -61,6 +62,7 @@ static INFO: Info = Info {
             "1",
             "Weight λ of the divergence between two passes that draw apart; 0 takes one pass.",
         ),
+        bottleneck::LEAVE_OUT,
     ],
 };
 
@@ -78,6 +80,7 @@ fn read(r: &mut Reader<'_>) -> AdaMix {
         reduction,
         activation,
         consistency: r.float("consistency", 1.0),
+        leave_out: r.counts("leave_out").unwrap_or_default(),
     }
 }
 
@@ -97,6 +100,7 @@ fn example() -> Box<dyn Method> {
         reduction: 4.0,
         activation: Activation::GELU,
         consistency: 1.0,
+        leave_out: vec![],
     })
 }
 
@@ -107,6 +111,7 @@ impl AdaMix {
             original_ln_before: false,
             activation: self.activation,
             reduction: self.reduction,
+            leave_out: self.leave_out.clone(),
             ..Bottleneck::of(Form::Pfeiffer)
         }
     }
@@ -138,9 +143,21 @@ impl Method for AdaMix {
         true
     }
 
+    /// As what it becomes does, which says so in AdapterHub's form.
+    fn leave_out(&mut self, blocks: &[usize]) -> bool {
+        add_blocks(&mut self.leave_out, blocks);
+        true
+    }
+
     fn attach(&self, b: &mut Builder<'_>) -> Result<()> {
         let sublayers = b.sites().of_kind(|k| matches!(k, Kind::Sublayer { .. }));
-        let mlps: Vec<_> = sublayers.filter(|site| site.role == Role::Mlp).collect();
+        let is_left = |site: &Site| b.sites().number(site).is_some_and(|n| self.leave_out.contains(&n));
+        let mlps: Vec<_> = sublayers.filter(|site| site.role == Role::Mlp && !is_left(site)).collect();
+        if mlps.is_empty() && !self.leave_out.is_empty() {
+            return Err(Error::Unsupported(
+                "`layers` and `leave_out` leave no layer that has an adapter".into(),
+            ));
+        }
         if mlps.is_empty() {
             return Err(Error::Unsupported("AdaMix needs a model with sublayers; use lora".into()));
         }
@@ -193,7 +210,7 @@ impl Method for AdaMix {
         }
         let own = json!({
             "activation": self.activation.name(), "consistency": number(self.consistency), "experts": self.experts,
-            "reduction": number(self.reduction), "share_down": self.share_down, "share_up": self.share_up,
+            "leave_out": self.leave_out, "reduction": number(self.reduction), "share_down": self.share_down, "share_up": self.share_up,
         });
         own.as_object().cloned().unwrap_or_default()
     }

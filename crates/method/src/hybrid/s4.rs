@@ -6,7 +6,7 @@
 //! has, in letters:
 //!   A  a bottleneck adapter after the MLP      P  a prefix of its attention, whose tokens keep their positions
 //!   L  LoRA at q and v of self-attention, α = r   B  its biases
-//! A group of none ("") is left as it is. The found design is the spindle with AL, AP, APB, PBL and the uniform allocation.
+//! A group of none ("-") is left as it is. The found design is the spindle with AL, AP, APB, PBL and the uniform allocation.
 //! All trained layers together get `budget` times the model's numbers: by `allocation` each as much as the others (uniform), or a
 //! layer of group g as g (increasing) or 5 − g (decreasing) parts. In a layer, biases are as they are and the rest is in equal
 //! parts, sizes to the nearest whole number, the coarsest kind first; what one leaves is parted equally among those after it.
@@ -45,6 +45,8 @@ const GROUPINGS: &[(&str, [usize; 4])] = &[
     ("bottleneck", [2, 1, 1, 2]),
 ];
 const LETTERS: &str = "APLB";
+/// The strategy of a group that is left as it is.
+const NOTHING: &str = "-";
 const FOUND: [&str; 4] = ["AL", "AP", "APB", "PBL"];
 
 static INFO: Info = Info {
@@ -70,7 +72,7 @@ static INFO: Info = Info {
             name: "strategies",
             kind: FieldKind::TextList,
             default: Some(r#"["AL", "AP", "APB", "PBL"]"#),
-            doc: "What each group has: A adapter, P prefix, L LoRA, B biases; \"\" leaves a group as it is.",
+            doc: "What each group has: A adapter, P prefix, L LoRA, B biases; \"-\" leaves a group as it is.",
         },
         choice(
             "allocation",
@@ -92,13 +94,13 @@ fn read(r: &mut Reader<'_>) -> S4 {
         strategies: r.texts("strategies").unwrap_or_else(found),
         allocation: r.one_of("allocation", ALLOCATIONS),
     };
-    let known = |s: &String| s.chars().all(|c| LETTERS.contains(c));
+    let known = |s: &String| s == NOTHING || !s.is_empty() && s.chars().all(|c| LETTERS.contains(c));
     if s4.strategies.len() != 4 || !s4.strategies.iter().all(known) {
         r.problem(format!(
-            "`strategies`: expected four texts of the letters A, P, L and B, found {:?}",
+            "`strategies`: expected four texts of the letters A, P, L and B, or \"-\" alone, found {:?}",
             s4.strategies
         ));
-    } else if s4.strategies.iter().all(String::is_empty) {
+    } else if s4.strategies.iter().all(|s| s == NOTHING) {
         r.problem("`strategies`: all four groups are left as they are; give one of them a letter");
     }
     s4
@@ -174,7 +176,7 @@ impl S4 {
     /// What each layer has, of `budget` numbers in all.
     fn plans<'l>(&self, layers: &'l [Layer], budget: f64) -> Result<Vec<(&'l Layer, Plan)>> {
         let groups = layers.iter().map(|layer| self.group(layer.place, layer.of));
-        let trained: Vec<usize> = groups.filter(|group| !self.strategies[*group].is_empty()).collect();
+        let trained: Vec<usize> = groups.filter(|group| self.strategies[*group] != NOTHING).collect();
         let parts: usize = trained.iter().map(|group| self.allocation[*group]).sum();
         let part = budget / parts.max(1) as f64;
         if trained.is_empty() {
@@ -192,7 +194,7 @@ impl S4 {
         let plan = |layer: &'l Layer| {
             let group = self.group(layer.place, layer.of);
             let strategy = &self.strategies[group];
-            let plan = match strategy.is_empty() {
+            let plan = match strategy == NOTHING {
                 true => Plan::default(),
                 false => Plan::of(strategy, layer, part * self.allocation[group] as f64),
             };
@@ -412,7 +414,7 @@ mod tests {
         for (name, parts) in ALLOCATIONS {
             for left_out in [None, Some(0), Some(2)] {
                 let mut s4 = S4 { allocation: *parts, ..of([1, 2, 2, 1]) };
-                left_out.into_iter().for_each(|group: usize| s4.strategies[group].clear());
+                left_out.into_iter().for_each(|group: usize| s4.strategies[group] = NOTHING.into());
                 let plans = s4.plans(&layers, budget).unwrap();
                 let total: usize = plans.iter().map(|(l, plan)| plan.size(l)).sum();
                 assert!((total as f64 / budget - 1.0).abs() < 0.02, "{name}, {left_out:?}: {total}");
@@ -433,13 +435,14 @@ mod tests {
 
     #[test]
     fn a_group_is_left_as_it_is() {
-        let settings = json!({ "budget": 0.2, "grouping": "uniform", "strategies": ["", "", "APL", "APLB"] });
+        let settings =
+            json!({ "budget": 0.2, "grouping": "uniform", "strategies": ["-", "-", "APL", "APLB"] });
         let a = attached(&[chosen("s4", settings.clone())], &[]);
         let (sites, _) = toy();
         assert!(a.adapter.sites().iter().all(|id| sites.get(*id).layer == Some(1)));
         survives_saving(&[chosen("s4", with(settings, json!({ "allocation": "increasing" })))], &["head"]);
         // Of two layers, the first and the third group have one each.
-        let settings = json!({ "budget": 0.2, "grouping": "uniform", "strategies": ["", "A", "", ""] });
+        let settings = json!({ "budget": 0.2, "grouping": "uniform", "strategies": ["-", "A", "-", "-"] });
         let (sites, info) = toy();
         let error =
             crate::attach(&[chosen("s4", settings)], &[], &sites, &info, 1).err().unwrap().to_string();
@@ -475,7 +478,7 @@ mod tests {
             json!({ "strategies": ["A", "P", "L"] }),
             json!({ "strategies": ["A", "P", "L", "X"] }),
             json!({ "grouping": "spiral" }),
-            json!({ "strategies": ["", "", "", ""] }),
+            json!({ "strategies": ["-", "-", "-", "-"] }),
             json!({ "allocation": "spiral" }),
         ] {
             assert!(from_file(&with(good.clone(), bad.clone())).is_err(), "{bad}");
