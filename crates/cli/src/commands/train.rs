@@ -10,7 +10,7 @@ use engraft_recipe::{Dtype, Recipe};
 use engraft_report::human;
 use engraft_store::run::RunDir;
 use engraft_train::{
-    Evaluation, NotFinite, RunOptions, Session, SessionOptions, Smaller, Status, estimate, smaller,
+    Estimate, Evaluation, NotFinite, RunOptions, Session, SessionOptions, Smaller, Status, estimate, smaller,
 };
 use serde_json::{Value, json};
 
@@ -213,18 +213,18 @@ fn refuse_too_large(session: &Session, room: u64) -> Outcome {
         human::bytes(room),
         parts(&sizes)
     );
-    message.push_str(&smaller_runs(session, room));
+    message.push_str(&smaller_runs(session, &sizes, room));
     Err(Failure::before_work(message + "\nor    --overcommit, to run all the same"))
 }
 
 /// Settings that need less memory, a line each.
-fn smaller_runs(session: &Session, room: u64) -> String {
+fn smaller_runs(session: &Session, sizes: &Estimate, room: u64) -> String {
     let line = |option: &Smaller| {
         let total = human::bytes(option.total_bytes);
         let fits = if option.total_bytes <= room { "fits" } else { "still too large" };
         format!("\ntry   --set {}: {total}, {fits}", option.settings.join(" --set "))
     };
-    smaller(session, &estimate(session), room).iter().map(line).collect()
+    smaller(session, sizes, room).iter().map(line).collect()
 }
 
 /// Decodes every picture file once, so that a damaged one does not end the run hours later.
@@ -303,7 +303,10 @@ pub(super) fn failed(error: engraft_train::Error, args: &Args, out: &Path, sessi
         }
         other => match engraft_tensor::device::exhausted() {
             // The estimate is of a processor's run, which keeps about as much.
-            Some(room) => Failure::from(other).ending(smaller_runs(session, room).trim_start()),
+            Some(room) => {
+                let runs = smaller_runs(session, &estimate(session), room);
+                Failure::from(other).ending(runs.trim_start())
+            }
             None => other.into(),
         },
     }

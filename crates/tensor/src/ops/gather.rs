@@ -16,6 +16,14 @@ fn check_index(op: &'static str, index: &Tensor, rows: usize) -> Result<()> {
     }
 }
 
+/// `y[index[i]] += x[i]`, on zeros unless it is to `accumulate`.
+fn scatter(x: &Tensor, index: &Tensor, y: &mut Buffer, accumulate: bool) {
+    if !accumulate {
+        device().fill(0.0, y);
+    }
+    device().scatter_add_rows(x, index, y);
+}
+
 impl Tensor {
     /// `y[i] = x[index[i]]` along the first dimension; index `[n]` → y [n, …].
     pub fn gather(&self, index: &Tensor) -> Result<Tensor> {
@@ -32,12 +40,7 @@ impl Tensor {
         Ok(Tensor::new(shape, y).on_tape("gather", &[self], move |dy, sink| {
             let mut shape = dy.shape().to_vec();
             shape[0] = rows;
-            sink.grow(&edge, &shape, |dx, accumulate| {
-                if !accumulate {
-                    device().fill(0.0, dx);
-                }
-                device().scatter_add_rows(&dy, &index, dx);
-            })
+            sink.grow(&edge, &shape, |dx, accumulate| scatter(&dy, &index, dx, accumulate))
         }))
     }
 
@@ -55,8 +58,7 @@ impl Tensor {
         let mut shape = self.shape().to_vec();
         shape[0] = rows;
         let mut y = Buffer::f32(shape.iter().product());
-        device().fill(0.0, &mut y);
-        device().scatter_add_rows(self, index, &mut y);
+        scatter(self, index, &mut y, false);
         let (edge, index) = (self.edge(), index.clone());
         Ok(Tensor::new(shape, y)
             .on_tape("scatter_add", &[self], move |dy, sink| sink.add(&edge, dy.gather(&index)?)))
